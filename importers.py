@@ -292,6 +292,83 @@ def read_vocab_pickle(path: Path) -> list[str]:
     return ordered
 
 
+def import_weights(
+    encoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")],
+    decoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DECODER")],
+    vocab: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VOCAB")],
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+) -> None:
+    """Weights and vocabulary that the original recipe's code trained, as a model's folder of this project.
+
+    Args:
+        encoder: Its encoder-<i>.pkl.
+        decoder: Its decoder-<i>.pkl.
+        vocab: The vocab.pkl of the same training.
+        folder: The model to write; it must not exist yet, or be empty.
+    """
+    import torch  # takes seconds, and the other importers do without
+
+    import checkpoint
+    from model import DecoderRNN, EncoderCNN, load_weights, read_state_dict
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; delete it or name another folder.")
+    words = read_vocab_pickle(vocab)
+    states = {path: read_state_dict(path) for path in (encoder, decoder)}
+
+    def size(path: Path, key: str, dimension: int) -> int:
+        tensor = states[path].get(key)
+        if tensor is None or tensor.ndim != 2:
+            raise InputError(f"{path} is not of the original recipe: it has no matrix {key}.")
+        return tensor.shape[dimension]
+
+    vocabulary_size, embed_size = size(decoder, "embed.weight", 0), size(decoder, "embed.weight", 1)
+    if vocabulary_size != len(words):
+        raise InputError(
+            f"{decoder} was trained with {vocabulary_size:,} words and {vocab} has {len(words):,}; "
+            "take the vocab.pkl of the same training."
+        )
+    if size(encoder, "embed.weight", 0) != embed_size:
+        raise InputError(
+            f"{encoder} gives {size(encoder, 'embed.weight', 0)} numbers a photo and {decoder} takes "
+            f"{embed_size}; take two files of the same training."
+        )
+    parts = checkpoint.Architecture(
+        decoder="lstm",
+        embed_size=embed_size,
+        hidden_size=size(decoder, "linear.weight", 1),
+        num_layers=max(1, sum(key.startswith("lstm.weight_ih_l") for key in states[decoder])),
+        dropout=0.0,
+        backbone="stored",
+    )
+    with torch.device("meta"):
+        modules = (
+            EncoderCNN(embed_size, "random"),
+            DecoderRNN(embed_size, parts.hidden_size, vocabulary_size, parts.num_layers),
+        )
+    for module, path in zip(modules, (encoder, decoder), strict=True):
+        load_weights(module, states[path], path)
+
+    number = re.search(r"-(\d+)$", encoder.stem)
+    epoch = max(1, int(number[1])) if number else 1
+    description = checkpoint.Description(
+        architecture=parts,
+        preprocessing=checkpoint.Preprocessing(image_size=224),
+        vocabulary=words,
+        environment=checkpoint.environment(),
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_epoch(folder, epoch, *modules, description)
+        checkpoint.write_description(folder, description)  # last: it makes the folder a model's
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    print(f"{folder}: {len(words):,} words, {embed_size} to {parts.hidden_size}, epoch {epoch}")
+
+
 # ---------------------------------------------------------------- the importers
 
 
@@ -460,8 +537,9 @@ def main() -> None:
             "flickr30k": import_flickr,
             "karpathy": import_karpathy,
             "folder": import_folder,
+            "weights": import_weights,
         },
-        description="Turn other data sets into the layout that this project reads.",
+        description="Turn other data sets, and the original recipe's weights, into this project's layouts.",
     )
 
 

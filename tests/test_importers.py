@@ -1,4 +1,5 @@
 import builtins
+import copy
 import json
 import os
 import pickle
@@ -7,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from PIL import Image
+from torchvision import transforms
 
+import checkpoint
 import importers
+from data_loader import build_transform, read_photo
 from errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -422,3 +428,142 @@ def test_a_damaged_vocabulary_is_one_sentence(tmp_path, content):
     (tmp_path / "vocab.pkl").write_bytes(content)
     with pytest.raises(InputError, match=r"vocab.pkl"):
         importers.read_vocab_pickle(tmp_path / "vocab.pkl")
+
+
+# ---------------------------------------------------------------- the original's weights
+
+
+class OriginalEncoder(torch.nn.Module):
+    """The published encoder, restated from its description and the names of its weights."""
+
+    def __init__(self, embed_size: int):
+        super().__init__()
+        resnet = torchvision.models.resnet50(weights=None)
+        self.resnet = torch.nn.Sequential(*list(resnet.children())[:-1])
+        self.embed = torch.nn.Linear(2048, embed_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.embed(self.resnet(images).flatten(1))
+
+
+class OriginalDecoder(torch.nn.Module):
+    """The published decoder, restated likewise: greedy, one photo at a time."""
+
+    def __init__(self, embed_size: int, hidden_size: int, words: int, num_layers: int):
+        super().__init__()
+        self.embed = torch.nn.Embedding(words, embed_size)
+        self.lstm = torch.nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True)
+        self.linear = torch.nn.Linear(hidden_size, words)
+
+    def sample(self, feature: torch.Tensor) -> list[int]:
+        inputs, state, tokens = feature.view(1, 1, -1), None, []
+        while len(tokens) < 20 and 1 not in tokens:
+            output, state = self.lstm(inputs, state)
+            token = self.linear(output[0, 0]).argmax()
+            tokens.append(int(token))
+            inputs = self.embed(token).view(1, 1, -1)
+        return tokens
+
+
+WORDS = ["<start>", "<end>", "<unk>", *(f"w{i}" for i in range(57))]
+
+
+@pytest.fixture(scope="module")
+def original() -> tuple[OriginalEncoder, OriginalDecoder]:
+    """Random weights, wide enough apart that photos get captions of their own."""
+    torch.manual_seed(0)
+    encoder, decoder = OriginalEncoder(32).eval(), OriginalDecoder(32, 48, len(WORDS), 2).eval()
+    with torch.no_grad():
+        encoder.embed.weight.mul_(40)
+        for weight in decoder.parameters():
+            weight.mul_(4)
+    return encoder, decoder
+
+
+@pytest.fixture
+def triple(original, tmp_path) -> tuple[Path, Path, Path]:
+    paths = tmp_path / "encoder-3.pkl", tmp_path / "decoder-3.pkl", tmp_path / "vocab.pkl"
+    for module, path in zip(original, paths, strict=False):
+        torch.save(module.state_dict(), path)
+    vocabulary_pickle(paths[2], {"word2idx": {word: index for index, word in enumerate(WORDS)}})
+    return paths
+
+
+def test_imported_weights_give_the_originals_token_sequences(original, triple, tmp_path):
+    photos = sorted((DATA / "coco-mini" / "images" / "val2017").glob("*.jpg"))[:10]
+    if not photos:
+        pytest.skip("../shared/data/coco-mini is not here")
+    importers.import_weights(*triple, tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "captioner.json",
+        "decoder-3.pkl",
+        "encoder-3.pkl",
+    ]
+    encoder, decoder, vocabulary, description = checkpoint.load_model(tmp_path / "model")
+    assert vocabulary.words == WORDS
+
+    recipe = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    with torch.no_grad():
+        images = [recipe(Image.open(path).convert("RGB")) for path in photos]
+        expected = [original[1].sample(original[0](image[None])) for image in images]
+        ours = build_transform(image_size=description.preprocessing.image_size)
+        found = decoder.sample(encoder(torch.stack([ours(read_photo(path)) for path in photos])))
+    assert len({tuple(tokens) for tokens in expected}) > 3
+    assert found == expected
+
+
+def test_weights_of_another_vocabulary_are_refused_with_both_sizes(triple, tmp_path):
+    indices = {word: index for index, word in enumerate(WORDS[:-7])}
+    vocabulary_pickle(triple[2], {"word2idx": indices})
+    with pytest.raises(InputError, match=r"decoder-3.pkl was trained with 60 words and .*vocab.pkl has 53"):
+        importers.import_weights(*triple, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_of_two_trainings_are_refused_with_both_sizes(triple, tmp_path):
+    torch.save({"embed.weight": torch.zeros(8, 2048)}, triple[0])
+    with pytest.raises(InputError, match=r"encoder-3.pkl gives 8 numbers a photo and .* takes 32"):
+        importers.import_weights(*triple, tmp_path / "model")
+
+
+def test_weights_that_lack_a_part_are_refused(original, triple, tmp_path):
+    state = copy.copy(original[1].state_dict())
+    del state["lstm.weight_hh_l1"]
+    torch.save(state, triple[1])
+    with pytest.raises(InputError, match=r"decoder-3.pkl lacks the weight lstm.weight_hh_l1"):
+        importers.import_weights(*triple, tmp_path / "model")
+    torch.save({}, triple[1])
+    with pytest.raises(InputError, match=r"decoder-3.pkl is not of the original recipe: .* embed.weight"):
+        importers.import_weights(*triple, tmp_path / "model")
+
+
+def test_hostile_weights_are_refused_and_run_nothing(triple, tmp_path):
+    planted = tmp_path / "planted"
+    triple[1].write_bytes(pickle.dumps(Hostile(f"touch {planted}")))
+    with pytest.raises(InputError, match=r"decoder-3.pkl"):
+        importers.import_weights(*triple, tmp_path / "model")
+    assert not planted.exists()
+
+
+def test_an_interrupted_import_of_weights_leaves_nothing(triple, tmp_path, monkeypatch):
+    def full(*_args):
+        raise InputError("the disk is full.")
+
+    monkeypatch.setattr(checkpoint, "write_description", full)
+    with pytest.raises(InputError, match="full"):
+        importers.import_weights(*triple, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_existing_model_is_not_touched(triple, tmp_path):
+    text(tmp_path / "model" / "mine.txt", "precious")
+    with pytest.raises(InputError, match="is not empty"):
+        importers.import_weights(*triple, tmp_path / "model")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["mine.txt"]

@@ -1,0 +1,585 @@
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import checkpoint
+import download
+import importers
+from errors import InputError, run_command
+
+SPLITS = ("train", "val", "test")
+PHOTOS = 6
+NAMES = ("captions_train2017.json", "captions_val2017.json", "image_info_test2017.json")
+
+
+class Server:
+    """Serves `files` (path -> bytes) on 127.0.0.1, with ranges, and misbehaves as told."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.ranges = True
+        self.cut_after: dict[str, list[int]] = {}  # path -> bytes sent before the cut, a number a request
+        self.status: dict[str, list[int]] = {}  # path -> statuses of the next requests
+        self.pause = 0.0  # seconds before each piece of 64 kB
+        self.requests: list[tuple[str, str | None]] = []
+        self.sent: dict[str, int] = {}
+        self.at_once = self.most_at_once = 0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range")
+                server.requests.append((self.path, asked))
+                statuses = server.status.get(self.path, [])
+                if statuses or self.path not in server.files:
+                    self.send_error(statuses.pop(0) if statuses else 404)
+                    return
+                data = server.files[self.path]
+                start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.end_headers()
+                server.at_once += 1
+                server.most_at_once = max(server.most_at_once, server.at_once)
+                cuts = server.cut_after.get(self.path, [])
+                end = start + cuts.pop(0) if cuts else len(data)
+                for at in range(start, min(end, len(data)), 1 << 16):
+                    piece = data[at : min(at + (1 << 16), end)]
+                    time.sleep(server.pause)
+                    server.sent[self.path] = server.sent.get(self.path, 0) + len(piece)
+                    try:
+                        self.wfile.write(piece)
+                    except OSError:
+                        break
+                server.at_once -= 1
+
+            def log_message(self, *_args):
+                pass
+
+        ThreadingHTTPServer.request_queue_size = 64
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0.002)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def jpeg(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (width, height), os.urandom(3 * width * height)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def coco(server, monkeypatch):
+    """COCO 2017 in small, file for file: five archives, and every photo by itself."""
+    annotations: dict[str, bytes] = {"annotations/instances_train2017.json": b"{}"}
+    archives: dict[str, bytes] = {}
+    for s, split in enumerate(SPLITS):
+        images, captions, photos = [], [], {}
+        for i in range(PHOTOS):
+            name, width, height = f"{100 * s + i:012d}.jpg", 90 + i, 80
+            photos[f"{split}2017/{name}"] = server.files[f"/{split}2017/{name}"] = jpeg(width, height)
+            url = f"{server.url}/{split}2017/{name}"
+            image_id = 100 * s + i
+            images.append(
+                {"id": image_id, "file_name": name, "width": width, "height": height, "coco_url": url}
+            )
+            captions += [
+                {"id": 10 * image_id + k, "image_id": image_id, "caption": "A dog."} for k in range(5)
+            ]
+        archives[f"zips/{split}2017.zip"] = zipped({f"{split}2017/": b"", **photos})
+        document = {"info": {"year": 2017}, "licenses": [], "images": images}
+        if split == "test":
+            text = json.dumps(document | {"categories": []}).encode()
+            archives["annotations/image_info_test2017.zip"] = zipped(
+                {
+                    "annotations/image_info_test2017.json": text,
+                    "annotations/image_info_test-dev2017.json": b"{}",
+                }
+            )
+        else:
+            document["annotations"] = captions
+            annotations[f"annotations/captions_{split}2017.json"] = json.dumps(document).encode()
+    archives["annotations/annotations_trainval2017.zip"] = zipped(annotations)
+    monkeypatch.setattr(download, "COCO_SERVER", server.url)
+    monkeypatch.setattr(download, "COCO_ARCHIVES", {})
+    for name, data in archives.items():
+        publish(server, name, data)
+    return server
+
+
+def publish(server: Server, name: str, data: bytes) -> None:
+    server.files[f"/{name}"] = data
+    download.COCO_ARCHIVES[name] = (len(data), hashlib.sha256(data).hexdigest())
+
+
+def document(root: Path, name: str) -> dict:
+    return json.loads((root / "annotations" / name).read_text())
+
+
+def files_below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def whole() -> set[str]:
+    photos = {f"images/{s}2017/{100 * n + i:012d}.jpg" for n, s in enumerate(SPLITS) for i in range(PHOTOS)}
+    return photos | {f"annotations/{name}" for name in NAMES}
+
+
+def test_all_of_coco(coco, tmp_path, capsys):
+    root = tmp_path / "data" / "coco"
+    download.coco(root)
+    assert files_below(root) == whole()
+    photo = root / "images" / "val2017" / "000000000103.jpg"
+    assert photo.read_bytes() == coco.files["/val2017/000000000103.jpg"]
+    assert len(document(root, "captions_train2017.json")["annotations"]) == 5 * PHOTOS
+    assert not (root / ".download").exists()
+    assert "is ready" in capsys.readouterr().out
+
+
+def test_the_table_names_every_archive_of_both_years():
+    for year in (2014, 2017):
+        names = [f"annotations/{a}{year}.zip" for a in ("annotations_trainval", "image_info_test")]
+        names += [f"zips/{split}{year}.zip" for split in SPLITS]
+        for name in names:
+            size, sha256 = download.COCO_ARCHIVES[name]
+            assert size > 500_000
+            assert len(bytes.fromhex(sha256)) == 32
+
+
+def test_what_is_there_is_not_downloaded_again(coco, tmp_path):
+    download.coco(tmp_path)
+    coco.requests.clear()
+    download.coco(tmp_path)
+    assert coco.requests == []
+    shutil.rmtree(tmp_path / "images" / "val2017")
+    download.coco(tmp_path)
+    assert coco.requests == [("/zips/val2017.zip", None)]
+
+
+def test_a_connection_cut_in_mid_file_goes_on_where_it_broke(coco, tmp_path):
+    name = "/zips/train2017.zip"
+    size = len(coco.files[name])
+    coco.cut_after[name] = [size // 3, size // 3]
+    download.coco(tmp_path)
+    assert [r for p, r in coco.requests if p == name] == [
+        None,
+        f"bytes={size // 3}-",
+        f"bytes={2 * (size // 3)}-",
+    ]
+    assert coco.sent[name] == size
+    assert files_below(tmp_path) == whole()
+
+
+def test_the_next_run_goes_on_where_an_interrupted_one_stopped(coco, tmp_path):
+    name = "/zips/train2017.zip"
+    real = coco.files[name]
+    half = len(real) // 2
+    coco.cut_after[name] = [half, *[0] * download.ATTEMPTS]
+    with pytest.raises(
+        InputError, match=r"train2017.zip cannot be downloaded: .* run the same command again"
+    ):
+        download.coco(tmp_path)
+    assert (tmp_path / ".download" / "train2017.zip.part").read_bytes() == real[:half]
+    assert not (tmp_path / "images" / "train2017").exists()
+    coco.cut_after.clear()
+    coco.requests.clear()
+    download.coco(tmp_path)
+    assert (name, f"bytes={half}-") in coco.requests
+    assert coco.sent[name] == len(real)
+    assert files_below(tmp_path) == whole()
+
+
+def test_a_server_without_ranges_sends_it_all_again(coco, tmp_path):
+    coco.ranges = False
+    coco.cut_after["/zips/val2017.zip"] = [1000]
+    download.coco(tmp_path)
+    assert files_below(tmp_path) == whole()
+
+
+def test_a_busy_server_is_asked_again(coco, tmp_path):
+    coco.status["/zips/val2017.zip"] = [503, 429]
+    download.coco(tmp_path)
+    assert files_below(tmp_path) == whole()
+
+
+def test_an_absent_server_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "COCO_SERVER", "http://127.0.0.1:9")
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(download, "_require_space", lambda *_args: None)
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9/\S+ cannot be downloaded: .*refused"):
+        download.coco(tmp_path)
+
+
+def test_a_wrong_checksum_is_refused_and_the_file_deleted(coco, tmp_path):
+    name = "zips/val2017.zip"
+    right = coco.files[f"/{name}"]
+    coco.files[f"/{name}"] = right[:-1] + bytes([right[-1] ^ 1])
+    with pytest.raises(InputError, match=r"val2017.zip came with the SHA-256 \w+ where .* was deleted"):
+        download.coco(tmp_path)
+    assert not list((tmp_path / ".download").glob("val2017.zip*"))
+    assert not (tmp_path / "images" / "val2017").exists()
+    coco.files[f"/{name}"] = right
+    download.coco(tmp_path)
+    assert files_below(tmp_path) == whole()
+
+
+def test_a_wrong_size_is_refused_before_it_is_downloaded(coco, tmp_path):
+    coco.files["/zips/val2017.zip"] += b"more"
+    with pytest.raises(InputError, match=r"val2017.zip has [\d,]+ bytes where [\d,]+ should be"):
+        download.coco(tmp_path)
+    assert not (tmp_path / ".download" / "val2017.zip.part").exists()
+
+
+def test_disk_space_is_checked_before_the_first_byte(coco, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
+    with pytest.raises(InputError, match=r"needs 0.2 GB of free disk space and has 0.0 GB"):
+        download.coco(tmp_path / "coco")
+    with pytest.raises(InputError, match="free disk space"):
+        download.coco(tmp_path / "coco", limit=2)
+    assert coco.requests == []
+    assert not (tmp_path / "coco").exists()
+
+
+def test_the_space_that_all_of_coco_needs(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(_folder, needed):
+        asked.append(needed)
+        raise InputError("enough")
+
+    monkeypatch.setattr(download, "_require_space", refuse)
+    with pytest.raises(InputError, match="enough"):
+        download.coco(tmp_path / "coco")
+    archives = sum(size for name, (size, _) in download.COCO_ARCHIVES.items() if "2017" in name)
+    assert asked[0] > archives + download.COCO_ARCHIVES["zips/train2017.zip"][0]
+
+
+def test_a_disk_that_fills_up_while_downloading_is_one_sentence(coco, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file can grow beyond
+    try:
+        with pytest.raises(InputError, match=r"cannot be written: .* run the same command again"):
+            download.coco(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "images").exists()
+    download.coco(tmp_path)
+    assert files_below(tmp_path) == whole()
+
+
+def test_a_disk_that_fills_up_while_unpacking_leaves_nothing_half_unpacked(coco, tmp_path, monkeypatch):
+    full = True
+
+    def copy(source, target, _length):
+        if full and source.name == f"train2017/{PHOTOS - 1:012d}.jpg":
+            raise OSError(28, "No space left on device")
+        target.write(source.read())
+
+    monkeypatch.setattr(download.shutil, "copyfileobj", copy)
+    with pytest.raises(InputError, match="No space left on device"):
+        download.coco(tmp_path)
+    assert not (tmp_path / "images" / "train2017").exists()
+    assert not list(tmp_path.rglob("*.unpacking"))
+    full = False
+    sent = coco.sent["/zips/train2017.zip"]
+    download.coco(tmp_path)
+    assert coco.sent["/zips/train2017.zip"] == sent
+    assert files_below(tmp_path) == whole()
+
+
+@pytest.mark.parametrize("name", ["../../outside.jpg", "/tmp/outside.jpg", "val2017/../../outside.jpg"])
+def test_a_zip_that_writes_outside_of_its_folder_is_refused(coco, tmp_path, name):
+    photo = jpeg(8, 8)
+    publish(coco, "zips/val2017.zip", zipped({"val2017/000000000100.jpg": photo, name: photo}))
+    root = tmp_path / "a" / "b" / "coco"
+    with pytest.raises(InputError, match=r"val2017.zip wants to write outside of its folder"):
+        download.coco(root)
+    assert not (root / "images" / "val2017").exists()
+    assert not list(tmp_path.rglob("outside.jpg"))
+
+
+def test_a_damaged_zip_leaves_nothing(coco, tmp_path):
+    data = bytearray(coco.files["/zips/val2017.zip"])
+    data[200] ^= 255  # inside the first photo: its CRC no longer agrees
+    publish(coco, "zips/val2017.zip", bytes(data))
+    with pytest.raises(InputError, match=r"val2017.zip is not a whole zip archive: .*CRC"):
+        download.coco(tmp_path)
+    assert not (tmp_path / "images" / "val2017").exists()
+
+
+def test_a_zip_without_what_it_should_hold_is_one_sentence(coco, tmp_path):
+    publish(coco, "zips/val2017.zip", zipped({"something.txt": b"else"}))
+    with pytest.raises(InputError, match=r"val2017.zip holds no val2017/"):
+        download.coco(tmp_path)
+
+
+def test_ctrl_c_stops_at_once_and_keeps_what_came(coco, tmp_path, monkeypatch):
+    publish(coco, "zips/train2017.zip", zipped({"train2017/a.jpg": os.urandom(4 << 20)}))
+    coco.pause = 0.05  # a second for 20 of its 64 pieces
+    monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 16)
+
+    def interrupted(*_args, **_keywords):
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "wait", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        download.coco(tmp_path)
+    assert time.monotonic() - start < 2
+    assert (tmp_path / ".download" / "train2017.zip.part").stat().st_size > 0
+
+
+def test_the_first_photos_of_each_split(coco, tmp_path):
+    download.coco(tmp_path, limit=2)
+    photos = {f"images/{s}2017/{100 * n + i:012d}.jpg" for n, s in enumerate(SPLITS) for i in range(2)}
+    assert files_below(tmp_path) == photos | {f"annotations/{name}" for name in NAMES}
+    train = document(tmp_path, "captions_train2017.json")
+    assert [image["id"] for image in train["images"]] == [0, 1]
+    assert {a["image_id"] for a in train["annotations"]} == {0, 1}
+    assert len(train["annotations"]) == 10
+    assert train["info"] == {"year": 2017, "limit": 2}
+    test = document(tmp_path, "image_info_test2017.json")
+    assert "annotations" not in test
+    assert len(test["images"]) == 2
+    assert not [path for path, _ in coco.requests if path.startswith("/zips")]
+
+
+def test_a_limit_beyond_the_split_takes_all_of_it(coco, tmp_path):
+    download.coco(tmp_path, limit=1000)
+    assert files_below(tmp_path) == whole()
+
+
+def test_photos_are_downloaded_many_at_once(coco, tmp_path):
+    coco.pause = 0.1
+    download.coco(tmp_path, limit=PHOTOS)
+    assert coco.most_at_once >= 8
+
+
+def test_a_photo_that_is_gone_is_named_and_the_others_are_kept(coco, tmp_path):
+    del coco.files["/train2017/000000000001.jpg"]
+    with pytest.raises(InputError, match=r"1 photos could not .*/train2017/000000000001.jpg \(.*404"):
+        download.coco(tmp_path, limit=3)
+    train = document(tmp_path, "captions_train2017.json")
+    assert [image["id"] for image in train["images"]] == [0, 2]
+    assert {a["image_id"] for a in train["annotations"]} == {0, 2}
+    assert len(list((tmp_path / "images" / "train2017").iterdir())) == 2
+    assert len([p for p, _ in coco.requests if p == "/train2017/000000000001.jpg"]) == 1
+
+
+def test_a_photo_that_is_something_else_is_named(coco, tmp_path):
+    coco.files["/val2017/000000000100.jpg"] = b"<html>Not found</html>"
+    coco.files["/val2017/000000000101.jpg"] = jpeg(5, 5)
+    with pytest.raises(InputError, match=r"2 photos could not .*it is not a photo.*it has 5 x 5 pixels"):
+        download.coco(tmp_path, limit=3)
+    assert len(document(tmp_path, "captions_val2017.json")["images"]) == 1
+
+
+def test_a_photo_whose_connection_breaks_is_tried_again(coco, tmp_path):
+    coco.cut_after["/val2017/000000000100.jpg"] = [100, 100]
+    coco.status["/val2017/000000000101.jpg"] = [500]
+    download.coco(tmp_path, limit=3)
+    photo = tmp_path / "images" / "val2017" / "000000000100.jpg"
+    assert photo.read_bytes() == coco.files["/val2017/000000000100.jpg"]
+
+
+def test_photos_that_came_before_the_network_failed_are_kept_for_the_next_run(coco, tmp_path):
+    coco.status["/test2017/000000000202.jpg"] = [500] * download.ATTEMPTS
+    with pytest.raises(InputError, match=r"000000000202.jpg cannot be downloaded: .*500.* run the same"):
+        download.coco(tmp_path, limit=3)
+    assert not (tmp_path / "annotations").exists()
+    assert not (tmp_path / "images").exists()
+    came = {p.name for p in (tmp_path / ".download" / "images").rglob("*.jpg")}
+    coco.requests.clear()
+    download.coco(tmp_path, limit=3)
+    assert {path.rsplit("/")[-1] for path, _ in coco.requests}.isdisjoint(came)
+    assert not [path for path, _ in coco.requests if path.endswith(".zip")]
+    assert len(document(tmp_path, "image_info_test2017.json")["images"]) == 3
+
+
+def test_a_limited_download_does_not_pass_for_another(coco, tmp_path):
+    download.coco(tmp_path, limit=2)
+    for limit in (None, 3):
+        with pytest.raises(InputError, match="holds the first 2 photos of each split"):
+            download.coco(tmp_path, limit=limit)
+    coco.requests.clear()
+    download.coco(tmp_path, limit=2)
+    assert coco.requests == []
+
+
+def test_all_photos_do_not_pass_for_a_limited_download(coco, tmp_path):
+    download.coco(tmp_path)
+    with pytest.raises(InputError, match="holds all photos"):
+        download.coco(tmp_path, limit=2)
+
+
+def test_an_unfinished_limited_download_is_not_taken_for_a_whole_one(coco, tmp_path):
+    coco.status["/test2017/000000000200.jpg"] = [500] * download.ATTEMPTS
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        download.coco(tmp_path, limit=1)
+    with pytest.raises(InputError, match="unfinished download with --limit"):
+        download.coco(tmp_path)
+
+
+def test_command_line(coco, tmp_path, monkeypatch, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["download.py", *arguments])
+        code = 0
+        try:
+            run_command(download.main)
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    root = str(tmp_path / "coco")
+    code, out, err = run("coco", "--root", root, "--year", "2017", "--limit", "2")
+    assert (code, out, err) == (0, f"{root} is ready: python train.py --data {root}\n", "")
+    code, _, err = run("coco", "--root", root, "--limit", "0")
+    assert (code, err) == (2, "error: --limit must be at least 1, not 0.\n")
+    del coco.files["/val2017/000000000100.jpg"]
+    code, out, err = run("coco", "--root", str(tmp_path / "other"), "--limit", "2")
+    assert code == 2
+    assert "is ready" in out
+    assert err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- published weights
+
+
+@pytest.fixture(scope="module")
+def triple() -> tuple[dict, dict, list[str]]:
+    """Encoder and decoder as the original names them, with random weights, and words."""
+    torch.manual_seed(0)
+    words = ["<start>", "<end>", "<unk>", *(f"w{i}" for i in range(37))]
+    children = list(torchvision.models.resnet50(weights=None).children())[:-1]
+    encoder = torch.nn.ModuleDict(
+        {"resnet": torch.nn.Sequential(*children), "embed": torch.nn.Linear(2048, 16)}
+    )
+    decoder = torch.nn.ModuleDict(
+        {
+            "embed": torch.nn.Embedding(len(words), 16),
+            "lstm": torch.nn.LSTM(16, 24, 1, batch_first=True),
+            "linear": torch.nn.Linear(24, len(words)),
+        }
+    )
+    return encoder.state_dict(), decoder.state_dict(), words
+
+
+def saved(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def vocab_pickle(words: list[str]) -> bytes:
+    state = pickle.dumps({"word2idx": {w: i for i, w in enumerate(words)}}, protocol=3)[2:-1]
+    return b"\x80\x03cvocabulary\nVocabulary\n)\x81" + state + b"b."
+
+
+@pytest.fixture
+def published(server, triple, monkeypatch):
+    pytest.importorskip("gdown")
+    encoder, decoder, words = triple
+    inside = {
+        "captioning_models/encoder-3.pkl": saved(encoder),
+        "captioning_models/decoder-3.pkl": saved(decoder),
+    }
+    server.files["/weights"] = zipped(
+        {"captioning_models/": b"", **inside, "captioning_models/notes.txt": b""}
+    )
+    vocab = server.files["/vocab.pkl"] = vocab_pickle(words)
+    monkeypatch.setattr(download, "WEIGHTS_URL", f"{server.url}/weights")
+    monkeypatch.setattr(download, "VOCAB_URL", f"{server.url}/vocab.pkl")
+    monkeypatch.setattr(download, "VOCAB_BYTES", len(vocab))
+    monkeypatch.setattr(download, "VOCAB_SHA256", hashlib.sha256(vocab).hexdigest())
+    return server
+
+
+def test_published_weights_become_a_models_folder(published, triple, tmp_path):
+    folder = tmp_path / "models" / "published"
+    download.weights(folder)
+    assert files_below(folder) == {"captioner.json", "encoder-3.pkl", "decoder-3.pkl"}
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["published"]
+    encoder, decoder, vocabulary, _ = checkpoint.load_model(folder)
+    assert vocabulary.words == triple[2]
+    for module, state in ((encoder, triple[0]), (decoder, triple[1])):
+        assert set(module.state_dict()) == set(state)
+        assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+
+def test_weights_whose_connection_is_cut_go_on_in_the_next_run(published, tmp_path):
+    published.cut_after["/weights"] = [200_000]
+    folder = tmp_path / "published"
+    with pytest.raises(InputError, match="/weights cannot be downloaded"):
+        download.weights(folder)
+    assert not folder.exists()
+    download.weights(folder)
+    assert (folder / "captioner.json").exists()
+
+
+def test_a_page_instead_of_the_weights_is_one_sentence(published, tmp_path):
+    published.files["/weights"] = b"<html>Quota exceeded</html>"
+    with pytest.raises(InputError, match="gave something else than a zip archive"):
+        download.weights(tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+def test_another_vocabulary_than_the_published_one_is_refused(published, tmp_path):
+    data = published.files["/vocab.pkl"]
+    published.files["/vocab.pkl"] = data.replace(b"w7", b"v7")
+    with pytest.raises(InputError, match=r"vocab.pkl came with the SHA-256"):
+        download.weights(tmp_path / "published")
+
+
+def test_without_gdown_one_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(InputError, match="pip install gdown"):
+        download.weights(tmp_path / "published")
+
+
+def test_an_existing_model_is_not_touched(published, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="is not empty"):
+        download.weights(tmp_path)
+    assert published.requests == []
+
+
+@pytest.mark.parametrize("function", [download.coco, download.weights, importers.import_weights])
+def test_every_command_is_documented(function):
+    assert "Args:" in function.__doc__
