@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor import meteor as meteor_package
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer import ptbtokenizer
+
+import metrics
+from errors import InputError
+from metrics import METRICS, CiderD, diversity, format_table, score, score_results, tokenize_plain
+
+CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_val2017.json"
+JAR_FOLDER = Path(ptbtokenizer.__file__).parent
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
+
+REFERENCES = {
+    7: ["A brown dog runs on the beach.", "The dog is running along the sand.", "A dog at the sea!"],
+    3: ["Two men ride horses down a dirt road.", "A pair of riders on horseback."],
+    5: ["A red bus is parked near the man's house.", "A big red bus (parked)."],
+    9: ["A plate of food with broccoli and rice.", "Rice, broccoli and meat on a plate.", "A meal"],
+}
+HYPOTHESES = {
+    3: "two men are riding horses on a road",
+    7: "a brown dog runs on the sand.",
+    9: "a plate of broccoli and rice",
+    5: "a bus parked in front of a house",
+}
+
+
+def coco_captions():
+    if not CAPTIONS.exists():
+        pytest.skip("../shared/data/captions_val2017.json is absent")
+    return json.loads(CAPTIONS.read_text(encoding="utf-8"))
+
+
+def first_against_rest(images):
+    """The first photos: the first caption of each as its result, its other captions as its references."""
+    dataset = coco_captions()
+    dataset["images"] = dataset["images"][:images]
+    kept = {image["id"] for image in dataset["images"]}
+    hypotheses, others = {}, []
+    for annotation in dataset["annotations"]:
+        if annotation["image_id"] in kept:
+            if annotation["image_id"] in hypotheses:
+                others.append(annotation)
+            else:
+                hypotheses[annotation["image_id"]] = annotation["caption"]
+    dataset["annotations"] = others
+    return dataset, [{"image_id": image, "caption": caption} for image, caption in hypotheses.items()]
+
+
+def write(path, document):
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def official_and_ours(tmp_path_factory):
+    """COCOEvalCap without SPICE, and score_results in a German locale, of 500 photos, two captions empty.
+
+    One run for several tests, because METEOR takes seconds to start.
+    """
+    dataset, results = first_against_rest(500)
+    if shutil.which("java") is None:
+        pytest.skip("Java is not installed")
+    from pycocoevalcap import eval as official
+    from pycocotools.coco import COCO
+
+    class NoSpice:
+        def compute_score(self, references, hypotheses):
+            return 0.0, [0.0] * len(references)
+
+        def method(self):
+            return "SPICE"
+
+    started = []
+
+    class RecordedPopen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    folder = tmp_path_factory.mktemp("coco")
+    results[10]["caption"] = results[20]["caption"] = ""
+    references_file = write(folder / "captions.json", dataset)
+    results_file = write(folder / "results.json", results)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, "Spice", NoSpice)
+        # Its tokenizer writes into its package's folder, which may be read-only.
+        jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+        (folder / jar.name).symlink_to(jar)
+        patch.setattr(ptbtokenizer, "__file__", str(folder / "ptbtokenizer.py"))
+        coco = COCO(str(references_file))
+        evaluation = official.COCOEvalCap(coco, coco.loadRes(str(results_file)))
+        evaluation.evaluate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LC_ALL", "C")
+        patch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+        patch.setattr(subprocess, "Popen", RecordedPopen)
+        write(results_file, results[::-1])
+        files = set(JAR_FOLDER.iterdir())
+        ours = score_results(references_file, results_file)
+    return evaluation, ours, started, set(JAR_FOLDER.iterdir()) - files
+
+
+def test_results_file_scores_as_cocoevalcap(official_and_ours):
+    evaluation, ours, _, _ = official_and_ours
+    assert ours.tokenizer == "PTB"
+    assert ours.metrics == pytest.approx({name: evaluation.eval[name] for name in METRICS}, abs=1e-9)
+
+
+def test_every_caption_scores_as_in_cocoevalcap(official_and_ours):
+    evaluation, ours, _, _ = official_and_ours
+    assert len(ours.per_caption) == 500
+    for image, row in evaluation.imgToEval.items():
+        assert ours.per_caption[image] == pytest.approx({name: row[name] for name in METRICS}, abs=1e-9)
+
+
+def test_java_leaves_no_process_and_no_file(official_and_ours):
+    _, _, started, new_files = official_and_ours
+    assert len(started) == 2
+    assert all(process.returncode is not None and process.stdout.closed for process in started)
+    assert not new_files
+
+
+@needs_java
+def test_standard_output_stays_clean(capfd):
+    score(HYPOTHESES, REFERENCES, meteor=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_java
+def test_plain_tokenizer_agrees_with_ptb():
+    captions = [annotation["caption"] for annotation in coco_captions()["annotations"]]
+    theirs = metrics._tokenize_ptb(captions)
+    assert len(theirs) == len(captions) == 25014
+    agree = sum(tokenize_plain(mine) == ptb.split() for mine, ptb in zip(captions, theirs, strict=True))
+    assert agree / len(captions) > 0.9997
+
+
+def test_plain_tokenizer_splits_as_the_treebank_does():
+    caption = "It's a “wide-eyed” dog's\nO'Clock, isn't it?  (12:30 on 5th St.) T.V. … and/or"
+    words = "it 's a wide-eyed dog 's o'clock is n't it -lrb- 12:30 on 5th st. -rrb- t.v. and/or"
+    assert tokenize_plain(caption) == words.split()
+
+
+@needs_java
+def test_ptb_keeps_every_caption_on_its_line():
+    captions = ["", "a\u2028dog\r\nruns\n", "\n", "...", "a cat.", "", ""]
+    assert metrics._tokenize_ptb(captions) == ["", "a dog runs", "", "", "a cat", "", ""]
+
+
+@needs_java
+def test_a_dead_meteor_is_one_sentence_and_does_not_hang(monkeypatch):
+    monkeypatch.setattr(meteor_package, "METEOR_JAR", "absent.jar")
+    with pytest.raises(InputError, match="METEOR"):
+        score(HYPOTHESES, REFERENCES)
+
+
+def test_without_java_the_plain_tokenizer_scores_and_meteor_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scores = score(HYPOTHESES, REFERENCES)
+    assert scores.tokenizer == "plain"
+    assert scores.metrics["METEOR"] is None
+    assert all("METEOR" not in row for row in scores.per_caption.values())
+    with pytest.raises(InputError, match="Java"):
+        score(HYPOTHESES, REFERENCES, java=True)
+
+
+@needs_java
+def test_plain_and_ptb_scores_are_nearly_the_same():
+    dataset, results = first_against_rest(1000)
+    references = {}
+    for annotation in dataset["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    hypotheses = {row["image_id"]: row["caption"] for row in results}
+    plain = score(hypotheses, references, java=False)
+    ptb = score(hypotheses, references, meteor=False)
+    assert (plain.tokenizer, ptb.tokenizer) == ("plain", "PTB")
+    assert plain.metrics == pytest.approx(ptb.metrics, abs=1e-3)
+
+
+def test_java_can_be_left_out_for_speed(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert score(HYPOTHESES, REFERENCES, java=False).tokenizer == "plain"
+
+
+def test_scores_are_pycocoevalcaps():
+    scores = score(HYPOTHESES, REFERENCES, java=False)
+    truth = {i: [" ".join(tokenize_plain(c)) for c in REFERENCES[i]] for i in sorted(REFERENCES)}
+    result = {i: [" ".join(tokenize_plain(HYPOTHESES[i]))] for i in sorted(REFERENCES)}
+    bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
+    assert [scores.metrics[f"Bleu_{n}"] for n in range(1, 5)] == pytest.approx(bleu)
+    assert scores.metrics["ROUGE_L"] == pytest.approx(Rouge().compute_score(truth, result)[0])
+    assert scores.metrics["CIDEr"] == pytest.approx(Cider().compute_score(truth, result)[0])
+
+
+def test_corpus_rouge_and_cider_are_the_means_of_the_captions():
+    scores = score(HYPOTHESES, REFERENCES, java=False)
+    for name in ("ROUGE_L", "CIDEr"):
+        values = [row[name] for row in scores.per_caption.values()]
+        assert scores.metrics[name] == pytest.approx(np.mean(values))
+
+
+def test_order_of_captions_does_not_matter():
+    reordered = {i: HYPOTHESES[i] for i in sorted(HYPOTHESES)}
+    assert score(reordered, REFERENCES, java=False) == score(HYPOTHESES, REFERENCES, java=False)
+
+
+def test_perfect_captions_score_one():
+    scores = score({i: captions[0] for i, captions in REFERENCES.items()}, REFERENCES, java=False)
+    assert [scores.metrics[f"Bleu_{n}"] for n in range(1, 5)] == pytest.approx([1] * 4)
+    assert scores.metrics["ROUGE_L"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("java", [False, pytest.param(None, marks=needs_java)])
+def test_empty_captions_score_nothing_and_do_not_crash(java):
+    scores = score(HYPOTHESES | {3: "", 5: " ... "}, REFERENCES, meteor=False, java=java)
+    assert all(
+        value == pytest.approx(0, abs=1e-6) for i in (3, 5) for value in scores.per_caption[i].values()
+    )
+    nothing = score(dict.fromkeys(REFERENCES, ""), REFERENCES, meteor=False, java=java)
+    measured = [value for value in nothing.metrics.values() if value is not None]
+    assert measured == pytest.approx([0] * len(measured), abs=1e-6)
+
+
+def test_an_image_without_references_is_an_input_error():
+    with pytest.raises(InputError, match="image 4"):
+        score({4: "a dog"}, REFERENCES, java=False)
+    with pytest.raises(InputError, match="image 3"):
+        score(HYPOTHESES, REFERENCES | {3: []}, java=False)
+
+
+def test_no_captions_is_an_input_error():
+    with pytest.raises(InputError, match="no captions"):
+        score({}, REFERENCES)
+
+
+RESULT = {"image_id": 7, "caption": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("results", "says"),
+    [
+        (None, "results.json cannot be read"),
+        ("[{", "results.json is not JSON"),
+        (RESULT, "results.json must be a list"),
+        ([], "results.json must be a list"),
+        (
+            [RESULT, {"image_id": 8, "caption": "a"}],
+            "results.json: image 8 has no caption in .*captions.json",
+        ),
+        ([RESULT, RESULT], "results.json: image 7 is captioned twice"),
+        ([RESULT, {"image_id": 3}], "results.json: entry 1 lacks"),
+        ([{"image_id": [7], "caption": "a dog"}], "results.json: entry 0 lacks"),
+        (["a dog"], "results.json: entry 0 lacks"),
+    ],
+)
+def test_a_wrong_results_file_is_named(tmp_path, results, says):
+    annotations = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() for c in group]
+    references_file = write(tmp_path / "captions.json", {"annotations": annotations})
+    results_file = tmp_path / "results.json"
+    if isinstance(results, str):
+        results_file.write_text(results)
+    elif results is not None:
+        write(results_file, results)
+    with pytest.raises(InputError, match=says):
+        score_results(references_file, results_file, java=False)
+
+
+@pytest.mark.parametrize("document", [[], {"images": []}, {"annotations": [{"id": 1}]}, {"annotations": 3}])
+def test_a_wrong_references_file_is_named(tmp_path, document):
+    with pytest.raises(InputError, match=r"captions.json is not a COCO captions file"):
+        score_results(write(tmp_path / "captions.json", document), write(tmp_path / "results.json", [RESULT]))
+
+
+def test_only_the_images_in_the_results_count(tmp_path):
+    annotations = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() for c in group]
+    references_file = write(tmp_path / "captions.json", {"annotations": annotations})
+    some = {i: HYPOTHESES[i] for i in (7, 9)}
+    results_file = write(tmp_path / "r.json", [{"image_id": i, "caption": c} for i, c in some.items()])
+    expected = score(some, {i: REFERENCES[i] for i in some}, java=False)
+    assert score_results(references_file, results_file, java=False) == expected
+
+
+def test_table_is_markdown_with_three_decimals():
+    lines = format_table(score(HYPOTHESES, REFERENCES, java=False)).splitlines()
+    assert lines[:2] == ["| metric  | value |", "| :------ | ----: |"]
+    assert [line.split("|")[1].strip() for line in lines[2:9]] == list(METRICS)
+    assert lines[6] == "| METEOR  |     - |"
+    assert len(lines[2].split("|")[2].strip()) == len("0.123")
+    assert lines[-1] == "4 captions, plain tokenizer"
+
+
+def test_diversity_counts_what_it_says():
+    found = diversity({1: "A dog runs.", 2: "a dog runs", 3: "a cat"}, ["A dog runs!", "two cats"])
+    assert found == pytest.approx(
+        {
+            "vocabulary": 4,
+            "novel": 1 / 3,
+            "distinct_captions": 2 / 3,
+            "distinct_1": 4 / 8,
+            "distinct_2": 3 / 5,
+            "mean_length": 8 / 3,
+        }
+    )
+
+
+def test_diversity_of_empty_captions_is_nothing():
+    assert diversity({1: "", 2: "."}, [])["distinct_2"] == 0
+    with pytest.raises(InputError):
+        diversity({}, [])
+
+
+def random_corpus(images=60, words=12, seed=0):
+    """Captions of 0 to 14 words out of few, so that n-grams repeat within a caption and between images."""
+    rng = np.random.default_rng(seed)
+
+    def caption():
+        return rng.integers(0, words, rng.integers(0, 15)).tolist()
+
+    references = {f"photo {i}": [caption() for _ in range(rng.integers(1, 7))] for i in range(images)}
+    hypotheses = [caption() + [words + i % 3] * (i % 4) for i in range(images)]
+    return references, hypotheses
+
+
+def official_cider(references, hypotheses):
+    def text(caption):
+        return " ".join(f"w{word}" for word in caption)
+
+    truth = {i: [text(caption) for caption in group] for i, group in references.items()}
+    return Cider().compute_score(truth, {i: [text(h)] for i, h in zip(references, hypotheses, strict=True)})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cider_d_is_pycocoevalcaps_cider(seed):
+    references, hypotheses = random_corpus(seed=seed)
+    total, each = official_cider(references, hypotheses)
+    mine = CiderD(references)(list(references), hypotheses)
+    np.testing.assert_allclose(mine, each, rtol=0, atol=1e-9)
+    assert mine.mean() == pytest.approx(total)
+    assert total > 0.1
+
+
+def test_cider_d_takes_words_as_it_takes_indices():
+    references, hypotheses = random_corpus()
+    as_words = {i: [[f"w{word}" for word in c] for c in group] for i, group in references.items()}
+    words = CiderD(as_words)(list(references), [[f"w{word}" for word in h] for h in hypotheses])
+    np.testing.assert_array_equal(words, CiderD(references)(list(references), hypotheses))
+
+
+def test_cider_d_scores_any_choice_of_images_in_any_order():
+    references, hypotheses = random_corpus()
+    scorer = CiderD(references)
+    ids = list(references)
+    whole = scorer(ids, hypotheses)
+    pick = [5, 3, 3, 40]
+    np.testing.assert_allclose(scorer([ids[i] for i in pick], [hypotheses[i] for i in pick]), whole[pick])
+    assert scorer([], []).shape == (0,)
+
+
+def test_cider_d_equals_the_score_of_coco_captions():
+    dataset, results = first_against_rest(300)
+    references = {}
+    for annotation in dataset["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    hypotheses = {row["image_id"]: row["caption"] for row in results}
+    scores = score(hypotheses, references, java=False)
+    scorer = CiderD({i: [tokenize_plain(caption) for caption in group] for i, group in references.items()})
+    mine = scorer(list(hypotheses), [tokenize_plain(caption) for caption in hypotheses.values()])
+    np.testing.assert_allclose(mine, [scores.per_caption[i]["CIDEr"] for i in hypotheses], rtol=0, atol=1e-9)
+
+
+def test_cider_d_scores_thousands_of_captions_a_second():
+    rng = np.random.default_rng(0)
+    references = {i: rng.zipf(1.3, (5, 11)).clip(max=9000).tolist() for i in range(1000)}
+    hypotheses = rng.zipf(1.3, (1000, 10)).clip(max=9000).tolist()
+    scorer = CiderD(references)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        scorer(list(references), hypotheses)
+        seconds.append(time.perf_counter() - start)
+    assert 1000 / min(seconds) > 5000
+
+
+def test_cider_d_refuses_what_it_cannot_score():
+    scorer = CiderD({1: [[4, 5, 6]]})
+    with pytest.raises(InputError, match="image 2"):
+        scorer([2], [[4]])
+    with pytest.raises(ValueError, match="1 ids for 2"):
+        scorer([1], [[4], [5]])
+    for references in ({}, {1: []}, {1: [[]]}):
+        with pytest.raises(InputError, match="CIDEr-D"):
+            CiderD(references)
+    with pytest.raises(InputError, match="65,535"):
+        CiderD({1: [list(range(1 << 16))]})
+    assert CiderD({1: [list(range(65535))]})([1], [[3]]).tolist() == [0.0]
