@@ -86,7 +86,7 @@ VOCAB_SHA256 = "f1bc5899fc86273f07fc1c3bd18c192317cc35a51023faeadf9cabc6448fa8b1
 WEIGHTS_BYTES = 1_500_000_000  # room for the zip, what is taken from it, and the model's folder
 
 ATTEMPTS = 5  # in a row without a single new byte
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 0.5  # doubled after every failure
 TIMEOUT_SECONDS = 30.0
 PHOTO_THREADS = 16
 CHUNK_BYTES = 1 << 20
@@ -197,9 +197,13 @@ def fetch(url: str, path: Path, size: int, sha256: str, progress: _Progress) -> 
             progress.stop.wait(RETRY_SECONDS * 2**failures)
 
     digest = hashlib.sha256()
-    with part.open("rb") as file:
+    checking = tqdm(
+        total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=None, leave=False
+    )
+    with part.open("rb") as file, checking:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            checking.update(len(chunk))
             progress.advance(0)
     if digest.hexdigest() != sha256:
         part.unlink()
@@ -444,7 +448,7 @@ def weights(to: Path = Path("models/published")) -> None:
         import gdown  # only this command needs it
     except ImportError as error:
         raise InputError(
-            "the published weights lie on Google Drive; to fetch them: pip install gdown"
+            "the published weights lie on a drive that needs gdown: pip install gdown"
         ) from error
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} exists and is not empty; delete it or name another folder.")

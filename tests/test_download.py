@@ -210,9 +210,7 @@ def test_the_next_run_goes_on_where_an_interrupted_one_stopped(coco, tmp_path):
     real = coco.files[name]
     half = len(real) // 2
     coco.cut_after[name] = [half, *[0] * download.ATTEMPTS]
-    with pytest.raises(
-        InputError, match=r"train2017.zip cannot be downloaded: .* run the same command again"
-    ):
+    with pytest.raises(InputError, match=r"train2017.zip cannot be downloaded: .* run the same command"):
         download.coco(tmp_path)
     assert (tmp_path / ".download" / "train2017.zip.part").read_bytes() == real[:half]
     assert not (tmp_path / "images" / "train2017").exists()

@@ -544,6 +544,7 @@ def test_weights_that_lack_a_part_are_refused(original, triple, tmp_path):
         importers.import_weights(*triple, tmp_path / "model")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_hostile_weights_are_refused_and_run_nothing(triple, tmp_path):
     planted = tmp_path / "planted"
     triple[1].write_bytes(pickle.dumps(Hostile(f"touch {planted}")))
