@@ -409,6 +409,9 @@ def coco(
     work = root / ".download"
     archives = [archive for archive in COCO_ARCHIVES if archive.endswith(f"{year}.zip")]
     names = [Path(m).name for archive in archives for m in _members(archive) if m.endswith(".json")]
+    other = 2014 + 2017 - year
+    if list(root.glob(f"annotations/*{other}.json")):
+        raise InputError(f"{root} holds COCO {other}, and a data set is of one year; name another --root.")
     try:
         for name in names:
             path = root / "annotations" / name

@@ -455,6 +455,12 @@ def test_an_unfinished_limited_download_is_not_taken_for_a_whole_one(coco, tmp_p
         download.coco(tmp_path)
 
 
+def test_a_data_set_is_of_one_year(coco, tmp_path):
+    download.coco(tmp_path, limit=1)
+    with pytest.raises(InputError, match="holds COCO 2017"):
+        download.coco(tmp_path, year=2014)
+
+
 def test_command_line(coco, tmp_path, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["download.py", *arguments])
