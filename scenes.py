@@ -189,7 +189,8 @@ class Pen:
         x0, y0, x1, y1 = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
         column = Image.new("RGB", (1, len(colours)))
         column.putdata(colours)
-        self.image.paste(column.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC), (x0, y0))
+        column = column.resize((1, y1 - y0), Image.Resampling.BICUBIC)
+        self.image.paste(column.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST), (x0, y0))
 
 
 # --- things: feet on y = 0, middle at x = 0, looking to the right ------------------------------------------
@@ -205,19 +206,19 @@ def legs(pen: Pen, hips: float, feet: dict[float, float], width: float, fill: Co
 
 
 def dog(pen: Pen, paint: Paint, action: str) -> None:
-    """Floppy ear, raised tail, short legs."""
-    throws = (-0.22, -0.12, 0.2, 0.12) if action == "running" else (0, 0, 0, 0)
-    legs(pen, 0.4, {-0.32: throws[1], 0.2: throws[3]}, 0.13, paint.dark, paint.dark)
-    pen.line([(-0.54, 0.54), (-0.68, 0.72), (-0.66, 0.92)], 0.11, paint.base)
-    legs(pen, 0.42, {-0.46: throws[0], 0.34: throws[2]}, 0.14, paint.base, paint.light)
-    pen.polygon(smooth("-56,60 -20,66 20,68 46,60 44,36 10,28 -30,30 -58,38"), paint.base)
-    pen.polygon(smooth("20,62 24,86 42,100 58,94 82,84 84,72 60,66 48,46"), paint.base)
-    pen.line([(0.24, 0.62), (0.5, 0.5)], 0.06, (236, 196, 64))
-    pen.polygon(smooth("34,96 20,84 16,58 28,52 38,66 44,90"), paint.dark)
-    pen.detail(0.56, 0.85, 0.04, 0.045, (255, 255, 255))
-    pen.detail(0.57, 0.85, 0.026, 0.032, INK)
-    pen.detail(0.83, 0.8, 0.055, 0.05, INK)
-    pen.patch(at("66,70 78,72 74,60 68,60"), ROSE)
+    """Large head, floppy ear, raised tail, short legs."""
+    throws = (-0.2, -0.1, 0.18, 0.1) if action == "running" else (0, 0, 0, 0)
+    legs(pen, 0.34, {-0.42: throws[1], 0.06: throws[3]}, 0.15, paint.dark, paint.dark)
+    pen.line(at("-64,46 -80,66 -78,88"), 0.13, paint.base)
+    legs(pen, 0.34, {-0.58: throws[0], 0.22: throws[2]}, 0.17, paint.base, paint.light)
+    pen.polygon(smooth("-70,50 -40,58 10,58 36,52 34,28 0,20 -44,20 -72,28"), paint.base)
+    pen.polygon(smooth("0,62 6,92 28,106 52,98 62,84 86,78 88,60 60,50 40,40 14,44"), paint.base)
+    pen.line(at("8,54 40,40"), 0.08, (236, 196, 64))
+    pen.polygon(smooth("16,102 -4,92 -16,60 -8,42 8,50 20,74 28,96"), paint.dark)
+    pen.detail(0.47, 0.83, 0.06, 0.07, (255, 255, 255))
+    pen.detail(0.49, 0.83, 0.038, 0.05, INK)
+    pen.detail(0.86, 0.73, 0.075, 0.065, INK)
+    pen.patch(at("62,54 78,58 76,40 66,40"), ROSE)
 
 
 def cat(pen: Pen, paint: Paint, action: str) -> None:
@@ -226,62 +227,64 @@ def cat(pen: Pen, paint: Paint, action: str) -> None:
     pen.polygon(smooth("-27,4 -34,22 -22,52 22,52 34,22 27,4 0,0"), paint.base)
     pen.patch(smooth("-12,8 -13,36 0,46 13,36 12,8"), paint.light)
     for side in (-1, 1):
-        pen.polygon([(side * 0.3, 0.68), (side * 0.28, 1), (side * 0.03, 0.86)], paint.base)
-        pen.patch([(side * 0.25, 0.78), (side * 0.245, 0.93), (side * 0.12, 0.85)], ROSE)
+        pen.polygon([(side * 0.3, 0.66), (side * 0.3, 1.1), (side * 0.02, 0.86)], paint.base)
+        pen.patch([(side * 0.25, 0.78), (side * 0.262, 1), (side * 0.1, 0.86)], ROSE)
         pen.oval(side * 0.13, 0.05, 0.11, 0.06, paint.light)
     pen.oval(0, 0.68, 0.31, 0.24, paint.base)
     for side in (-1, 1):
         pen.detail(side * 0.12, 0.72, 0.07, 0.07, (250, 252, 220))
         pen.detail(side * 0.12, 0.72, 0.03, 0.065, INK)
+        for y in (0.2, 0.32):
+            pen.patch([(side * 0.31, y - 0.03), (side * 0.31, y + 0.04), (side * 0.16, y)], paint.dark)
         if not pen.outline:
             for y in (0.55, 0.61, 0.67):
                 whisker = [(side * 0.1, 0.6), (side * 0.4, y)]
                 pen.line(whisker, 0.012, mix(paint.base, INK if sum(paint.base) > 300 else MOONLIT, 0.6))
+    for x in (-0.09, 0, 0.09):
+        pen.patch([(x - 0.028, 0.91), (x + 0.028, 0.91), (x, 0.8)], paint.dark)
     pen.patch([(-0.045, 0.635), (0.045, 0.635), (0, 0.59)], ROSE)
 
 
 def horse(pen: Pen, paint: Paint, action: str) -> None:
-    """Long neck, mane, long thin legs, a hanging tail."""
+    """Upright neck, mane, saddle, long thin legs, a hanging tail."""
     hair = mix(paint.base, (40, 26, 20), 0.62) if sum(paint.base) > 150 else (112, 108, 116)
-    throws = (-0.24, -0.1, 0.26, 0.12) if action == "galloping" else (0, 0, 0, 0)
-    legs(pen, 0.5, {-0.36: throws[1], 0.16: throws[3]}, 0.085, paint.dark, hair)
-    pen.polygon(smooth("-52,64 -70,56 -76,24 -66,16 -62,36 -54,50"), hair)
-    legs(pen, 0.5, {-0.47: throws[0], 0.28: throws[2]}, 0.095, paint.base, hair)
-    pen.polygon(smooth("-55,64 -20,63 20,66 38,56 30,42 0,38 -30,40 -56,46"), paint.base)
-    pen.polygon([(0.42, 1.02), (0.44, 1.18), (0.52, 1.02)], paint.base)
-    pen.polygon(smooth("2,62 22,84 36,106 48,106 76,80 72,70 62,70 46,84 42,62 34,46"), paint.base)
-    pen.polygon(smooth("46,114 30,108 12,86 0,62 14,64 30,88 42,104"), hair)
-    pen.detail(0.52, 0.95, 0.028, 0.034, INK if sum(paint.base) > 150 else (240, 240, 240))
-    pen.detail(0.7, 0.76, 0.016, 0.02, INK)
+    throws = (-0.26, -0.12, 0.28, 0.14) if action == "galloping" else (0, 0, 0, 0)
+    legs(pen, 0.66, {-0.34: throws[1], 0.14: throws[3]}, 0.085, paint.dark, hair)
+    pen.polygon(smooth("-48,86 -64,82 -74,48 -66,30 -58,46 -50,70"), hair)
+    legs(pen, 0.66, {-0.44: throws[0], 0.26: throws[2]}, 0.095, paint.base, hair)
+    pen.polygon(smooth("-52,84 -20,82 16,86 36,80 32,60 4,54 -28,56 -54,62"), paint.base)
+    pen.polygon(at("34,136 38,154 46,134"), paint.base)
+    pen.polygon(smooth("8,78 20,108 28,138 42,140 70,114 66,102 56,102 46,112 42,84 34,62"), paint.base)
+    pen.polygon(smooth("36,150 22,142 10,112 -2,84 10,84 24,112 34,136"), hair)
+    pen.patch(smooth("-30,86 -10,84 8,88 6,68 -12,66 -26,68"), (250, 244, 226))
+    pen.patch(smooth("-26,90 -10,86 4,91 0,76 -12,74 -22,76"), WOOD)
+    pen.detail(0.46, 1.28, 0.028, 0.034, INK if sum(paint.base) > 150 else (240, 240, 240))
+    pen.detail(0.64, 1.08, 0.016, 0.02, INK)
 
 
 def bird(pen: Pen, paint: Paint, action: str) -> None:
     """Flying with both wings up, or standing on two thin legs."""
     flying = action == "flying"
-    hx, hy = (0.46, 0.44) if flying else (0.34, 0.8)
-    pen.polygon([(hx + 0.12, hy + 0.07), (hx + 0.36, hy - 0.02), (hx + 0.12, hy - 0.09)], BEAK)
+    hx, hy = (0.42, 0.4) if flying else (0.34, 1.12)
+    pen.polygon([(hx + 0.12, hy + 0.09), (hx + 0.4, hy - 0.02), (hx + 0.12, hy - 0.11)], BEAK)
     if flying:
-        pen.polygon(smooth("20,42 36,74 30,100 14,94 0,60 -2,40"), paint.dark)
-        pen.polygon(at("-36,34 -74,42 -66,28 -76,16 -36,22"), paint.dark)
-        pen.polygon(smooth("-50,34 -20,44 20,46 44,40 30,20 0,12 -30,20"), paint.base)
+        pen.polygon(smooth("22,36 46,66 62,110 58,134 40,124 14,84 -4,40"), paint.dark)
+        pen.polygon(at("-30,32 -66,36 -60,24 -68,12 -30,16"), paint.dark)
+        pen.polygon(smooth("-44,28 -20,40 16,44 40,38 30,14 4,4 -24,10"), paint.base)
     else:
         for x in (-0.02, 0.12):
-            pen.line([(x, 0.3), (x, 0.02), (x + 0.1, 0.02)], 0.035, BEAK)
-        pen.polygon(at("-24,60 -76,34 -70,24 -22,34"), paint.dark)
-        pen.polygon(smooth("-42,50 -10,74 24,72 36,46 14,22 -20,26"), paint.base)
-    pen.oval(hx, hy, 0.19, 0.18, paint.base)
-    pen.polygon(
-        smooth("16,40 2,72 -34,100 -50,96 -44,66 -22,34")
-        if flying
-        else smooth("-46,36 -20,62 10,60 12,42 -16,32"),
-        paint.light if flying else paint.dark,
-    )
-    pen.detail(hx + 0.06, hy + 0.05, 0.045, 0.05, (255, 255, 255))
-    pen.detail(hx + 0.07, hy + 0.05, 0.028, 0.035, INK)
+            pen.line([(x, 0.5), (x, 0.02), (x + 0.12, 0.02)], 0.045, BEAK)
+        pen.polygon(at("-24,86 -78,62 -74,48 -22,56"), paint.dark)
+        pen.polygon(smooth("-46,76 -14,98 14,104 28,120 44,100 40,72 18,44 -20,48"), paint.base)
+    pen.oval(hx, hy, 0.2, 0.19, paint.base)
+    wing = "16,38 0,76 -30,118 -54,134 -60,108 -44,66 -20,28" if flying else "-50,58 -24,88 8,86 12,66 -16,54"
+    pen.polygon(smooth(wing), paint.light if flying else paint.dark)
+    pen.detail(hx + 0.07, hy + 0.05, 0.055, 0.06, (255, 255, 255))
+    pen.detail(hx + 0.08, hy + 0.05, 0.034, 0.042, INK)
 
 
 def person(pen: Pen, paint: Paint, action: str, woman: bool) -> None:
-    """A man in a long coat, trousers and a hat, or a woman with long hair in a wide dress."""
+    """A man in a coat, trousers and a hat, or a woman with long hair in a wide dress."""
     stride = 0.13 if action == "walking" else 0.02
     cloth, sleeve = (paint.skin, paint.skin) if woman else ((74, 78, 98), paint.base)
     if woman:
@@ -297,19 +300,16 @@ def person(pen: Pen, paint: Paint, action: str, woman: bool) -> None:
         pen.line([(side * 0.13, 0.74), elbow, hand], 0.065 if woman else 0.1, sleeve)
         pen.oval(*hand, 0.045, 0.045, paint.skin)
     if woman:
-        pen.polygon(smooth("-11,78 0,76 11,78 12,58 34,24 0,20 -34,24"), paint.base)
+        pen.polygon(smooth("-11,78 0,76 11,78 12,58 38,16 0,12 -38,16"), paint.base)
         pen.patch(at("-11.5,60 11.5,60 14,54 -14,54"), paint.dark)
     else:
-        pen.polygon(at("-15,79 15,79 21,72 22,30 -22,30 -21,72"), paint.base)
-        pen.box(-0.012, 0.3, 0.012, 0.76, paint.dark)
+        pen.polygon(at("-15,79 15,79 21,72 20,40 -20,40 -21,72"), paint.base)
+        pen.box(-0.012, 0.4, 0.012, 0.76, paint.dark)
     pen.oval(0, 0.87, 0.11, 0.115, paint.skin)
     if woman:
-        pen.patch(
-            smooth("0,100 13,93 12,87 0,94 -12,87 -13,93"),
-            paint.hair,
-        )
+        pen.patch(smooth("0,100 13,93 12,87 0,94 -12,87 -13,93"), paint.hair)
     else:
-        pen.box(-0.17, 0.93, 0.17, 0.96, INK)
+        pen.box(-0.2, 0.92, 0.2, 0.955, INK)
         pen.polygon(at("-10,95 10,95 8.5,105 -8.5,105"), INK)
     for x in (-0.02, 0.06):
         pen.detail(x, 0.87, 0.014, 0.018, INK)
@@ -365,7 +365,10 @@ def boat(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def plane(pen: Pen, paint: Paint, action: str) -> None:
-    """Seen from the side: tail fin, swept wings, a row of windows."""
+    """Seen from the side: tail fin, swept wings, a row of windows, two trails behind."""
+    if not pen.outline:
+        for y in (0.42, 0.54):
+            pen.line([(-1.5, y), (-1.0, y)], 0.05, (255, 255, 255))
     pen.polygon(at("18,60 -16,60 -44,94 -26,94"), paint.dark)
     pen.polygon(at("-92,52 -104,98 -82,98 -52,60"), paint.dark)
     pen.polygon(smooth("-96,56 -60,38 40,30 84,36 100,47 82,60 40,66 -60,64"), paint.base)
@@ -390,7 +393,8 @@ def kite(pen: Pen, paint: Paint, action: str) -> None:
 
 def balloon(pen: Pen, paint: Paint, action: str) -> None:
     """Pear-shaped on a string."""
-    pen.line(at("0,40 5,28 -4,14 0,0"), 0.014, INK if not pen.outline else pen.outline)
+    if pen.outline:  # a single thin line in the outline's colour shows everywhere
+        pen.draw.line(pen.place(smooth("0,40 4,28 -4,14 0,0 -4,14 4,28")), pen.outline, round(pen.edge))
     pen.polygon([(0, 0.42), (0.06, 0.35), (-0.06, 0.35)], paint.dark)
     pen.polygon(smooth("0,100 20,95 30,76 20,54 0,40 -20,54 -30,76 -20,95"), paint.base)
     pen.patch(smooth("10,96 26,76 12,52 20,74"), paint.dark)
@@ -398,12 +402,13 @@ def balloon(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def ball(pen: Pen, paint: Paint, action: str) -> None:
-    """Round, with darker panels."""
+    """Round, with panels."""
+    panel = (190, 194, 204) if min(paint.base) > 240 else (252, 252, 252)
     pen.oval(0, 0.5, 0.5, 0.5, paint.base)
-    pen.patch(smooth("-6,98 12,50 -6,2 -26,50"), paint.dark)
-    pen.patch(smooth("24,92 46,60 40,24 30,50"), paint.dark)
-    pen.patch(smooth("-30,88 -48,50 -30,12 -40,50"), paint.dark)
-    pen.detail(-0.2, 0.78, 0.1, 0.07, mix(paint.base, (255, 255, 255), 0.7))
+    pen.patch(smooth("-10,97 8,50 -10,3 -24,50"), panel)
+    pen.patch(smooth("26,90 44,60 40,26 30,50"), panel)
+    pen.patch(smooth("-32,86 -48,50 -32,14 -40,50"), panel)
+    pen.detail(0.16, 0.78, 0.09, 0.06, mix(paint.base, (255, 255, 255), 0.6))
 
 
 RIM = [(0.6 - 0.3 * (i + t / 4), 0.5 + 0.07 * math.sin(math.pi * t / 4)) for i in range(4) for t in range(4)]
@@ -737,16 +742,18 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.78, 1), 0.26, (0.56, 0.68), 2, RUNNING, BEASTS),
-    "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1), 0.2, (0.46, 0.6), 3, SITTING, BEASTS),
-    "horse": Kind({"horse": 8, "pony": 2}, horse, (1.55, 1.18), 0.3, (0.54, 0.66), 2, GALLOPING, WHEELS),
-    "bird": Kind({"bird": 9, "songbird": 1}, bird, (1.6, 1), 0.16, (0.46, 0.6), 3, PERCHING, ALOFT | SMALL),
+    "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.86, 1.06), 0.26, (0.6, 0.74), 2, RUNNING, BEASTS),
+    "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1.1), 0.2, (0.56, 0.7), 3, SITTING, BEASTS),
+    "horse": Kind({"horse": 8, "pony": 2}, horse, (1.5, 1.52), 0.3, (0.62, 0.76), 2, GALLOPING, WHEELS),
+    "bird": Kind(
+        {"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.58, 0.74), 3, PERCHING, ALOFT | SMALL
+    ),
     "man": Kind(
         {"man": 8, "guy": 1, "gentleman": 1},
         man,
         (0.76, 1.06),
         0.3,
-        (0.54, 0.66),
+        (0.6, 0.74),
         3,
         STROLLING,
         PEOPLE,
@@ -758,7 +765,7 @@ KINDS: dict[str, Kind] = {
         woman,
         (0.76, 1.02),
         0.3,
-        (0.54, 0.66),
+        (0.6, 0.74),
         3,
         STROLLING,
         PEOPLE,
@@ -766,20 +773,20 @@ KINDS: dict[str, Kind] = {
         pronoun="her",
     ),
     "car": Kind(
-        {"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.56, 0.68), 2, DRIVING, WHEELS
+        {"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.62, 0.76), 2, DRIVING, WHEELS
     ),
-    "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.54, 0.68), 2, DRIVING, WHEELS),
-    "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.5, 0.64), 3, SAILING, MOORED),
+    "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.58, 0.74), 2, DRIVING, WHEELS),
+    "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.58, 0.72), 3, SAILING, MOORED),
     "plane": Kind(
-        {"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.54, 0.68), 2, FLYING, ALOFT
+        {"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.62, 0.76), 2, FLYING, ALOFT
     ),
-    "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.52, 0.66), 3, FLYING, ALOFT),
+    "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.58, 0.74), 3, FLYING, ALOFT),
     "balloon": Kind(
-        {"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.54, 0.68), 3, FLOATING, ALOFT
+        {"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.58, 0.74), 3, FLOATING, ALOFT
     ),
-    "ball": Kind({"ball": 9, "rubber ball": 1}, ball, (1, 1), 0.14, (0.42, 0.54), 3, BOUNCING, SMALL),
+    "ball": Kind({"ball": 9, "rubber ball": 1}, ball, (1, 1), 0.14, (0.46, 0.6), 3, BOUNCING, SMALL),
     "umbrella": Kind(
-        {"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.5, 0.64), 2, STANDING, SMALL
+        {"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.58, 0.72), 2, STANDING, SMALL
     ),
     "tree": Kind({"tree": 1}, tree, (0.95, 1), 0.3, coloured=False),
     "bench": Kind({"bench": 1}, bench, (1.6, 0.85), 0.25),
@@ -817,7 +824,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "snow": Setting(
         snow,
-        ("snow", "snowy", "winter", "wintry"),
+        ("snow", "snowy", "winter"),
         {"in the snow": 7, "on the snow": 1, "in a snowy landscape": 1, "on snowy ground": 1},
         {"over the snow": 5, "above the snow": 2, "over a snowy landscape": 1, "above a winter landscape": 1},
     ),
@@ -882,7 +889,7 @@ def plan(rng: random.Random) -> dict:
     kind = KINDS[name]
     setting = rng.choice(tuple(kind.settings))
     action = rng.choice(kind.settings[setting])
-    count = min(rng.choice((1, 1, 1, 1, 1, 2, 2, 3)), kind.most)
+    count = min(rng.choice((1, 1, 1, 1, 1, 1, 2, 3)), kind.most)
     greyscale = rng.random() < GREYSCALE_SHARE
     colour = rng.choice(tuple(COLOURS))
     others = []
@@ -951,10 +958,6 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     low, top = -q, min(horizon - 0.12, q - high)
     if aloft:
         low, top = min(horizon, q - high), q - high
-        if relation == "above":
-            low = min(max(low, -0.11), top)
-    elif relation == "under":
-        top = min(top, -0.3)
     elif action == "bouncing":
         low, top = -0.3, -0.2
     y = rng.uniform(low, top)
@@ -986,10 +989,16 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
             hand = 0.6 * scale
             ox, oy = xs[0] + side * 0.34 * scale, ys[0] + hand
         else:
-            under = relation == "under"
-            spread = q - w / 2
-            ox = min(max(xs[0] + side * rng.uniform(0.02, 0.2), -spread), spread)
-            oy = rng.uniform(min(ys[0] + high + 0.02, q - h), q - h) if under else -q + rng.uniform(0, 0.03)
+            shrink = min(1, (2 * q - 0.03) / (high + h))
+            scale, unit, high, w, h = (length * shrink for length in (scale, unit, high, w, h))
+            ox = min(max(xs[0] + side * rng.uniform(0.02, 0.2), w / 2 - q), q - w / 2)
+            slack = 2 * q - high - h - 0.02
+            if relation == "under":
+                ys = [-q + rng.uniform(0, min(slack, 0.12))]
+                oy = rng.uniform(ys[0] + high + 0.02, q - h)
+            else:
+                oy = -q + rng.uniform(0, min(slack, 0.04))
+                ys = [max(ys[0], oy + h + 0.02)]
         pose = scene["setting"] if other["kind"] == "tree" else _pose(other, relation, scene["setting"])
         placed.append(Placed(other["kind"], other["colour"], pose, ox, oy, unit, rng.random() < 0.5))
     mains = [Placed(name, colour, action, x, y, scale, flip) for x, y in zip(xs, ys, strict=True)]
