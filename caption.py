@@ -1,0 +1,280 @@
+"""Caption photos with a trained model.
+
+    python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
+
+    captioner = Captioner.load("models/scenes")
+    captioner(["photo.jpg"])[0].text
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.figure
+import torch
+import tyro
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import decoding
+from checkpoint import Description, load_model, newest_model
+from data_loader import Photos, build_transform, read_photo
+from errors import InputError, run_command
+from features import BATCH, encode
+from model import EncoderCNN, fast_dtype
+from vocabulary import UNK, UNK_WORD, Vocabulary
+
+Source = str | Path | Image.Image
+
+
+@dataclass
+class Decoding:
+    """How words are chosen: greedy by default, a beam with `beam_size`, drawn with `temperature`."""
+
+    beam_size: int = 1  # hypotheses kept at every step; 1 is greedy
+    temperature: float | None = None  # draw words at random at this temperature rather than choose the best
+    top_k: int = 0  # draw from the k most probable words only; 0 is all
+    top_p: float = 1.0  # draw from the most probable words that hold this share of the probability
+    seed: int | None = None  # of the draw
+    alternatives: int = 0  # further captions of each photo, after the first
+    max_length: int = 20  # tokens at most
+    min_length: int = 0  # words at least
+    length_penalty: float = 0.0  # a beam ranks by log p / length ** this
+    block_trigrams: bool = False  # a beam never repeats three words
+    groups: int = 1  # of the beam, kept different from one another
+    diversity: float = 0.5  # how different
+
+    def __call__(self, decoder: torch.nn.Module, features: Tensor) -> list[list[decoding.Hypothesis]]:
+        """Decode embedded features: for each photo its hypotheses, best first, 1 + `alternatives` at most."""
+        lengths = {"max_length": self.max_length, "min_length": self.min_length}
+        wanted = 1 + self.alternatives
+        if self.temperature is not None:
+            drawn = decoding.sample(
+                decoder, features, self.temperature, self.top_k, self.top_p, self.seed, n=wanted, **lengths
+            )
+            return [drawn[i : i + wanted] for i in range(0, len(drawn), wanted)]
+        if self.beam_size == 1 and wanted == 1:
+            return [[hypothesis] for hypothesis in decoding.greedy(decoder, features, **lengths)]
+        return decoding.beam_search(
+            decoder,
+            features,
+            self.beam_size,
+            length_penalty=self.length_penalty,
+            n_best=wanted,
+            block_trigrams=self.block_trigrams,
+            groups=self.groups,
+            diversity=self.diversity,
+            **lengths,
+        )
+
+
+@dataclass
+class Caption:
+    """A photo's caption.
+
+    text: the sentence. tokens: its words, `<end>` left out.
+    log_probability: the natural logarithm of the sentence's probability under the model, `<end>` included.
+    attention: (len(tokens), cells) where the decoder looked for each token, or None where it does not attend.
+    alternatives: further captions of the photo, less probable ones where they come from a beam.
+    """
+
+    text: str
+    tokens: list[str]
+    log_probability: float
+    attention: Tensor | None = None
+    alternatives: list[Caption] = field(default_factory=list)
+
+
+class Captioner:
+    """A trained model that captions photos: `Captioner.load(folder)(images)`."""
+
+    def __init__(self, encoder: EncoderCNN, decoder: torch.nn.Module, vocab: Vocabulary, description: Description):
+        self.device = PartialState().device
+        self.encoder = encoder.for_inference(fast_dtype(self.device)).to(self.device)
+        self.decoder = decoder.to(self.device).eval()
+        self.vocab, self.description = vocab, description
+        self.transform = build_transform(False, description.preprocessing.image_size, normalise=False)
+
+    @classmethod
+    def load(cls, folder: str | Path, epoch: int | None = None) -> Captioner:
+        """The model in a folder as `train.py` writes it, its best epoch unless `epoch` is given.
+
+        Raises `InputError` where the folder is incomplete or its files do not go together.
+        """
+        return cls(*load_model(folder, epoch))
+
+    def __call__(
+        self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any
+    ) -> list[Caption]:
+        """One `Caption` an image, in their order; images are PIL images or paths, one or many.
+
+        `how`, or its fields by name, choose the decoding: `captioner(image, beam_size=3)`. Raises `InputError`
+        naming the first image that cannot be read.
+        """
+        sources = [images] if isinstance(images, Source) else list(images)
+        return [caption for _, caption in self.stream(sources, how or Decoding(**options))]
+
+    def stream(
+        self,
+        sources: list[Source],
+        how: Decoding,
+        workers: int = 0,
+        unreadable: Callable[[int, InputError], object] | None = None,
+    ) -> Iterator[tuple[int, Caption]]:
+        """Caption photos batch by batch: yields each one's index in `sources` and its caption, in order.
+
+        `workers` processes read ahead. A photo that cannot be read is passed to `unreadable` and left out;
+        without that, its `InputError` is raised.
+        """
+        batches = [list(range(i, min(i + BATCH, len(sources)))) for i in range(0, len(sources), BATCH)]
+        for indices, seen in encode(self.encoder, Photos(sources, self.transform), batches, workers, unreadable):
+            found = how(self.decoder, self.encoder.embed(seen))
+            for index, hypotheses in zip(indices, found, strict=True):
+                first, *others = [self._caption(hypothesis) for hypothesis in hypotheses]
+                first.alternatives = others
+                yield index, first
+
+    def _caption(self, hypothesis: decoding.Hypothesis) -> Caption:
+        words = [i for i in hypothesis.tokens if i > UNK or i == UNK]
+        tokens = [UNK_WORD if i == UNK else self.vocab.words[i] for i in words]
+        attention = None if hypothesis.attention is None else hypothesis.attention[: len(tokens)]
+        return Caption(self.vocab.decode(hypothesis.tokens), tokens, hypothesis.log_probability, attention)
+
+
+def draw_sheet(sources: list[Source], captions: list[str], columns: int = 4) -> matplotlib.figure.Figure:
+    """A contact sheet: the photos in rows, each above its caption."""
+    rows = -(-len(sources) // columns)
+    figure = matplotlib.figure.Figure(figsize=(3.2 * columns, 3.1 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, source, text in zip(figure.axes, sources, captions, strict=False):
+        axes.imshow(read_photo(source))
+        axes.set_title(text, fontsize=10, wrap=True, y=-0.02, va="top")
+    return figure
+
+
+def draw_attention(source: Source, caption: Caption, image_size: int) -> matplotlib.figure.Figure:
+    """Where the decoder looked for each word: its map over the part of the photo that the encoder saw."""
+    if caption.attention is None:
+        raise InputError("this model's decoder does not attend; train one with --decoder attention.")
+    cells = round(caption.attention.shape[1] ** 0.5)
+    crop = build_transform(False, image_size, normalise=False)(read_photo(source)).permute(1, 2, 0)
+    columns = min(5, len(caption.tokens) + 1)
+    rows = -(-(len(caption.tokens) + 1) // columns)
+    figure = matplotlib.figure.Figure(figsize=(2.2 * columns, 2.45 * rows), layout="constrained")
+    figure.suptitle(caption.text, wrap=True)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    panels[0].imshow(crop)
+    panels[0].set_title("photo")
+    for axes, word, weights in zip(panels[1:], caption.tokens, caption.attention, strict=False):
+        axes.imshow(crop)
+        axes.imshow(
+            weights.float().reshape(cells, cells),
+            extent=(0, image_size, image_size, 0),
+            cmap="magma",
+            alpha=0.6,
+            interpolation="bicubic",
+        )
+        axes.set_title(word)
+    return figure
+
+
+def find_photos(paths: Iterable[Path]) -> list[Path]:
+    """The photos at the paths, in the order given; of a folder the files that look like photos, in name order."""
+    suffixes = Image.registered_extensions()
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(Path(entry) for entry in os.scandir(path) if entry.is_file())
+            photos = [file for file in inside if file.suffix.lower() in suffixes]
+            if not photos:
+                raise InputError(f"{path} holds no photos; name a photo or a folder of them.")
+            found += photos
+        else:
+            found.append(path)
+    return found
+
+
+def main(
+    photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO_OR_FOLDER")],
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")],
+    model: Path | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    strict: bool = False,
+    sheet: Path | None = None,
+    attention: Path | None = None,
+    workers: int = min(4, os.cpu_count() or 1),
+) -> None:
+    """Caption photos and folders of photos with a trained model.
+
+    Args:
+        photos: photos and folders of photos.
+        decoding: how words are chosen.
+        model: the model's folder; by default the newest in models/.
+        json_: print one JSON list of objects with photo, caption and log_probability.
+        strict: stop at the first photo that cannot be read.
+        sheet: also draw the photos with their captions into this PNG.
+        attention: also draw where the decoder looked for each word of the first photo into this PNG.
+        workers: processes that read photos.
+    """
+    if not photos:
+        raise InputError("no photo was named; name photos or folders of photos.")
+    sources = find_photos(photos)
+    captioner = Captioner.load(model or newest_model())
+    failed: list[InputError] = []
+    unreadable = None if strict else lambda _, error: failed.append(error)
+    captions: dict[int, Caption] = {}
+    found = captioner.stream(sources, decoding, workers if len(sources) > 2 * BATCH else 0, unreadable)
+    for index, caption in tqdm(found, total=len(sources), unit="photo", delay=2, disable=None):
+        captions[index] = caption
+        if not json_:
+            tqdm.write(f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text)
+            for other in caption.alternatives:
+                tqdm.write(f"    {other.text}")
+    if json_:
+        print(json.dumps([as_json(sources[i], caption) for i, caption in captions.items()], indent=1))
+    if sheet is not None and captions:
+        figure = draw_sheet([sources[i] for i in captions], [caption.text for caption in captions.values()])
+        save_figure(figure, sheet)
+    if attention is not None and captions:
+        first, caption = next(iter(captions.items()))
+        size = captioner.description.preprocessing.image_size
+        save_figure(draw_attention(sources[first], caption, size), attention)
+    for error in failed:
+        print(f"error: {error}", file=sys.stderr)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(sources)} photos could not be read; {len(captions)} are captioned.")
+
+
+def as_json(source: Source, caption: Caption) -> dict[str, Any]:
+    """A caption as the JSON that `--json` prints."""
+    result = {"photo": str(source), "caption": caption.text, "log_probability": caption.log_probability}
+    if caption.alternatives:
+        result["alternatives"] = [
+            {"caption": other.text, "log_probability": other.log_probability} for other in caption.alternatives
+        ]
+    return result
+
+
+def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
+    """Write a figure as a PNG and say where it is, on stderr."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=100)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from None
+    print(f"drew {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(lambda: tyro.cli(main))

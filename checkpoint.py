@@ -1,0 +1,214 @@
+"""A trained model's folder: written whole, read safely, resumed.
+
+    captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch
+    encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights
+    decoder-<i>.pkl
+    resume.pt         all that training needs to go on; resume-previous.pt is the one before it
+
+Every file is written beside its target, flushed to disk and renamed over it. Nothing that is read can
+run code: state dicts are tensors only, the rest is JSON that is checked field by field.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+import torch.nn as nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from errors import InputError
+from model import DECODERS, EncoderCNN, load_weights, read_state_dict
+from vocabulary import Vocabulary
+
+DESCRIPTION = "captioner.json"
+LARGEST_DESCRIPTION = 64 << 20  # bytes
+
+
+class Architecture(BaseModel):
+    """What must be known to build the two networks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decoder: Literal["lstm", "attention"]
+    embed_size: int = Field(ge=1, le=1 << 14)
+    hidden_size: int = Field(ge=1, le=1 << 14)
+    num_layers: int = Field(ge=1, le=16)
+    dropout: float = Field(ge=0, lt=1)
+    backbone: Literal["IMAGENET1K_V1", "stored"]  # torchvision's by name, or in encoder-<i>.pkl
+
+
+class Preprocessing(BaseModel):
+    """How a photo becomes the encoder's input: the arguments of `data_loader.build_transform`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_size: int = Field(ge=32, le=2048)
+
+
+class Description(BaseModel):
+    """captioner.json: everything about a model but its weights."""
+
+    format: Literal[1] = 1
+    architecture: Architecture
+    preprocessing: Preprocessing
+    vocabulary: list[str] = Field(max_length=1 << 22)
+    data: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    epochs: list[dict[str, Any]] = []
+    best_epoch: int | None = Field(default=None, ge=1)
+    environment: dict[str, Any] = {}
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: beside its target, flushed to disk, renamed over it."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        beside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
+
+
+def environment() -> dict[str, str | None]:
+    """The versions that a result depends on, and the git revision if the code is a checkout's."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    libraries = {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy", "pillow", "accelerate")}
+    return {"python": platform.python_version(), **libraries, "git_revision": git.stdout.strip() or None}
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Write captioner.json."""
+    write_file(folder / DESCRIPTION, lambda file: file.write(description.model_dump_json(indent=1).encode()))
+
+
+def read_description(folder: str | Path) -> Description:
+    """Read and check captioner.json; `InputError` says what is missing or wrong in it."""
+    path = Path(folder) / DESCRIPTION
+    if not path.exists():
+        raise InputError(f"{folder} is not a trained model's folder: {path} is missing; train one with `make demo`.")
+    try:
+        if path.stat().st_size > LARGEST_DESCRIPTION:
+            raise InputError(f"{path} is larger than any description of a model; it is not one.")
+        return Description.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise InputError(f"{path} does not describe a model: {where}: {first['msg']}.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def newest_model(models: Path = Path("models")) -> Path:
+    """The folder in `models` that was trained last; `InputError` says how to get one where there is none."""
+    found = sorted(models.glob(f"*/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(
+            f"there is no trained model in {models}/; make one with `make demo`, fetch one with "
+            f"`python download.py weights`, or name one with --model."
+        )
+    return found[-1].parent
+
+
+def epochs_saved(folder: Path) -> list[int]:
+    """The epochs whose encoder and decoder both lie in the folder, in order."""
+    found = (path.stem.split("-")[1] for path in folder.glob("encoder-*.pkl"))
+    return sorted(int(i) for i in found if i.isdigit() and (folder / f"decoder-{i}.pkl").exists())
+
+
+def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module, description: Description) -> None:
+    """Write encoder-<epoch>.pkl and decoder-<epoch>.pkl.
+
+    A backbone whose weights torchvision publishes is named in captioner.json and left out of the file.
+    """
+    state = encoder.state_dict()
+    if description.architecture.backbone != "stored":
+        state = {key: value for key, value in state.items() if key.startswith("embed.")}
+    write_file(folder / f"encoder-{epoch}.pkl", lambda file: torch.save(state, file))
+    write_file(folder / f"decoder-{epoch}.pkl", lambda file: torch.save(decoder.state_dict(), file))
+
+
+def remove_epoch(folder: Path, epoch: int) -> None:
+    """Delete an epoch's weights."""
+    for name in ("encoder", "decoder"):
+        (folder / f"{name}-{epoch}.pkl").unlink(missing_ok=True)
+
+
+def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN, nn.Module, Vocabulary, Description]:
+    """Encoder, decoder, vocabulary and description from a model's folder, in evaluation mode on the CPU.
+
+    Without `epoch` the best one's weights, else the last one's. `InputError` says what is missing or does
+    not go together.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    try:
+        vocabulary = Vocabulary(description.vocabulary)
+    except InputError as error:
+        raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
+    saved = epochs_saved(folder)
+    if epoch is None:
+        epoch = description.best_epoch if description.best_epoch in saved else max(saved, default=None)
+    if epoch not in saved:
+        wanted = "any epoch's" if epoch is None else f"epoch {epoch}'s"
+        raise InputError(
+            f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or go on "
+            f"with `python train.py --resume {folder}`."
+        )
+    parts = description.architecture
+    encoder_file, decoder_file = folder / f"encoder-{epoch}.pkl", folder / f"decoder-{epoch}.pkl"
+    encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
+    grid = DECODERS[parts.decoder].attends
+    with torch.device("meta"):
+        decoder = DECODERS[parts.decoder](
+            parts.embed_size, parts.hidden_size, len(vocabulary), parts.num_layers, parts.dropout
+        )
+        if parts.backbone == "stored":
+            encoder = EncoderCNN(parts.embed_size, "random", grid=grid)
+    load_weights(decoder, decoder_state, decoder_file)
+    if parts.backbone != "stored":
+        encoder = EncoderCNN(parts.embed_size, "pretrained", grid=grid)
+    load_weights(encoder, encoder_state, encoder_file, may_lack=() if parts.backbone == "stored" else ("resnet.",))
+    encoder.resnet.to(memory_format=torch.channels_last)
+    return encoder.eval(), decoder.eval(), vocabulary, description
+
+
+def save_resume(folder: Path, state: dict[str, Any]) -> None:
+    """Write resume.pt; the one before it stays as resume-previous.pt."""
+    path = folder / "resume.pt"
+    beside = path.with_name("resume-next.pt")
+    write_file(beside, lambda file: torch.save(state, file))
+    if path.exists():
+        os.replace(path, folder / "resume-previous.pt")
+    os.replace(beside, path)
+
+
+def load_resume(folder: Path, say: Callable[[str], object]) -> dict[str, Any]:
+    """What `save_resume` wrote, or the one before where that is torn, telling `say` so."""
+    problems = []
+    for name in ("resume.pt", "resume-previous.pt"):
+        path = folder / name
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and state.get("format") == 1:
+                if problems:
+                    say(f"{problems[0]}; going on from {path}")
+                return state
+            problems.append(f"{path} is not a training's state")
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except Exception as error:  # a torn file makes the unpickler raise nearly anything
+            problems.append(f"{path} cannot be read ({type(error).__name__})")
+    raise InputError(f"{folder} cannot be resumed: {' and '.join(problems)}; start a new training.")

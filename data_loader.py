@@ -1,0 +1,463 @@
+"""Photos and captions of a data set laid out as COCO is, as batches.
+
+    <folder>/annotations/captions_{train,val,test}<year>.json, image_info_test<year>.json
+    <folder>/images/{train,val,test}<year>/
+
+A caption file is read and tokenized once; what comes of it, a few flat integer arrays, is kept in the
+cache folder under the file's hash, so that training on COCO starts in a second the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+
+from errors import InputError
+from vocabulary import END, START, Vocabulary, tokenize
+
+MODES = ("train", "val", "test")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CACHE = Path("cache")
+
+
+# Photos
+
+
+def build_transform(train: bool = False, image_size: int = 224, normalise: bool = True) -> T.Compose:
+    """The recipe's transform of a PIL photo: resize the shorter side (256 for a crop of 224), crop, normalise.
+
+    In training the crop is random and half the photos are flipped; otherwise the crop is the centre and
+    the result is always the same. Without `normalise` the result stays uint8, (3, image_size, image_size),
+    a quarter of the memory, and `EncoderCNN` normalises it on its own device.
+    """
+    crop = [T.RandomCrop(image_size), T.RandomHorizontalFlip()] if train else [T.CenterCrop(image_size)]
+    tensor = [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] if normalise else [T.PILToTensor()]
+    return T.Compose([T.Resize(round(image_size * 256 / 224)), *crop, *tensor])
+
+
+def read_photo(source: str | Path | Image.Image, shorter_side: int | None = None) -> Image.Image:
+    """A photo as people see it: upright, in 8-bit RGB, transparency over white, the first frame of many.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves `shorter_side` at
+    least two times over, which saves most of the time and changes nothing that a resize would keep.
+    Raises `InputError` with the file's name for whatever cannot be read.
+    """
+    name = source if isinstance(source, str | Path) else "the image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(source) if isinstance(source, str | Path) else source
+            if shorter_side:
+                image.draft("RGB", (2 * shorter_side, 2 * shorter_side))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's own conversion would clip
+                pixels = np.asarray(image, dtype=np.float64)
+                white = 65535 if image.mode != "F" else max(float(pixels.max()), 1e-9)
+                image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
+            if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist; check the path.") from None
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+        raise InputError(f"{name} cannot be read as a photo ({error or type(error).__name__}).") from None
+
+
+class Photos(Dataset):
+    """The photos at `paths` (or PIL images), transformed; `photos[index]` or, for another draw, `photos[index, seed]`.
+
+    A random transform draws from the seed and the index alone, so that what a worker returns depends on
+    neither the number of workers nor on what was read before.
+    """
+
+    def __init__(self, paths: Sequence[str | Path | Image.Image], transform: Callable):
+        self.paths = paths
+        self.transform = transform
+        steps = getattr(transform, "transforms", [])
+        self.shorter_side = next((step.size for step in steps if isinstance(step, T.Resize)), None)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]))
+            return self.transform(read_photo(self.paths[index], self.shorter_side))
+
+
+class _Attempts(Dataset):
+    """The photos of `keys`, or in the place of one that cannot be read, its `InputError`."""
+
+    def __init__(self, photos: Photos):
+        self.photos = photos
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Tensor | InputError:
+        try:
+            return self.photos[key]
+        except InputError as error:
+            return error
+
+
+def _ignore_signals(_: int) -> None:
+    """A worker ends with its parent, which decides what an interruption means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def read_batches(
+    photos: Photos,
+    batches: Iterable[list],
+    workers: int = 0,
+    unreadable: Callable[[int, InputError], object] | None = None,
+) -> Iterator[tuple[list, Tensor]]:
+    """Read batches of photos ahead in `workers` processes: yields each batch's keys and its photos, stacked.
+
+    A photo that cannot be read is passed to `unreadable` and left out of its batch (which may leave it
+    empty); without that, its `InputError` is raised.
+    """
+    pin = torch.cuda.is_available()
+    batches = list(batches)
+    loader = DataLoader(
+        _Attempts(photos), batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=_ignore_signals
+    )
+    for keys, items in zip(batches, loader, strict=True):
+        kept = []
+        for key, item in zip(keys, items, strict=True):
+            if not isinstance(item, InputError):
+                kept.append(key)
+            elif unreadable is None:
+                raise item
+            else:
+                unreadable(key[0] if isinstance(key, tuple) else key, item)
+        stacked = torch.stack([item for item in items if not isinstance(item, InputError)]) if kept else torch.empty(0)
+        yield kept, stacked.pin_memory() if pin else stacked
+
+
+# Captions
+
+
+@dataclass
+class Annotations:
+    """A caption file as flat arrays.
+
+    `tokens[offsets[i]:offsets[i + 1]]` are caption i's indices into `words`, all the file's words in the
+    order of their first appearance; `photo[i]` is its row in `image_ids` and `file_names`.
+    """
+
+    image_ids: np.ndarray  # (photos,) int64
+    file_names: list[str]
+    words: list[str]
+    tokens: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (captions + 1,) int64
+    photo: np.ndarray  # (captions,) int32
+
+
+def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
+    """Read and tokenize a COCO captions or image_info file, or take the arrays kept from the last time.
+
+    Photos without a caption are left out where the file has captions. Raises `InputError` where it is
+    missing, not JSON, not COCO's, or empty.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    kept = cache / "captions" / f"{hashlib.sha256(b'1' + data).hexdigest()[:32]}.npz"
+    if kept.exists():
+        try:
+            with np.load(kept) as arrays:
+                names, words = (bytes(arrays[key]).decode().split("\n") for key in ("file_names", "words"))
+                return Annotations(
+                    arrays["image_ids"], names, words, arrays["tokens"], arrays["offsets"], arrays["photo"]
+                )
+        except (OSError, ValueError, KeyError):  # torn: made anew below
+            pass
+    annotations = _parse_annotations(path, data)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    beside = kept.with_name(f"{kept.stem}.{os.getpid()}.new")
+    with open(beside, "wb") as file:
+        np.savez(
+            file,
+            image_ids=annotations.image_ids,
+            tokens=annotations.tokens,
+            offsets=annotations.offsets,
+            photo=annotations.photo,
+            file_names=np.frombuffer("\n".join(annotations.file_names).encode(), np.uint8),
+            words=np.frombuffer("\n".join(annotations.words).encode(), np.uint8),
+        )
+    os.replace(beside, kept)
+    return annotations
+
+
+def _parse_annotations(path: Path, data: bytes) -> Annotations:
+    not_coco = f"{path} is not a COCO annotation file"
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise InputError(f'{not_coco}: it has no list of "images".')
+    rows: dict[int, int] = {}
+    names = []
+    for image in content["images"]:
+        if not isinstance(image, dict) or type(image.get("id")) is not int or not isinstance(image.get("file_name"), str):
+            raise InputError(f'{not_coco}: an entry of "images" lacks a whole-number "id" or a "file_name".')
+        name = image["file_name"]
+        if not name or "\n" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise InputError(f"{path} names a photo outside its folder: {name!r}.")
+        if abs(image["id"]) >= 1 << 63 or image["id"] in rows:
+            raise InputError(f"{not_coco}: the image id {image['id']} occurs twice or is too large.")
+        rows[image["id"]] = len(names)
+        names.append(name)
+    if not rows:
+        raise InputError(f'{path} holds no photos: its list of "images" is empty.')
+
+    tokens, offsets, photo = array("i"), array("q", [0]), array("i")
+    index: dict[str, int] = {}
+    if path.name.startswith("captions"):
+        if not isinstance(content.get("annotations"), list):
+            raise InputError(f'{not_coco}: it has no list of "annotations".')
+        if not content["annotations"]:
+            raise InputError(f'{path} holds no captions: its list of "annotations" is empty.')
+        for annotation in content["annotations"]:
+            if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
+                raise InputError(f'{not_coco}: an entry of "annotations" lacks a "caption".')
+            image_id = annotation.get("image_id")
+            row = rows.get(image_id) if type(image_id) is int else None
+            if row is None:
+                raise InputError(f'{path} has a caption of image {image_id}, which is not in its "images".')
+            words = tokenize(annotation["caption"])
+            if not words:
+                raise InputError(f"{path} has an empty caption for image {image_id}; remove it.")
+            tokens.extend([index.setdefault(word, len(index)) for word in words])
+            offsets.append(len(tokens))
+            photo.append(row)
+    image_ids, photo = np.array(list(rows), np.int64), np.frombuffer(photo, np.int32)
+    if len(photo):  # photos without a caption have nothing to teach
+        used, photo = np.unique(photo, return_inverse=True)
+        image_ids, names = image_ids[used], [names[i] for i in used]
+    return Annotations(
+        image_ids,
+        names,
+        list(index),
+        np.frombuffer(tokens, np.int32),
+        np.frombuffer(offsets, np.int64),
+        photo.astype(np.int32),
+    )
+
+
+def find_split(folder: Path, mode: str) -> tuple[Path, Path]:
+    """The annotation file and the photo folder of a data set's split ("train", "val" or "test").
+
+    For "test" that is captions_test<year>.json where the captions are public, else image_info_test<year>.json.
+    """
+    if mode not in MODES:
+        raise InputError(f'mode "{mode}" is not one of {", ".join(MODES)}.')
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} does not exist; draw the sample data set with `python scenes.py {folder}`, or fetch "
+            f"COCO with `python download.py coco --root {folder}`."
+        )
+    found: list[Path] = []
+    for kind in ("captions", "image_info")[: 2 if mode == "test" else 1]:
+        pattern = re.compile(rf"{kind}_{mode}\d*\.json")
+        if not found and (folder / "annotations").is_dir():
+            found = sorted(p for p in (folder / "annotations").iterdir() if pattern.fullmatch(p.name))
+    if not found:
+        raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json; a data set is laid out as COCO.")
+    if len(found) > 1:
+        raise InputError(f"{folder} holds several years: {', '.join(p.name for p in found)}; keep the one to use.")
+    return found[0], folder / "images" / found[0].stem.split("_")[-1]
+
+
+class CaptionDataset(Dataset):
+    """A split's photos and captions; an item a caption, or in test mode a photo.
+
+    In "train" and "val" mode `dataset[i]` is (photo, caption): what `transform` makes of caption i's photo,
+    and its indices from `<start>` to `<end>`, (length,) int64. In "test" mode it is (image id, photo).
+    Raises `InputError` where the folder's annotations or photos are missing or cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        mode: str = "train",
+        transform: Callable | None = None,
+        vocab: Vocabulary | None = None,
+        vocab_threshold: int = 5,
+        cache: Path = CACHE,
+    ):
+        self.mode = mode
+        self.annotation_file, self.photo_folder = find_split(Path(folder), mode)
+        annotations = read_annotations(self.annotation_file, cache)
+        self.image_ids, self.file_names = annotations.image_ids, annotations.file_names
+        self.paths = [self.photo_folder / name for name in self.file_names]
+        self._check_photos_exist()
+        self.photo = annotations.photo  # (captions,) each caption's photo, a row of image_ids
+        words = annotations.words
+        if vocab is None:
+            counts = np.bincount(annotations.tokens, minlength=len(words))
+            vocab = Vocabulary.from_counts(dict(zip(words, counts.tolist(), strict=True)), vocab_threshold)
+        self.vocab = vocab
+        self.lengths = np.diff(annotations.offsets) + 2  # (captions,) with <start> and <end>
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.tokens = np.empty(self.offsets[-1], np.int32)
+        inner = np.ones(len(self.tokens), bool)
+        inner[self.offsets[:-1]] = inner[self.offsets[1:] - 1] = False
+        self.tokens[self.offsets[:-1]], self.tokens[self.offsets[1:] - 1] = START, END
+        self.tokens[inner] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
+        self.photos = Photos(self.paths, transform or build_transform(train=mode == "train"))
+
+    def _check_photos_exist(self) -> None:
+        folders = {path.parent for path in self.paths}
+        there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+        missing = [path for path in self.paths if str(path) not in there]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(self.paths)} photos of {self.annotation_file} are missing, the first "
+                f"is {missing[0]}; put them there or take them out of the annotations."
+            )
+
+    def caption(self, index: int) -> Tensor:
+        """Caption `index` as indices from `<start>` to `<end>`, (length,) int64."""
+        return torch.from_numpy(self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64))
+
+    def captions(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Captions as one batch: (batch, longest) int64, padded with `<end>` on the right, and their lengths."""
+        lengths = self.lengths[indices]
+        column = np.arange(lengths.max())
+        inside = column < lengths[:, None]
+        batch = np.where(inside, self.tokens[np.where(inside, self.offsets[indices][:, None] + column, 0)], END)
+        return torch.from_numpy(batch.astype(np.int64)), torch.from_numpy(lengths)
+
+    @cached_property
+    def coco(self) -> COCO:
+        """The annotation file behind pycocotools' API, read when first asked for."""
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            return COCO(str(self.annotation_file))
+
+    def references(self) -> dict[int, list[str]]:
+        """The captions of each image id as they were written, for metrics."""
+        return {int(i): [a["caption"] for a in self.coco.imgToAnns[int(i)]] for i in self.image_ids}
+
+    def __len__(self) -> int:
+        return len(self.paths) if self.mode == "test" else len(self.photo)
+
+    def __getitem__(self, index: int) -> tuple:
+        if self.mode == "test":
+            return int(self.image_ids[index]), self.photos[index]
+        return self.photos[int(self.photo[index])], self.caption(index)
+
+
+# Batches
+
+
+class LengthBatches(Sampler):
+    """Batches of caption indices, each of one caption length, every caption exactly once an epoch.
+
+    Captions of one length need no padding, so no step of the decoder is spent on it. The order depends on
+    the seed and the epoch alone; `set_epoch` chooses the epoch.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        per_length = np.bincount(lengths)
+        self.batches = int(np.ceil(per_length / batch_size).sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths))
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        ends = np.cumsum(np.bincount(self.lengths))
+        batches = [
+            order[start : min(start + self.batch_size, end)]
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+            for start in range(begin, end, self.batch_size)
+        ]
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
+
+
+class PhotoBatches(Sampler):
+    """Batches of caption indices that hold all captions of each of their photos, every caption once an epoch.
+
+    Where the backbone learns, it then sees a photo once an epoch rather than once a caption.
+    """
+
+    def __init__(self, photo: np.ndarray, batch_size: int, seed: int = 0):
+        self.seed, self.epoch = seed, 0
+        self.by_photo = np.split(np.argsort(photo, kind="stable"), np.cumsum(np.bincount(photo))[:-1])
+        self.photos = max(1, round(batch_size * len(self.by_photo) / len(photo)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.by_photo) // self.photos)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.by_photo))
+        for start in range(0, len(order), self.photos):
+            yield np.concatenate([self.by_photo[i] for i in order[start : start + self.photos]])
+
+
+def get_loader(
+    transform: Callable | None = None,
+    mode: str = "train",
+    batch_size: int = 1,
+    vocab_threshold: int = 5,
+    vocab_file: str | Path = "vocab.json",
+    vocab_from_file: bool = True,
+    num_workers: int = 0,
+    cocoapi_loc: str | Path = "data/scenes",
+) -> DataLoader:
+    """The recipe's data loader over the data set in `cocoapi_loc`.
+
+    Args:
+        transform: of a PIL photo; the recipe's own of the mode by default.
+        mode: "train" and "val" give (photos (B, 3, H, W), captions (B, length)), all captions of a batch of
+            one length and each once an epoch; "test" gives (image ids (B,), photos) in the file's order.
+        vocab_threshold: how often a word must occur to have an index of its own.
+        vocab_from_file: read the vocabulary from `vocab_file`; otherwise (training only) build it and write it.
+
+    `loader.dataset.vocab` is the vocabulary. Raises `InputError` for what cannot be used.
+    """
+    if not vocab_from_file and mode != "train":
+        raise InputError(f'a vocabulary is built from training captions: use vocab_from_file=True in mode "{mode}".')
+    vocab = Vocabulary.load(vocab_file) if vocab_from_file else None
+    dataset = CaptionDataset(cocoapi_loc, mode, transform, vocab, vocab_threshold)
+    if not vocab_from_file:
+        dataset.vocab.save(vocab_file)
+    options = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    if mode == "test":
+        return DataLoader(dataset, batch_size=batch_size, **options)
+    return DataLoader(dataset, batch_sampler=LengthBatches(dataset.lengths, batch_size), **options)

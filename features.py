@@ -1,0 +1,166 @@
+"""What a frozen backbone sees, computed once for a data set and memory-mapped.
+
+A frozen backbone gives the same feature for the same photo in every epoch and for each of its captions,
+so it is asked once. A store is a folder named after all that its numbers depend on (the backbone's
+weights, the transform, the photos' names, sizes and dates), so a stale one is never found. While it is
+being filled its name ends in ".partial"; `done` lists the batches that are on disk, and a pass that was
+interrupted goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data_loader import CACHE, Photos, build_transform, read_batches
+from errors import InputError
+from model import FEATURE_SIZE, EncoderCNN, fast_dtype
+
+BATCH = 16 if not torch.cuda.is_available() else 256  # on a CPU a small batch stays in its cache
+
+
+class Views:
+    """A transform that gives several views of a photo, (views, 3, image_size, image_size) uint8.
+
+    The first is the centre; the others are drawn as in training (random crop and flip).
+    """
+
+    def __init__(self, image_size: int, views: int):
+        self.image_size, self.views = image_size, views
+        self.centre = build_transform(False, image_size, normalise=False)
+        self.random = build_transform(True, image_size, normalise=False)
+        self.transforms = self.centre.transforms
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.stack([self.centre(image), *(self.random(image) for _ in range(self.views - 1))])
+
+
+@torch.inference_mode()
+def encode(
+    encoder: EncoderCNN,
+    photos: Photos,
+    batches: list[list[int]],
+    workers: int = 0,
+    unreadable: Callable[[int, InputError], object] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Run batches of photos through the backbone: yields their indices and features, on the encoder's device.
+
+    `encoder` should be one `for_inference`. Features are (B, 2048), or (B, cells, 2048) of an encoder with
+    `grid`, or with a transform of several `Views`, (B, views, ...). `unreadable` as in `read_batches`.
+    """
+    device = encoder.embed.weight.device
+    for indices, images in read_batches(photos, batches, workers, unreadable):
+        if indices:
+            images = images.to(device, non_blocking=True)
+            features = encoder.features(images.flatten(0, -4)).float()
+            yield indices, features.unflatten(0, images.shape[:-3])
+
+
+def stored_features(
+    encoder: EncoderCNN,
+    paths: list[Path],
+    image_size: int,
+    views: int = 1,
+    cache: Path = CACHE,
+    workers: int = 0,
+    unreadable: Callable[[int, InputError], object] | None = None,
+) -> Tensor:
+    """The features of all photos, in half precision, memory-mapped: (photos, views, 2048) or (..., cells, 2048).
+
+    Those that are on disk already are not computed again. Under torch.distributed each process computes
+    its share. Photos that cannot be read are passed to `unreadable` and their rows stay zero; without it
+    the pass goes over all photos and then raises `InputError` with the list of them.
+    """
+    state = PartialState()
+    cells = ((image_size + 31) // 32) ** 2
+    shape = (len(paths), views, *((cells,) if encoder.grid else ()), FEATURE_SIZE)
+    store = cache / "features" / _key(encoder, paths, image_size, views)
+    partial = store.with_name(f"{store.name}.{BATCH}.partial")
+    if not store.exists():
+        if state.is_main_process:
+            partial.mkdir(parents=True, exist_ok=True)
+            if not (partial / "features.npy").exists():
+                _allocate(partial / "features.npy", shape)
+        state.wait_for_everyone()
+        failed = _fill(encoder, paths, image_size, views, partial, workers, unreadable)
+        state.wait_for_everyone()
+        if failed:
+            shown = "; ".join(str(error) for error in failed[:10])
+            raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown}")
+        if state.is_main_process and unreadable is None:
+            os.replace(partial, store)
+        state.wait_for_everyone()
+    found = store if store.exists() else partial
+    return torch.from_numpy(np.load(found / "features.npy", mmap_mode="c"))
+
+
+def _key(encoder: EncoderCNN, paths: list[Path], image_size: int, views: int) -> str:
+    digest = hashlib.sha256(json.dumps(["1", image_size, views, encoder.grid]).encode())
+    for name, tensor in encoder.resnet.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for path in paths:
+        stat = os.stat(path)
+        digest.update(f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> None:
+    needed = 2 * int(np.prod(shape))
+    if shutil.disk_usage(path.parent).free < needed:
+        raise InputError(f"{path} needs {needed / 1e9:.1f} GB, more than the disk has free; make room or use fewer views.")
+    beside = path.with_name("features.new.npy")
+    np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape).flush()
+    os.replace(beside, path)
+
+
+def _fill(
+    encoder: EncoderCNN,
+    paths: list[Path],
+    image_size: int,
+    views: int,
+    folder: Path,
+    workers: int,
+    unreadable: Callable[[int, InputError], object] | None,
+) -> list[InputError]:
+    state = PartialState()
+    features = np.load(folder / "features.npy", mmap_mode="r+")
+    done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}
+    starts = [start for start in range(0, len(paths), BATCH) if start not in done]
+    mine = starts[state.process_index :: state.num_processes]
+    batches = [list(range(start, min(start + BATCH, len(paths)))) for start in mine]
+    failed: dict[int, InputError] = {}
+    fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
+    photos = Photos(paths, Views(image_size, views))
+    progress = tqdm(
+        total=len(batches) * BATCH,
+        desc="backbone",
+        unit="photo",
+        disable=None if state.is_main_process else True,
+    )
+    with open(folder / f"done-{state.process_index}-{state.num_processes}", "ab") as log, progress:
+        log.truncate(log.tell() // 8 * 8)  # a kill may have torn the last entry
+        for indices, batch in encode(fast, photos, batches, workers, failed.__setitem__):
+            features[indices] = batch.half().cpu().numpy()
+            start = indices[0] // BATCH * BATCH
+            if not any(i // BATCH * BATCH == start for i in failed):
+                features.flush()
+                log.write(np.int64(start).astype("<i8").tobytes())
+                log.flush()
+                os.fsync(log.fileno())
+            progress.update(BATCH)
+    for index, error in failed.items():
+        if unreadable is not None:
+            unreadable(index, error)
+    return [] if unreadable is not None else list(failed.values())

@@ -1,0 +1,315 @@
+"""The encoder and the decoders: a photo becomes a feature, a feature becomes words.
+
+    EncoderCNN        a ResNet-50 and a linear layer on what it sees
+    DecoderRNN        an LSTM that is shown the photo once, before the first word (arXiv 1411.4555)
+    AttentionDecoder  an LSTM that looks at a part of the photo for every word (arXiv 1502.03044)
+
+Every decoder offers `forward` for training and `init_state` and `step` for decoding; `decoding.py` and
+`train.py` need nothing else of it, so a new decoder is one class here and one line in `DECODERS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.rnn import pack_padded_sequence
+from torchvision.models import ResNet50_Weights, resnet50
+
+from data_loader import IMAGENET_MEAN, IMAGENET_STD
+from errors import InputError
+from vocabulary import END
+
+PRETRAINED = ResNet50_Weights.IMAGENET1K_V1  # the weights that the published encoder was trained with
+FEATURE_SIZE = 2048
+PARTS = 5  # what of the backbone can be trained by itself: the stem and the four stages
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor or GPU computes faster in it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+    return torch.float32
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a file, never running what a pickle may ask for; `InputError` if it is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path.") from None
+    except Exception as error:  # a foreign or torn file makes the unpickler raise nearly anything
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a file of weights that can be read safely ({reason}).") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state dict: names with tensors.")
+    return state
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, may_lack: tuple[str, ...] = ()) -> None:
+    """Put `state`, read from `path`, into `module`; `InputError` names a key that does not go with it.
+
+    Keys that begin with one of `may_lack` may be absent. The module may stand on the meta device, so that
+    nothing is allocated before the sizes are known to agree.
+    """
+    expected = module.state_dict()
+    for key in [*expected, *(key for key in state if key not in expected)]:
+        if key not in expected:
+            raise InputError(f"{path} has the weight {key}, which this model has not; it belongs to another model.")
+        if key not in state:
+            if not key.startswith(may_lack or "/"):
+                raise InputError(f"{path} lacks the weight {key}; it belongs to another model.")
+        elif expected[key].shape != state[key].shape:
+            raise InputError(
+                f"{path} has {key} of size {tuple(state[key].shape)} where the model needs "
+                f"{tuple(expected[key].shape)}; weights, vocabulary and captioner.json must come from one training."
+            )
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+class EncoderCNN(nn.Module):
+    """ResNet-50 (arXiv 1512.03385) without its classifier, and `embed`, a linear layer on top.
+
+    Args:
+        embed_size: what `embed` maps the backbone's 2048 numbers to.
+        weights: "pretrained" for torchvision's ImageNet weights, "random", or a file with the state dict
+            of a torchvision ResNet-50 or of an EncoderCNN.
+        fine_tune: how many of the backbone's five parts (the stem and four stages), counted from the
+            last, are trained. Frozen parts never change, nor do their batch norms' statistics; those
+            move only where all five parts are trained.
+        grid: give the 7 x 7 grid (for photos of 224 x 224) rather than its mean.
+
+    Raises `InputError` where the weights cannot be had.
+    """
+
+    def __init__(self, embed_size: int, weights: str | Path = "pretrained", fine_tune: int = 0, grid: bool = False):
+        super().__init__()
+        if not 0 <= fine_tune <= PARTS:
+            raise InputError(f"fine_tune is how many of the backbone's {PARTS} parts are trained, not {fine_tune}.")
+        self.fine_tune, self.grid = fine_tune, grid
+        self.resnet = nn.Sequential(*list(_resnet50(weights).children())[:-1])
+        self.embed = nn.Linear(FEATURE_SIZE, embed_size)
+        self.resnet.requires_grad_(False)
+        stem, stages = self.resnet[:4], [self.resnet[i] for i in range(4, 8)]
+        for part in [stem, *stages][PARTS - fine_tune :]:
+            part.requires_grad_(True)
+        self.resnet.to(memory_format=torch.channels_last)
+        self.train()
+
+    def train(self, mode: bool = True) -> EncoderCNN:
+        """As nn.Module's, except that the batch norms of a backbone not trained whole stay as they are."""
+        super().train(mode)
+        self.resnet.train(mode and self.fine_tune == PARTS)
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the backbone sees: (B, 3, H, W) -> (B, 2048), or (B, H/32 * W/32, 2048) with `grid`.
+
+        uint8 images are normalised here; floats are taken as normalised already.
+        """
+        weight = self.resnet[0].weight
+        if images.dtype == torch.uint8:
+            mean, std = (torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (IMAGENET_MEAN, IMAGENET_STD))
+            images = (images - mean) / std
+        images = images.to(weight.dtype, memory_format=torch.channels_last)
+        x = self.resnet[:-1](images)  # (B, 2048, H/32, W/32)
+        return x.flatten(2).transpose(1, 2) if self.grid else x.mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, embed_size), or (B, cells, embed_size) with `grid`."""
+        return self.embed(self.features(images).to(self.embed.weight.dtype))
+
+    def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
+        """A copy for use only: batch norms folded into their convolutions, the backbone in `dtype`."""
+        fused = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in list(fused.resnet.modules()):
+            names = [name for name, _ in module.named_children()]
+            for conv, norm in zip(names, names[1:], strict=False):
+                pair = getattr(module, conv), getattr(module, norm)
+                if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
+                    setattr(module, conv, fuse_conv_bn_eval(*pair))
+                    setattr(module, norm, nn.Identity())
+        fused.resnet.to(dtype=dtype, memory_format=torch.channels_last)
+        return fused
+
+
+def _resnet50(weights: str | Path) -> nn.Module:
+    if str(weights) == "random":
+        return resnet50(weights=None, zero_init_residual=True)
+    if str(weights) == "pretrained":
+        try:
+            return resnet50(weights=PRETRAINED)
+        except (URLError, OSError) as error:
+            raise InputError(
+                f"torchvision's ResNet-50 weights cannot be downloaded ({getattr(error, 'reason', error)}); use "
+                f"--weights random, or --weights FILE with a state dict of a torchvision ResNet-50."
+            ) from None
+    model = resnet50(weights=None)
+    state = read_state_dict(weights)
+    if any(key.startswith("resnet.") for key in state):
+        names = [name for name, _ in model.named_children()]  # resnet.<i>. is the i-th child
+        pairs = ((key.split(".", 2), value) for key, value in state.items() if key.startswith("resnet."))
+        state = {
+            f"{names[int(i)]}.{rest}": value for (_, i, rest), value in pairs if i.isdigit() and int(i) < len(names)
+        }
+    load_weights(model, {k: v for k, v in state.items() if not k.startswith("fc.")}, weights, may_lack=("fc.",))
+    return model
+
+
+class DecoderRNN(nn.Module):
+    """The LSTM of Show and Tell (arXiv 1411.4555): the photo is its first input, then `<start>`, then words.
+
+    Args:
+        embed_size: of the photo's embedding and the words'.
+        hidden_size: of the LSTM.
+        vocab_size: words.
+        num_layers: of the LSTM.
+        dropout: on the embedded words and on what the output layer reads, in training.
+    """
+
+    attends = False
+
+    def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True)
+        self.linear = nn.Linear(hidden_size, vocab_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The logits of every token of the captions, `<start>` included, each given those before it.
+
+        (B, embed_size), (B, T) -> (B, T, vocab_size). With `lengths` (B,), for captions of several lengths
+        padded to T, no step is computed on padding, and the logits come as `pack` orders the tokens.
+        """
+        words = self.dropout(self.embed(captions[:, :-1]))
+        inputs = torch.cat([features[:, None], words], 1)  # (B, T, E): the photo, <start>, words
+        if lengths is None:
+            hidden = self.lstm(inputs)[0]  # (B, T, H)
+        else:
+            packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            hidden = self.lstm(packed)[0].data  # (tokens, H)
+        return self.linear(self.dropout(hidden))
+
+    def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, embed_size) -> the LSTM's state after the photo: hidden and cell, each (B, layers, H)."""
+        _, (h, c) = self.lstm(features[:, None])
+        return h.transpose(0, 1), c.transpose(0, 1)
+
+    def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One word on: tokens (B,) and the state -> the next token's logits (B, vocab_size) and the state."""
+        h, c = (x.transpose(0, 1).contiguous() for x in state)
+        hidden, (h, c) = self.lstm(self.embed(tokens)[:, None], (h, c))
+        return self.linear(hidden[:, 0]), (h.transpose(0, 1), c.transpose(0, 1))
+
+    @torch.no_grad()
+    def sample(self, features: Tensor, max_len: int = 20) -> list[list[int]]:
+        """The recipe's own greedy decoding of a batch: (B, embed_size) -> at most `max_len` tokens a photo.
+
+        It feeds the photo and then its own choices, the first of which a trained model makes `<start>`,
+        and ends after `<end>`. `decoding.greedy` starts from `<start>` instead and emits words only.
+        """
+        inputs, state, tokens = features[:, None], None, []
+        for _ in range(max_len):
+            hidden, state = self.lstm(inputs, state)
+            tokens.append(self.linear(hidden[:, 0]).argmax(1))
+            inputs = self.embed(tokens[-1])[:, None]
+        rows = torch.stack(tokens, 1).tolist()
+        return [row[: row.index(END) + 1] if END in row else row for row in rows]
+
+
+class AttentionDecoder(nn.Module):
+    """Soft attention over the photo's grid (Show, Attend and Tell, arXiv 1502.03044).
+
+    For every word the LSTM weighs the grid's cells (equations 4 to 6), looks at their weighted mean
+    through a gate (section 4.2.1), and starts from the mean of all cells. Arguments as `DecoderRNN`'s.
+    """
+
+    attends = True
+
+    def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        self.init_h = nn.Linear(embed_size, num_layers * hidden_size)
+        self.init_c = nn.Linear(embed_size, num_layers * hidden_size)
+        self.key = nn.Linear(embed_size, hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.score = nn.Linear(hidden_size, 1, bias=False)
+        self.gate = nn.Linear(hidden_size, embed_size)
+        self.lstm = nn.LSTM(2 * embed_size, hidden_size, num_layers, batch_first=True)
+        self.linear = nn.Linear(hidden_size, vocab_size)
+        self.dropout = nn.Dropout(dropout)
+        self.num_layers, self.hidden_size = num_layers, hidden_size
+
+    def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, cells, embed_size) -> hidden, cell (B, layers, H); cells, their keys; attention (B, cells)."""
+        mean = features.mean(1)
+        h, c = (torch.tanh(init(mean)).unflatten(1, (self.num_layers, -1)) for init in (self.init_h, self.init_c))
+        return h, c, features, self.key(features), features.new_zeros(features.shape[:2])
+
+    def _advance(self, words: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h, c, features, keys, _ = state
+        last = h[:, -1]  # (B, H)
+        scores = self.score(torch.tanh(keys + self.query(last)[:, None]))[..., 0]  # (B, cells)
+        attention = scores.softmax(1)
+        seen = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
+        seen = torch.sigmoid(self.gate(last)) * seen
+        inputs = torch.cat([words, seen], 1)[:, None]
+        hidden, (h, c) = self.lstm(inputs, (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()))
+        return hidden[:, 0], (h.transpose(0, 1), c.transpose(0, 1), features, keys, attention)
+
+    def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One word on, as `DecoderRNN.step`; the last tensor of the state is where this step looked."""
+        hidden, state = self._advance(self.embed(tokens), state)
+        return self.linear(hidden), state
+
+    def unroll(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `forward`, packed, and how much each cell was looked at over each whole caption, (B, cells).
+
+        The doubly stochastic regularisation (equation 14) draws the latter towards one for every cell.
+        """
+        batch, longest = captions.shape
+        lengths = torch.full((batch,), longest) if lengths is None else lengths.cpu()
+        words = self.dropout(self.embed(captions[:, :-1]))
+        packed = pack_padded_sequence(words, lengths - 1, batch_first=True, enforce_sorted=False)
+        state = self.init_state(features[packed.sorted_indices])
+        hidden, looked = [], features.new_zeros(features.shape[:2], dtype=torch.float32)
+        for step_words in packed.data.split(packed.batch_sizes.tolist()):  # finished captions are the last rows
+            rows = len(step_words)
+            h, state = self._advance(step_words, tuple(x[:rows] for x in state))
+            hidden.append(h)
+            looked = looked + F.pad(state[-1].float(), (0, 0, 0, batch - rows))
+        logits = self.linear(self.dropout(torch.cat(hidden)))  # (tokens, V), as `pack` orders them
+        return logits, looked
+
+    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The logits of every token after `<start>`, each given those before it.
+
+        (B, cells, embed_size), (B, T) -> (B, T - 1, vocab_size), or with `lengths` (B,) only the tokens that
+        are not padding, as `pack` orders them.
+        """
+        logits = self.unroll(features, captions, lengths)[0]
+        if lengths is not None:
+            return logits
+        return logits.unflatten(0, (captions.shape[1] - 1, -1)).transpose(0, 1)
+
+
+def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
+    """The tokens of padded captions (B, T) without padding and without the first `skip`, (tokens,).
+
+    All first tokens come first, then all second ones, the longest captions leading.
+    """
+    return pack_padded_sequence(captions[:, skip:], lengths.cpu() - skip, batch_first=True, enforce_sorted=False).data
+
+
+DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderRNN, "attention": AttentionDecoder}

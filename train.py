@@ -1,0 +1,512 @@
+"""Train an encoder and a decoder on a data set of photos and captions.
+
+    python train.py --data data/scenes --name scenes --weights random
+    python train.py --resume models/scenes
+
+A frozen backbone's features are computed once (`features.py`) and training reads those; a backbone that
+learns is fed pixels. Either way a batch is a list of captions, and `Captioner` below computes its loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import Architecture, Description, Preprocessing
+from data_loader import CACHE, CaptionDataset, LengthBatches, PhotoBatches, Photos, build_transform, read_batches
+from decoding import greedy
+from errors import InputError, run_command
+from features import BATCH, encode, stored_features
+from metrics import score
+from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, pack
+from vocabulary import Vocabulary
+
+
+@dataclass
+class TrainingConfig:
+    """What a training is made of; every field is an option of `python train.py`."""
+
+    data: Path = Path("data/scenes")  # the data set's folder, laid out as COCO is
+    name: str = ""  # of the model; by default the data folder's
+    models: Path = Path("models")  # where the model's folder is made
+    resume: Path | None = None  # go on with the training in this model's folder
+
+    weights: str = "pretrained"  # of the backbone: "pretrained", "random", or a file with a state dict
+    fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
+    backbone_learning_rate: float = 1e-3  # of those parts
+    image_size: int = 224  # of the square that the encoder sees, in pixels
+    views: int = 1  # of a photo that a frozen backbone's features are kept of; more than 1 augments
+
+    decoder: Literal["lstm", "attention"] = "lstm"  # the decoder's class
+    embed_size: int = 256  # of the photo's embedding and the words'
+    hidden_size: int = 512  # of the LSTM
+    num_layers: int = 1  # of the LSTM
+    dropout: float = 0.0  # on the decoder's inputs and outputs
+    attention_penalty: float = 1.0  # weight of the doubly stochastic regularisation, where the decoder attends
+
+    vocab_threshold: int = 5  # how often a word must occur to be in the vocabulary
+    vocab_from_file: bool = False  # take the vocabulary from vocab_file rather than from the captions
+    vocab_file: Path = Path("vocab.json")  # a JSON list of words
+
+    batch_size: int = 128  # captions a step, over all processes
+    num_epochs: int = 3  # passes over all captions
+    learning_rate: float = 1e-3  # Adam's, at its highest
+    warmup_steps: int = 100  # over which it rises; then it falls to zero along a cosine
+    label_smoothing: float = 0.0  # share of the target probability that is spread over all words
+    clip_norm: float = 5.0  # the largest norm of the gradient
+    patience: int = 3  # epochs without a better CIDEr after which training ends
+    val_photos: int = 5000  # validation photos, the first ones, that each epoch is judged by
+
+    save_every: int = 1  # epochs; the best epoch is always kept
+    save_minutes: float = 10.0  # between saves within an epoch
+    print_every: int = 100  # steps between lines on the terminal
+    log_file: str = "training_log.txt"  # in the model's folder: loss and perplexity of every step
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where it is faster
+    workers: int = min(4, os.cpu_count() or 1)  # processes that read photos
+    seed: int = 0  # of the weights, the order and the augmentation
+    cache: Path = CACHE  # where tokenized captions and features are kept
+
+    def __post_init__(self) -> None:
+        if self.fine_tune is None:
+            self.fine_tune = PARTS if self.weights == "random" else 0
+        self.name = self.name or self.data.resolve().name
+        at_least_one = ("image_size", "views", "batch_size", "num_epochs", "save_every", "print_every", "val_photos")
+        for field in at_least_one:
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}.")
+
+
+class Training(nn.Module):
+    """Encoder and decoder as one module, from a batch to its loss."""
+
+    def __init__(self, encoder: EncoderCNN, decoder: nn.Module, label_smoothing: float = 0.0):
+        super().__init__()
+        self.encoder, self.decoder, self.label_smoothing = encoder, decoder, label_smoothing
+
+    def forward(self, photos: Tensor, row: Tensor, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy of the captions' tokens, and the summed attention penalty, of a batch.
+
+        Args:
+            photos: uint8 pixels (P, 3, H, W), or features (P, 2048) or (P, cells, 2048).
+            row: (B,) each caption's row in `photos`.
+            captions: (B, T) padded; lengths: (B,).
+        """
+        features = self.encoder.features(photos) if photos.dtype == torch.uint8 else photos
+        embedded = self.encoder.embed(features.to(self.encoder.embed.weight.dtype))[row]  # each photo once
+        decoder = self.decoder
+        penalty = embedded.new_zeros(())
+        ragged = bool((lengths != lengths[0]).any())
+        if decoder.attends:
+            logits, looked = decoder.unroll(embedded, captions, lengths)
+            targets = pack(captions, lengths, skip=1)
+            penalty = (1 - looked).square().mean(1).sum()
+        elif ragged:
+            logits, targets = decoder(embedded, captions, lengths), pack(captions, lengths)
+        else:
+            logits, targets = decoder(embedded, captions).flatten(0, 1), captions.flatten()
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing), penalty
+
+
+def loss_tokens(lengths: Tensor | np.ndarray, decoder: nn.Module) -> int:
+    """How many tokens of captions of these lengths enter the loss: `<start>` only where the photo predicts it."""
+    return int(lengths.sum()) - (len(lengths) if decoder.attends else 0)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """The schedule, 0 to 1: a linear warm-up, then a cosine down to zero at `steps`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+class _Stop:
+    """Remembers a SIGINT or SIGTERM until the step is done; nothing but the main thread can catch one."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> _Stop:
+        try:
+            self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            self.before = {}
+        return self
+
+    def _remember(self, number: int, _: object) -> None:
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _batches(
+    data: CaptionDataset, order: list[np.ndarray], features: Tensor | None, config: TrainingConfig, epoch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Turn lists of captions into `Training.forward`'s arguments, from stored features or from pixels."""
+    if features is None:
+        keys = [[(int(i), config.seed + epoch) for i in np.unique(data.photo[batch])] for batch in order]
+        photos = Photos(data.paths, build_transform(True, config.image_size, normalise=False))
+        pixels = (images for _, images in read_batches(photos, keys, config.workers))
+    for batch in order:
+        captions, lengths = data.captions(batch)
+        unique, row = np.unique(data.photo[batch], return_inverse=True)
+        if features is None:
+            inputs = next(pixels)
+        else:  # one view of each photo, gathered from the memory map in one call
+            views = features.shape[1]
+            view = np.random.default_rng((config.seed, epoch, int(batch[0]))).integers(views, size=len(unique))
+            inputs = features.flatten(0, 1)[torch.from_numpy(unique * views + view)]
+        yield inputs, torch.from_numpy(row), captions, lengths
+
+
+def train(config: TrainingConfig) -> Path:
+    """Train as `config` says and return the model's folder.
+
+    Raises `InputError` for what the user can mend, and `KeyboardInterrupt` after saving where it was
+    interrupted.
+    """
+    # Data, vocabulary, model
+    resumed = config.resume is not None
+    folder = config.resume if resumed else config.models / config.name
+    precision = config.precision
+    if precision == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    main = accelerator.is_main_process
+    torch.manual_seed(config.seed)
+    old = checkpoint.read_description(folder) if resumed else None
+    vocab = None
+    if old is not None:
+        vocab = Vocabulary(old.vocabulary)
+    elif config.vocab_from_file:
+        vocab = Vocabulary.load(config.vocab_file)
+    data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
+    val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
+    decoder_class = DECODERS[config.decoder]
+    encoder = EncoderCNN(config.embed_size, config.weights, config.fine_tune, grid=decoder_class.attends)
+    decoder = decoder_class(
+        config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, config.dropout
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    if main:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(f"another training is writing to {folder}; wait for it or choose another --name.") from None
+    try:
+        return _train(config, folder, accelerator, data, val, encoder, decoder, old)
+    finally:
+        lock.release()
+
+
+def _describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset) -> Description:
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "resume"}
+    published = config.weights == "pretrained" and config.fine_tune == 0
+    return Description(
+        architecture=Architecture(
+            decoder=config.decoder,
+            embed_size=config.embed_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+            backbone=PRETRAINED.name if published else "stored",
+        ),
+        preprocessing=Preprocessing(image_size=config.image_size),
+        vocabulary=data.vocab.words,
+        data={
+            "folder": config.data.name,
+            "train_photos": len(data.paths),
+            "train_captions": len(data.photo),
+            "train_sha256": hashlib.sha256(data.annotation_file.read_bytes()).hexdigest(),
+            "val_photos": min(len(val.paths), config.val_photos),
+        },
+        training={k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        environment=checkpoint.environment(),
+    )
+
+
+def _train(
+    config: TrainingConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    data: CaptionDataset,
+    val: CaptionDataset,
+    encoder: EncoderCNN,
+    decoder: nn.Module,
+    old: Description | None,
+) -> Path:
+    main, say = accelerator.is_main_process, tqdm.write if accelerator.is_main_process else lambda _: None
+    description = _describe(config, data, val)
+    start_epoch, start_step = 1, 0
+    state: dict[str, Any] | None = None
+    if old is not None:
+        state = checkpoint.load_resume(folder, say)
+        description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
+        start_epoch, start_step = state["epoch"], state["step"]
+        encoder.load_state_dict(state["encoder"], strict=False)
+        decoder.load_state_dict(state["decoder"])
+
+    # What the frozen backbone sees, once
+    encoder.to(accelerator.device)
+    features = val_features = None
+    if config.fine_tune == 0:
+        stored = {"cache": config.cache, "workers": config.workers}
+        features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
+        val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
+
+    backbone = [p for p in encoder.resnet.parameters() if p.requires_grad]
+    rest = [*encoder.embed.parameters(), *decoder.parameters()]
+    groups = [{"params": rest, "lr": config.learning_rate}]
+    if backbone:
+        groups.append({"params": backbone, "lr": config.backbone_learning_rate})
+    optimizer = torch.optim.Adam(groups, fused=True)
+    model = Training(encoder, decoder, config.label_smoothing)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    peaks = [group["lr"] for group in groups]
+
+    sampler_class, lengths = (LengthBatches, data.lengths) if features is not None else (PhotoBatches, data.photo)
+    sampler = sampler_class(lengths, config.batch_size, config.seed)
+    total = len(sampler) * config.num_epochs
+    log = open(folder / config.log_file, "r+b" if state is not None and (folder / config.log_file).exists() else "wb")
+    if state is not None:
+        log.truncate(state["log_bytes"])
+        log.seek(0, os.SEEK_END)
+
+    def save(epoch: int, step: int) -> None:
+        if not main:
+            return
+        log.flush()
+        os.fsync(log.fileno())
+        encoder_state = encoder.state_dict()
+        if description.architecture.backbone != "stored":
+            encoder_state = {k: v for k, v in encoder_state.items() if k.startswith("embed.")}
+        checkpoint.save_resume(
+            folder,
+            {
+                "format": 1,
+                "epoch": epoch,
+                "step": step,
+                "encoder": encoder_state,
+                "decoder": decoder.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epochs": description.epochs,
+                "best_epoch": description.best_epoch,
+                "log_bytes": log.tell(),
+            },
+        )
+        checkpoint.write_description(folder, description)
+
+    if main and state is None:
+        for epoch in checkpoint.epochs_saved(folder):
+            checkpoint.remove_epoch(folder, epoch)
+        checkpoint.write_description(folder, description)
+    say(
+        f"training on {len(data.photo)} captions of {len(data.paths)} photos, {len(data.vocab)} words, "
+        f"{accelerator.num_processes} process(es), {accelerator.device}, {accelerator.mixed_precision}"
+    )
+    last_save = time.monotonic()
+    with log, _Stop() as stop:
+        for epoch in range(start_epoch, config.num_epochs + 1):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            n, rank = accelerator.num_processes, accelerator.process_index
+            shares = [batch[rank::n] if len(batch) > rank else batch[:1] for batch in order[start_step:]]
+            bar = tqdm(
+                total=len(order),
+                initial=start_step,
+                desc=f"epoch {epoch}/{config.num_epochs}",
+                unit="step",
+                disable=None if main else True,
+            )
+            model.train()
+            epoch_loss, epoch_tokens = 0.0, 0
+            for step, batch in enumerate(_batches(data, shares, features, config, epoch), start_step + 1):
+                whole = order[step - 1]
+                done = (epoch - 1) * len(order) + step - 1
+                torch.manual_seed((config.seed * 1_000_003 + done) * n + rank)  # dropout's, resumed for free
+                factor = learning_rate_factor(done, total, config.warmup_steps)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                inputs = [x.to(accelerator.device, non_blocking=True) for x in batch[:3]]
+                with accelerator.autocast():
+                    loss, penalty = model(*inputs, batch[3])
+                mine = 1.0 if len(whole) > rank else 0.0
+                tokens = loss_tokens(data.lengths[whole], decoder)
+                objective = mine * (loss / tokens + config.attention_penalty * penalty / len(whole))
+                accelerator.backward(objective * n)  # several processes' gradients are averaged
+                shared = accelerator.reduce(torch.stack([loss.detach() * mine, loss.new_tensor(stop.signal)]), "sum")
+                value, stopped = shared[0].item() / tokens, int(shared[1].item())
+                if not math.isfinite(value):
+                    save(epoch, step - 1)
+                    raise InputError(
+                        f"the loss is {value} at step {step} of epoch {epoch} with a learning rate of "
+                        f"{config.learning_rate * factor:.2g}; the state before it is in {folder}: go on from "
+                        f"there with half the --learning-rate or a smaller --clip-norm."
+                    )
+                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                epoch_loss, epoch_tokens = epoch_loss + value * tokens, epoch_tokens + tokens
+                line = (
+                    f"Epoch [{epoch}/{config.num_epochs}], Step [{step}/{len(order)}], "
+                    f"Loss: {value:.4f}, Perplexity: {math.exp(min(value, 700)):.4f}"
+                )
+                if main:
+                    log.write(f"{line}\n".encode())
+                bar.update()
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                if step % config.print_every == 0 or step == len(order):
+                    say(line)
+                if stopped or time.monotonic() - last_save > 60 * config.save_minutes:
+                    save(epoch, step)
+                    last_save = time.monotonic()
+                if stopped:
+                    bar.close()
+                    say(f"stopped; go on with `python train.py --resume {folder}`")
+                    raise KeyboardInterrupt
+            bar.close()
+            start_step = 0
+
+            result = validate(accelerator, model, val, val_features, config)
+            result = {"epoch": epoch, "train_loss": epoch_loss / max(1, epoch_tokens), **result}
+            description.epochs.append(result)
+            best = description.best_epoch
+            better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
+            if main:
+                if better or epoch % config.save_every == 0 or epoch == config.num_epochs:
+                    checkpoint.save_epoch(folder, epoch, encoder, decoder, description)
+                if better:
+                    description.best_epoch = epoch
+                save(epoch + 1, 0)
+                if better and best is not None and best % config.save_every:
+                    checkpoint.remove_epoch(folder, best)
+            description.best_epoch = epoch if better else best
+            last_save = time.monotonic()
+            say(
+                f"epoch {epoch}: train loss {result['train_loss']:.3f}, validation loss {result['val_loss']:.3f}, "
+                f"Bleu_4 {result['Bleu_4']:.3f}, CIDEr {result['CIDEr']:.3f}" + (" (best)" if better else "")
+            )
+            if epoch - description.best_epoch >= config.patience:
+                say(f"no better CIDEr for {config.patience} epochs; the best is epoch {description.best_epoch}")
+                break
+    return folder
+
+
+@torch.inference_mode()
+def validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    val: CaptionDataset,
+    features: Tensor | None,
+    config: TrainingConfig,
+) -> dict[str, Any]:
+    """Validation loss and perplexity a token, and the metrics and captions of greedy decoding."""
+    training = accelerator.unwrap_model(model).eval()
+    encoder, decoder = training.encoder, training.decoder
+    photos = min(len(val.paths), config.val_photos)
+    mine = list(range(photos))[accelerator.process_index :: accelerator.num_processes]
+    fast = None if features is not None else encoder.for_inference(fast_dtype(accelerator.device))
+    captions_of: list[list[int]] = [[] for _ in range(photos)]
+    for caption, photo in enumerate(val.photo.tolist()):
+        if photo < photos:
+            captions_of[photo].append(caption)
+    loss, tokens, hypotheses = 0.0, 0, {}
+    if features is not None:
+        chunks = ((mine[i : i + 64], features[mine[i : i + 64]]) for i in range(0, len(mine), 64))
+    else:
+        reader = Photos(val.paths, build_transform(False, config.image_size, normalise=False))
+        batches = [mine[i : i + BATCH] for i in range(0, len(mine), BATCH)]
+        chunks = encode(fast, reader, batches, config.workers)
+    for rows, seen in chunks:
+        seen = seen.to(accelerator.device).float()
+        which = np.array([caption for row in rows for caption in captions_of[row]])
+        captions, lengths = val.captions(which)
+        row = torch.tensor([i for i, photo in enumerate(rows) for _ in captions_of[photo]])
+        with accelerator.autocast():
+            summed, _ = training(seen, row.to(seen.device), captions.to(seen.device), lengths)
+            found = greedy(decoder, encoder.embed(seen))
+        loss, tokens = loss + summed.item(), tokens + loss_tokens(lengths, decoder)
+        for photo, hypothesis in zip(rows, found, strict=True):
+            hypotheses[int(val.image_ids[photo])] = val.vocab.decode(hypothesis.tokens)
+    totals = accelerator.reduce(torch.tensor([loss, tokens], dtype=torch.float64, device=accelerator.device), "sum")
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        hypotheses = dict(gather_object(list(hypotheses.items())))
+    references = {i: texts for i, texts in val.references().items() if i in hypotheses}
+    val_loss = (totals[0] / totals[1]).item()
+    metrics = score(hypotheses, references, java=False).metrics
+    shown = [int(i) for i in val.image_ids[:3]]
+    return {
+        "val_loss": val_loss,
+        "val_perplexity": math.exp(min(val_loss, 700)),
+        **{name: value for name, value in metrics.items() if value is not None},
+        "captions": {str(i): hypotheses[i] for i in shown},
+    }
+
+
+def read_log(path: Path) -> np.ndarray:
+    """The training log as an array (steps, 3): epoch, step in the epoch, loss."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        epoch, step, loss, _ = line.split(", ")
+        rows.append((int(epoch[7:].split("/")[0]), int(step[6:].split("/")[0]), float(loss[6:])))
+    return np.array(rows)
+
+
+def resumed_config(folder: Path) -> TrainingConfig:
+    """The configuration of the training in `folder`, set to go on."""
+    known = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    saved = checkpoint.read_description(folder).training
+    try:
+        values = {
+            name: Path(value) if known[name].type == "Path" else value for name, value in saved.items() if name in known
+        }
+        return TrainingConfig(**{**values, "resume": Path(folder)})
+    except TypeError as error:
+        raise InputError(f"{folder}/captioner.json holds no training's configuration ({error}).") from None
+
+
+def main() -> None:
+    """`python train.py`: with --resume, the options of that training are the defaults."""
+    arguments = sys.argv[1:]
+    options: dict[str, Any] = {}
+    if "--resume" in arguments[:-1]:
+        options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]))
+    train(tyro.cli(TrainingConfig, description=__doc__, **options))
+
+
+if __name__ == "__main__":
+    run_command(main)

