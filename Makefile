@@ -1,0 +1,40 @@
+# `make demo` and `make test` are the two commands to begin with; README.md says what they do.
+PYTHON ?= python3
+BIN := .venv/bin
+SCENES := data/scenes
+NOTEBOOKS := 0_Dataset_Exploration.ipynb 1_Architecture.ipynb 2_Training.ipynb 3_Inference.ipynb
+
+.PHONY: setup demo test check lint app bench notebooks
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python scenes.py $(SCENES)
+	$(BIN)/python train.py --data $(SCENES) --name scenes --weights random --image-size 96 --batch-size 160 --num-epochs 6
+	$(BIN)/python evaluate.py --model models/scenes --data $(SCENES) --split test
+	$(BIN)/python caption.py $(SCENES)/images/test/0*[05].jpg --model models/scenes --sheet models/scenes/captions.png
+
+test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) check
+
+check: lint
+	pytest
+	NOTEBOOK_QUICK=1 pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
+
+lint:
+	ruff check .
+	ruff format --check .
+
+app: setup
+	$(BIN)/python gradio_main.py
+
+bench: setup
+	$(BIN)/python -m benchmarks.speed
+
+notebooks: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
