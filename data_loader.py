@@ -65,7 +65,7 @@ def read_photo(source: str | Path | Image.Image, shorter_side: int | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(source) if isinstance(source, str | Path) else source
-            if shorter_side:
+            if shorter_side and image is not source:
                 image.draft("RGB", (2 * shorter_side, 2 * shorter_side))
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -80,7 +80,8 @@ def read_photo(source: str | Path | Image.Image, shorter_side: int | None = None
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; check the path.") from None
     except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
-        raise InputError(f"{name} cannot be read as a photo ({error or type(error).__name__}).") from None
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{name} cannot be read as a photo ({reason}).") from None
 
 
 class Photos(Dataset):
@@ -94,7 +95,8 @@ class Photos(Dataset):
         self.paths = paths
         self.transform = transform
         steps = getattr(transform, "transforms", [])
-        self.shorter_side = next((step.size for step in steps if isinstance(step, T.Resize)), None)
+        sizes = [step.size for step in steps if isinstance(step, T.Resize)]
+        self.shorter_side = sizes[0] if sizes and isinstance(sizes[0], int) else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -191,7 +193,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
                 return Annotations(
                     arrays["image_ids"], names, words, arrays["tokens"], arrays["offsets"], arrays["photo"]
                 )
-        except (OSError, ValueError, KeyError):  # torn: made anew below
+        except Exception:  # torn, which makes its reader raise nearly anything: made anew below
             pass
     annotations = _parse_annotations(path, data)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -365,9 +367,9 @@ class CaptionDataset(Dataset):
         return len(self.paths) if self.mode == "test" else len(self.photo)
 
     def __getitem__(self, index: int) -> tuple:
-        if self.mode == "test":
-            return int(self.image_ids[index]), self.photos[index]
-        return self.photos[int(self.photo[index])], self.caption(index)
+        row = index if self.mode == "test" else int(self.photo[index])
+        photo = self.photos[row, int(torch.randint(1 << 31, ()))]  # drawn anew each time, from torch's seed
+        return (int(self.image_ids[row]), photo) if self.mode == "test" else (photo, self.caption(index))
 
 
 # Batches
@@ -377,7 +379,7 @@ class LengthBatches(Sampler):
     """Batches of caption indices, each of one caption length, every caption exactly once an epoch.
 
     Captions of one length need no padding, so no step of the decoder is spent on it. The order depends on
-    the seed and the epoch alone; `set_epoch` chooses the epoch.
+    the seed and the epoch alone; `set_epoch` chooses the epoch, and each whole pass goes on to the next.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
@@ -404,6 +406,7 @@ class LengthBatches(Sampler):
         ]
         for i in rng.permutation(len(batches)):
             yield batches[i]
+        self.epoch += 1
 
 
 class PhotoBatches(Sampler):
@@ -428,6 +431,7 @@ class PhotoBatches(Sampler):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.by_photo))
         for start in range(0, len(order), self.photos):
             yield np.concatenate([self.by_photo[i] for i in order[start : start + self.photos]])
+        self.epoch += 1
 
 
 def get_loader(

@@ -50,9 +50,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # a foreign or torn file makes the unpickler raise nearly anything
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path} is not a file of weights that can be read safely ({reason}).") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_whole(state[key]) for key in state):
         raise InputError(f"{path} holds no state dict: names with tensors.")
     return state
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a plain tensor whose numbers are all there, so that a copy takes no more memory than its file."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, may_lack: tuple[str, ...] = ()) -> None:
@@ -68,12 +75,14 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, 
         if key not in state:
             if not key.startswith(may_lack or "/"):
                 raise InputError(f"{path} lacks the weight {key}; it belongs to another model.")
+        elif expected[key].is_floating_point() and not state[key].is_floating_point():
+            raise InputError(f"{path} has {key} as {state[key].dtype}, which is no weight of this model.")
         elif expected[key].shape != state[key].shape:
             raise InputError(
                 f"{path} has {key} of size {tuple(state[key].shape)} where the model needs "
                 f"{tuple(expected[key].shape)}; weights, vocabulary and captioner.json must come from one training."
             )
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    state = {key: value.to(expected[key].dtype) for key, value in state.items()}
     module.load_state_dict(state, strict=False, assign=True)
 
 

@@ -1,0 +1,156 @@
+"""What many tests share: a small drawn data set and a small model trained on it, both made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scenes
+from train import TrainingConfig, train
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    """More threads than cores make a small test ten times slower."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests, so that a data set is tokenized and seen once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set of 24, 8 and 8 pictures."""
+    return scenes.draw_dataset(tmp_path_factory.mktemp("data") / "scenes", 24, 8, 8)
+
+
+@pytest.fixture(scope="session")
+def small(
+    drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainingConfig]:
+    """Makes the configuration of a training that takes a second, in a new folder; any field can be given."""
+
+    def make(**fields: object) -> TrainingConfig:
+        settings: dict[str, object] = {
+            "data": drawn,
+            "name": "small",
+            "weights": "random",
+            "fine_tune": 0,
+            "image_size": 64,
+            "embed_size": 16,
+            "hidden_size": 32,
+            "vocab_threshold": 2,
+            "batch_size": 16,
+            "num_epochs": 1,
+            "warmup_steps": 2,
+            "workers": 0,
+            "precision": "fp32",
+            "cache": cache,
+        }
+        if "models" not in fields:
+            settings["models"] = tmp_path_factory.mktemp("models")
+        return TrainingConfig(**{**settings, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(small: Callable[..., TrainingConfig]) -> Path:
+    """The folder of a model trained for two epochs; tests must not write into it."""
+    return train(small(num_epochs=2))
+
+
+@pytest.fixture(scope="session")
+def attending(small: Callable[..., TrainingConfig]) -> Path:
+    """As `trained`, with the attention decoder."""
+    return train(small(decoder="attention"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A photo of 80 x 60: red on the left, blue on the right."""
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:, :40, 0] = pixels[:, 40:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The real data beside the repository; the test is skipped where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+def write_split(folder: Path, split: str, captions: dict[str, list[str]]) -> Path:
+    """Write annotations in COCO's layout for photos by their file names; returns the annotation file."""
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+    pairs = [(row, text) for row, texts in enumerate(captions.values()) for text in texts]
+    content = {
+        "images": [{"id": row + 1, "file_name": name} for row, name in enumerate(captions)],
+        "annotations": [
+            {"id": i, "image_id": row + 1, "caption": text} for i, (row, text) in enumerate(pairs)
+        ],
+    }
+    path = folder / "annotations" / f"captions_{split}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def draw_noise(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
+    """A picture of coloured squares that no other seed gives."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+EIGHT = {
+    "0.png": "a red dog runs on the beach.",
+    "1.png": "two cats sleep on a sofa, side by side.",
+    "2.png": "a man's boat floats in the harbor.",
+    "3.png": "a plane flies.",
+    "4.png": "people at a table with plates of food and a cake",
+    "5.png": "a red dog sleeps on a sofa.",
+    "6.png": "the woman is holding a yellow umbrella in the rain.",
+    "7.png": "two kites fly over the beach.",
+}
+
+
+@pytest.fixture(scope="session")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures, each with one caption, which the training split repeats to make an epoch long."""
+    folder = tmp_path_factory.mktemp("data") / "eight"
+    for split, times in (("train", 100), ("val", 1)):
+        write_split(folder, split, {name: [text] * times for name, text in EIGHT.items()})
+        for seed, name in enumerate(EIGHT):
+            draw_noise(seed).save(folder / "images" / split / name)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["lstm", "attention"])
+def memorised(request: pytest.FixtureRequest, eight: Path, small: Callable[..., TrainingConfig]) -> Path:
+    """The folder of a model, of either decoder, trained to know the eight captions by heart."""
+    config = small(
+        data=eight,
+        decoder=request.param,
+        vocab_threshold=1,
+        embed_size=32,
+        hidden_size=64,
+        batch_size=8,
+        num_epochs=3,
+        learning_rate=1e-2,
+        attention_penalty=0.0,
+    )
+    return train(config)

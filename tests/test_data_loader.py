@@ -1,0 +1,314 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+
+import data_loader
+from conftest import draw_noise, write_split
+from data_loader import (
+    CaptionDataset,
+    LengthBatches,
+    PhotoBatches,
+    Photos,
+    build_transform,
+    find_split,
+    get_loader,
+    read_annotations,
+    read_batches,
+)
+from errors import InputError
+from vocabulary import END, START, Vocabulary, tokenize
+
+# Photos
+
+
+def test_the_recipe_s_transforms():
+    photo = draw_noise(0, (640, 480))
+    used = build_transform()(photo)
+    assert used.shape == (3, 224, 224)
+    resized = T.CenterCrop(224)(T.Resize(256)(photo))
+    expected = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(T.ToTensor()(resized))
+    torch.testing.assert_close(used, expected)
+    trained = build_transform(train=True)
+    assert [type(step) for step in trained.transforms] == [
+        *(T.Resize, T.RandomCrop, T.RandomHorizontalFlip, T.ToTensor, T.Normalize)
+    ]
+    assert trained(photo).shape == (3, 224, 224)
+
+
+def test_a_random_transform_draws_from_the_seed_and_the_index_alone():
+    pictures = [draw_noise(0)] * 2
+    photos = Photos(pictures, build_transform(train=True, image_size=32, normalise=False))
+    drawn = {(i, seed): photos[i, seed] for i in range(2) for seed in range(8)}
+    torch.rand(5)
+    assert all(torch.equal(photos[key], value) for key, value in drawn.items())
+    assert len({value.numpy().tobytes() for value in drawn.values()}) > 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_photos_come_in_order_from_any_number_of_workers(workers: int):
+    photos = Photos([draw_noise(i) for i in range(10)], build_transform(True, 32, normalise=False))
+    batches = [[(0, 1), (1, 1)], [(9, 1)], [(3, 2), (2, 2), (3, 3)]]
+    found = list(read_batches(photos, batches, workers))
+    assert [keys for keys, _ in found] == batches
+    for keys, images in found:
+        assert torch.equal(images, torch.stack([photos[key] for key in keys]))
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path: Path):
+    draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg", quality=95)
+    whole = build_transform(normalise=False)(Image.open(tmp_path / "large.jpg").convert("RGB"))
+    fast = Photos([tmp_path / "large.jpg"], build_transform(normalise=False))[0]
+    assert fast.shape == whole.shape
+    assert (fast.float() - whole.float()).abs().mean() < 2
+
+
+def test_an_image_that_was_given_is_left_as_it_is(tmp_path: Path):
+    draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg")
+    image = Image.open(tmp_path / "large.jpg")
+    Photos([image], build_transform(image_size=64))[0]
+    assert image.size == (1600, 1200)
+
+
+# Annotations
+
+
+def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
+    path = write_split(
+        tmp_path, "train", {"a.png": ["A dog.", "The dog\n runs"], "b.png": [], "c.png": ["a cat"]}
+    )
+    found = read_annotations(path, tmp_path / "cache")
+    assert found.file_names == ["a.png", "c.png"]  # without captions there is nothing to learn
+    assert found.image_ids.tolist() == [1, 3]
+    captions = [
+        [found.words[i] for i in found.tokens[a:b]]
+        for a, b in zip(found.offsets, found.offsets[1:], strict=False)
+    ]
+    assert captions == [["a", "dog", "."], ["the", "dog", "runs"], ["a", "cat"]]
+    assert found.photo.tolist() == [0, 0, 1]
+
+
+def assert_same(one: data_loader.Annotations, other: data_loader.Annotations) -> None:
+    assert (one.file_names, one.words) == (other.file_names, other.words)
+    for name in ("image_ids", "tokens", "offsets", "photo"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_was_kept_is_what_was_read(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = find_split(drawn, "train")[0]
+    first = read_annotations(path, tmp_path)
+    monkeypatch.setattr(data_loader, "tokenize", None)  # nothing is tokenized again
+    assert_same(read_annotations(path, tmp_path), first)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.9, -1])
+def test_a_torn_cache_file_is_made_anew(drawn: Path, tmp_path: Path, keep: float):
+    path = find_split(drawn, "train")[0]
+    first = read_annotations(path, tmp_path)
+    kept = next(tmp_path.rglob("*.npz"))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    assert_same(read_annotations(path, tmp_path), first)
+    assert kept.read_bytes() == whole
+
+
+def test_another_file_never_finds_what_was_kept_of_the_first(tmp_path: Path):
+    path = write_split(tmp_path, "train", {"a.png": ["a dog"]})
+    assert read_annotations(path, tmp_path / "cache").words == ["a", "dog"]
+    write_split(tmp_path, "train", {"a.png": ["a cat"]})
+    assert read_annotations(path, tmp_path / "cache").words == ["a", "cat"]
+
+
+def test_the_real_captions_are_read_whole(shared: Path, tmp_path: Path):
+    path = shared / "captions_val2017.json"
+    found = read_annotations(path, tmp_path)
+    assert len(found.photo) == 25014
+    assert len(found.image_ids) == 5000
+    for i in (0, 10_000, 25_013):
+        text = json.loads(path.read_text())["annotations"][i]["caption"]
+        words = [found.words[j] for j in found.tokens[found.offsets[i] : found.offsets[i + 1]]]
+        assert words == tokenize(text)
+
+
+# Data sets
+
+
+def test_an_item_is_a_photo_and_its_caption_s_indices(drawn: Path, cache: Path):
+    data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
+    references = data.references()
+    assert len(data) == 5 * len(references) == 40
+    for i in (0, 17, 39):
+        photo, caption = data[i]
+        assert photo.shape == (3, 224, 224)
+        assert caption.dtype == torch.int64
+        assert (caption[0], caption[-1]) == (START, END)
+        words = [data.vocab.words[j] for j in caption[1:-1]]
+        assert words in [tokenize(text) for text in references[int(data.image_ids[data.photo[i]])]]
+
+
+def test_captions_of_several_lengths_are_padded_on_the_right(drawn: Path, cache: Path):
+    data = CaptionDataset(drawn, "train", vocab_threshold=2, cache=cache)
+    indices = np.array([5, 60, 3, 119])
+    batch, lengths = data.captions(indices)
+    assert batch.shape == (4, int(lengths.max()))
+    for row, length, i in zip(batch, lengths, indices, strict=True):
+        assert torch.equal(row[:length], data.caption(i))
+        assert (row[length:] == END).all()
+
+
+def test_a_year_may_be_in_the_names(tmp_path: Path):
+    path = write_split(tmp_path, "val2017", {"a.png": ["a dog"]})
+    assert find_split(tmp_path, "val") == (path, tmp_path / "images" / "val2017")
+
+
+def test_test_photos_without_public_captions(tmp_path: Path, cache: Path):
+    path = write_split(tmp_path, "test2014", {"a.png": [], "b.png": []})
+    path.rename(path.with_name("image_info_test2014.json"))
+    for name in "ab":
+        draw_noise(0).save(tmp_path / "images" / "test2014" / f"{name}.png")
+    data = CaptionDataset(tmp_path, "test", vocab=Vocabulary.build(["a dog"], 1), cache=cache)
+    assert [data[i][0] for i in range(len(data))] == [1, 2]
+    assert data[0][1].shape == (3, 224, 224)
+
+
+# Batches
+
+
+def test_every_caption_comes_once_an_epoch_and_a_batch_has_one_length():
+    lengths = np.random.default_rng(0).integers(6, 20, 1000)
+    batches = list(LengthBatches(lengths, 32))
+    assert len(batches) == len(LengthBatches(lengths, 32))
+    assert all(len(set(lengths[batch])) == 1 and len(batch) <= 32 for batch in batches)
+    assert sorted(np.concatenate(batches)) == list(range(1000))
+    assert sum(len(batch) == 32 for batch in batches) >= 1000 // 32 - 14
+
+
+def test_a_photo_s_captions_come_together_and_each_once_an_epoch():
+    photo = np.random.default_rng(0).integers(0, 100, 500)
+    photo[:100] = range(100)
+    batches = list(PhotoBatches(photo, 32))
+    assert len(batches) == len(PhotoBatches(photo, 32))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    seen = Counter(row for batch in batches for row in set(photo[batch].tolist()))
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("sampler", [LengthBatches, PhotoBatches])
+def test_the_order_depends_on_the_seed_and_the_epoch_alone(sampler: type):
+    numbers = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 5))
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        batches = sampler(numbers, 8, seed)
+        batches.set_epoch(epoch)
+        return [batch.tolist() for batch in batches]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+
+
+@pytest.mark.parametrize("sampler", [LengthBatches, PhotoBatches])
+def test_without_set_epoch_each_pass_has_an_order_of_its_own(sampler: type):
+    batches = sampler(np.repeat(np.arange(20), 5), 8)
+    first, second = ([batch.tolist() for batch in batches] for _ in range(2))
+    assert first != second
+
+
+# The recipe's loader
+
+
+@pytest.fixture
+def vocab_file(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # the cache is in the working directory
+    path = tmp_path / "vocab.json"
+    get_loader(mode="train", vocab_threshold=2, vocab_file=path, vocab_from_file=False, cocoapi_loc=drawn)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["train", "val"])
+def test_training_and_validation_batches(drawn: Path, vocab_file: Path, mode: str):
+    loader = get_loader(mode=mode, batch_size=16, vocab_file=vocab_file, cocoapi_loc=drawn)
+    assert loader.dataset.vocab.words == Vocabulary.load(vocab_file).words
+    captions = 0
+    for images, indices in loader:
+        assert images.shape == (len(indices), 3, 224, 224)
+        assert images.dtype == torch.float32
+        assert (indices[:, 0] == START).all()
+        assert (indices[:, -1] == END).all()
+        captions += len(indices)
+    assert captions == {"train": 120, "val": 40}[mode]
+
+
+def test_test_batches_are_image_ids_and_photos_in_the_file_s_order(drawn: Path, vocab_file: Path):
+    loader = get_loader(mode="test", batch_size=3, vocab_file=vocab_file, cocoapi_loc=drawn)
+    ids = []
+    for batch_ids, images in loader:
+        assert images.shape == (len(batch_ids), 3, 224, 224)
+        ids += batch_ids.tolist()
+    content = json.loads(find_split(drawn, "test")[0].read_text())
+    assert ids == [image["id"] for image in content["images"]]
+
+
+def test_workers_persist_and_each_pass_crops_anew(drawn: Path, vocab_file: Path):
+    transform = build_transform(train=True, image_size=32)
+    loader = get_loader(transform, batch_size=16, vocab_file=vocab_file, num_workers=2, cocoapi_loc=drawn)
+    passes, workers = [], []
+    for _ in range(2):
+        loader.batch_sampler.set_epoch(3)
+        passes.append(torch.cat([images for images, _ in loader]))
+        workers.append([worker.pid for worker in loader._iterator._workers])
+    assert workers[0] == workers[1]
+    assert not torch.equal(*passes)
+
+
+def test_real_photos_and_captions(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    loader = get_loader(
+        batch_size=8, vocab_threshold=4, vocab_from_file=False, cocoapi_loc=shared / "coco-mini"
+    )
+    assert (tmp_path / "vocab.json").exists()
+    images, captions = next(iter(loader))
+    assert images.shape[1:] == (3, 224, 224)
+    assert len(images) == len(captions)
+    assert 2 < images.std() / images.mean().abs().clamp(0.01, 0.5)
+
+
+# Mistakes
+
+
+def test_a_vocabulary_is_built_from_training_captions_only(drawn: Path):
+    with pytest.raises(InputError, match="vocab_from_file"):
+        get_loader(mode="val", vocab_from_file=False, cocoapi_loc=drawn)
+
+
+def test_a_folder_without_annotations(tmp_path: Path):
+    with pytest.raises(InputError, match=r"annotations/captions_train<year>\.json"):
+        CaptionDataset(tmp_path, "train", cache=tmp_path)
+    with pytest.raises(InputError, match=r"no-such.*python scenes\.py"):
+        CaptionDataset(tmp_path / "no-such", "train", cache=tmp_path)
+
+
+def test_two_years_in_one_folder(tmp_path: Path):
+    for year in (2014, 2017):
+        write_split(tmp_path, f"train{year}", {"a.png": ["a dog"]})
+    with pytest.raises(InputError, match=r"captions_train2014\.json, captions_train2017\.json"):
+        CaptionDataset(tmp_path, "train", cache=tmp_path)
+
+
+def test_a_photo_that_is_missing(tmp_path: Path):
+    write_split(tmp_path, "train", {"a.png": ["a dog"], "b.png": ["a cat"]})
+    draw_noise(0).save(tmp_path / "images" / "train" / "a.png")
+    with pytest.raises(InputError, match=r"1 of 2 photos .*captions_train\.json .*b\.png"):
+        CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path)
+
+
+def test_a_threshold_that_leaves_no_word(drawn: Path, cache: Path):
+    with pytest.raises(InputError, match="vocab_threshold"):
+        CaptionDataset(drawn, "train", vocab_threshold=10_000, cache=cache)

@@ -1,0 +1,91 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from errors import InputError
+from vocabulary import END, START, UNK, Vocabulary, tokenize
+
+CAPTIONS = ["A dog runs.", "A cat, a dog and a man's bird.", "Isn't it a dog?"]
+
+
+@pytest.fixture
+def vocab() -> Vocabulary:
+    return Vocabulary.build(CAPTIONS, threshold=1)
+
+
+def test_a_caption_becomes_lower_case_tokens_with_punctuation_apart():
+    assert tokenize("A man's dog, running.") == ["a", "man", "'s", "dog", ",", "running", "."]
+
+
+def test_stray_newlines_and_double_spaces_separate_words_only():
+    assert tokenize("A dog\n  runs \t fast\n") == ["a", "dog", "runs", "fast"]
+
+
+def test_the_full_stop_of_a_first_sentence_is_a_token():
+    assert tokenize("A dog runs. It is wet.") == ["a", "dog", "runs", ".", "it", "is", "wet", "."]
+
+
+def test_abbreviations_keep_their_full_stops():
+    assert tokenize("Mr. Smith of the U.S. at 5 p.m. today") == [
+        *("mr.", "smith", "of", "the", "u.s.", "at", "5", "p.m.", "today")
+    ]
+
+
+def test_the_special_words_have_the_first_three_indices(vocab: Vocabulary):
+    assert (vocab["<start>"], vocab["<end>"], vocab["<unk>"]) == (START, END, UNK) == (0, 1, 2)
+
+
+def test_a_word_below_the_threshold_is_unknown():
+    vocab = Vocabulary.build(CAPTIONS, threshold=2)
+    assert vocab["dog"] > UNK
+    assert vocab["bird"] == UNK
+    assert vocab["zebra"] == UNK
+
+
+def test_encode_puts_the_words_between_start_and_end(vocab: Vocabulary):
+    indices = vocab.encode("A dog zooms.")
+    assert indices == [START, vocab["a"], vocab["dog"], UNK, vocab["."], END]
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["a dog runs.", "a cat, a dog and a man's bird.", "isn't it a dog?", "a dog, a cat."],
+)
+def test_decode_restores_the_punctuation_that_encode_took_apart(vocab: Vocabulary, caption: str):
+    assert vocab.decode(vocab.encode(caption)) == caption
+
+
+def test_decode_stops_at_the_first_end_and_drops_special_words(vocab: Vocabulary):
+    indices = [START, vocab["a"], UNK, vocab["dog"], END, vocab["cat"], END]
+    assert vocab.decode(indices) == "a dog"
+
+
+def test_a_saved_vocabulary_is_json_and_loads_the_same(vocab: Vocabulary, tmp_path: Path):
+    path = tmp_path / "folder" / "vocab.json"
+    vocab.save(path)
+    assert json.loads(path.read_text()) == vocab.words
+    assert Vocabulary.load(path).words == vocab.words
+    assert [p.name for p in path.parent.iterdir()] == ["vocab.json"]
+
+
+def test_a_threshold_that_leaves_no_word_is_a_mistake_that_names_the_highest_useful_one():
+    with pytest.raises(InputError, match=r"vocab_threshold .*occurs 5 times"):
+        Vocabulary.build(CAPTIONS, threshold=6)
+
+
+def test_real_captions_leave_no_token_with_white_space_or_a_full_stop_stuck_to_it(shared: Path):
+    annotations = json.loads((shared / "captions_val2017.json").read_text())["annotations"]
+    captions = [annotation["caption"] for annotation in annotations]
+    assert any("\n" in text for text in captions)
+    assert any("  " in text for text in captions)
+    vocab = Vocabulary.build(captions, threshold=1)
+    words = vocab.words[3:]
+    assert not [word for word in words if re.search(r"\s", word)]
+    stuck = [word for word in words if re.search(r"[a-z0-9]\.$", word)]
+    abbreviation = re.compile(r"([a-z]\.)+|st\.|ave\.|blvd\.|rd\.|dr\.|mrs?\.|ft\.|jr\.|vs\.")
+    assert not [word for word in stuck if not abbreviation.fullmatch(word)]
+    frequent = Vocabulary.build(captions, threshold=5)
+    assert len(frequent) < 0.5 * len(vocab)
+    assert frequent.encode(captions[0]) == [START, *(frequent[word] for word in tokenize(captions[0])), END]
