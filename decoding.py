@@ -1,9 +1,9 @@
 """Greedy, beam and sampled decoding of captions, for any decoder that offers `init_state` and `step`.
 
-Three rules hold for all of them. `<start>` is never chosen, nor `<unk>` unless `allow_unk`. What may be chosen
-(those bans, `min_length`, blocked trigrams, temperature, top-k, top-p) never changes a log-probability that is
-reported: that one is the model's own, over its full softmax. And where every word is banned, `<end>` is chosen
-even if `min_length` has not been reached, so each image always has a caption.
+Three rules hold for all of them. `<start>` is never chosen, nor `<unk>` unless `allow_unk`. What may be
+chosen (those bans, `min_length`, blocked trigrams, temperature, top-k, top-p) never changes a
+log-probability that is reported: that one is the model's own, over its full softmax. And where every word
+is banned, `<end>` is chosen even if `min_length` has not been reached, so each image has a caption.
 
 A decoder in training mode would drop units at random here too; call `decoder.eval()` first.
 """
@@ -22,9 +22,17 @@ from vocabulary import END, START, UNK
 
 State = tuple[Tensor, ...]
 
+# The numbers in the largest tensor that a CPU computes at once, 16 MB. The allocator asks the system for a
+# larger one anew at every step: 500 photos with attention and a beam of 5 would take twice as long.
+PART = 2**22
+
 
 class Decoder(Protocol):
-    """What decoding asks of a decoder; every tensor of a state has the batch as its first dimension."""
+    """What decoding asks of a decoder.
+
+    Every tensor of a state has the batch as its first dimension. A step leaves the state that it was given
+    as it is; it may hand on a tensor of it untouched only if that depends on the image alone.
+    """
 
     def init_state(self, features: Tensor) -> State:
         """The state after the features (B, ...) of B images have been read, before `<start>`."""
@@ -60,7 +68,7 @@ def greedy(
     """
     _check_lengths(max_length, min_length)
 
-    def choose(logits: Tensor, rows: Tensor, t: int) -> Tensor:
+    def choose(logits: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
         log_p, words = _best_words(logits, 1, t >= min_length, allow_unk)
         log_p, best = log_p.max(1, keepdim=True)
         return words.gather(1, best).squeeze(1), log_p.squeeze(1)
@@ -84,13 +92,14 @@ def sample(
     """Captions drawn at random from the model, n for each image, all at once.
 
     features, max_length, min_length: as in `greedy`.
-    temperature: the logits are divided by it; near 0 is greedy. top_k: draw from the k most probable words only
-    (0: from all). top_p: then draw from the fewest words that hold this share of the probability (nucleus
-    sampling, Holtzman et al., arXiv 1904.09751).
-    seed: what is drawn for image i depends on it, on i and on n, not on the images after i nor on which captions
-    end first. None uses torch's global generator.
-    Returns B * n hypotheses, those of image i at [i * n : (i + 1) * n]. Raises InputError if a value is out of
-    range.
+    temperature: the logits are divided by it; near 0 is greedy.
+    top_k: draw from the k most probable words only (0: from all).
+    top_p: then draw from the fewest words that hold this share of the probability (nucleus sampling,
+        Holtzman et al., arXiv 1904.09751).
+    seed: what is drawn for image i depends on it, on i and on n, not on the images after i nor on which
+        captions end first. None uses torch's global generator.
+    Returns B * n hypotheses, those of image i at [i * n : (i + 1) * n]; their log-probabilities are those of
+    the model as it is, at temperature 1. Raises InputError if a value is out of range.
     """
     _check_lengths(max_length, min_length)
     _check(temperature > 0, f"temperature is {temperature}, but it has to be above 0.")
@@ -105,7 +114,7 @@ def sample(
     # On the CPU whatever the device, so a seed means the same everywhere; in (0, 1], never 0.
     uniform = (1 - torch.rand(images * n, max_length, generator=generator)).to(device)
 
-    def choose(logits: Tensor, rows: Tensor, t: int) -> Tensor:
+    def choose(logits: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
         first = UNK if allow_unk else UNK + 1
         options = logits[:, first:]
         may_end = t >= min_length or options.size(1) == 0
@@ -146,57 +155,73 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best captions among those that a beam of `beam_size` keeps, for all images at once.
 
-    An image has `beam_size` places. At every step the continuations of its live hypotheses compete for them by
-    log-probability; one that ends keeps its place for good and is no longer continued. The search of an image
-    is over when nothing in it is live, or at `max_length`, where live hypotheses count as results too, so there
-    is always a best one. With beam_size=1 this is `greedy`.
+    An image has `beam_size` places. At every step the continuations of its live hypotheses compete for them
+    by log-probability; one that ends keeps its place for good and is no longer continued. The search of an
+    image is over when nothing in it is live, or at `max_length`, where live hypotheses count as results too,
+    so there is always a best one. With beam_size=1 this is `greedy`.
 
     features, max_length, min_length: as in `greedy`.
-    length_penalty: results are ranked by log p / length**length_penalty, length in tokens with `<end>`: 0 ranks
-        by probability, which favours short captions, 1 by the mean of the tokens' log p. (Wu et al.,
-        arXiv 1609.08144, section 7, normalise by ((5 + length) / 6)**alpha.)
+    length_penalty: results are ranked by log p / length**length_penalty, length in tokens with `<end>`:
+        0 ranks by probability, which favours short captions, 1 by the mean of the tokens' log p. (Wu et
+        al., arXiv 1609.08144, section 7, divide by ((5 + length) / 6)**alpha instead.)
     n_best: hypotheses to return for an image; fewer where the beam holds fewer different ones.
     block_trigrams: never choose a word that would repeat three words of its caption (Paulus et al.,
         arXiv 1705.04304, section 2.5).
-    groups: divide the beam into that many groups, each lowering the scores of words by `diversity` for every
-        hypothesis of an earlier group that has chosen them at this step (Vijayakumar et al., arXiv 1610.02424,
-        Hamming diversity). That steers the choice; the log-probabilities stay the model's.
+    groups: divide the beam into that many groups, each lowering the scores of words by `diversity` for
+        every hypothesis of an earlier group that has chosen them at this step (Vijayakumar et al., arXiv
+        1610.02424, Hamming diversity). That steers the choice; the log-probabilities stay the model's.
 
-    A live hypothesis is dropped as soon as no continuation of it could be returned: log p only falls as words
-    are added, so log p / max_length**length_penalty bounds what it can become, and that is compared with the
-    worst of the n_best that have ended. An image with nothing live costs nothing more.
+    A live hypothesis is dropped as soon as no continuation of it could be returned: log p only falls as
+    words are added, so log p / max_length**length_penalty bounds what it can become, and that is compared
+    with the worst of the n_best that have ended. An image with nothing live costs nothing more.
 
     Returns for each image its hypotheses, best first. Raises InputError if a value is out of range.
     """
     _check_lengths(max_length, min_length)
     _check(beam_size >= 1, f"beam_size is {beam_size}, but it has to be at least 1.")
-    _check(1 <= n_best <= beam_size, f"n_best is {n_best}, but it has to be from 1 to beam_size, {beam_size}.")
-    _check(groups >= 1 and beam_size % groups == 0, f"groups is {groups}, which does not divide {beam_size} beams.")
+    _check(1 <= n_best <= beam_size, f"n_best is {n_best}, but it has to be from 1 to {beam_size} beams.")
+    divides = groups >= 1 and beam_size % groups == 0
+    _check(divides, f"groups is {groups}, but it has to divide {beam_size} beams.")
     _check(length_penalty >= 0, f"length_penalty is {length_penalty}, but it has to be at least 0.")
     _check(diversity >= 0, f"diversity is {diversity}, but it has to be at least 0.")
 
     state = decoder.init_state(features)
     device, images = state[0].device, state[0].size(0)
     width = beam_size // groups
-    # A place (image, beam) is live, ended, or empty: log p is -inf. At first each group has its image's <start>.
+    # A place (image, beam) is live, ended, or empty: log p is -inf. At first one in each group is live.
     tokens = torch.full((images, beam_size, max_length), END, device=device)
     log_probability = torch.full((images, beam_size), -torch.inf, device=device)
     log_probability[:, ::width] = 0
     ended = torch.zeros_like(log_probability, dtype=torch.bool)
     attends = getattr(decoder, "attends", False)
-    attention, seen = [], torch.zeros_like(tokens)  # the weights of all rows so far; which of them a token saw
+    # The weights of all rows of all steps, and which of them belong to a token.
+    attention, seen = [], torch.zeros_like(tokens)
 
     # The decoder computes live places only: row r of its batch is place live[r], counted over all images.
     live = (log_probability > -torch.inf).flatten().nonzero().squeeze(1)
     state = _select(state, live // beam_size)
     row_of = torch.zeros(images * beam_size, dtype=torch.int64, device=device)
     first_place = torch.arange(images, device=device)[:, None] * beam_size
+    part_size = max(1, images * beam_size)
     for t in range(max_length):
         last = tokens.flatten(0, 1)[live, t - 1] if t else torch.full_like(live, START)
-        logits, state = decoder.step(last, state)
         repeats = _repeated_trigrams(tokens.flatten(0, 1)[live, :t]) if block_trigrams and t > 2 else None
-        # Of one row, no more than beam_size words can win, even if diversity pushes some of them down.
-        log_p, words = _best_words(logits.float(), beam_size, t >= min_length, allow_unk, repeats)
+        found, parts = [], []
+        for i in range(0, max(1, len(live)), part_size):
+            part = slice(i, i + part_size)
+            before = tuple(x[part] for x in state)
+            logits, after = decoder.step(last[part], before)
+            banned = None if repeats is None else repeats[part]
+            # Of one row, no more than beam_size words can win, even if diversity pushes some of them down.
+            found.append(_best_words(logits, beam_size, t >= min_length, allow_unk, banned))
+            parts.append(after)
+        log_p, words = (torch.cat(x) for x in zip(*found, strict=True))
+        constant = [x is y for x, y in zip(before, after, strict=True)]
+        joined = zip(state, zip(*parts, strict=True), constant, strict=True)
+        state = tuple(x if same else torch.cat(new) for x, new, same in joined)
+        if device.type == "cpu":
+            part_size = max(1, PART // max(x.shape[1:].numel() for x in (logits, *state)))
+
         options = log_p.size(1)
         # All places' continuations. That of an ended place is itself, with <end> written where <end> was.
         children = torch.full((images * beam_size, options), -torch.inf, device=device)
@@ -236,10 +261,14 @@ def beam_search(
             hopeless = ~ended & (log_probability / max_length**length_penalty <= worst)
             log_probability = log_probability.masked_fill(hopeless, -torch.inf)
             score = score.masked_fill(hopeless, -torch.inf)
-        live = (~ended & (log_probability > -torch.inf)).flatten().nonzero().squeeze(1)
+        was_live, live = live, (~ended & (log_probability > -torch.inf)).flatten().nonzero().squeeze(1)
         if len(live) == 0 or t == max_length - 1:
             break
-        state = _select(state, row_of[parents.flatten()[live]])
+        rows = row_of[parents.flatten()[live]]
+        # What a step hands on untouched, as the cells of a photo, is the same for all of an image's rows.
+        same_images = any(constant) and torch.equal(was_live // beam_size, live // beam_size)
+        untouched = [same and same_images for same in constant]
+        state = tuple(x if same else x[rows] for x, same in zip(state, untouched, strict=True))
 
     order = score.argsort(1, descending=True)
     tokens = tokens.gather(1, order[:, :, None].expand_as(tokens)).tolist()
@@ -259,9 +288,15 @@ def beam_search(
 
 
 def _decode(
-    decoder: Decoder, state: State, choose: Callable[[Tensor, Tensor, int], Tensor], max_length: int
+    decoder: Decoder,
+    state: State,
+    choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    max_length: int,
 ) -> list[Hypothesis]:
-    """One caption for each row of `state`; `choose(logits, rows, t)` gives the token that rows get at step t."""
+    """One caption for each row of `state`; `choose(logits, rows, t)` is what these rows get at step t.
+
+    It returns the tokens and their log-probabilities.
+    """
     device, captions = state[0].device, state[0].size(0)
     tokens = torch.full((captions, max_length), END, device=device)
     log_probability = torch.zeros(captions, device=device)
@@ -294,23 +329,16 @@ def _decode(
 def _best_words(
     logits: Tensor, k: int, may_end: bool, allow_unk: bool, banned: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k best words of each row of logits (B, V), and `<end>`: log p and indices, both (B, up to k + 1)."""
+    """The k best words of each row of logits (B, V), and `<end>`: log p and indices, both (B, k + 1)."""
+    log_p = logits.float().log_softmax(1)
     first = UNK if allow_unk else UNK + 1
-    best, words, end = [], [], []
-    # In parts that stay in the processor's cache, which makes a beam over 10,000 words a sixth faster.
-    size = max(1, 2**20 // logits.size(1))
-    for i in range(0, max(1, len(logits)), size):
-        log_p = logits[i : i + size].float().log_softmax(1)
-        end.append(log_p[:, END : END + 1])
-        if banned is not None:
-            log_p.scatter_(1, banned[i : i + size], -torch.inf)
-        top = log_p[:, first:].topk(min(k, log_p.size(1) - first), 1)
-        best.append(top.values)
-        words.append(top.indices + first)
-    best, words, end = torch.cat(best), torch.cat(words), torch.cat(end)
+    end = log_p[:, END : END + 1]
+    allowed = log_p if banned is None else log_p.scatter(1, banned, -torch.inf)
+    best, words = allowed[:, first:].topk(min(k, log_p.size(1) - first), 1)
     if not may_end:
         end = end.masked_fill(best.isfinite().any(1, keepdim=True), -torch.inf)
-    return torch.cat([best, end], 1), torch.cat([words, torch.full_like(words[:, :1], END)], 1)
+    ends = torch.full_like(end, END, dtype=words.dtype)
+    return torch.cat([best, end], 1), torch.cat([words + first, ends], 1)
 
 
 def _repeated_trigrams(tokens: Tensor) -> Tensor:

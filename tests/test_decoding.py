@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+import decoding
 from decoding import Hypothesis, beam_search, greedy, sample
 from errors import InputError
 from model import AttentionDecoder, DecoderRNN
@@ -16,7 +17,7 @@ REGIONS = 49
 
 
 class Toy:
-    """A recurrent decoder without training: the hidden state remembers every token, features bias the logits."""
+    """A recurrent decoder without training: its state remembers every token, features bias the logits."""
 
     attends = False
 
@@ -55,7 +56,9 @@ def real_decoder(kind):
     torch.manual_seed(3)
     decoder = kind(16, 32, 20, num_layers=2).eval()
     for parameter in decoder.parameters():
-        parameter.data.mul_(5)  # as it is drawn, each word would be as likely as the others, whatever the image
+        parameter.data.mul_(
+            5
+        )  # as it is drawn, each word would be as likely as the others, whatever the image
     return decoder, 2 * torch.randn(7, 16) if kind is DecoderRNN else 2 * torch.randn(7, REGIONS, 16)
 
 
@@ -82,24 +85,35 @@ def assert_same(one: Hypothesis, other: Hypothesis):
     assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
 
 
+def flat(found):
+    return [h for hypotheses in found for h in hypotheses]
+
+
 def repeats_trigram(tokens):
     trigrams = list(zip(tokens, tokens[1:], tokens[2:]))  # noqa: B905
     return len(set(trigrams)) < len(trigrams)
 
 
 def plain_beam_search(
-    decoder, feature, beam_size, max_length, min_length, length_penalty, n_best, block_trigrams, groups, diversity
+    decoder,
+    feature,
+    beam_size,
+    max_length,
+    min_length,
+    length_penalty,
+    n_best,
+    block_trigrams,
+    groups,
+    diversity,
 ):
-    """The same search for one image in plain Python, recomputing each prefix: what beam_search has to find."""
+    """The same search for one image in plain Python, recomputing each prefix."""
 
     def children(tokens):
         state = decoder.init_state(feature[None])
         for last in [START, *tokens]:
             logits, state = decoder.step(torch.tensor([last]), state)
         log_p = logits[0].double().log_softmax(0).tolist()
-        allowed = [
-            w for w in range(3, len(log_p)) if not (block_trigrams and repeats_trigram([*tokens, w]))
-        ]
+        allowed = [w for w in range(3, len(log_p)) if not (block_trigrams and repeats_trigram([*tokens, w]))]
         if len(tokens) >= min_length or not allowed:
             allowed.append(END)
         return [(w, log_p[w]) for w in allowed]
@@ -125,9 +139,7 @@ def plain_beam_search(
         if groups == 1:
             results = sorted((score(h) for h in beams[0] if h[0][-1] == END), reverse=True)
             worst = results[n_best - 1] if len(results) >= n_best else -math.inf
-            beams[0] = [
-                h for h in beams[0] if h[0][-1] == END or h[1] / max_length**length_penalty > worst
-            ]
+            beams[0] = [h for h in beams[0] if h[0][-1] == END or h[1] / max_length**length_penalty > worst]
     different = {tuple(h[0]): h for beam in beams for h in beam}
     return sorted(different.values(), key=score, reverse=True)[:n_best]
 
@@ -178,7 +190,8 @@ def test_a_beam_wide_enough_for_everything_finds_the_true_optimum(length_penalty
 def test_the_optimum_depends_on_the_length_penalty():
     decoder, features = Toy(6, scale=1.0), features_of(8, 6)
     plain, normalised = (
-        [h[0].tokens for h in beam_search(decoder, features, 121, max_length=4, length_penalty=p)] for p in (0, 1)
+        [h[0].tokens for h in beam_search(decoder, features, 121, max_length=4, length_penalty=p)]
+        for p in (0, 1)
     )
     assert sum(map(len, plain)) < sum(map(len, normalised))
 
@@ -199,7 +212,13 @@ SETTINGS = [
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_beam_search_finds_what_a_plain_search_finds(setting):
     defaults = dict(
-        max_length=9, min_length=0, length_penalty=0.0, n_best=1, block_trigrams=False, groups=1, diversity=0.5
+        max_length=9,
+        min_length=0,
+        length_penalty=0.0,
+        n_best=1,
+        block_trigrams=False,
+        groups=1,
+        diversity=0.5,
     )
     setting = {**defaults, **setting}
     for seed in range(3):
@@ -246,7 +265,7 @@ def test_start_is_never_emitted_and_unk_only_if_allowed(allow_unk):
     options = {"max_length": 6, "allow_unk": allow_unk}
     found = greedy(decoder, features, **options) + sample(decoder, features, seed=0, n=20, **options)
     found += sample(decoder, features, seed=0, n=20, top_p=0.9, temperature=2.0, **options)
-    found += sum(beam_search(decoder, features, 4, n_best=4, **options), [])
+    found += flat(beam_search(decoder, features, 4, n_best=4, **options))
     emitted = {token for h in found for token in h.tokens}
     assert START not in emitted
     assert (UNK in emitted) == allow_unk
@@ -270,13 +289,24 @@ def test_max_length_counts_end_and_min_length_words_before_it():
     decoder, features = Toy(10), features_of(8, 10)
     features[:, END] += 4
     for low, high in ((0, 1), (3, 4), (5, 5), (2, 9)):
-        found = greedy(decoder, features, high, low) + sample(decoder, features, max_length=high, min_length=low)
-        found += sum(beam_search(decoder, features, 4, high, low, n_best=4), [])
+        found = greedy(decoder, features, high, low) + sample(
+            decoder, features, max_length=high, min_length=low
+        )
+        found += flat(beam_search(decoder, features, 4, high, low, n_best=4))
         for h in found:
             assert len([token for token in h.tokens if token != END]) >= low
             assert len(h.tokens) <= high
             assert h.tokens[-1] == END or len(h.tokens) == high
         assert any(h.tokens[-1] == END for h in found) == (low < high)
+
+
+def test_a_caption_that_wants_to_end_does_so_right_after_min_length():
+    decoder, features = Toy(10), features_of(3, 10)
+    features[:, END] += 60
+    for low in (0, 1, 4):
+        found = greedy(decoder, features, min_length=low) + sample(decoder, features, min_length=low)
+        found += flat(beam_search(decoder, features, 4, min_length=low))
+        assert [len(h.tokens) for h in found] == [low + 1] * 9
 
 
 @pytest.mark.parametrize("vocab_size", [3, 4])
@@ -356,6 +386,17 @@ def test_hypotheses_that_cannot_be_returned_are_not_computed_any_longer():
     assert decoder.rows == [3, 10, 10, 10, 10, 10]
 
 
+def test_computing_in_parts_changes_nothing(monkeypatch):
+    for decoder, features in some_decoders():
+        whole = beam_search(decoder, features, 5, n_best=5, block_trigrams=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "PART", 4 * max(x[0].numel() for x in decoder.init_state(features)))
+            parts = beam_search(decoder, features, 5, n_best=5, block_trigrams=True)
+        for one, other in zip(flat(whole), flat(parts), strict=True):
+            assert_same(one, other)
+            assert not decoder.attends or torch.allclose(one.attention, other.attention, atol=1e-5)
+
+
 def test_no_images_give_no_captions():
     decoder, none = Toy(12), features_of(0, 12)
     assert greedy(decoder, none) == sample(decoder, none) == beam_search(decoder, none) == []
@@ -376,7 +417,9 @@ def test_a_sample_does_not_depend_on_the_images_after_it():
     for decoder, features in some_decoders():
         for n in (1, 3):
             together = sample(decoder, features, seed=5, n=n, top_p=0.9)
-            for one, other in zip(sample(decoder, features[:2], seed=5, n=n, top_p=0.9), together, strict=False):
+            for one, other in zip(
+                sample(decoder, features[:2], seed=5, n=n, top_p=0.9), together, strict=False
+            ):
                 assert_same(one, other)
 
 
@@ -450,6 +493,7 @@ def test_decoding_builds_no_graph():
         (beam_search, {"n_best": 4}),
         (beam_search, {"n_best": 0}),
         (beam_search, {"groups": 2}),
+        (beam_search, {"groups": 6}),
         (beam_search, {"groups": 0}),
         (beam_search, {"length_penalty": -0.1}),
         (beam_search, {"groups": 3, "diversity": -1.0}),
