@@ -22,7 +22,7 @@ import tyro
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import decoding
 from checkpoint import Description, load_model, newest_model

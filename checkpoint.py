@@ -185,6 +185,14 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
     return encoder.eval(), decoder.eval(), vocabulary, description
 
 
+def remove_training(folder: Path) -> None:
+    """Delete what a training wrote into the folder, the description first: without it the rest is nothing."""
+    for name in (DESCRIPTION, "resume.pt", "resume-previous.pt"):
+        (folder / name).unlink(missing_ok=True)
+    for epoch in epochs_saved(folder):
+        remove_epoch(folder, epoch)
+
+
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
     """Write resume.pt; the one before it stays as resume-previous.pt."""
     path = folder / "resume.pt"
@@ -202,7 +210,7 @@ def load_resume(folder: Path, say: Callable[[str], object]) -> dict[str, Any]:
         path = folder / name
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, dict) and state.get("format") == 1:
+            if isinstance(state, dict) and state.get("format") == 2 and set(state) == RESUME_KEYS:
                 if problems:
                     say(f"{problems[0]}; going on from {path}")
                 return state

@@ -29,6 +29,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
+from tqdm.auto import tqdm
 
 from errors import InputError
 from vocabulary import END, START, Vocabulary, tokenize
@@ -156,6 +157,29 @@ def read_batches(
         yield kept, stacked.pin_memory() if pin else stacked
 
 
+class _Attempted(Photos):
+    """Photos read at an eighth of their size where their format allows it, which still reads every byte of them."""
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
+        read_photo(self.paths[int(key)], shorter_side=1)
+        return torch.empty(0)
+
+
+def find_unreadable(paths: Sequence[Path], workers: int = 0) -> dict[int, InputError]:
+    """Read every photo once, in `workers` processes: the indices of those that cannot be read, and why."""
+    failed: dict[int, InputError] = {}
+    batches = [list(range(i, min(i + 64, len(paths)))) for i in range(0, len(paths), 64)]
+    for _ in tqdm(
+        read_batches(_Attempted(paths, None), batches, workers, failed.__setitem__),
+        total=len(batches),
+        desc="checking photos",
+        delay=2,
+        disable=None,
+    ):
+        pass
+    return failed
+
+
 # Captions
 
 
@@ -245,6 +269,8 @@ def _parse_annotations(path: Path, data: bytes) -> Annotations:
         for annotation in content["annotations"]:
             if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
                 raise InputError(f'{not_coco}: an entry of "annotations" lacks a "caption".')
+            if type(annotation.get("id")) not in (int, str):
+                raise InputError(f'{not_coco}: an entry of "annotations" lacks an "id".')
             image_id = annotation.get("image_id")
             row = rows.get(image_id) if type(image_id) is int else None
             if row is None:
@@ -255,6 +281,10 @@ def _parse_annotations(path: Path, data: bytes) -> Annotations:
             tokens.extend([index.setdefault(word, len(index)) for word in words])
             offsets.append(len(tokens))
             photo.append(row)
+    try:
+        "\n".join([*names, *index]).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path} holds characters that are none ({error}).") from None
     image_ids, photo = np.array(list(rows), np.int64), np.frombuffer(photo, np.int32)
     if len(photo):  # photos without a caption have nothing to teach
         used, photo = np.unique(photo, return_inverse=True)
@@ -341,6 +371,20 @@ class CaptionDataset(Dataset):
                 f"is {missing[0]}; put them there or take them out of the annotations."
             )
 
+    def drop(self, rows: Iterable[int]) -> None:
+        """Leave out the photos of these rows of `paths`, and their captions."""
+        keep = np.ones(len(self.paths), bool)
+        keep[list(rows)] = False
+        captions = keep[self.photo]
+        inside = np.repeat(captions, self.lengths)
+        self.tokens, self.lengths = self.tokens[inside], self.lengths[captions]
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.photo = (np.cumsum(keep) - 1)[self.photo[captions]].astype(np.int32)
+        kept = np.flatnonzero(keep)
+        self.image_ids = self.image_ids[kept]
+        self.file_names, self.paths = [self.file_names[i] for i in kept], [self.paths[i] for i in kept]
+        self.photos.paths = self.paths
+
     def caption(self, index: int) -> Tensor:
         """Caption `index` as indices from `<start>` to `<end>`, (length,) int64."""
         return torch.from_numpy(self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64))
@@ -356,8 +400,11 @@ class CaptionDataset(Dataset):
     @cached_property
     def coco(self) -> COCO:
         """The annotation file behind pycocotools' API, read when first asked for."""
-        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-            return COCO(str(self.annotation_file))
+        try:
+            with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+                return COCO(str(self.annotation_file))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.annotation_file} is not a COCO annotation file ({error!r}).") from None
 
     def references(self) -> dict[int, list[str]]:
         """The captions of each image id as they were written, for metrics."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -16,15 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import scenes
 from caption import Caption, Captioner, Decoding
 from checkpoint import newest_model, write_file
-from data_loader import CaptionDataset
+from data_loader import CaptionDataset, find_split, read_annotations
 from errors import InputError, run_command
 from metrics import Scores, diversity, format_table, score, score_results
-from vocabulary import Vocabulary
 
 
 @dataclass
@@ -81,6 +81,15 @@ def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[st
     return {part: sum(values) / len(values) for part, values in right.items()}
 
 
+def main_thing(caption: str) -> str | None:
+    """The kind of drawn thing that a caption names first, the one that it is about; None if it names none."""
+    nouns = {noun: name for name, kind in scenes.KINDS.items() for noun in kind.nouns}
+    nouns |= {scenes.plural(noun): name for noun, name in nouns.items()}
+    longest_first = "|".join(sorted(nouns, key=len, reverse=True))
+    found = re.search(rf"\b({longest_first})\b", caption.lower())
+    return nouns[found[1]] if found else None
+
+
 def main(
     decoding: Annotated[Decoding, tyro.conf.arg(name="")],
     model: Path | None = None,
@@ -96,7 +105,7 @@ def main(
 
     Args:
         decoding: how words are chosen.
-        model: the model's folder; by default the newest in models/.
+        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/.
         data: the data set's folder.
         split: which of its splits.
         limit: only so many photos, the first ones.
@@ -112,6 +121,8 @@ def main(
         scores = score_results(references, results)
         print(json.dumps({**scores.metrics, "tokenizer": scores.tokenizer}) if json_ else format_table(scores))
         return
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}.")
     captioner = Captioner.load(model or newest_model())
     dataset = CaptionDataset(data, split, vocab=captioner.vocab)
     found = evaluate(captioner, dataset, decoding, limit, workers)
@@ -119,9 +130,7 @@ def main(
         results = results or Path(f"captions_{split}_results.json")
         write_file(results, lambda file: file.write(json.dumps(found.results()).encode()))
         print(f"wrote {results}", file=sys.stderr)
-    train_captions = []
-    if (data / "annotations").is_dir():
-        train_captions = _training_captions(data, captioner.vocab)
+    train_captions = _training_captions(data)
     variety = diversity({i: c.text for i, c in found.captions.items()}, train_captions)
     different = len({c.text for c in found.captions.values()})
     speed = len(found.captions) / found.seconds
@@ -151,9 +160,14 @@ def main(
         print("METEOR is missing because Java is; captions were tokenized by the plain tokenizer.")
 
 
-def _training_captions(data: Path, vocab: Vocabulary) -> list[str]:
-    train = CaptionDataset(data, "train", vocab=vocab)
-    return [text for texts in train.references().values() for text in texts]
+def _training_captions(data: Path) -> list[str]:
+    """The captions that a model may have learned by heart; none where the data set has no training split."""
+    try:
+        path, _ = find_split(data, "train")
+        read_annotations(path)  # says what is wrong with it
+        return [annotation["caption"] for annotation in json.loads(path.read_bytes())["annotations"]]
+    except InputError:
+        return []
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from data_loader import CACHE, Photos, build_transform, read_batches
 from errors import InputError

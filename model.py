@@ -11,12 +11,14 @@ Every decoder offers `forward` for training and `init_state` and `step` for deco
 from __future__ import annotations
 
 import copy
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -42,8 +44,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file, never running what a pickle may ask for; `InputError` if it is none."""
+    """A state dict from a .pkl or .safetensors file, never running what a pickle may ask for.
+
+    Raises `InputError` if it is none, or if it is compressed: torch.save never compresses, and a file that
+    does could unpack to a thousand times its size.
+    """
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path) and any(x.compress_type for x in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path.") from None
@@ -138,6 +148,19 @@ class EncoderCNN(nn.Module):
         """(B, 3, H, W) -> (B, embed_size), or (B, cells, embed_size) with `grid`."""
         return self.embed(self.features(images).to(self.embed.weight.dtype))
 
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Scale and shift `embed` so that these features (N, ..., 2048) leave it with mean 0 and deviation 1.
+
+        Photos' features differ little beside what they have in common, most of all before training; without this
+        the decoder learns to ignore them (data-dependent initialisation, arXiv 1511.06422).
+        """
+        embedded = self.embed(features.to(self.embed.weight.dtype)).flatten(0, -2)
+        std, mean = torch.std_mean(embedded, 0)
+        std = std.clamp(min=1e-6)
+        self.embed.weight /= std[:, None]
+        self.embed.bias.copy_((self.embed.bias - mean) / std)
+
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
         """A copy for use only: batch norms folded into their convolutions, the backbone in `dtype`."""
         fused = copy.deepcopy(self).eval().requires_grad_(False)
@@ -175,6 +198,14 @@ def _resnet50(weights: str | Path) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def _remember(lstm: nn.LSTM) -> None:
+    """Start with the forget gates open (Jozefowicz et al. 2015), or the photo is forgotten within a few words."""
+    for name, bias in lstm.named_parameters():
+        if name.startswith("bias_ih"):
+            bias[lstm.hidden_size : 2 * lstm.hidden_size] = 1
+
+
 class DecoderRNN(nn.Module):
     """The LSTM of Show and Tell (arXiv 1411.4555): the photo is its first input, then `<start>`, then words.
 
@@ -194,6 +225,7 @@ class DecoderRNN(nn.Module):
         self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True)
         self.linear = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
+        _remember(self.lstm)
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits of every token of the captions, `<start>` included, each given those before it.
@@ -259,6 +291,7 @@ class AttentionDecoder(nn.Module):
         self.linear = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.num_layers, self.hidden_size = num_layers, hidden_size
+        _remember(self.lstm)
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, cells, embed_size) -> hidden, cell (B, layers, H); cells, their keys; attention (B, cells)."""

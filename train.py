@@ -4,7 +4,7 @@
     python train.py --resume models/scenes
 
 A frozen backbone's features are computed once (`features.py`) and training reads those; a backbone that
-learns is fed pixels. Either way a batch is a list of captions, and `Captioner` below computes its loss.
+learns is fed pixels. Either way a batch is a list of captions, and `Training` below computes its loss.
 """
 
 from __future__ import annotations
@@ -28,18 +28,32 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import checkpoint
 from checkpoint import Architecture, Description, Preprocessing
-from data_loader import CACHE, CaptionDataset, LengthBatches, PhotoBatches, Photos, build_transform, read_batches
+from data_loader import (
+    CACHE,
+    CaptionDataset,
+    LengthBatches,
+    PhotoBatches,
+    Photos,
+    build_transform,
+    find_unreadable,
+    read_batches,
+)
 from decoding import greedy
 from errors import InputError, run_command
 from features import BATCH, encode, stored_features
 from metrics import score
-from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, pack
+from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, load_weights, pack
 from vocabulary import Vocabulary
+
+# A step of Adam moves every weight alike, and `embed` sums 2048 features that are never negative: at the full
+# rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
+EMBED_RATE = 0.02
 
 
 @dataclass
@@ -76,6 +90,7 @@ class TrainingConfig:
     clip_norm: float = 5.0  # the largest norm of the gradient
     patience: int = 3  # epochs without a better CIDEr after which training ends
     val_photos: int = 5000  # validation photos, the first ones, that each epoch is judged by
+    skip_unreadable: bool = False  # train without the photos that cannot be read rather than stop with their list
 
     save_every: int = 1  # epochs; the best epoch is always kept
     save_minutes: float = 10.0  # between saves within an epoch
@@ -91,10 +106,22 @@ class TrainingConfig:
         if self.fine_tune is None:
             self.fine_tune = PARTS if self.weights == "random" else 0
         self.name = self.name or self.data.resolve().name
-        at_least_one = ("image_size", "views", "batch_size", "num_epochs", "save_every", "print_every", "val_photos")
-        for field in at_least_one:
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}.")
+        least = {"image_size": 32, "warmup_steps": 0, "workers": 0, "seed": 0, "save_minutes": 0, "dropout": 0}
+        least |= dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every", "val_photos"), 1)
+        least |= dict.fromkeys(("embed_size", "hidden_size", "num_layers", "patience", "vocab_threshold"), 1)
+        for field, value in least.items():
+            if not getattr(self, field) >= value:
+                raise InputError(f"{field} must be at least {value}, not {getattr(self, field)}.")
+        most = {"image_size": 2048, "embed_size": 1 << 14, "hidden_size": 1 << 14, "num_layers": 16, "dropout": 0.99}
+        for field, value in most.items():
+            if getattr(self, field) > value:
+                raise InputError(f"{field} must be at most {value}, not {getattr(self, field)}.")
+        for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
+        for field in ("name", "log_file"):
+            if Path(getattr(self, field)).name != getattr(self, field):
+                raise InputError(f"{field} must be a name without folders, not {getattr(self, field)}.")
 
 
 class Training(nn.Module):
@@ -113,7 +140,8 @@ class Training(nn.Module):
             captions: (B, T) padded; lengths: (B,).
         """
         features = self.encoder.features(photos) if photos.dtype == torch.uint8 else photos
-        embedded = self.encoder.embed(features.to(self.encoder.embed.weight.dtype))[row]  # each photo once
+        embedded = self.encoder.embed(features.to(self.encoder.embed.weight.dtype))  # each photo once
+        embedded = embedded.index_select(0, row)  # unlike [row], its gradient adds up in one order on any threads
         decoder = self.decoder
         penalty = embedded.new_zeros(())
         ragged = bool((lengths != lengths[0]).any())
@@ -132,6 +160,12 @@ class Training(nn.Module):
 def loss_tokens(lengths: Tensor | np.ndarray, decoder: nn.Module) -> int:
     """How many tokens of captions of these lengths enter the loss: `<start>` only where the photo predicts it."""
     return int(lengths.sum()) - (len(lengths) if decoder.attends else 0)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that a forward pass runs in: bfloat16 where `precision` asks for it, "auto" where it is faster."""
+    dtype = fast_dtype(device) if precision == "auto" else torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32" and dtype == torch.bfloat16)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -182,6 +216,24 @@ def _batches(
         yield inputs, torch.from_numpy(row), captions, lengths
 
 
+@torch.no_grad()
+def _first_features(
+    data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig, photos: int = 256
+) -> Tensor:
+    """What the encoder sees of some training photos before it has learned anything."""
+    device = encoder.embed.weight.device
+    some = np.random.default_rng(config.seed).permutation(len(data.paths))[:photos]
+    if features is not None:
+        return features[torch.from_numpy(some), 0].to(device).float()
+    reader = Photos(data.paths, build_transform(False, config.image_size, normalise=False))
+    pixels = next(read_batches(reader, [some.tolist()]))[1].to(device)
+    state = {key: value.clone() for key, value in encoder.resnet.state_dict().items()}
+    with autocast(device, config.precision):
+        seen = encoder.features(pixels).float()
+    encoder.resnet.load_state_dict(state)  # the batch norms' statistics are as they were
+    return seen
+
+
 def train(config: TrainingConfig) -> Path:
     """Train as `config` says and return the model's folder.
 
@@ -191,14 +243,7 @@ def train(config: TrainingConfig) -> Path:
     # Data, vocabulary, model
     resumed = config.resume is not None
     folder = config.resume if resumed else config.models / config.name
-    precision = config.precision
-    if precision == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     main = accelerator.is_main_process
     torch.manual_seed(config.seed)
     old = checkpoint.read_description(folder) if resumed else None
@@ -210,12 +255,20 @@ def train(config: TrainingConfig) -> Path:
     data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
     val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
     decoder_class = DECODERS[config.decoder]
-    encoder = EncoderCNN(config.embed_size, config.weights, config.fine_tune, grid=decoder_class.attends)
+    if config.skip_unreadable or config.fine_tune:  # a pass of the frozen backbone lists them itself
+        _check_photos([data, val], config)
+    weights = config.weights
+    if old is not None and old.architecture.backbone == "stored":
+        weights = "random"  # resume.pt holds the real ones
+    encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
     decoder = decoder_class(
         config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, config.dropout
     )
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); choose another --models or --name.") from None
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     if main:
         try:
@@ -224,8 +277,34 @@ def train(config: TrainingConfig) -> Path:
             raise InputError(f"another training is writing to {folder}; wait for it or choose another --name.") from None
     try:
         return _train(config, folder, accelerator, data, val, encoder, decoder, old)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller --batch-size"
+            f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
+        ) from error
+    except OSError as error:  # of the log or the cache; photos and checkpoints have sentences of their own
+        raise InputError(
+            f"{error.filename or folder} cannot be written ({error.strerror or error}); what was saved before is "
+            f"intact: make room and go on with `python train.py --resume {folder}`."
+        ) from error
     finally:
         lock.release()
+
+
+def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
+    """Read every photo once, so that one that cannot be read is known before the first epoch and not within it."""
+    failed: list[InputError] = []
+    for split in splits:
+        found = find_unreadable(split.paths, config.workers)
+        split.drop(found)
+        failed += found.values()
+        if not len(split.photo):
+            raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
+    if failed and not config.skip_unreadable:
+        shown = "; ".join(str(error) for error in failed[:10])
+        raise InputError(f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown}")
+    for error in failed:
+        tqdm.write(f"left out: {error}")
 
 
 def _describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset) -> Description:
@@ -269,11 +348,15 @@ def _train(
     start_epoch, start_step = 1, 0
     state: dict[str, Any] | None = None
     if old is not None:
+        if old.data.get("train_sha256") != description.data["train_sha256"]:
+            raise InputError(f"{data.annotation_file} is not what {folder} was trained on; start a new training.")
         state = checkpoint.load_resume(folder, say)
         description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
         start_epoch, start_step = state["epoch"], state["step"]
-        encoder.load_state_dict(state["encoder"], strict=False)
-        decoder.load_state_dict(state["decoder"])
+        named = description.architecture.backbone != "stored"
+        load_weights(encoder, state["encoder"], folder / "resume.pt", may_lack=("resnet.",) if named else ())
+        load_weights(decoder, state["decoder"], folder / "resume.pt")
+        encoder.resnet.to(memory_format=torch.channels_last)
 
     # What the frozen backbone sees, once
     encoder.to(accelerator.device)
@@ -283,25 +366,33 @@ def _train(
         features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
         val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
 
+    if state is None:
+        encoder.standardise(_first_features(data, encoder, features, config))
+
     backbone = [p for p in encoder.resnet.parameters() if p.requires_grad]
-    rest = [*encoder.embed.parameters(), *decoder.parameters()]
-    groups = [{"params": rest, "lr": config.learning_rate}]
+    groups = [
+        {"params": list(decoder.parameters()), "lr": config.learning_rate},
+        {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_RATE},
+    ]
     if backbone:
         groups.append({"params": backbone, "lr": config.backbone_learning_rate})
     optimizer = torch.optim.Adam(groups, fused=True)
     model = Training(encoder, decoder, config.label_smoothing)
     model, optimizer = accelerator.prepare(model, optimizer)
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{folder}/resume.pt belongs to another training ({error}).") from None
     peaks = [group["lr"] for group in groups]
 
     sampler_class, lengths = (LengthBatches, data.lengths) if features is not None else (PhotoBatches, data.photo)
     sampler = sampler_class(lengths, config.batch_size, config.seed)
     total = len(sampler) * config.num_epochs
-    log = open(folder / config.log_file, "r+b" if state is not None and (folder / config.log_file).exists() else "wb")
+    log = open(folder / config.log_file, "ab" if state is not None else "wb")
     if state is not None:
-        log.truncate(state["log_bytes"])
-        log.seek(0, os.SEEK_END)
+        log.truncate(min(state["log_bytes"], log.tell()))
+    epoch_loss, epoch_tokens = (0.0, 0) if state is None else (state["epoch_loss"], state["epoch_tokens"])
 
     def save(epoch: int, step: int) -> None:
         if not main:
@@ -314,7 +405,7 @@ def _train(
         checkpoint.save_resume(
             folder,
             {
-                "format": 1,
+                "format": 2,
                 "epoch": epoch,
                 "step": step,
                 "encoder": encoder_state,
@@ -322,22 +413,26 @@ def _train(
                 "optimizer": optimizer.state_dict(),
                 "epochs": description.epochs,
                 "best_epoch": description.best_epoch,
+                "epoch_loss": epoch_loss,
+                "epoch_tokens": epoch_tokens,
                 "log_bytes": log.tell(),
             },
         )
         checkpoint.write_description(folder, description)
 
     if main and state is None:
-        for epoch in checkpoint.epochs_saved(folder):
-            checkpoint.remove_epoch(folder, epoch)
-        checkpoint.write_description(folder, description)
+        checkpoint.remove_training(folder)
+        save(1, 0)
     say(
         f"training on {len(data.photo)} captions of {len(data.paths)} photos, {len(data.vocab)} words, "
-        f"{accelerator.num_processes} process(es), {accelerator.device}, {accelerator.mixed_precision}"
+        f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     )
     last_save = time.monotonic()
     with log, _Stop() as stop:
         for epoch in range(start_epoch, config.num_epochs + 1):
+            if description.best_epoch is not None and epoch - 1 - description.best_epoch >= config.patience:
+                say(f"no better CIDEr for {config.patience} epochs; the best is epoch {description.best_epoch}")
+                break
             sampler.set_epoch(epoch)
             order = list(sampler)
             n, rank = accelerator.num_processes, accelerator.process_index
@@ -350,7 +445,6 @@ def _train(
                 disable=None if main else True,
             )
             model.train()
-            epoch_loss, epoch_tokens = 0.0, 0
             for step, batch in enumerate(_batches(data, shares, features, config, epoch), start_step + 1):
                 whole = order[step - 1]
                 done = (epoch - 1) * len(order) + step - 1
@@ -359,7 +453,7 @@ def _train(
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
                 inputs = [x.to(accelerator.device, non_blocking=True) for x in batch[:3]]
-                with accelerator.autocast():
+                with autocast(accelerator.device, config.precision):
                     loss, penalty = model(*inputs, batch[3])
                 mine = 1.0 if len(whole) > rank else 0.0
                 tokens = loss_tokens(data.lengths[whole], decoder)
@@ -368,11 +462,12 @@ def _train(
                 shared = accelerator.reduce(torch.stack([loss.detach() * mine, loss.new_tensor(stop.signal)]), "sum")
                 value, stopped = shared[0].item() / tokens, int(shared[1].item())
                 if not math.isfinite(value):
-                    save(epoch, step - 1)
+                    if all(bool(p.isfinite().all()) for p in model.parameters()):  # else the last save is better
+                        save(epoch, step - 1)
                     raise InputError(
                         f"the loss is {value} at step {step} of epoch {epoch} with a learning rate of "
-                        f"{config.learning_rate * factor:.2g}; the state before it is in {folder}: go on from "
-                        f"there with half the --learning-rate or a smaller --clip-norm."
+                        f"{config.learning_rate * factor:.2g}; go on from the last good state with `python train.py "
+                        f"--resume {folder}` and half the --learning-rate or a smaller --clip-norm."
                     )
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
                 optimizer.step()
@@ -401,6 +496,7 @@ def _train(
 
             result = validate(accelerator, model, val, val_features, config)
             result = {"epoch": epoch, "train_loss": epoch_loss / max(1, epoch_tokens), **result}
+            epoch_loss, epoch_tokens = 0.0, 0
             description.epochs.append(result)
             best = description.best_epoch
             better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
@@ -418,9 +514,6 @@ def _train(
                 f"epoch {epoch}: train loss {result['train_loss']:.3f}, validation loss {result['val_loss']:.3f}, "
                 f"Bleu_4 {result['Bleu_4']:.3f}, CIDEr {result['CIDEr']:.3f}" + (" (best)" if better else "")
             )
-            if epoch - description.best_epoch >= config.patience:
-                say(f"no better CIDEr for {config.patience} epochs; the best is epoch {description.best_epoch}")
-                break
     return folder
 
 
@@ -454,7 +547,7 @@ def validate(
         which = np.array([caption for row in rows for caption in captions_of[row]])
         captions, lengths = val.captions(which)
         row = torch.tensor([i for i, photo in enumerate(rows) for _ in captions_of[photo]])
-        with accelerator.autocast():
+        with autocast(accelerator.device, config.precision):
             summed, _ = training(seen, row.to(seen.device), captions.to(seen.device), lengths)
             found = greedy(decoder, encoder.embed(seen))
         loss, tokens = loss + summed.item(), tokens + loss_tokens(lengths, decoder)
@@ -488,21 +581,21 @@ def read_log(path: Path) -> np.ndarray:
 
 def resumed_config(folder: Path) -> TrainingConfig:
     """The configuration of the training in `folder`, set to go on."""
-    known = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    known = [field.name for field in dataclasses.fields(TrainingConfig)]
     saved = checkpoint.read_description(folder).training
+    values = {name: saved[name] for name in known if name in saved}
     try:
-        values = {
-            name: Path(value) if known[name].type == "Path" else value for name, value in saved.items() if name in known
-        }
-        return TrainingConfig(**{**values, "resume": Path(folder)})
-    except TypeError as error:
-        raise InputError(f"{folder}/captioner.json holds no training's configuration ({error}).") from None
+        return TypeAdapter(TrainingConfig).validate_python({**values, "resume": Path(folder)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "training"
+        raise InputError(f"{folder}/captioner.json holds no training's configuration: {where}: {first['msg']}.") from None
 
 
 def main() -> None:
     """`python train.py`: with --resume, the options of that training are the defaults."""
-    arguments = sys.argv[1:]
     options: dict[str, Any] = {}
+    arguments = [part for argument in sys.argv[1:] for part in argument.split("=", 1)]
     if "--resume" in arguments[:-1]:
         options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]))
     train(tyro.cli(TrainingConfig, description=__doc__, **options))

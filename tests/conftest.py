@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.resnet import Bottleneck, ResNet
 
+import model
 import scenes
 from train import TrainingConfig, train
 
@@ -75,6 +77,17 @@ def trained(small: Callable[..., TrainingConfig]) -> Path:
 def attending(small: Callable[..., TrainingConfig]) -> Path:
     """As `trained`, with the attention decoder."""
     return train(small(decoder="attention"))
+
+
+@pytest.fixture
+def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResNet]:
+    """In the place of ResNet-50 one with a block a stage, which is built and run 20 times as fast."""
+
+    def build(**_: object) -> ResNet:
+        return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
+
+    monkeypatch.setattr(model, "resnet50", build)
+    return build
 
 
 @pytest.fixture
@@ -147,10 +160,10 @@ def memorised(request: pytest.FixtureRequest, eight: Path, small: Callable[..., 
         decoder=request.param,
         vocab_threshold=1,
         embed_size=32,
-        hidden_size=64,
+        hidden_size=128,
         batch_size=8,
         num_epochs=3,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         attention_penalty=0.0,
     )
     return train(config)

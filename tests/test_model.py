@@ -7,26 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.models import resnet50
-from torchvision.models.resnet import Bottleneck, ResNet
 
-import model
 from data_loader import IMAGENET_MEAN, IMAGENET_STD
 from decoding import beam_search, greedy
 from errors import InputError
 from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN, pack, read_state_dict
 
 EMBED, HIDDEN, WORDS, CELLS = 8, 12, 30, 4
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResNet]:
-    """In the place of ResNet-50 one with a block a stage, which is built 20 times as fast."""
-
-    def build(**_: object) -> ResNet:
-        return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
-
-    monkeypatch.setattr(model, "resnet50", build)
-    return build
 
 
 def make_decoder(name: str, num_layers: int = 1) -> torch.nn.Module:
@@ -65,7 +52,7 @@ def test_the_encoder_maps_a_photo_to_its_embedding_or_its_grid():
     assert encoder(images).shape == (2, 2 * 3, EMBED)
 
 
-def test_the_grid_s_mean_is_the_pooled_feature(tiny: Callable):
+def test_the_grid_s_mean_is_the_pooled_feature(tiny_backbone: Callable):
     encoder = EncoderCNN(EMBED, "random").eval()
     images = torch.randn(2, 3, 64, 64)
     pooled = encoder.features(images)
@@ -73,14 +60,14 @@ def test_the_grid_s_mean_is_the_pooled_feature(tiny: Callable):
     torch.testing.assert_close(encoder.features(images).mean(1), pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_bytes_are_normalised_as_the_recipe_s_transform_does(tiny: Callable):
+def test_bytes_are_normalised_as_the_recipe_s_transform_does(tiny_backbone: Callable):
     encoder = EncoderCNN(EMBED, "random").eval()
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(encoder(pixels), encoder((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-4)
 
 
-def test_the_copy_for_inference_sees_the_same(tiny: Callable):
+def test_the_copy_for_inference_sees_the_same(tiny_backbone: Callable):
     encoder = EncoderCNN(EMBED, "random", fine_tune=5)
     images = torch.randn(8, 3, 64, 64)
     encoder.features(images)  # moves the batch norms' statistics away from 0 and 1
@@ -91,7 +78,7 @@ def test_the_copy_for_inference_sees_the_same(tiny: Callable):
 
 
 @pytest.mark.parametrize("fine_tune", range(6))
-def test_as_many_parts_learn_as_were_asked_for_counted_from_the_last(tiny: Callable, fine_tune: int):
+def test_as_many_parts_learn_as_were_asked_for_counted_from_the_last(tiny_backbone: Callable, fine_tune: int):
     encoder = EncoderCNN(EMBED, "random", fine_tune)
     learns = [
         {parameter.requires_grad for i in part for parameter in encoder.resnet[i].parameters()}
@@ -102,7 +89,7 @@ def test_as_many_parts_learn_as_were_asked_for_counted_from_the_last(tiny: Calla
 
 
 @pytest.mark.parametrize("fine_tune", [0, 2])
-def test_frozen_parts_and_batch_norm_statistics_never_change(tiny: Callable, fine_tune: int):
+def test_frozen_parts_and_batch_norm_statistics_never_change(tiny_backbone: Callable, fine_tune: int):
     encoder = EncoderCNN(EMBED, "random", fine_tune).train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], 0.1)
@@ -117,7 +104,7 @@ def test_frozen_parts_and_batch_norm_statistics_never_change(tiny: Callable, fin
     assert fine_tune == 0 or any(key.startswith("resnet.7.") for key in changed)
 
 
-def test_the_statistics_of_a_backbone_trained_whole_do_move(tiny: Callable):
+def test_the_statistics_of_a_backbone_trained_whole_do_move(tiny_backbone: Callable):
     encoder = EncoderCNN(EMBED, "random", fine_tune=5).train()
     before = encoder.resnet[1].running_mean.clone()
     encoder(torch.randn(4, 3, 64, 64))
@@ -135,8 +122,8 @@ def test_without_network_the_error_names_the_choices(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("form", ["torchvision", "without fc", "encoder"])
-def test_the_backbone_s_weights_come_from_a_file(tiny: Callable, tmp_path: Path, form: str):
-    original = tiny()
+def test_the_backbone_s_weights_come_from_a_file(tiny_backbone: Callable, tmp_path: Path, form: str):
+    original = tiny_backbone()
     state = original.state_dict()
     if form == "without fc":
         state = {key: value.half() for key, value in state.items() if not key.startswith("fc.")}
@@ -163,7 +150,7 @@ def test_torchvision_s_own_state_dict_fits(tmp_path: Path):
     torch.testing.assert_close(encoder.features(images), original.eval()(images), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_another_network_are_refused_by_key(tiny: Callable, tmp_path: Path):
+def test_weights_of_another_network_are_refused_by_key(tiny_backbone: Callable, tmp_path: Path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth has conv1\.weight of size \(3,\)"):
         EncoderCNN(EMBED, tmp_path / "other.pth")

@@ -1,0 +1,230 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from conftest import EIGHT, draw_noise
+from PIL import Image
+
+import caption as caption_module
+from caption import Caption, Captioner, Decoding, draw_attention, draw_sheet, find_photos, main
+from checkpoint import load_model
+from data_loader import Photos, build_transform
+from decoding import greedy
+from errors import InputError, run_command
+
+
+@pytest.fixture(scope="module")
+def captioner(memorised: Path) -> Captioner:
+    return Captioner.load(memorised)
+
+
+@pytest.fixture
+def photos(eight: Path) -> list[Path]:
+    return [eight / "images" / "val" / name for name in EIGHT]
+
+
+def test_different_pictures_get_different_captions(captioner: Captioner, photos: list[Path]):
+    texts = [caption.text for caption in captioner(photos)]
+    assert len(set(texts)) == len(photos)
+
+
+def test_a_reloaded_model_captions_as_before(memorised: Path, photos: list[Path]):
+    before, after = Captioner.load(memorised)(photos), Captioner.load(memorised)(photos)
+    assert [(c.text, c.log_probability) for c in before] == [(c.text, c.log_probability) for c in after]
+
+
+def test_the_caption_is_what_the_networks_give_photo_by_photo(
+    memorised: Path, photos: list[Path], captioner: Captioner
+):
+    encoder, decoder, vocab, description = load_model(memorised)
+    pictures = Photos(photos, build_transform(image_size=description.preprocessing.image_size))
+    for index, caption in enumerate(captioner(photos)):
+        with torch.no_grad():
+            found = greedy(decoder, encoder(pictures[index][None]))[0]
+        assert caption.text == vocab.decode(found.tokens)
+        assert caption.tokens == vocab.tokens(found.tokens)
+
+
+def test_one_image_or_many_paths_or_pictures(captioner: Captioner, photos: list[Path]):
+    text = captioner(photos[0])[0].text
+    assert captioner(str(photos[0]))[0].text == text
+    assert captioner(Image.open(photos[0]))[0].text == text
+    assert [c.text for c in captioner(iter([Image.open(photos[0]), photos[0]]))] == [text, text]
+    assert captioner([]) == []
+
+
+def test_more_photos_than_a_batch_keep_their_order(captioner: Captioner, photos: list[Path]):
+    many = photos * 5
+    texts = [caption.text for caption in captioner(many)]
+    assert texts == texts[:8] * 5
+
+
+def test_the_log_probability_is_the_sentence_s(captioner: Captioner, photos: list[Path]):
+    for caption in captioner(photos, beam_size=3):
+        assert -20 < caption.log_probability <= 0
+        assert not math.isnan(caption.log_probability)
+
+
+def test_where_the_decoder_looked_for_each_word(captioner: Captioner, photos: list[Path]):
+    caption = captioner(photos[0])[0]
+    if not captioner.decoder.attends:
+        assert caption.attention is None
+        with pytest.raises(InputError, match="--decoder attention"):
+            draw_attention(photos[0], caption, 64)
+        return
+    assert caption.attention.shape == (len(caption.tokens), 4)
+    torch.testing.assert_close(
+        caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02
+    )
+    figure = draw_attention(photos[0], caption, 64)
+    assert [axes.get_title() for axes in figure.axes][: len(caption.tokens) + 1] == ["photo", *caption.tokens]
+
+
+def test_alternatives_come_after_the_best(captioner: Captioner, photos: list[Path]):
+    caption = captioner(photos[0], beam_size=4, alternatives=3)[0]
+    texts = [caption.text, *(other.text for other in caption.alternatives)]
+    assert len(set(texts)) == len(texts) == 4
+    probabilities = [caption.log_probability, *(other.log_probability for other in caption.alternatives)]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_drawn_captions_repeat_with_their_seed(captioner: Captioner, photos: list[Path]):
+    how = Decoding(temperature=3.0, seed=5, alternatives=2)
+    first, again = captioner(photos, how), captioner(photos, how)
+    assert first[0].text == again[0].text
+    assert len(first[0].alternatives) == 2
+    assert first[0].text != captioner(photos, temperature=3.0, seed=6)[0].text
+
+
+def test_a_photo_that_cannot_be_read_is_named(captioner: Captioner, photos: list[Path], tmp_path: Path):
+    (tmp_path / "bad.jpg").write_text("no photo")
+    with pytest.raises(InputError, match=r"bad\.jpg"):
+        captioner([photos[0], tmp_path / "bad.jpg"])
+    failed: dict[int, InputError] = {}
+    sources = [photos[0], tmp_path / "bad.jpg", photos[1]]
+    found = list(captioner.stream(sources, Decoding(), unreadable=failed.__setitem__))
+    assert [index for index, _ in found] == [0, 2]
+    assert list(failed) == [1]
+
+
+def test_a_folder_stands_for_its_photos_in_name_order(tmp_path: Path):
+    for name in ("b.jpg", "a.PNG", "c.txt", "d.pdf", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "deeper.jpg").mkdir()
+    assert find_photos([tmp_path, tmp_path / "x.jpg"]) == [
+        *(tmp_path / "a.PNG", tmp_path / "b.jpg", tmp_path / "x.jpg")
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty holds no photos"):
+        find_photos([tmp_path / "empty"])
+
+
+def test_a_contact_sheet_shows_each_photo_and_its_caption(photos: list[Path]):
+    figure = draw_sheet(photos, [f"caption {i}" for i in range(8)])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f"caption {i}" for i in range(8)]
+    assert all(axes.images for axes in figure.axes)
+
+
+# The command line
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: its exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["caption.py", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(lambda: tyro.cli(main))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Forty photos and ten files that are none."""
+    for i in range(40):
+        draw_noise(i).save(tmp_path / f"{i:02}.png")
+    for i in range(10):
+        (tmp_path / f"{4 * i:02}-bad.png").write_bytes((tmp_path / "00.png").read_bytes()[: 5 * i])
+    return tmp_path
+
+
+def test_one_photo_gives_one_sentence(command: Callable, trained: Path, photo: Path):
+    expected = Captioner.load(trained)(photo)[0].text
+    assert command(photo, "--model", trained) == (0, f"{expected}\n", "")
+
+
+def test_json_is_one_document_in_the_order_given(command: Callable, trained: Path, photo: Path, drawn: Path):
+    folder = drawn / "images" / "val"
+    code, output, _ = command(folder, photo, "--model", trained, "--json")
+    rows = json.loads(output)
+    assert code == 0
+    assert [row["photo"] for row in rows] == [*map(str, sorted(folder.iterdir())), str(photo)]
+    assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows)
+
+
+@pytest.mark.parametrize("json_", [False, True])
+def test_ten_bad_photos_cost_no_other_its_caption(command: Callable, trained: Path, album: Path, json_: bool):
+    code, output, errors = command(album, "--model", trained, *(["--json"] if json_ else []))
+    assert code == 2
+    assert (len(json.loads(output)) if json_ else len(output.splitlines())) == 40
+    lines = errors.splitlines()
+    assert len(lines) == 11
+    assert [f"{4 * i:02}-bad.png" in line for i, line in enumerate(lines[:10])] == [True] * 10
+    assert lines[10] == "error: 10 of 50 photos could not be read; 40 are captioned."
+
+
+def test_strict_stops_at_the_first_bad_photo(command: Callable, trained: Path, album: Path):
+    code, output, errors = command(album, "--model", trained, "--strict")
+    assert code == 2
+    assert output == ""
+    assert len(errors.splitlines()) == 1
+    assert "00-bad.png" in errors
+
+
+def test_a_sheet_is_drawn(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+    code, _, errors = command(photo, "--model", trained, "--sheet", tmp_path / "new" / "sheet.png")
+    assert code == 0
+    assert "sheet.png" in errors
+    assert Image.open(tmp_path / "new" / "sheet.png").width > 300
+
+
+def test_attention_is_drawn(command: Callable, attending: Path, photo: Path, tmp_path: Path):
+    code, _, _ = command(photo, "--model", attending, "--attention", tmp_path / "attention.png")
+    assert code == 0
+    assert Image.open(tmp_path / "attention.png").width > 300
+
+
+def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+    for arguments, expected in (
+        ([photo, "--model", tmp_path], r"is not a trained model's folder"),
+        ([tmp_path / "no.jpg", "--model", trained], "no.jpg does not exist"),
+        ([photo, "--model", trained, "--attention", tmp_path / "a.png"], "does not attend"),
+        ([photo, "--model", trained, "--max-length", 0], "max_length is 0"),
+    ):
+        code, _, errors = command(*arguments)
+        assert code == 2
+        assert expected in errors
+        assert "Traceback" not in errors
+
+
+def test_captions_hold_what_the_page_and_the_notebooks_show():
+    assert Caption("a dog.", ["a", "dog", "."], -1.0).alternatives == []
+    assert caption_module.as_json("x.jpg", Caption("a", ["a"], -1.0, None, [Caption("b", ["b"], -2.0)])) == {
+        "photo": "x.jpg",
+        "caption": "a",
+        "log_probability": -1.0,
+        "alternatives": [{"caption": "b", "log_probability": -2.0}],
+    }

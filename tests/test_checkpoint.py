@@ -1,0 +1,165 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import model
+from checkpoint import (
+    epochs_saved,
+    load_model,
+    newest_model,
+    read_description,
+    write_description,
+    write_file,
+)
+from errors import InputError
+from model import PRETRAINED, read_state_dict
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained model's folder that a test may spoil."""
+    for name in ("captioner.json", "encoder-1.pkl", "decoder-1.pkl"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        shutil.copy(trained / name, tmp_path / "model" / name)
+    return tmp_path / "model"
+
+
+def edit_description(folder: Path, **changes: object) -> None:
+    path = folder / "captioner.json"
+    content = json.loads(path.read_text())
+    for where, value in changes.items():
+        *parents, last = where.split("__")
+        part = content
+        for parent in parents:
+            part = part[parent]
+        part[last] = value
+    path.write_text(json.dumps(content))
+
+
+def test_the_description_says_what_it_takes_to_build_and_repeat_the_model(trained: Path, drawn: Path):
+    description = read_description(trained)
+    assert description.architecture.decoder == "lstm"
+    assert description.preprocessing.image_size == 64
+    assert description.vocabulary[:3] == ["<start>", "<end>", "<unk>"]
+    assert description.training["seed"] == 0
+    assert {"python", "torch", "torchvision", "numpy", "pillow", "git_revision"} <= set(
+        description.environment
+    )
+    assert len(description.data["train_sha256"]) == 64
+    assert str(drawn.parent) not in json.dumps(description.data)
+
+
+def test_a_description_is_read_as_it_was_written(trained: Path, tmp_path: Path):
+    description = read_description(trained)
+    write_description(tmp_path, description)
+    assert read_description(tmp_path) == description
+    assert [path.name for path in tmp_path.iterdir()] == ["captioner.json"]
+
+
+def test_a_model_is_read_as_it_was_saved(trained: Path):
+    for epoch in (1, 2):
+        encoder, decoder, vocab, _ = load_model(trained, epoch)
+        assert not encoder.training
+        assert not decoder.training
+        for name, module in (("encoder", encoder), ("decoder", decoder)):
+            state = read_state_dict(trained / f"{name}-{epoch}.pkl")
+            assert set(state) == set(module.state_dict())
+            assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+        assert decoder.linear.out_features == len(vocab)
+
+
+def test_the_best_epoch_is_read_unless_another_is_asked_for(trained: Path):
+    best = read_description(trained).best_epoch
+    state = load_model(trained)[1].state_dict()
+    assert all(torch.equal(state[k], v) for k, v in read_state_dict(trained / f"decoder-{best}.pkl").items())
+
+
+def test_a_published_backbone_is_named_and_not_copied(
+    folder: Path, tiny_backbone: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(7)
+    published = tiny_backbone()
+    monkeypatch.setattr(
+        model, "resnet50", lambda weights=None, **_: published if weights else tiny_backbone()
+    )
+    description = read_description(folder)
+    description.architecture.backbone = PRETRAINED.name
+    encoder = model.EncoderCNN(16)
+    decoder = model.DECODERS["lstm"](16, 32, len(description.vocabulary))
+    checkpoint.save_epoch(folder, 1, encoder, decoder, description)
+    write_description(folder, description)
+    assert set(read_state_dict(folder / "encoder-1.pkl")) == {"embed.weight", "embed.bias"}
+    found = load_model(folder)[0]
+    assert torch.equal(found.embed.weight, encoder.embed.weight)
+    assert torch.equal(found.resnet[0].weight, published.conv1.weight)
+
+
+def test_the_newest_model_is_found(tmp_path: Path, trained: Path):
+    with pytest.raises(InputError, match="make demo"):
+        newest_model(tmp_path)
+    for name, time in (("a", 2), ("b", 3), ("c", 1)):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / "captioner.json", tmp_path / name)
+        os.utime(tmp_path / name / "captioner.json", (time, time))
+    assert newest_model(tmp_path) == tmp_path / "b"
+
+
+# Files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "file"
+    write_file(path, lambda file: file.write(b"first"))
+
+    def fail(file: object) -> None:
+        file.write(b"sec")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"file cannot be written \(No space left on device\)"):
+        write_file(path, fail)
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# A model's folder that is not whole
+
+
+@pytest.mark.parametrize("name", ["captioner.json", "encoder-1.pkl", "decoder-1.pkl"])
+def test_a_folder_that_lacks_a_file_is_said_to(folder: Path, name: str):
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=r"model.*captioner\.json|model is incomplete.*encoder-<i>\.pkl"):
+        load_model(folder)
+
+
+def test_an_epoch_that_was_not_saved(folder: Path):
+    with pytest.raises(InputError, match="lacks epoch 9's"):
+        load_model(folder, 9)
+
+
+def test_only_whole_epochs_count(folder: Path):
+    for name in ("encoder-2.pkl", "encoder-x.pkl", "encoder-².pkl", "decoder-3.pkl"):
+        (folder / name).write_bytes(b"")
+    assert epochs_saved(folder) == [1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture__hidden_size": 64},
+        {"architecture__embed_size": 8},
+        {"architecture__num_layers": 2},
+        {"architecture__decoder": "attention"},
+        {"vocabulary": ["<start>", "<end>", "<unk>", "dog"]},
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_go_with_the_description_are_named(folder: Path, changes: dict):
+    edit_description(folder, **changes)
+    with pytest.raises(InputError, match=r"(en|de)coder-1\.pkl (has|lacks)"):
+        load_model(folder)

@@ -1,0 +1,175 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import features
+from data_loader import CaptionDataset, Photos, build_transform, read_photo
+from errors import InputError
+from features import BATCH, Views, encode, stored_features
+from model import DECODERS, EncoderCNN
+from train import Training
+
+
+@pytest.fixture(scope="module")
+def paths(drawn: Path) -> list[Path]:
+    """More photos than a batch holds."""
+    return sorted((drawn / "images" / "train").iterdir())[: BATCH + 8]
+
+
+@pytest.fixture
+def encoder(tiny_backbone: Callable) -> EncoderCNN:
+    torch.manual_seed(0)
+    return EncoderCNN(8, "random").eval()
+
+
+def count_seen(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
+    """Record the photos that the backbone sees; after so many batches it fails."""
+    seen: list[int] = []
+
+    def counting(*arguments: object) -> object:
+        for number, (indices, batch) in enumerate(encode(*arguments)):
+            if number == fail_after:
+                raise RuntimeError("interrupted")
+            seen.extend(indices)
+            yield indices, batch
+
+    monkeypatch.setattr(features, "encode", counting)
+    return seen
+
+
+def test_what_is_stored_is_what_the_backbone_sees(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
+    stored = stored_features(encoder, paths, 64, cache=tmp_path)
+    assert stored.shape == (len(paths), 1, 2048)
+    images = torch.stack([build_transform(image_size=64)(read_photo(path)) for path in paths])
+    with torch.no_grad():
+        expected = encoder.features(images)
+    assert (stored[:, 0].float() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_the_grid_is_stored_where_the_decoder_attends(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
+    pooled = stored_features(encoder, paths, 64, cache=tmp_path)
+    encoder.grid = True
+    stored = stored_features(encoder, paths, 64, cache=tmp_path)
+    assert stored.shape == (len(paths), 1, 4, 2048)
+    torch.testing.assert_close(stored.float().mean(2), pooled.float(), rtol=0.03, atol=0.01)
+
+
+def test_several_views_are_the_centre_and_then_random_crops(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path
+):
+    centre = stored_features(encoder, paths, 64, cache=tmp_path)
+    stored = stored_features(encoder, paths, 64, views=3, cache=tmp_path)
+    assert stored.shape == (len(paths), 3, 2048)
+    torch.testing.assert_close(stored[:, 0], centre[:, 0], rtol=0.02, atol=0.02)
+    assert not torch.equal(stored[:, 1], stored[:, 0])
+    assert not torch.equal(stored[:, 1], stored[:, 2])
+    photos = Photos(paths, Views(64, 3))
+    assert torch.equal(photos[0], photos[0])
+
+
+def test_a_second_pass_computes_nothing(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = stored_features(encoder, paths, 64, cache=tmp_path)
+    seen = count_seen(monkeypatch)
+    assert torch.equal(stored_features(encoder, paths, 64, cache=tmp_path), first)
+    assert seen == []
+
+
+def test_an_interrupted_pass_goes_on_after_its_last_whole_batch(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        count_seen(patch, fail_after=1)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            stored_features(encoder, paths, 64, cache=tmp_path)
+    assert [path.suffix for path in (tmp_path / "features").iterdir() if path.is_dir()] == [".partial"]
+    seen = count_seen(monkeypatch)
+    resumed = stored_features(encoder, paths, 64, cache=tmp_path)
+    assert seen == list(range(BATCH, len(paths)))
+    assert torch.equal(resumed, stored_features(encoder, paths, 64, cache=tmp_path / "other"))
+    assert [path.suffix for path in (tmp_path / "features").iterdir() if path.is_dir()] == [""]
+
+
+def test_a_torn_entry_of_a_killed_pass_counts_for_nothing(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        count_seen(patch, fail_after=1)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            stored_features(encoder, paths, 64, cache=tmp_path)
+    log = next(tmp_path.rglob("done-*"))
+    log.write_bytes(log.read_bytes() + b"\0\0\0")
+    resumed = stored_features(encoder, paths, 64, cache=tmp_path)
+    assert torch.equal(resumed, stored_features(encoder, paths, 64, cache=tmp_path / "other"))
+
+
+def test_other_weights_sizes_views_or_photos_never_find_a_store(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    some = paths[:2]
+    stored_features(encoder, some, 64, cache=tmp_path)
+    seen = count_seen(monkeypatch)
+
+    def computed(*arguments: object, **options: object) -> int:
+        seen.clear()
+        stored_features(*arguments, **options, cache=tmp_path)
+        return len(seen)
+
+    assert computed(encoder, some, 64) == 0
+    assert computed(encoder, some, 32) == 2
+    assert computed(encoder, some, 64, views=2) == 2
+    assert computed(encoder, some[::-1], 64) == 2
+    os.utime(some[0], ns=(0, 0))
+    assert computed(encoder, some, 64) == 2
+    encoder.resnet[1].running_mean[0] += 1e-3
+    assert computed(encoder, some, 64) == 2
+
+
+def test_unreadable_photos_are_listed_after_the_whole_pass(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(paths[0].read_bytes()[:200])
+    some = [tmp_path / "a.png", *paths, tmp_path / "b.png"]
+    with pytest.raises(InputError, match=r"2 of 26 photos cannot be read: .*a\.png.*; .*b\.png"):
+        stored_features(encoder, some, 64, cache=tmp_path)
+    failed: dict[int, InputError] = {}
+    stored = stored_features(encoder, some, 64, cache=tmp_path, unreadable=failed.__setitem__)
+    assert sorted(failed) == [0, 25]
+    expected = stored_features(encoder, paths, 64, cache=tmp_path)
+    torch.testing.assert_close(stored[1:-1], expected, rtol=0.02, atol=0.02)
+    assert not stored[[0, -1]].any()
+
+
+def test_a_disk_too_small_is_said_before_anything_is_computed(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: Free)
+    with pytest.raises(InputError, match="more than the disk has free"):
+        stored_features(encoder, paths, 64, cache=tmp_path)
+
+
+class Free:
+    free = 1000
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_stored_features_and_pixels_give_the_same_loss(
+    encoder: EncoderCNN, drawn: Path, cache: Path, tmp_path: Path, name: str
+):
+    data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
+    encoder.grid = DECODERS[name].attends
+    model = Training(encoder, DECODERS[name](8, 16, len(data.vocab))).eval()
+    stored = stored_features(encoder, data.paths, 64, cache=tmp_path)[:, 0]
+    photos = Photos(data.paths, build_transform(image_size=64, normalise=False))
+    pixels = torch.stack([photos[i] for i in range(len(photos))])
+    captions, lengths = data.captions(np.arange(len(data)))
+    row = torch.from_numpy(data.photo).long()
+    with torch.no_grad():
+        from_store, from_pixels = (model(x, row, captions, lengths)[0].item() for x in (stored, pixels))
+    assert from_store == pytest.approx(from_pixels, rel=1e-2)
