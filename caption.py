@@ -191,7 +191,7 @@ def draw_attention(source: Source, caption: Caption, image_size: int) -> matplot
 
 def find_photos(paths: Iterable[Path]) -> list[Path]:
     """The photos at the paths, in the order given; of a folder the files that look like photos, in name order."""
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: list[Path] = []
     for path in paths:
         if path.is_dir():

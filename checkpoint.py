@@ -29,6 +29,10 @@ from vocabulary import Vocabulary
 
 DESCRIPTION = "captioner.json"
 LARGEST_DESCRIPTION = 64 << 20  # bytes
+RESUME_KEYS = {
+    *("format", "encoder", "decoder", "optimizer"),
+    *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
+}
 
 
 class Architecture(BaseModel):
