@@ -2,7 +2,7 @@
 
     python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
 
-    captioner = Captioner.load("models/scenes")
+    captioner = Captioner.load("models/scenes")  # or user/name on the Hugging Face Hub
     captioner(["photo.jpg"])[0].text
 """
 
@@ -29,6 +29,7 @@ from checkpoint import Description, load_model, newest_model
 from data_loader import Photos, build_transform, read_photo
 from errors import InputError, run_command
 from features import BATCH, encode
+from hub import find_model, push
 from model import EncoderCNN, fast_dtype
 from vocabulary import UNK, UNK_WORD, Vocabulary
 
@@ -102,14 +103,32 @@ class Captioner:
         self.decoder = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
         self.transform = build_transform(False, description.preprocessing.image_size, normalise=False)
+        self.folder: Path | None = None  # and its epoch, where it comes from one
+        self.epoch: int | None = None
 
     @classmethod
     def load(cls, folder: str | Path, epoch: int | None = None) -> Captioner:
         """The model in a folder as `train.py` writes it, its best epoch unless `epoch` is given.
 
-        Raises `InputError` where the folder is incomplete or its files do not go together.
+        `folder` may be a model's name on the Hugging Face Hub instead, user/name: it is downloaded once.
+        Raises `InputError` where the folder is incomplete, its files do not go together, or the Hub has no
+        such model.
         """
-        return cls(*load_model(folder, epoch))
+        folder = find_model(folder)
+        captioner = cls(*load_model(folder, epoch))
+        captioner.folder, captioner.epoch = folder, epoch
+        return captioner
+
+    def push_to_hub(self, name: str, licence: str = "mit", private: bool = False) -> str:
+        """Share the epoch that was loaded as user/name on the Hugging Face Hub; returns its address.
+
+        With it goes a model card, README.md, that gives the licence (one of the Hub's identifiers), the data, the
+        metrics and how to use it. Sharing again replaces what was there. Raises `InputError` where you are not
+        logged in or may not write there.
+        """
+        if self.folder is None:
+            raise InputError("only a model that was loaded from a folder can be shared; use Captioner.load.")
+        return push(self.folder, name, licence, private, self.epoch)
 
     def __call__(
         self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any
@@ -213,6 +232,7 @@ def main(
     strict: bool = False,
     sheet: Path | None = None,
     attention: Path | None = None,
+    export: Path | None = None,
     workers: int = min(4, os.cpu_count() or 1),
 ) -> None:
     """Caption photos and folders of photos with a trained model.
@@ -220,13 +240,21 @@ def main(
     Args:
         photos: photos and folders of photos.
         decoding: how words are chosen.
-        model: the model's folder; by default the newest in models/.
+        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/.
         json_: print one JSON list of objects with photo, caption and log_probability.
         strict: stop at the first photo that cannot be read.
         sheet: also draw the photos with their captions into this PNG.
         attention: also draw where the decoder looked for each word of the first photo into this PNG.
+        export: instead write the model into this ONNX file, which captions greedily wherever ONNX runs.
         workers: processes that read photos.
     """
+    if export is not None:
+        if photos or decoding != Decoding(max_length=decoding.max_length):
+            raise InputError("--export takes no photos, and of the options of decoding only --max-length.")
+        from export import export_onnx  # what it needs is not in requirements.txt
+
+        export_onnx(model or newest_model(), export, decoding.max_length)
+        return
     if not photos:
         raise InputError("no photo was named; name photos or folders of photos.")
     sources = find_photos(photos)

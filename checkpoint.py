@@ -1,8 +1,8 @@
 """A trained model's folder: written whole, read safely, resumed.
 
     captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch
-    encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights
-    decoder-<i>.pkl
+    encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights; a shared model
+    decoder-<i>.pkl   may have .safetensors files instead
     resume.pt         all that training needs to go on; resume-previous.pt is the one before it
 
 Every file is written beside its target, flushed to disk and renamed over it. Nothing that is read can
@@ -33,6 +33,7 @@ RESUME_KEYS = {
     *("format", "encoder", "decoder", "optimizer"),
     *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
 }
+WEIGHTS = (".pkl", ".safetensors")
 
 
 class Architecture(BaseModel):
@@ -128,8 +129,33 @@ def newest_model(models: Path = Path("models")) -> Path:
 
 def epochs_saved(folder: Path) -> list[int]:
     """The epochs whose encoder and decoder both lie in the folder, in order."""
-    found = (path.stem.split("-")[1] for path in folder.glob("encoder-*.pkl"))
-    return sorted(int(i) for i in found if i.isdigit() and (folder / f"decoder-{i}.pkl").exists())
+    found = {path.stem.split("-", 1)[1] for path in folder.glob("encoder-*") if path.suffix in WEIGHTS}
+    epochs = sorted(int(i) for i in found if i.isdecimal())
+    return [i for i in epochs if all(path.exists() for path in weight_files(folder, i))]
+
+
+def weight_files(folder: Path, epoch: int) -> tuple[Path, Path]:
+    """The files of an epoch's encoder and decoder: .safetensors where there is no .pkl."""
+
+    def found(name: str) -> Path:
+        pickled, safe = (folder / f"{name}-{epoch}{suffix}" for suffix in WEIGHTS)
+        return pickled if pickled.exists() else safe
+
+    return found("encoder"), found("decoder")
+
+
+def choose_epoch(folder: Path, description: Description, epoch: int | None = None) -> int:
+    """`epoch`, or without it the best one, else the last; `InputError` where its weights are not there."""
+    saved = epochs_saved(folder)
+    if epoch is None:
+        epoch = description.best_epoch if description.best_epoch in saved else max(saved, default=None)
+    if epoch not in saved:
+        wanted = "any epoch's" if epoch is None else f"epoch {epoch}'s"
+        raise InputError(
+            f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or go "
+            f"on with `python train.py --resume {folder}`."
+        )
+    return epoch
 
 
 def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module, description: Description) -> None:
@@ -162,15 +188,7 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
         vocabulary = Vocabulary(description.vocabulary)
     except InputError as error:
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
-    saved = epochs_saved(folder)
-    if epoch is None:
-        epoch = description.best_epoch if description.best_epoch in saved else max(saved, default=None)
-    if epoch not in saved:
-        wanted = "any epoch's" if epoch is None else f"epoch {epoch}'s"
-        raise InputError(
-            f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or go on "
-            f"with `python train.py --resume {folder}`."
-        )
+    encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
     parts = description.architecture
     encoder_file, decoder_file = folder / f"encoder-{epoch}.pkl", folder / f"decoder-{epoch}.pkl"
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)

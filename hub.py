@@ -1,0 +1,296 @@
+"""Trained models on the Hugging Face Hub: fetched by name, shared with a model card.
+
+    Captioner.load("user/name")
+    Captioner.load("models/scenes").push_to_hub("user/name")
+
+A repository holds what a model's folder holds, of its best epoch, with the weights in .safetensors files
+too and a card, README.md. It may be anyone's: what is fetched is read as any folder is, by `checkpoint`,
+which runs nothing of it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save
+
+from checkpoint import (
+    DESCRIPTION,
+    Description,
+    choose_epoch,
+    read_description,
+    weight_files,
+    write_description,
+    write_file,
+)
+from errors import InputError
+from model import read_state_dict
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+# huggingface_hub takes a second to import, and most runs need nothing of it: our functions import its.
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+LARGEST_MODEL = 8 << 30  # bytes to download
+SAFE = [DESCRIPTION, "encoder-*.safetensors", "decoder-*.safetensors"]
+PICKLED = [DESCRIPTION, "encoder-*.pkl", "decoder-*.pkl"]
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "val_perplexity")
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model that is named as people name one: a folder, or user/name on the Hub.
+
+    A folder that exists is taken first, and a name below a folder that exists is never asked of the Hub.
+    Raises `InputError` where the Hub has no such model or cannot be reached.
+    """
+    folder, name = Path(model), Path(model).as_posix()
+    if folder.exists() or folder.parent.exists() or not HUB_NAME.fullmatch(name):
+        return folder
+    return fetch(name)
+
+
+def fetch(name: str) -> Path:
+    """Download user/name from the Hub, or what changed in it since, and return the folder that it lies in.
+
+    Without a network, what was downloaded before serves. Raises `InputError` where nothing was, where there
+    is no such repository, or where it is no model of this project or larger than any.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
+
+    with _explained(f"{name} is no folder here and cannot be fetched from the Hub"):
+        try:
+            files = HfApi().model_info(name, files_metadata=True, timeout=20).siblings or []
+        except RepositoryNotFoundError:
+            raise
+        except Exception as error:  # of the HTTP client, whose package changes from version to version
+            try:
+                return Path(snapshot_download(name, allow_patterns=SAFE, local_files_only=True))
+            except LocalEntryNotFoundError:
+                raise error from None
+        sizes = {file.rfilename: file.size or 0 for file in files}
+        if DESCRIPTION not in sizes:
+            raise InputError(f"{name} on the Hub is not a model of this project: it has no {DESCRIPTION}.")
+        patterns = SAFE if list(filter_repo_objects(sizes, allow_patterns=SAFE[1:])) else PICKLED
+        size = sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=patterns))
+        if size > LARGEST_MODEL:
+            raise InputError(
+                f"{name} on the Hub holds {size / 1e9:,.0f} GB, more than a model of this project can; "
+                f"it is not fetched."
+            )
+        return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+def write_shared(
+    model: Path, folder: Path, name: str, licence: str = "mit", epoch: int | None = None
+) -> None:
+    """Write into `folder`, which exists, what is shared of a model: its best epoch, or `epoch`.
+
+    captioner.json comes without the folders that the training used: they are nobody else's business.
+    """
+    description = read_description(model)
+    epoch = choose_epoch(model, description, epoch)
+    description.best_epoch = epoch
+    description.training = {
+        field: Path(value).name if isinstance(value, str) else value
+        for field, value in description.training.items()
+    }
+    for path in weight_files(model, epoch):
+        state = {key: value.contiguous() for key, value in read_state_dict(path).items()}
+        write_file(folder / f"{path.stem}.pkl", lambda file, state=state: torch.save(state, file))
+        content = save(state, metadata={"format": "pt"})
+        write_file(folder / f"{path.stem}.safetensors", lambda file, content=content: file.write(content))
+    write_description(folder, description)
+    card = model_card(description, name, licence)
+    write_file(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def push(
+    model: Path, name: str, licence: str = "mit", private: bool = False, epoch: int | None = None
+) -> str:
+    """Share a model's folder as user/name on the Hub and return its address; see `Captioner.push_to_hub`."""
+    from huggingface_hub import HfApi, get_token
+
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"{name} is not a name on the Hub; give user/name.")
+    if get_token() is None:
+        raise InputError(f"{name} cannot be shared on the Hub: you are not logged in; {LOGIN}.")
+    with tempfile.TemporaryDirectory(prefix="share-") as folder:
+        write_shared(model, Path(folder), name, licence, epoch)
+        with _explained(f"{name} cannot be shared on the Hub"):
+            api = HfApi()
+            address = api.create_repo(name, private=private, exist_ok=True)
+            # Another epoch's weights, shared before, would be taken for this model's.
+            old = ["encoder-*", "decoder-*"]
+            message = f"Share {name.split('/')[1]}"
+            api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=old, commit_message=message)
+    return str(address)
+
+
+def model_card(description: Description, name: str, licence: str = "mit") -> str:
+    """The README.md of a shared model, as Markdown with the Hub's metadata on top."""
+    from huggingface_hub import ModelCardData
+
+    parts, data, epoch = description.architecture, description.data, description.best_epoch
+    size = description.preprocessing.image_size
+    measured = next((entry for entry in description.epochs if entry.get("epoch") == epoch), {})
+    scores = {key: measured[key] for key in METRICS if isinstance(measured.get(key), (int, float))}
+    folder = str(data.get("folder", "unknown"))
+    metadata = ModelCardData(
+        license=licence,
+        pipeline_tag="image-to-text",
+        tags=["image-captioning"],
+        model_name=name.split("/")[1],
+        eval_results=[_eval_result(folder, metric, value) for metric, value in scores.items()] or None,
+    )
+    decoder = "an LSTM that is shown the photo before the first word"
+    if parts.decoder == "attention":
+        decoder = "an LSTM that looks at a part of the photo for every word"
+    backbone = "trained weights in the encoder's file"
+    if parts.backbone != "stored":
+        backbone = f"torchvision's weights {parts.backbone}, fetched when the model is loaded"
+    about_data = "Its training data is not recorded."
+    if data:
+        about_data = "\n".join(
+            [
+                "| | |",
+                "| --- | --- |",
+                f"| data set | {folder} |",
+                *(
+                    f"| {label} | {data[key]:,} |"
+                    for key, label in (
+                        ("train_photos", "photos to train on"),
+                        ("train_captions", "captions of them"),
+                        ("val_photos", "photos to measure on"),
+                    )
+                    if isinstance(data.get(key), int)
+                ),
+                f"| SHA-256 of the training captions | `{data.get('train_sha256', 'unknown')}` |",
+            ]
+        )
+    about_metrics = "No metrics were recorded."
+    if scores:
+        rows = [f"| {metric} | {value:.3f} |" for metric, value in scores.items()]
+        about_metrics = "\n".join(
+            [
+                f"On the validation split after epoch {epoch}, greedy decoding, plain tokenizer:",
+                "",
+                "| metric | |",
+                "| --- | --- |",
+                *rows,
+            ]
+        )
+    return f"""\
+---
+{metadata.to_yaml()}
+---
+
+# {name}
+
+It says in a sentence what a photo shows. A ResNet-50 ({backbone}) turns the photo,
+resized and cut to {size} x {size}, into a feature; the decoder, {decoder}
+({parts.embed_size} to {parts.hidden_size}), makes words of it, out of {len(description.vocabulary):,}.
+
+## How to use it
+
+With the code of the image-captioning project that trained it:
+
+```sh
+python caption.py photo.jpg --model {name}
+```
+
+```python
+from caption import Captioner
+
+captioner = Captioner.load("{name}")
+print(captioner("photo.jpg")[0].text)
+```
+
+`captioner.json` holds the architecture, the preprocessing, the vocabulary and the settings of the training.
+The weights of epoch {epoch} are there twice, alike: as `.safetensors`, and as the `.pkl` state dicts of the
+original recipe.
+
+## Data
+
+{about_data}
+
+## Metrics
+
+{about_metrics}
+
+## Limits
+
+It knows the things and the words of its training captions and nothing else, repeats their errors and their
+prejudices, and is as sure of a wrong caption as of a right one.
+
+## Licence
+
+{licence}
+"""
+
+
+def _eval_result(data: str, metric: str, value: float) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="image-to-text",
+        dataset_type=data,
+        dataset_name=data,
+        dataset_split="validation",
+        metric_type=metric.lower(),
+        metric_name=metric,
+        metric_value=value,
+    )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises, its HTTP client's errors included, into one sentence."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except InputError:
+        raise
+    except GatedRepoError:
+        raise InputError(
+            f"{what}: its owner gives access on request; ask on its page, and {LOGIN}."
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{what}: there is no such repository; check the name, or, if it is private, {LOGIN}."
+        ) from None
+    except LocalTokenNotFoundError:
+        raise InputError(f"{what}: you are not logged in; {LOGIN}.") from None
+    except OfflineModeIsEnabled:
+        raise InputError(f"{what}: HF_HUB_OFFLINE is set; unset it.") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise InputError(f"{what}: you are not logged in; {LOGIN}.") from None
+        if status == 403:
+            raise InputError(
+                f"{what}: you may not write there; check the name and your token's rights."
+            ) from None
+        raise InputError(f"{what}: the Hub answers {status} ({_line(error)}); try again later.") from None
+    except Exception as error:  # the HTTP client's errors, which share no base class from version to version
+        raise InputError(f"{what}: {_line(error)}; check the network and try again.") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
