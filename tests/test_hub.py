@@ -1,0 +1,337 @@
+"""Sharing and fetching, through the real library against a Hub that runs here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import filter_repo_objects
+
+import caption
+import hub
+from caption import Captioner, Decoding
+from checkpoint import read_description
+from errors import InputError
+from model import read_state_dict
+
+COMMIT = "0123456789012345678901234567890123456789"
+
+
+class Hub:
+    """Repositories as folders, served as the Hub serves them; `asked` lists the files downloaded."""
+
+    def __init__(self, root: Path):
+        self.root, self.asked, self.status = root, [], 0
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            def do_GET(self) -> None:
+                path = urlsplit(self.path).path.removeprefix("/api/models").strip("/").split("/")
+                folder = hub.root / "/".join(path[:2])
+                if hub.status:
+                    return self.answer(hub.status)
+                if not folder.is_dir():
+                    return self.answer(404, X_Error_Code="RepoNotFound")
+                files = sorted(file for file in folder.iterdir())
+                if path[2:3] == ["resolve"]:
+                    content = (folder / path[4]).read_bytes()
+                    if self.command == "GET":
+                        hub.asked.append(path[4])
+                    etag = f'"{hashlib.sha1(content).hexdigest()}"'
+                    return self.answer(200, content, ETag=etag, X_Repo_Commit=COMMIT)
+                if path[2:3] == ["tree"]:
+                    answer = [
+                        {"type": "file", "path": file.name, "size": hub.size(file), "oid": file.name}
+                        for file in files
+                    ]
+                else:
+                    siblings = [{"rfilename": file.name, "size": hub.size(file)} for file in files]
+                    answer = {"id": "/".join(path[:2]), "sha": COMMIT, "siblings": siblings}
+                return self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_POST(self) -> None:
+                wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if hub.status:
+                    return self.answer(hub.status)
+                name = f"{wanted['organization']}/{wanted['name']}"
+                (hub.root / name).mkdir(parents=True, exist_ok=True)
+                return self.answer(200, json.dumps({"url": f"{hub.address}/{name}"}).encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def size(self, file: Path) -> int:
+        return 9 << 30 if file.name == "encoder-9.pkl" else file.stat().st_size
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: str, delete_patterns: list[str], commit_message: str
+    ) -> None:
+        """In place of the library's, whose uploads go to a storage of their own."""
+        there = {file.name: file for file in (self.root / repo_id).iterdir()}
+        for name in filter_repo_objects(there, allow_patterns=delete_patterns):
+            there[name].unlink()
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub with a user who is logged in, and an empty cache."""
+    fake = Hub(tmp_path / "hub")
+    fake.root.mkdir()
+    monkeypatch.setattr(constants, "ENDPOINT", fake.address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **arguments: fake.upload_folder(**arguments))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.chdir(tmp_path)
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+
+
+def share(served: Hub, model: Path, name: str = "ada/scenes") -> Path:
+    Captioner.load(model).push_to_hub(name, licence="cc-by-4.0")
+    return served.root / name
+
+
+def test_a_shared_model_captions_as_the_original_does(served, trained, photo):
+    share(served, trained)
+    captioner = Captioner.load("ada/scenes")
+    assert "encoder-2.pkl" not in served.asked
+    assert "encoder-2.safetensors" in served.asked
+    ours, theirs = Captioner.load(trained)([photo] * 2, beam_size=3), captioner([photo] * 2, beam_size=3)
+    assert [(c.text, c.log_probability) for c in theirs] == [(c.text, c.log_probability) for c in ours]
+
+
+def test_what_is_shared_is_one_epoch_twice_and_a_card(served, trained):
+    repository = share(served, trained)
+    best = read_description(trained).best_epoch
+    assert sorted(file.name for file in repository.iterdir()) == [
+        "README.md",
+        "captioner.json",
+        f"decoder-{best}.pkl",
+        f"decoder-{best}.safetensors",
+        f"encoder-{best}.pkl",
+        f"encoder-{best}.safetensors",
+    ]
+    for part in ("encoder", "decoder"):
+        original = read_state_dict(trained / f"{part}-{best}.pkl")
+        for suffix in (".pkl", ".safetensors"):
+            found = read_state_dict(repository / f"{part}-{best}{suffix}")
+            assert found.keys() == original.keys()
+            assert all(torch.equal(found[key], original[key]) for key in original)
+
+
+def test_no_folder_of_the_sharers_computer_goes_along(served, trained):
+    repository = share(served, trained)
+    training = read_description(trained).training
+    assert "/" in training["models"]
+    for name in ("captioner.json", "README.md"):
+        assert str(Path(training["models"])) not in (repository / name).read_text()
+
+
+def test_the_card_says_data_metrics_licence_and_use(served, trained):
+    card = (share(served, trained) / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    about = yaml.safe_load(metadata)
+    assert about["license"] == "cc-by-4.0"
+    assert about["pipeline_tag"] == "image-to-text"
+    described = read_description(trained)
+    measured = described.epochs[described.best_epoch - 1]
+    results = {r["type"]: r["value"] for r in about["model-index"][0]["results"][0]["metrics"]}
+    assert results["cider"] == measured["CIDEr"]
+    assert f"| CIDEr | {measured['CIDEr']:.3f} |" in text
+    assert f"| captions of them | {described.data['train_captions']} |" in text
+    assert 'Captioner.load("ada/scenes")' in text
+    assert "python caption.py photo.jpg --model ada/scenes" in text
+
+
+def test_an_attending_model_with_torchvisions_backbone_and_nothing_recorded_has_a_card(attending):
+    description = read_description(attending)
+    description.architecture.backbone = "IMAGENET1K_V1"
+    description.data, description.epochs = {}, []
+    card = hub.model_card(description, "ada/scenes")
+    assert "looks at a part of the photo" in card
+    assert "torchvision's weights IMAGENET1K_V1" in card
+    assert "Its training data is not recorded." in card
+    assert "No metrics were recorded." in card
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
+
+
+def test_sharing_again_replaces_another_epoch(served, trained):
+    repository = share(served, trained)
+    best = read_description(trained).best_epoch
+    other = 3 - best
+    Captioner.load(trained, epoch=other).push_to_hub("ada/scenes")
+    assert not list(repository.glob(f"*-{best}.*"))
+    assert read_description(repository).best_epoch == other
+    Captioner.load(repository)
+
+
+def test_a_fetched_model_can_be_shared_on(served, trained):
+    share(served, trained)
+    Captioner.load("ada/scenes").push_to_hub("bob/scenes")
+    assert len(list((served.root / "bob/scenes").iterdir())) == 6
+
+
+def test_a_fetched_model_is_there_without_a_network(served, trained):
+    share(served, trained)
+    first = hub.find_model("ada/scenes")
+    served.server.shutdown()
+    served.server.server_close()
+    assert hub.find_model("ada/scenes") == first
+    Captioner.load("ada/scenes")
+
+
+def test_the_command_line_takes_a_name(served, trained, photo, capsys):
+    share(served, trained)
+    caption.main((photo,), Decoding(), model=Path("ada/scenes"), json_=True)
+    assert json.loads(capsys.readouterr().out)[0]["caption"] == Captioner.load(trained)(photo)[0].text
+
+
+def test_a_folder_goes_before_the_hub(served, trained):
+    shutil.copytree(trained, "ada/scenes")
+    assert hub.find_model("ada/scenes") == Path("ada/scenes")
+    with pytest.raises(InputError, match=r"ada/other is not a trained model's folder"):
+        Captioner.load("ada/other")
+    with pytest.raises(InputError, match=r"one/two/three is not a trained model's folder"):
+        Captioner.load("one/two/three")
+    assert served.asked == []
+
+
+def test_a_repository_with_pickles_only_is_read(served, trained):
+    repository = share(served, trained)
+    for file in repository.glob("*.safetensors"):
+        file.unlink()
+    Captioner.load("ada/scenes")
+
+
+def test_no_such_repository_is_one_sentence(served):
+    with pytest.raises(
+        InputError, match=r"^ada/none is no folder here .* no such repository; check the name"
+    ):
+        Captioner.load("ada/none")
+
+
+def test_no_network_is_one_sentence(served):
+    served.server.shutdown()
+    served.server.server_close()
+    with pytest.raises(
+        InputError, match=r"^ada/scenes is no folder here .* check the network and try again\.$"
+    ):
+        Captioner.load("ada/scenes")
+
+
+def test_a_hub_that_fails_is_one_sentence(served, trained):
+    served.status = 500
+    with pytest.raises(InputError, match=r"the Hub answers 500"):
+        hub.fetch("ada/scenes")
+
+
+def test_another_projects_repository_is_one_sentence(served):
+    (served.root / "ada/other").mkdir(parents=True)
+    (served.root / "ada/other/config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"ada/other on the Hub is not a model of this project"):
+        Captioner.load("ada/other")
+    assert served.asked == []
+
+
+def test_a_repository_of_absurd_size_is_not_downloaded(served, trained):
+    repository = share(served, trained)
+    for file in repository.glob("*.safetensors"):
+        file.unlink()
+    (repository / "encoder-9.pkl").touch()
+    with pytest.raises(InputError, match=r"holds 10 GB, more than a model of this project can"):
+        Captioner.load("ada/scenes")
+    assert served.asked == []
+
+
+class Hostile:
+    def __init__(self, planted: Path):
+        self.planted = planted
+
+    def __reduce__(self):
+        return Path.touch, (self.planted,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_hostile_repository_runs_nothing(served, trained, tmp_path):
+    repository = share(served, trained)
+    for file in repository.glob("*.safetensors"):
+        file.unlink()
+    weights = next(repository.glob("decoder-*.pkl"))
+    torch.save({"embed.weight": Hostile(tmp_path / "planted")}, weights)
+    with pytest.raises(InputError, match=r"not a file of weights that can be read safely"):
+        Captioner.load("ada/scenes")
+    weights.write_bytes(pickle.dumps(Hostile(tmp_path / "planted")))
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"decoder-\d.pkl"):
+        Captioner.load("ada/scenes")
+    assert not (tmp_path / "planted").exists()
+
+
+def test_weights_that_unpack_to_a_thousand_times_their_size_are_refused(tmp_path):
+    plain = io.BytesIO()
+    torch.save({"embed.weight": torch.zeros(1 << 20)}, plain)
+    path = tmp_path / "decoder-1.pkl"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert path.stat().st_size < 1 << 14
+    with pytest.raises(InputError, match="it is compressed"):
+        read_state_dict(path)
+
+
+def test_torn_safetensors_are_one_sentence(tmp_path):
+    (tmp_path / "decoder-1.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(InputError, match=r"decoder-1.safetensors is not a file of weights"):
+        read_state_dict(tmp_path / "decoder-1.safetensors")
+
+
+def test_sharing_needs_a_login_a_name_and_a_folder(served, trained, monkeypatch):
+    captioner = Captioner.load(trained)
+    with pytest.raises(InputError, match="give user/name"):
+        captioner.push_to_hub("scenes")
+    for status, message in ((401, "not logged in|no such repository"), (403, "you may not write there")):
+        served.status = status
+        with pytest.raises(InputError, match=message):
+            captioner.push_to_hub("ada/scenes")
+    monkeypatch.delenv("HF_TOKEN")
+    assert huggingface_hub.get_token() is None
+    with pytest.raises(InputError, match="you are not logged in; log in with"):
+        captioner.push_to_hub("ada/scenes")
+    captioner.folder = None
+    with pytest.raises(InputError, match="loaded from a folder"):
+        captioner.push_to_hub("ada/scenes")
