@@ -190,7 +190,6 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
     encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
     parts = description.architecture
-    encoder_file, decoder_file = folder / f"encoder-{epoch}.pkl", folder / f"decoder-{epoch}.pkl"
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
     grid = DECODERS[parts.decoder].attends
     with torch.device("meta"):
