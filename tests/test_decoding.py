@@ -423,6 +423,14 @@ def test_a_sample_does_not_depend_on_the_images_after_it():
                 assert_same(one, other)
 
 
+def test_a_sample_does_not_depend_on_when_other_captions_end():
+    decoder, features = Toy(12, scale=0.5), features_of(6, 12)
+    expected = sample(decoder, features, seed=5)[3:]
+    features[:3, END] += 60
+    for one, other in zip(sample(decoder, features, seed=5)[3:], expected, strict=True):
+        assert_same(one, other)
+
+
 @pytest.mark.parametrize("narrow", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
 def test_a_narrow_sample_is_greedy(narrow):
     for decoder, features in some_decoders():
