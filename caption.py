@@ -1,9 +1,9 @@
 """Caption photos with a trained model.
 
-    python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
+python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
 
-    captioner = Captioner.load("models/scenes")  # or user/name on the Hugging Face Hub
-    captioner(["photo.jpg"])[0].text
+captioner = Captioner.load("models/scenes")  # or user/name on the Hugging Face Hub
+captioner(["photo.jpg"])[0].text
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ class Captioner:
             raise InputError("only a model that was loaded from a folder can be shared; use Captioner.load.")
         return push(self.folder, name, licence, private, self.epoch)
 
-    def __call__(
-        self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any
-    ) -> list[Caption]:
+    def __call__(self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any) -> list[Caption]:
         """One `Caption` an image, in their order; images are PIL images or paths, one or many.
 
         `how`, or its fields by name, choose the decoding: `captioner(image, beam_size=3)`. Raises `InputError`

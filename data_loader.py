@@ -142,7 +142,11 @@ def read_batches(
     pin = torch.cuda.is_available()
     batches = list(batches)
     loader = DataLoader(
-        _Attempts(photos), batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=_ignore_signals
+        _Attempts(photos),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_ignore_signals,
     )
     for keys, items in zip(batches, loader, strict=True):
         kept = []
@@ -247,7 +251,11 @@ def _parse_annotations(path: Path, data: bytes) -> Annotations:
     rows: dict[int, int] = {}
     names = []
     for image in content["images"]:
-        if not isinstance(image, dict) or type(image.get("id")) is not int or not isinstance(image.get("file_name"), str):
+        if (
+            not isinstance(image, dict)
+            or type(image.get("id")) is not int
+            or not isinstance(image.get("file_name"), str)
+        ):
             raise InputError(f'{not_coco}: an entry of "images" lacks a whole-number "id" or a "file_name".')
         name = image["file_name"]
         if not name or "\n" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:

@@ -268,9 +268,7 @@ def beam_search(
         # What a step hands on untouched, as the cells of a photo, is the same for all of an image's rows.
         same_images = any(constant) and torch.equal(was_live // beam_size, live // beam_size)
         untouched = [same and same_images for same in constant]
-        state = tuple(
-            x if same else x.index_select(0, rows) for x, same in zip(state, untouched, strict=True)
-        )
+        state = tuple(x if same else x.index_select(0, rows) for x, same in zip(state, untouched, strict=True))
 
     order = score.argsort(1, descending=True)
     tokens = tokens.gather(1, order[:, :, None].expand_as(tokens)).tolist()

@@ -197,9 +197,7 @@ def fetch(url: str, path: Path, size: int, sha256: str, progress: _Progress) -> 
             progress.stop.wait(RETRY_SECONDS * 2**failures)
 
     digest = hashlib.sha256()
-    checking = tqdm(
-        total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=None, leave=False
-    )
+    checking = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=None, leave=False)
     with part.open("rb") as file, checking:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
@@ -346,9 +344,7 @@ def _fetch_photo(image: dict[str, Any], path: Path, progress: _Progress) -> str 
     raise InputError(f"{url} cannot be downloaded: {reason}; run the same command again to go on.")
 
 
-def _fetch_first_photos(
-    documents: dict[str, dict[str, Any]], limit: int, root: Path, work: Path
-) -> list[str]:
+def _fetch_first_photos(documents: dict[str, dict[str, Any]], limit: int, root: Path, work: Path) -> list[str]:
     """The first `limit` photos of each split, then its trimmed annotations; what could not be had."""
     waiting: list[tuple[dict[str, Any], Path]] = []
     for name, document in documents.items():
@@ -450,9 +446,7 @@ def weights(to: Path = Path("models/published")) -> None:
     try:
         import gdown  # only this command needs it
     except ImportError as error:
-        raise InputError(
-            "the published weights lie on a drive that needs gdown: pip install gdown"
-        ) from error
+        raise InputError("the published weights lie on a drive that needs gdown: pip install gdown") from error
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} exists and is not empty; delete it or name another folder.")
     work = to.with_name(to.name + ".download")

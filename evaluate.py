@@ -1,7 +1,7 @@
 """Caption a split with a trained model and score the captions.
 
-    python evaluate.py --model models/scenes --data data/scenes --split test --beam-size 3
-    python evaluate.py --references data/coco/annotations/captions_val2017.json --results results.json
+python evaluate.py --model models/scenes --data data/scenes --split test --beam-size 3
+python evaluate.py --references data/coco/annotations/captions_val2017.json --results results.json
 """
 
 from __future__ import annotations

@@ -47,11 +47,9 @@ class GreedyCaptioner(nn.Module):
         batch = photos.shape[0]
 
         def unfinished(t: Tensor, last: Tensor, *_: Tensor) -> Tensor:
-            return (t < self.max_length) & ((t == 0) | (last != END).any())
+            return (t < self.max_length) & (last != END).any()
 
-        def step(
-            t: Tensor, last: Tensor, tokens: Tensor, total: Tensor, *state: Tensor
-        ) -> tuple[Tensor, ...]:
+        def step(t: Tensor, last: Tensor, tokens: Tensor, total: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             logits, after = self.decoder.step(last, state)
             log_p, word = (logits.log_softmax(1) + self.banned).max(1)
             ended = last == END
@@ -83,10 +81,9 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     try:
         import onnx
         import onnxscript  # noqa: F401  torch.onnx needs it and would fail far from here
+        from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
     except ImportError as error:
-        raise InputError(
-            f"an export needs {error.name}, which is missing: pip install onnx onnxscript"
-        ) from None
+        raise InputError(f"an export needs {error.name}, which is missing: pip install onnx onnxscript") from None
     if max_length < 1:
         raise InputError(f"max_length is {max_length}, but it has to be at least 1.")
     path = Path(path)
@@ -95,7 +92,8 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     encoder, decoder, vocabulary, description = load_model(find_model(model))
     size = description.preprocessing.image_size
     captioner = GreedyCaptioner(encoder.for_inference(torch.float32), decoder, len(vocabulary), max_length)
-    captioner.eval().requires_grad_(False)
+    # float() also renews what an LSTM remembers of its weights, which it may not do inside of the loop.
+    captioner.float().eval().requires_grad_(False)
     if sum(x.nbytes for x in captioner.state_dict().values()) > LARGEST_ONNX:
         raise InputError(f"{model} has over 2 GB of weights, which do not fit into one ONNX file.")
     photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1 the exporter would make a constant
@@ -111,6 +109,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
             dynamo=True,
             verbose=False,
         )
+    RemoveUnusedNodesPass()(program.model)  # or onnxruntime warns of each whenever it reads the file
     exported = program.model_proto
     about = {
         "vocabulary": json.dumps(vocabulary.words, ensure_ascii=False),

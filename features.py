@@ -43,6 +43,7 @@ class Views:
         self.transforms = self.centre.transforms
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """The views of one PIL photo."""
         return torch.stack([self.centre(image), *(self.random(image) for _ in range(self.views - 1))])
 
 
@@ -119,7 +120,9 @@ def _key(encoder: EncoderCNN, paths: list[Path], image_size: int, views: int) ->
 def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     needed = 2 * int(np.prod(shape))
     if shutil.disk_usage(path.parent).free < needed:
-        raise InputError(f"{path} needs {needed / 1e9:.1f} GB, more than the disk has free; make room or use fewer views.")
+        raise InputError(
+            f"{path} needs {needed / 1e9:.1f} GB, more than the disk has free; make room or use fewer views."
+        )
     beside = path.with_name("features.new.npy")
     np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape).flush()
     os.replace(beside, path)

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import gradio as gr
+import gradio.component_meta
 import matplotlib
 import tyro
 from PIL import Image
@@ -44,6 +45,8 @@ SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "METEOR": "METEOR"}
 SOURCES = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
 CSS = "#caption textarea {font-size: 1.7rem; line-height: 1.3; font-weight: 600; text-align: center}"
+
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a gradio_main.pyi beside this file
 
 
 class Photo(gr.Image):
@@ -198,12 +201,8 @@ def about(name: str, description: Description) -> str:
         photos, captions = data["train_photos"], data["train_captions"]
         lines.append(f"**Trained** on {captions:,} captions of {photos:,} photos (`{data['folder']}`).")
     if best and len(epochs) >= best:
-        scores = [
-            f"{name} {epochs[best - 1][key]:.2f}" for key, name in SCORES.items() if key in epochs[best - 1]
-        ]
-        lines.append(
-            f"**How good**, on {data.get('val_photos', 0):,} photos it had not seen: {', '.join(scores)}."
-        )
+        scores = [f"{name} {epochs[best - 1][key]:.2f}" for key, name in SCORES.items() if key in epochs[best - 1]]
+        lines.append(f"**How good**, on {data.get('val_photos', 0):,} photos it had not seen: {', '.join(scores)}.")
     return "\n\n".join(lines)
 
 
@@ -321,9 +320,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="captions-") as folder:
         # Gradio serves all that is in this folder, by default one that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
-        page = build_page(
-            Server(captioner), model.resolve().name, example_photos(model, Path(folder)), flag_folder
-        )
+        page = build_page(Server(captioner), model.resolve().name, example_photos(model, Path(folder)), flag_folder)
         try:
             page.launch(
                 server_name=host,

@@ -90,9 +90,7 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 
-def write_shared(
-    model: Path, folder: Path, name: str, licence: str = "mit", epoch: int | None = None
-) -> None:
+def write_shared(model: Path, folder: Path, name: str, licence: str = "mit", epoch: int | None = None) -> None:
     """Write into `folder`, which exists, what is shared of a model: its best epoch, or `epoch`.
 
     captioner.json comes without the folders that the training used: they are nobody else's business.
@@ -101,8 +99,7 @@ def write_shared(
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
     description.training = {
-        field: Path(value).name if isinstance(value, str) else value
-        for field, value in description.training.items()
+        field: Path(value).name if isinstance(value, str) else value for field, value in description.training.items()
     }
     for path in weight_files(model, epoch):
         state = {key: value.contiguous() for key, value in read_state_dict(path).items()}
@@ -114,9 +111,7 @@ def write_shared(
     write_file(folder / "README.md", lambda file: file.write(card.encode()))
 
 
-def push(
-    model: Path, name: str, licence: str = "mit", private: bool = False, epoch: int | None = None
-) -> str:
+def push(model: Path, name: str, licence: str = "mit", private: bool = False, epoch: int | None = None) -> str:
     """Share a model's folder as user/name on the Hub and return its address; see `Captioner.push_to_hub`."""
     from huggingface_hub import HfApi, get_token
 
@@ -268,9 +263,7 @@ def _explained(what: str) -> Iterator[None]:
     except InputError:
         raise
     except GatedRepoError:
-        raise InputError(
-            f"{what}: its owner gives access on request; ask on its page, and {LOGIN}."
-        ) from None
+        raise InputError(f"{what}: its owner gives access on request; ask on its page, and {LOGIN}.") from None
     except RepositoryNotFoundError:
         raise InputError(
             f"{what}: there is no such repository; check the name, or, if it is private, {LOGIN}."
@@ -284,9 +277,7 @@ def _explained(what: str) -> Iterator[None]:
         if status == 401:
             raise InputError(f"{what}: you are not logged in; {LOGIN}.") from None
         if status == 403:
-            raise InputError(
-                f"{what}: you may not write there; check the name and your token's rights."
-            ) from None
+            raise InputError(f"{what}: you may not write there; check the name and your token's rights.") from None
         raise InputError(f"{what}: the Hub answers {status} ({_line(error)}); try again later.") from None
     except Exception as error:  # the HTTP client's errors, which share no base class from version to version
         raise InputError(f"{what}: {_line(error)}; check the network and try again.") from None

@@ -413,9 +413,7 @@ def import_flickr(
             if not Path(name).suffix:  # Flickr30k's split files give the number alone
                 name += ".jpg"
             if name in wanted and wanted[name].split != split:
-                raise InputError(
-                    f"{path}, line {number}: {name} is in the {wanted[name].split} split already."
-                )
+                raise InputError(f"{path}, line {number}: {name} is in the {wanted[name].split} split already.")
             if name not in captions:
                 raise InputError(f"{path}, line {number}: {name} has no caption in {tables[0]}.")
             if name not in available:
@@ -454,9 +452,7 @@ def import_karpathy(
     try:
         entries = json.loads(_read_text(path))["images"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a Karpathy split: it should be JSON with a list `images`."
-        ) from error
+        raise InputError(f"{path} is not a Karpathy split: it should be JSON with a list `images`.") from error
     available = _index_photos(photos or folder)
 
     result = []
@@ -494,9 +490,7 @@ def import_folder(
     if source.is_file():
         tables = [source]
     if len(tables) != 1:
-        raise InputError(
-            f"{folder} holds {len(tables)} .csv or .jsonl files; name the one with the captions."
-        )
+        raise InputError(f"{folder} holds {len(tables)} .csv or .jsonl files; name the one with the captions.")
     path, root = tables[0], _source_folder(photos or folder).resolve()
 
     result: dict[str, Photo] = {}

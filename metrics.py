@@ -218,9 +218,7 @@ def score_results(
 def format_table(scores: Scores) -> str:
     """The corpus metrics as a Markdown table that also reads well in a terminal; METEOR is "-" if not run."""
     rows = [(name, "-" if value is None else f"{value:.3f}") for name, value in scores.metrics.items()]
-    lines = [
-        f"| {name:<7} | {value:>5} |" for name, value in [("metric", "value"), (":------", "----:"), *rows]
-    ]
+    lines = [f"| {name:<7} | {value:>5} |" for name, value in [("metric", "value"), (":------", "----:"), *rows]]
     return "\n".join([*lines, "", f"{len(scores.per_caption)} captions, {scores.tokenizer} tokenizer"])
 
 

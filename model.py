@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from urllib.error import URLError
 
@@ -138,7 +139,9 @@ class EncoderCNN(nn.Module):
         """
         weight = self.resnet[0].weight
         if images.dtype == torch.uint8:
-            mean, std = (torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, std = (
+                torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (IMAGENET_MEAN, IMAGENET_STD)
+            )
             images = (images - mean) / std
         images = images.to(weight.dtype, memory_format=torch.channels_last)
         x = self.resnet[:-1](images)  # (B, 2048, H/32, W/32)
@@ -166,7 +169,7 @@ class EncoderCNN(nn.Module):
         fused = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(fused.resnet.modules()):
             names = [name for name, _ in module.named_children()]
-            for conv, norm in zip(names, names[1:], strict=False):
+            for conv, norm in pairwise(names):
                 pair = getattr(module, conv), getattr(module, norm)
                 if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
                     setattr(module, conv, fuse_conv_bn_eval(*pair))

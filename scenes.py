@@ -34,9 +34,7 @@ VERSION = "1"
 SPLITS = ("train", "val", "test")
 PICTURES_AT_MOST = 1_000_000  # of a split: its picture ids follow those of the split before
 SUPERSAMPLING = 2
-HALF_SQUARE = (
-    0.43  # the main thing stays this close to the centre, in shorter sides, so a centre crop keeps it
-)
+HALF_SQUARE = 0.43  # the main thing stays this close to the centre, in shorter sides, so a centre crop keeps it
 GREYSCALE_SHARE = 0.06
 ALONE_AT_MOST = 400  # pictures that are drawn sooner than other processes start
 
@@ -323,9 +321,7 @@ def car(pen: Pen, paint: Paint, action: str) -> None:
     if action == "driving" and not pen.outline:
         for y, x in ((0.3, -1.36), (0.5, -1.28), (0.7, -1.16)):
             pen.line([(x, y), (x + 0.26, y)], 0.035, (255, 255, 255))
-    pen.polygon(
-        smooth("-100,20 -101,46 -72,60 -44,92 0,98 34,90 62,60 96,52 102,24 60,16 -60,16"), paint.base
-    )
+    pen.polygon(smooth("-100,20 -101,46 -72,60 -44,92 0,98 34,90 62,60 96,52 102,24 60,16 -60,16"), paint.base)
     pen.patch(at("-98,22 99,22 98,34 -99,34"), paint.dark)
     pen.patch(at("-56,60 -36,86 -6,87 -6,60"), GLASS)
     pen.patch(at("2,60 2,87 24,85 48,60"), GLASS)
@@ -498,9 +494,7 @@ class Stage:
 
     def ground(self, *colours: Colour) -> None:
         """Everything below the horizon, in the light of the scene."""
-        tint, share = {"dusk": ((150, 70, 110), 0.2), "cloudy": ((130, 140, 150), 0.16)}.get(
-            self.light, ((0, 0, 0), 0)
-        )
+        tint, share = {"dusk": ((150, 70, 110), 0.2), "cloudy": ((130, 140, 150), 0.16)}.get(self.light, ((0, 0, 0), 0))
         shades = [mix(colour, tint, share) for colour in colours]
         self.pen.bands(-self.wide, self.horizon, self.wide, -self.high, shades)
 
@@ -745,9 +739,7 @@ KINDS: dict[str, Kind] = {
     "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.86, 1.06), 0.26, (0.6, 0.74), 2, RUNNING, BEASTS),
     "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1.1), 0.2, (0.56, 0.7), 3, SITTING, BEASTS),
     "horse": Kind({"horse": 8, "pony": 2}, horse, (1.5, 1.52), 0.3, (0.62, 0.76), 2, GALLOPING, WHEELS),
-    "bird": Kind(
-        {"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.58, 0.74), 3, PERCHING, ALOFT | SMALL
-    ),
+    "bird": Kind({"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.58, 0.74), 3, PERCHING, ALOFT | SMALL),
     "man": Kind(
         {"man": 8, "guy": 1, "gentleman": 1},
         man,
@@ -772,22 +764,14 @@ KINDS: dict[str, Kind] = {
         garments=("dress", "gown"),
         pronoun="her",
     ),
-    "car": Kind(
-        {"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.62, 0.76), 2, DRIVING, WHEELS
-    ),
+    "car": Kind({"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.62, 0.76), 2, DRIVING, WHEELS),
     "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.58, 0.74), 2, DRIVING, WHEELS),
     "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.58, 0.72), 3, SAILING, MOORED),
-    "plane": Kind(
-        {"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.62, 0.76), 2, FLYING, ALOFT
-    ),
+    "plane": Kind({"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.62, 0.76), 2, FLYING, ALOFT),
     "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.58, 0.74), 3, FLYING, ALOFT),
-    "balloon": Kind(
-        {"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.58, 0.74), 3, FLOATING, ALOFT
-    ),
+    "balloon": Kind({"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.58, 0.74), 3, FLOATING, ALOFT),
     "ball": Kind({"ball": 9, "rubber ball": 1}, ball, (1, 1), 0.14, (0.46, 0.6), 3, BOUNCING, SMALL),
-    "umbrella": Kind(
-        {"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.58, 0.72), 2, STANDING, SMALL
-    ),
+    "umbrella": Kind({"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.58, 0.72), 2, STANDING, SMALL),
     "tree": Kind({"tree": 1}, tree, (0.95, 1), 0.3, coloured=False),
     "bench": Kind({"bench": 1}, bench, (1.6, 0.85), 0.25),
     "house": Kind({"house": 4, "cottage": 1}, house, (1.12, 1), 0.3),
@@ -900,9 +884,7 @@ def plan(rng: random.Random) -> dict:
         other = rng.choice(company)
         hue = rng.choice([c for c in COLOURS if c != colour]) if KINDS[other].coloured else None
         hue = None if greyscale else hue
-        others.append(
-            {"kind": other, "colour": hue, "relation": relation, "side": rng.choice(("left", "right"))}
-        )
+        others.append({"kind": other, "colour": hue, "relation": relation, "side": rng.choice(("left", "right"))})
     return {
         "kind": name,
         "colour": None if greyscale else colour,
@@ -1140,9 +1122,7 @@ def _caption(rng: random.Random, scene: dict, form: str, colour: str | None, pla
     count, setting = scene["count"], SETTINGS[scene["setting"]]
     noun = _noun(rng, scene["kind"], colour, count)
     number = "" if count == 1 else weighted(rng, COUNTS[count])
-    participle, of_one, of_several = rng.choices(
-        ACTIONS[scene["action"]], (4, 1)[: len(ACTIONS[scene["action"]])]
-    )[0]
+    participle, of_one, of_several = rng.choices(ACTIONS[scene["action"]], (4, 1)[: len(ACTIONS[scene["action"]])])[0]
     if count > 1 and rng.random() < 0.15:
         participle += " side by side" if count == 2 else " in a row"
     relation, after = "", False
@@ -1269,9 +1249,7 @@ def _draw_picture(folder: Path, seed: int, split: str, index: int) -> tuple[dict
         "license": 1,
         "scene": scene,
     }
-    notes = [
-        {"id": image_id * 10 + k, "image_id": image_id, "caption": text} for k, text in enumerate(captions)
-    ]
+    notes = [{"id": image_id * 10 + k, "image_id": image_id, "caption": text} for k, text in enumerate(captions)]
     return entry, notes
 
 
@@ -1292,9 +1270,7 @@ def _drawn(folder: Path) -> list[dict | None]:
     return infos
 
 
-def draw_dataset(
-    folder: str | Path, train: int = 4000, val: int = 500, test: int = 500, seed: int = 0
-) -> Path:
+def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: int = 500, seed: int = 0) -> Path:
     """Draw the sample data set into a folder, laid out as COCO is; return the folder.
 
     A folder that already holds the same data set is left as it is; one that holds scenes drawn otherwise is
@@ -1320,9 +1296,7 @@ def draw_dataset(
         if all(found == info for found in infos):
             return folder
         if not any(infos) and any(path != partial_folder for path in folder.iterdir()):
-            raise InputError(
-                f"{folder} holds something other than drawn scenes; name an empty or a new folder."
-            )
+            raise InputError(f"{folder} holds something other than drawn scenes; name an empty or a new folder.")
     shutil.rmtree(partial_folder, ignore_errors=True)
     for split in SPLITS:
         (partial_folder / "images" / split).mkdir(parents=True)

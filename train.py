@@ -106,13 +106,26 @@ class TrainingConfig:
         if self.fine_tune is None:
             self.fine_tune = PARTS if self.weights == "random" else 0
         self.name = self.name or self.data.resolve().name
-        least = {"image_size": 32, "warmup_steps": 0, "workers": 0, "seed": 0, "save_minutes": 0, "dropout": 0}
+        least = {
+            "image_size": 32,
+            "warmup_steps": 0,
+            "workers": 0,
+            "seed": 0,
+            "save_minutes": 0,
+            "dropout": 0,
+        }
         least |= dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every", "val_photos"), 1)
         least |= dict.fromkeys(("embed_size", "hidden_size", "num_layers", "patience", "vocab_threshold"), 1)
         for field, value in least.items():
             if not getattr(self, field) >= value:
                 raise InputError(f"{field} must be at least {value}, not {getattr(self, field)}.")
-        most = {"image_size": 2048, "embed_size": 1 << 14, "hidden_size": 1 << 14, "num_layers": 16, "dropout": 0.99}
+        most = {
+            "image_size": 2048,
+            "embed_size": 1 << 14,
+            "hidden_size": 1 << 14,
+            "num_layers": 16,
+            "dropout": 0.99,
+        }
         for field, value in most.items():
             if getattr(self, field) > value:
                 raise InputError(f"{field} must be at most {value}, not {getattr(self, field)}.")
@@ -218,7 +231,11 @@ def _batches(
 
 @torch.no_grad()
 def _first_features(
-    data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig, photos: int = 256
+    data: CaptionDataset,
+    encoder: EncoderCNN,
+    features: Tensor | None,
+    config: TrainingConfig,
+    photos: int = 256,
 ) -> Tensor:
     """What the encoder sees of some training photos before it has learned anything."""
     device = encoder.embed.weight.device
@@ -261,9 +278,7 @@ def train(config: TrainingConfig) -> Path:
     if old is not None and old.architecture.backbone == "stored":
         weights = "random"  # resume.pt holds the real ones
     encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
-    decoder = decoder_class(
-        config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, config.dropout
-    )
+    decoder = decoder_class(config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, config.dropout)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +289,9 @@ def train(config: TrainingConfig) -> Path:
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise InputError(f"another training is writing to {folder}; wait for it or choose another --name.") from None
+            raise InputError(
+                f"another training is writing to {folder}; wait for it or choose another --name."
+            ) from None
     try:
         return _train(config, folder, accelerator, data, val, encoder, decoder, old)
     except torch.cuda.OutOfMemoryError as error:
@@ -589,7 +606,9 @@ def resumed_config(folder: Path) -> TrainingConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "training"
-        raise InputError(f"{folder}/captioner.json holds no training's configuration: {where}: {first['msg']}.") from None
+        raise InputError(
+            f"{folder}/captioner.json holds no training's configuration: {where}: {first['msg']}."
+        ) from None
 
 
 def main() -> None:

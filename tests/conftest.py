@@ -38,9 +38,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small(
-    drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., TrainingConfig]:
+def small(drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingConfig]:
     """Makes the configuration of a training that takes a second, in a new folder; any field can be given."""
 
     def make(**fields: object) -> TrainingConfig:
@@ -114,9 +112,7 @@ def write_split(folder: Path, split: str, captions: dict[str, list[str]]) -> Pat
     pairs = [(row, text) for row, texts in enumerate(captions.values()) for text in texts]
     content = {
         "images": [{"id": row + 1, "file_name": name} for row, name in enumerate(captions)],
-        "annotations": [
-            {"id": i, "image_id": row + 1, "caption": text} for i, (row, text) in enumerate(pairs)
-        ],
+        "annotations": [{"id": i, "image_id": row + 1, "caption": text} for i, (row, text) in enumerate(pairs)],
     }
     path = folder / "annotations" / f"captions_{split}.json"
     path.write_text(json.dumps(content))

@@ -77,9 +77,7 @@ def test_where_the_decoder_looked_for_each_word(captioner: Captioner, photos: li
             draw_attention(photos[0], caption, 64)
         return
     assert caption.attention.shape == (len(caption.tokens), 4)
-    torch.testing.assert_close(
-        caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02
-    )
+    torch.testing.assert_close(caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02)
     figure = draw_attention(photos[0], caption, 64)
     assert [axes.get_title() for axes in figure.axes][: len(caption.tokens) + 1] == ["photo", *caption.tokens]
 
@@ -134,9 +132,7 @@ def test_a_contact_sheet_shows_each_photo_and_its_caption(photos: list[Path]):
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., tuple[int, str, str]]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process: its exit code, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:

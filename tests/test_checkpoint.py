@@ -48,9 +48,7 @@ def test_the_description_says_what_it_takes_to_build_and_repeat_the_model(traine
     assert description.preprocessing.image_size == 64
     assert description.vocabulary[:3] == ["<start>", "<end>", "<unk>"]
     assert description.training["seed"] == 0
-    assert {"python", "torch", "torchvision", "numpy", "pillow", "git_revision"} <= set(
-        description.environment
-    )
+    assert {"python", "torch", "torchvision", "numpy", "pillow", "git_revision"} <= set(description.environment)
     assert len(description.data["train_sha256"]) == 64
     assert str(drawn.parent) not in json.dumps(description.data)
 
@@ -85,9 +83,7 @@ def test_a_published_backbone_is_named_and_not_copied(
 ):
     torch.manual_seed(7)
     published = tiny_backbone()
-    monkeypatch.setattr(
-        model, "resnet50", lambda weights=None, **_: published if weights else tiny_backbone()
-    )
+    monkeypatch.setattr(model, "resnet50", lambda weights=None, **_: published if weights else tiny_backbone())
     description = read_description(folder)
     description.architecture.backbone = PRETRAINED.name
     encoder = model.EncoderCNN(16)

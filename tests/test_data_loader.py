@@ -79,15 +79,12 @@ def test_an_image_that_was_given_is_left_as_it_is(tmp_path: Path):
 
 
 def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
-    path = write_split(
-        tmp_path, "train", {"a.png": ["A dog.", "The dog\n runs"], "b.png": [], "c.png": ["a cat"]}
-    )
+    path = write_split(tmp_path, "train", {"a.png": ["A dog.", "The dog\n runs"], "b.png": [], "c.png": ["a cat"]})
     found = read_annotations(path, tmp_path / "cache")
     assert found.file_names == ["a.png", "c.png"]  # without captions there is nothing to learn
     assert found.image_ids.tolist() == [1, 3]
     captions = [
-        [found.words[i] for i in found.tokens[a:b]]
-        for a, b in zip(found.offsets, found.offsets[1:], strict=False)
+        [found.words[i] for i in found.tokens[a:b]] for a, b in zip(found.offsets, found.offsets[1:], strict=False)
     ]
     assert captions == [["a", "dog", "."], ["the", "dog", "runs"], ["a", "cat"]]
     assert found.photo.tolist() == [0, 0, 1]
@@ -270,9 +267,7 @@ def test_workers_persist_and_each_pass_crops_anew(drawn: Path, vocab_file: Path)
 
 def test_real_photos_and_captions(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    loader = get_loader(
-        batch_size=8, vocab_threshold=4, vocab_from_file=False, cocoapi_loc=shared / "coco-mini"
-    )
+    loader = get_loader(batch_size=8, vocab_threshold=4, vocab_from_file=False, cocoapi_loc=shared / "coco-mini")
     assert (tmp_path / "vocab.json").exists()
     images, captions = next(iter(loader))
     assert images.shape[1:] == (3, 224, 224)

@@ -56,9 +56,7 @@ def real_decoder(kind):
     torch.manual_seed(3)
     decoder = kind(16, 32, 20, num_layers=2).eval()
     for parameter in decoder.parameters():
-        parameter.data.mul_(
-            5
-        )  # as it is drawn, each word would be as likely as the others, whatever the image
+        parameter.data.mul_(5)  # as it is drawn, each word would be as likely as the others, whatever the image
     return decoder, 2 * torch.randn(7, 16) if kind is DecoderRNN else 2 * torch.randn(7, REGIONS, 16)
 
 
@@ -190,8 +188,7 @@ def test_a_beam_wide_enough_for_everything_finds_the_true_optimum(length_penalty
 def test_the_optimum_depends_on_the_length_penalty():
     decoder, features = Toy(6, scale=1.0), features_of(8, 6)
     plain, normalised = (
-        [h[0].tokens for h in beam_search(decoder, features, 121, max_length=4, length_penalty=p)]
-        for p in (0, 1)
+        [h[0].tokens for h in beam_search(decoder, features, 121, max_length=4, length_penalty=p)] for p in (0, 1)
     )
     assert sum(map(len, plain)) < sum(map(len, normalised))
 
@@ -289,9 +286,7 @@ def test_max_length_counts_end_and_min_length_words_before_it():
     decoder, features = Toy(10), features_of(8, 10)
     features[:, END] += 4
     for low, high in ((0, 1), (3, 4), (5, 5), (2, 9)):
-        found = greedy(decoder, features, high, low) + sample(
-            decoder, features, max_length=high, min_length=low
-        )
+        found = greedy(decoder, features, high, low) + sample(decoder, features, max_length=high, min_length=low)
         found += flat(beam_search(decoder, features, 4, high, low, n_best=4))
         for h in found:
             assert len([token for token in h.tokens if token != END]) >= low
@@ -417,9 +412,7 @@ def test_a_sample_does_not_depend_on_the_images_after_it():
     for decoder, features in some_decoders():
         for n in (1, 3):
             together = sample(decoder, features, seed=5, n=n, top_p=0.9)
-            for one, other in zip(
-                sample(decoder, features[:2], seed=5, n=n, top_p=0.9), together, strict=False
-            ):
+            for one, other in zip(sample(decoder, features[:2], seed=5, n=n, top_p=0.9), together, strict=False):
                 assert_same(one, other)
 
 

@@ -115,12 +115,8 @@ def coco(server, monkeypatch):
             photos[f"{split}2017/{name}"] = server.files[f"/{split}2017/{name}"] = jpeg(width, height)
             url = f"{server.url}/{split}2017/{name}"
             image_id = 100 * s + i
-            images.append(
-                {"id": image_id, "file_name": name, "width": width, "height": height, "coco_url": url}
-            )
-            captions += [
-                {"id": 10 * image_id + k, "image_id": image_id, "caption": "A dog."} for k in range(5)
-            ]
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height, "coco_url": url})
+            captions += [{"id": 10 * image_id + k, "image_id": image_id, "caption": "A dog."} for k in range(5)]
         archives[f"zips/{split}2017.zip"] = zipped({f"{split}2017/": b"", **photos})
         document = {"info": {"year": 2017}, "licenses": [], "images": images}
         if split == "test":
@@ -492,9 +488,7 @@ def triple() -> tuple[dict, dict, list[str]]:
     torch.manual_seed(0)
     words = ["<start>", "<end>", "<unk>", *(f"w{i}" for i in range(37))]
     children = list(torchvision.models.resnet50(weights=None).children())[:-1]
-    encoder = torch.nn.ModuleDict(
-        {"resnet": torch.nn.Sequential(*children), "embed": torch.nn.Linear(2048, 16)}
-    )
+    encoder = torch.nn.ModuleDict({"resnet": torch.nn.Sequential(*children), "embed": torch.nn.Linear(2048, 16)})
     decoder = torch.nn.ModuleDict(
         {
             "embed": torch.nn.Embedding(len(words), 16),
@@ -524,9 +518,7 @@ def published(server, triple, monkeypatch):
         "captioning_models/encoder-3.pkl": saved(encoder),
         "captioning_models/decoder-3.pkl": saved(decoder),
     }
-    server.files["/weights"] = zipped(
-        {"captioning_models/": b"", **inside, "captioning_models/notes.txt": b""}
-    )
+    server.files["/weights"] = zipped({"captioning_models/": b"", **inside, "captioning_models/notes.txt": b""})
     vocab = server.files["/vocab.pkl"] = vocab_pickle(words)
     monkeypatch.setattr(download, "WEIGHTS_URL", f"{server.url}/weights")
     monkeypatch.setattr(download, "VOCAB_URL", f"{server.url}/vocab.pkl")

@@ -6,6 +6,7 @@ import pytest
 import tyro
 from conftest import EIGHT, draw_noise, write_split
 
+import metrics
 from caption import Captioner
 from data_loader import CaptionDataset, find_split
 from errors import run_command
@@ -18,6 +19,7 @@ def command(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process, in a new folder: its exit code, standard output and error."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "_JAVA", ("no-java",))  # starting it takes seconds; test_metrics.py does
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments), "--workers", "0"])
@@ -85,9 +87,7 @@ def test_results_are_written_and_scored_again(command: Callable, trained: Path, 
     assert json.loads(second)["CIDEr"] == pytest.approx(json.loads(first)["CIDEr"])
 
 
-def test_a_split_without_public_captions_gives_the_results_file(
-    command: Callable, trained: Path, tmp_path: Path
-):
+def test_a_split_without_public_captions_gives_the_results_file(command: Callable, trained: Path, tmp_path: Path):
     path = write_split(tmp_path / "data", "test2017", {"a.png": [], "b.png": []})
     path.rename(path.with_name("image_info_test2017.json"))
     for name in "ab":
@@ -103,9 +103,7 @@ def test_a_data_set_of_one_split_can_be_measured(command: Callable, trained: Pat
     write_split(tmp_path / "data", "val", {"a.png": ["a dog"], "b.png": ["a cat"]})
     for name in "ab":
         draw_noise(3).save(tmp_path / "data" / "images" / "val" / f"{name}.png")
-    code, output, errors = command(
-        "--model", trained, "--data", tmp_path / "data", "--split", "val", "--json"
-    )
+    code, output, errors = command("--model", trained, "--data", tmp_path / "data", "--split", "val", "--json")
     assert (code, errors) == (0, "")
     assert json.loads(output)["photos"] == 2
 

@@ -58,9 +58,7 @@ def test_the_grid_is_stored_where_the_decoder_attends(encoder: EncoderCNN, paths
     torch.testing.assert_close(stored.float().mean(2), pooled.float(), rtol=0.03, atol=0.01)
 
 
-def test_several_views_are_the_centre_and_then_random_crops(
-    encoder: EncoderCNN, paths: list[Path], tmp_path: Path
-):
+def test_several_views_are_the_centre_and_then_random_crops(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
     centre = stored_features(encoder, paths, 64, cache=tmp_path)
     stored = stored_features(encoder, paths, 64, views=3, cache=tmp_path)
     assert stored.shape == (len(paths), 3, 2048)

@@ -80,9 +80,7 @@ class Page:
         reply.raise_for_status()
         return reply.json()[0]
 
-    def call(
-        self, photo: dict | None, method: str = "beam", beam_size: float = 3, temperature: float = 1
-    ) -> tuple:
+    def call(self, photo: dict | None, method: str = "beam", beam_size: float = 3, temperature: float = 1) -> tuple:
         """The event that ended the call, "complete" or "error", and its data."""
         body = {"data": [photo, method, beam_size, temperature]}
         reply = httpx.post(f"{self.api}/call/caption", json=body, timeout=60)
@@ -102,6 +100,8 @@ def page(attending: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     page.process.send_signal(signal.SIGTERM)
     assert page.process.wait(20) == 0
     assert list(page.temporary.iterdir()) == []  # uploads do not outlive the server
+    assert {path.name for path in page.temporary.parent.iterdir()} <= {"tmp", "flagged"}
+    assert not (ROOT / "gradio_main.pyi").exists()
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -314,18 +314,14 @@ def test_every_other_file_gets_one_friendly_sentence(page: Page, scene: Image.Im
         (("best",), "not in the list"),
     ],
 )
-def test_values_that_the_page_does_not_offer_are_refused(
-    page: Page, scene: Image.Image, options, sentence: str
-):
+def test_values_that_the_page_does_not_offer_are_refused(page: Page, scene: Image.Image, options, sentence: str):
     event, answer = page.caption(encoded(scene), "a.jpg", *options)
     assert event == "error"
     assert sentence in answer["error"]
 
 
 def test_upload_over_the_limit_is_refused(page: Page):
-    reply = httpx.post(
-        f"{page.api}/upload", files={"files": ("a.jpg", bytes(gradio_main.MOST_BYTES + 1))}, timeout=60
-    )
+    reply = httpx.post(f"{page.api}/upload", files={"files": ("a.jpg", bytes(gradio_main.MOST_BYTES + 1))}, timeout=60)
     assert reply.status_code == 413
 
 
@@ -387,9 +383,7 @@ def test_no_file_but_uploads_is_served(page: Page, scene: Image.Image):
         str(page.temporary.parent / "flagged"),
     ]
     for path in paths:
-        with socket.create_connection(
-            ("127.0.0.1", page.port)
-        ) as connection:  # a client library tidies the path
+        with socket.create_connection(("127.0.0.1", page.port)) as connection:  # a client library tidies the path
             connection.sendall(f"GET /gradio_api/file={path} HTTP/1.0\r\n\r\n".encode())
             answer = connection.makefile("rb").read()
         assert answer.split()[1] in (b"403", b"404"), path
@@ -569,9 +563,7 @@ def test_keeping_is_off_by_default(slow: SlowCaptioner, monkeypatch, tmp_path: P
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     server = gradio_main.Server(slow)
     assert "Keep this photo and caption" not in str(gradio_main.build_page(server, "m", []).config)
-    assert "Keep this photo and caption" in str(
-        gradio_main.build_page(server, "m", [], tmp_path / "kept").config
-    )
+    assert "Keep this photo and caption" in str(gradio_main.build_page(server, "m", [], tmp_path / "kept").config)
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, monkeypatch):

@@ -63,8 +63,7 @@ class Hub:
                     return self.answer(200, content, ETag=etag, X_Repo_Commit=COMMIT)
                 if path[2:3] == ["tree"]:
                     answer = [
-                        {"type": "file", "path": file.name, "size": hub.size(file), "oid": file.name}
-                        for file in files
+                        {"type": "file", "path": file.name, "size": hub.size(file), "oid": file.name} for file in files
                     ]
                 else:
                     siblings = [{"rfilename": file.name, "size": hub.size(file)} for file in files]
@@ -92,9 +91,7 @@ class Hub:
     def size(self, file: Path) -> int:
         return 9 << 30 if file.name == "encoder-9.pkl" else file.stat().st_size
 
-    def upload_folder(
-        self, *, repo_id: str, folder_path: str, delete_patterns: list[str], commit_message: str
-    ) -> None:
+    def upload_folder(self, *, repo_id: str, folder_path: str, delete_patterns: list[str], commit_message: str) -> None:
         """In place of the library's, whose uploads go to a storage of their own."""
         there = {file.name: file for file in (self.root / repo_id).iterdir()}
         for name in filter_repo_objects(there, allow_patterns=delete_patterns):
@@ -239,18 +236,14 @@ def test_a_repository_with_pickles_only_is_read(served, trained):
 
 
 def test_no_such_repository_is_one_sentence(served):
-    with pytest.raises(
-        InputError, match=r"^ada/none is no folder here .* no such repository; check the name"
-    ):
+    with pytest.raises(InputError, match=r"^ada/none is no folder here .* no such repository; check the name"):
         Captioner.load("ada/none")
 
 
 def test_no_network_is_one_sentence(served):
     served.server.shutdown()
     served.server.server_close()
-    with pytest.raises(
-        InputError, match=r"^ada/scenes is no folder here .* check the network and try again\.$"
-    ):
+    with pytest.raises(InputError, match=r"^ada/scenes is no folder here .* check the network and try again\.$"):
         Captioner.load("ada/scenes")
 
 

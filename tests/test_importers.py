@@ -13,10 +13,15 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
+import caption
 import checkpoint
+import evaluate
 import importers
+from caption import Captioner, Decoding
 from data_loader import build_transform, read_photo
 from errors import InputError
+from model import DecoderRNN
+from vocabulary import Vocabulary
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -192,9 +197,7 @@ def own_photos(source: Path, table: str, name: str = "captions.csv") -> Path:
 
 
 def test_folder_with_csv_keeps_splits_and_subfolders(tmp_path):
-    table = (
-        "split,photo,caption\ntrain,holiday/0.jpg,Sand.\ntrain,holiday/0.jpg,Sea.\nval,holiday/1.jpg,Sun.\n"
-    )
+    table = "split,photo,caption\ntrain,holiday/0.jpg,Sand.\ntrain,holiday/0.jpg,Sea.\nval,holiday/1.jpg,Sun.\n"
     importers.import_folder(own_photos(tmp_path / "mine", table), tmp_path / "out")
     assert captions(tmp_path / "out", "train") == {"holiday/0.jpg": ["Sand.", "Sea."]}
     assert (tmp_path / "out" / "images" / "val" / "holiday" / "1.jpg").is_file()
@@ -489,10 +492,26 @@ def triple(original, tmp_path) -> tuple[Path, Path, Path]:
     return paths
 
 
-def test_imported_weights_give_the_originals_token_sequences(original, triple, tmp_path):
-    photos = sorted((DATA / "coco-mini" / "images" / "val2017").glob("*.jpg"))[:10]
-    if not photos:
+@pytest.fixture
+def photos() -> list[Path]:
+    """Ten photos of COCO."""
+    found = sorted((DATA / "coco-mini" / "images" / "val2017").glob("*.jpg"))[:10]
+    if not found:
         pytest.skip("../shared/data/coco-mini is not here")
+    return found
+
+
+RECIPE = transforms.Compose(
+    [
+        transforms.Resize(256),
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+)
+
+
+def test_imported_weights_give_the_originals_token_sequences(original, triple, photos, tmp_path):
     importers.import_weights(*triple, tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
         "captioner.json",
@@ -502,21 +521,75 @@ def test_imported_weights_give_the_originals_token_sequences(original, triple, t
     encoder, decoder, vocabulary, description = checkpoint.load_model(tmp_path / "model")
     assert vocabulary.words == WORDS
 
-    recipe = transforms.Compose(
-        [
-            transforms.Resize(256),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
     with torch.no_grad():
-        images = [recipe(Image.open(path).convert("RGB")) for path in photos]
+        images = [RECIPE(Image.open(path).convert("RGB")) for path in photos]
         expected = [original[1].sample(original[0](image[None])) for image in images]
         ours = build_transform(image_size=description.preprocessing.image_size)
         found = decoder.sample(encoder(torch.stack([ours(read_photo(path)) for path in photos])))
     assert len({tuple(tokens) for tokens in expected}) > 3
     assert found == expected
+
+
+def test_a_trained_model_says_what_the_original_code_says_word_for_word(photos, tmp_path):
+    document = json.loads((DATA / "coco-mini" / "annotations" / "captions_val2017.json").read_text())
+    ids = {image["file_name"]: image["id"] for image in document["images"]}
+    said = {a["image_id"]: a["caption"] for a in document["annotations"]}
+    sentences = [said[ids[path.name]] for path in photos]
+    vocabulary = Vocabulary.build(sentences, 1)
+    torch.manual_seed(0)
+    encoder, decoder = OriginalEncoder(32).eval(), DecoderRNN(32, 64, len(vocabulary))
+    with torch.no_grad():
+        seen = encoder.resnet(torch.stack([RECIPE(Image.open(path).convert("RGB")) for path in photos])).flatten(1)
+        embedded = encoder.embed(seen)
+        encoder.embed.weight /= embedded.std(0)[:, None]
+        encoder.embed.bias.copy_((encoder.embed.bias - embedded.mean(0)) / embedded.std(0))
+        features = encoder.embed(seen)
+    captions = [torch.tensor(vocabulary.encode(sentence)) for sentence in sentences]
+    captions = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=-100)
+    optimizer = torch.optim.Adam(decoder.parameters(), 1e-2)
+    for _ in range(150):
+        logits = decoder(features, captions.clamp(min=0))
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), captions)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    restated = OriginalDecoder(32, 64, len(vocabulary), 1)
+    restated.load_state_dict(decoder.state_dict())
+    with torch.no_grad():
+        expected = [restated.sample(feature) for feature in features]
+    assert all(tokens[0] == 0 and tokens[-1] == 1 for tokens in expected)
+    assert len({tuple(tokens) for tokens in expected}) == len(photos)
+
+    files = tmp_path / "encoder-3.pkl", tmp_path / "decoder-3.pkl", tmp_path / "vocab.pkl"
+    torch.save(encoder.state_dict(), files[0])
+    torch.save(restated.state_dict(), files[1])
+    vocabulary_pickle(files[2], {"word2idx": vocabulary.index})
+    importers.import_weights(*files, tmp_path / "model")
+    found = Captioner.load(tmp_path / "model")(photos)
+    assert [c.tokens for c in found] == [[vocabulary.words[i] for i in tokens[1:-1]] for tokens in expected]
+
+
+def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(photos, tmp_path, monkeypatch, capsys):
+    if not (DATA / "published_vocab.pkl").exists():
+        pytest.skip("../shared/data/published_vocab.pkl is not here")
+    sizes = json.loads((DATA / "published_checkpoint_keys.json").read_text())
+    torch.manual_seed(0)
+    modules = OriginalEncoder(256), OriginalDecoder(256, 512, 9955, 1)
+    files = tmp_path / "encoder-3.pkl", tmp_path / "decoder-3.pkl"
+    for module, path in zip(modules, files, strict=True):
+        state = module.state_dict()
+        assert {key: list(value.shape) for key, value in state.items()} == sizes[path.name]
+        torch.save(state, path)
+    importers.import_weights(*files, DATA / "published_vocab.pkl", tmp_path / "published")
+
+    monkeypatch.chdir(tmp_path)
+    caption.main(tuple(photos[:2]), Decoding(beam_size=2), model=Path("published"), json_=True, workers=0)
+    [first, second] = json.loads(capsys.readouterr().out)
+    assert first["caption"]
+    assert second["log_probability"] < 0
+    evaluate.main(Decoding(), Path("published"), DATA / "coco-mini", "val", limit=2, json_=True, workers=0)
+    assert json.loads(capsys.readouterr().out)["photos"] == 2
 
 
 def test_weights_of_another_vocabulary_are_refused_with_both_sizes(triple, tmp_path):

@@ -225,9 +225,7 @@ def test_perfect_captions_score_one():
 @pytest.mark.parametrize("java", [False, pytest.param(None, marks=needs_java)])
 def test_empty_captions_score_nothing_and_do_not_crash(java):
     scores = score(HYPOTHESES | {3: "", 5: " ... "}, REFERENCES, meteor=False, java=java)
-    assert all(
-        value == pytest.approx(0, abs=1e-6) for i in (3, 5) for value in scores.per_caption[i].values()
-    )
+    assert all(value == pytest.approx(0, abs=1e-6) for i in (3, 5) for value in scores.per_caption[i].values())
     nothing = score(dict.fromkeys(REFERENCES, ""), REFERENCES, meteor=False, java=java)
     measured = [value for value in nothing.metrics.values() if value is not None]
     assert measured == pytest.approx([0] * len(measured), abs=1e-6)

@@ -134,9 +134,7 @@ def test_the_backbone_s_weights_come_from_a_file(tiny_backbone: Callable, tmp_pa
     torch.save(state, tmp_path / "weights.pth")
     encoder = EncoderCNN(EMBED, tmp_path / "weights.pth")
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if form == "without fc" else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(
-        encoder.resnet[7][0].conv1.weight, original.layer4[0].conv1.weight, **tolerance
-    )
+    torch.testing.assert_close(encoder.resnet[7][0].conv1.weight, original.layer4[0].conv1.weight, **tolerance)
     torch.testing.assert_close(encoder.resnet[0].weight, original.conv1.weight, **tolerance)
     assert encoder.resnet[0].weight.dtype == torch.float32
 
@@ -184,9 +182,7 @@ def test_forward_on_padded_captions_is_forward_on_each(name: str, num_layers: in
     lengths = torch.tensor([5, 9, 7, 5])
     captions = torch.randint(3, WORDS, (4, 9))
     packed = decoder(features, captions, lengths)
-    alone = [
-        decoder(features[i : i + 1], captions[i : i + 1, :length])[0] for i, length in enumerate(lengths)
-    ]
+    alone = [decoder(features[i : i + 1], captions[i : i + 1, :length])[0] for i, length in enumerate(lengths)]
     skip = 1 if decoder.attends else 0
     expected = [row[t] for t in range(9) for row in sorted(alone, key=len, reverse=True) if t < len(row)]
     assert packed.shape == (int(lengths.sum()) - 4 * skip, WORDS)

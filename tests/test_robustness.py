@@ -39,9 +39,7 @@ def two_colours() -> Image.Image:
     return image
 
 
-def assert_two_colours(
-    image: Image.Image, left: tuple = RED, right: tuple = BLUE, tolerance: int = 12
-) -> None:
+def assert_two_colours(image: Image.Image, left: tuple = RED, right: tuple = BLUE, tolerance: int = 12) -> None:
     assert image.mode == "RGB"
     assert image.size == (80, 60)
     found = np.array([image.getpixel((10, 30)), image.getpixel((70, 30))], int)
@@ -157,12 +155,7 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def encoded(form: str) -> bytes:
@@ -537,9 +530,7 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
     if form == "pickle":
         pickle.dump(harm, file)
     elif form == "numpy":
-        np.savez(
-            file, **dict.fromkeys(("tokens", "words", "file_names", "image_ids"), np.array([harm], object))
-        )
+        np.savez(file, **dict.fromkeys(("tokens", "words", "file_names", "image_ids"), np.array([harm], object)))
     else:
         state = {"format": 2, "embed.weight": torch.zeros(1), "harm": harm}
         torch.save(state, file, _use_new_zipfile_serialization=form == "torch")
@@ -577,9 +568,7 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
 
 # Anything at all
 
-KEYS = st.sampled_from(
-    ["images", "annotations", "id", "image_id", "file_name", "caption", "format", "vocabulary"]
-)
+KEYS = st.sampled_from(["images", "annotations", "id", "image_id", "file_name", "caption", "format", "vocabulary"])
 NUMBERS = st.integers(-(10**25), 10**25) | st.floats()
 TEXTS = st.text(st.characters(), max_size=20)
 JSON = st.recursive(
@@ -632,13 +621,9 @@ def test_any_words_are_refused_or_kept(tmp_path: Path, words: list[str]):
     | st.binary(max_size=200)
     | st.fixed_dictionaries(
         {
-            "images": st.lists(
-                st.fixed_dictionaries({"id": NUMBERS | JSON, "file_name": TEXTS | JSON}), max_size=3
-            ),
+            "images": st.lists(st.fixed_dictionaries({"id": NUMBERS | JSON, "file_name": TEXTS | JSON}), max_size=3),
             "annotations": st.lists(
-                st.fixed_dictionaries(
-                    {"id": JSON, "image_id": st.integers(0, 3) | JSON, "caption": TEXTS | JSON}
-                ),
+                st.fixed_dictionaries({"id": JSON, "image_id": st.integers(0, 3) | JSON, "caption": TEXTS | JSON}),
                 max_size=3,
             ),
         }

@@ -74,9 +74,7 @@ def test_every_kind_is_drawn_within_its_extent():
             pen = scenes.Pen(image, 200, 300, 100)
             pen.outline = scenes.INK  # the outline goes round the thing, not round its wake
             kind.draw(pen, scenes.Paint(scenes.COLOURS["red"]), action)
-            left, top, right, bottom = ImageChops.difference(
-                image, Image.new("RGB", (400, 400), (1, 2, 3))
-            ).getbbox()
+            left, top, right, bottom = ImageChops.difference(image, Image.new("RGB", (400, 400), (1, 2, 3))).getbbox()
             width, height = kind.extent
             tolerance = 10
             assert 200 - 50 * width - tolerance <= left, (name, action)
@@ -160,9 +158,7 @@ def test_nearly_every_caption_names_colour_and_setting(pairs):
 
 
 def test_the_scenes_of_a_split_allow_many_different_captions(pairs):
-    seen = {
-        json.dumps([scene[key] for key in ("kind", "colour", "count", "setting")]) for scene, _ in pairs[:500]
-    }
+    seen = {json.dumps([scene[key] for key in ("kind", "colour", "count", "setting")]) for scene, _ in pairs[:500]}
     assert len(seen) > 300
 
 

@@ -37,10 +37,7 @@ def test_padding_never_enters_the_loss(tiny_backbone: Callable, name: str, lengt
     row, length = torch.tensor([2, 0, 1, 2]), torch.tensor(lengths)
     captions = torch.randint(3, 30, (4, max(lengths)))
     found = model(features, row, captions, length)
-    alone = [
-        model(features, row[i : i + 1], captions[i : i + 1, :n], length[i : i + 1])
-        for i, n in enumerate(lengths)
-    ]
+    alone = [model(features, row[i : i + 1], captions[i : i + 1, :n], length[i : i + 1]) for i, n in enumerate(lengths)]
     torch.testing.assert_close(found[0], sum(loss for loss, _ in alone))
     torch.testing.assert_close(found[1], sum(penalty for _, penalty in alone))
     captions[torch.arange(max(lengths)) >= length[:, None]] = 29  # whatever the padding is
@@ -81,9 +78,7 @@ def test_training_knows_eight_pictures_by_heart(memorised: Path, eight: Path):
     assert epochs[-1]["val_loss"] < 0.1
 
 
-def test_a_frozen_backbone_is_bit_identical_after_training(
-    small: Make, tmp_path: Path, tiny_backbone: Callable
-):
+def test_a_frozen_backbone_is_bit_identical_after_training(small: Make, tmp_path: Path, tiny_backbone: Callable):
     weights = {k: v for k, v in tiny_backbone().state_dict().items() if not k.startswith("fc.")}
     torch.save(weights, tmp_path / "weights.pth")
     folder = train(small(weights=str(tmp_path / "weights.pth")))
@@ -102,9 +97,7 @@ def test_a_backbone_that_learns_changes_in_the_parts_that_learn(
     folder = train(small(weights=str(tmp_path / "weights.pth"), fine_tune=fine_tune, image_size=32))
     before = EncoderCNN(16, tmp_path / "weights.pth").resnet.state_dict()
     after = read_state_dict(folder / "encoder-1.pkl")
-    changed = {
-        key.split(".")[0] for key, value in before.items() if not torch.equal(after[f"resnet.{key}"], value)
-    }
+    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(after[f"resnet.{key}"], value)}
     assert changed == ({"6", "7"} if fine_tune == 2 else {"0", "1", "4", "5", "6", "7"})
     statistics = [key for key in before if "running_mean" in key]
     moved = [not torch.equal(after[f"resnet.{key}"], before[key]) for key in statistics]
@@ -121,8 +114,7 @@ def test_the_same_seed_gives_the_same_model_with_any_number_of_workers(
     ]
     folders = [train(config) for config in configs]
     states = [
-        {**read_state_dict(folder / "encoder-1.pkl"), **read_state_dict(folder / "decoder-1.pkl")}
-        for folder in folders
+        {**read_state_dict(folder / "encoder-1.pkl"), **read_state_dict(folder / "decoder-1.pkl")} for folder in folders
     ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
@@ -150,9 +142,7 @@ def test_each_epoch_is_judged_by_its_validation(trained: Path, drawn: Path):
     description = read_description(trained)
     assert [epoch["epoch"] for epoch in description.epochs] == [1, 2]
     for epoch in description.epochs:
-        assert {"train_loss", "val_loss", "val_perplexity", "Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"} < set(
-            epoch
-        )
+        assert {"train_loss", "val_loss", "val_perplexity", "Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"} < set(epoch)
         assert epoch["val_perplexity"] == pytest.approx(math.exp(epoch["val_loss"]))
         assert len(epoch["captions"]) == 3
     assert description.data["train_captions"] == 120
@@ -191,9 +181,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
     return judge
 
 
-def test_the_best_epoch_is_kept_and_every_save_every_th(
-    small: Make, tiny_backbone: Callable, judged: Callable
-):
+def test_the_best_epoch_is_kept_and_every_save_every_th(small: Make, tiny_backbone: Callable, judged: Callable):
     judged([0.1, 0.5, 0.4, 0.6, 0.3, 0.2, 0.1])
     folder = train(small(num_epochs=7, save_every=3, patience=9, batch_size=120))
     assert epochs_saved(folder) == [3, 4, 6, 7]
@@ -205,9 +193,7 @@ def test_the_best_epoch_is_kept_and_every_save_every_th(
     assert torch.equal(encoder_state["embed.weight"], best["embed.weight"])
 
 
-def test_training_ends_when_nothing_has_been_better_for_a_while(
-    small: Make, tiny_backbone: Callable, judged: Callable
-):
+def test_training_ends_when_nothing_has_been_better_for_a_while(small: Make, tiny_backbone: Callable, judged: Callable):
     judged([0.1, 0.5, 0.4, 0.3, 0.9])
     folder = train(small(num_epochs=5, patience=2, batch_size=120))
     assert len(read_description(folder).epochs) == 4
@@ -297,3 +283,20 @@ def test_an_empty_caption_list_stops_training(small: Make, tmp_path: Path):
     write_split(tmp_path / "data", "train", {"a.png": []})
     with pytest.raises(InputError, match=r"captions_train\.json holds no captions"):
         train(small(data=tmp_path / "data"))
+
+
+def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callable):
+    torch.manual_seed(0)
+    model = Training(EncoderCNN(256, "random"), DECODERS["lstm"](256, 8, 9)).eval()
+    features, row = torch.randn(26, 2048), torch.arange(128) // 5
+    captions, lengths = torch.randint(3, 9, (128, 3)), torch.full((128,), 3)
+    threads, found = torch.get_num_threads(), set()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(30):
+            model.zero_grad()
+            model(features, row, captions, lengths)[0].backward()
+            found.add(model.encoder.embed.weight.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
