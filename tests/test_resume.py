@@ -1,0 +1,355 @@
+"""Training that is interrupted, killed or out of room, and goes on as if nothing had happened."""
+
+import dataclasses
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models.resnet import Bottleneck, ResNet
+
+import checkpoint
+import model
+import train as train_module
+from checkpoint import epochs_saved, load_resume, read_description
+from errors import InputError
+from model import read_state_dict
+from train import TrainingConfig, read_log, resumed_config, train
+
+Make = Callable[..., TrainingConfig]
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    """Bit for bit: every epoch's weights, the log, the epochs' results."""
+    assert epochs_saved(one) == epochs_saved(other) != []
+    for epoch in epochs_saved(one):
+        for name in (f"encoder-{epoch}.pkl", f"decoder-{epoch}.pkl"):
+            a, b = read_state_dict(one / name), read_state_dict(other / name)
+            assert set(a) == set(b)
+            assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert (one / "training_log.txt").read_bytes() == (other / "training_log.txt").read_bytes()
+    a, b = read_description(one), read_description(other)
+    assert (a.epochs, a.best_epoch) == (b.epochs, b.best_epoch)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Do something in the middle of the training's step of this number, counted from 0 over all epochs."""
+    factor = train_module.learning_rate_factor
+
+    def acting(done: int, *arguments: int) -> float:
+        if done == step:
+            act()
+        return factor(done, *arguments)
+
+    monkeypatch.setattr(train_module, "learning_rate_factor", acting)
+
+
+@pytest.fixture
+def config(small: Make, tiny_backbone: Callable) -> Make:
+    """Two epochs of 13 steps, or 8 of a backbone that learns."""
+
+    def make(**fields: object) -> TrainingConfig:
+        return small(**{"num_epochs": 2, "dropout": 0.3, "image_size": 32, **fields})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("fields", "step", "number"),
+    [
+        ({}, 0, signal.SIGTERM),
+        ({}, 5, signal.SIGINT),
+        ({}, 12, signal.SIGTERM),  # the last of an epoch
+        ({}, 17, signal.SIGTERM),
+        ({"decoder": "attention", "views": 2}, 15, signal.SIGTERM),
+        ({"fine_tune": 5}, 11, signal.SIGTERM),
+    ],
+    ids=str,
+)
+def test_a_signal_saves_and_leaves_and_the_resumed_run_ends_the_same(
+    config: Make, monkeypatch: pytest.MonkeyPatch, fields: dict, step: int, number: int
+):
+    undisturbed = train(config(**fields))
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        settings = config(**fields)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    folder = settings.models / settings.name
+    assert len(read_log(folder / "training_log.txt")) == step + 1
+    assert train(resumed_config(folder)) == folder
+    assert_same_model(folder, undisturbed)
+
+
+@pytest.mark.parametrize("fine_tune", [0, 5])
+def test_a_crash_costs_only_what_came_after_the_last_save(
+    config: Make, monkeypatch: pytest.MonkeyPatch, fine_tune: int
+):
+    undisturbed = train(config(fine_tune=fine_tune))
+    settings = config(fine_tune=fine_tune)
+    folder = settings.models / settings.name
+    for step in (0, 10):  # before any save within the epoch, and in the second epoch
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(resumed_config(folder) if step else settings)
+    assert train(resumed_config(folder)) == folder
+    assert_same_model(folder, undisturbed)
+
+
+def test_a_training_that_has_ended_stays_as_it_is(config: Make):
+    folder = train(config())
+    before = (folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes()
+    train(resumed_config(folder))
+    assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
+
+
+def test_a_training_that_ended_early_ends_there_again(config: Make, monkeypatch: pytest.MonkeyPatch):
+    found = {"val_loss": 1.0, "val_perplexity": 2.7, "Bleu_4": 0.0, "CIDEr": 0.0, "captions": {}}
+    monkeypatch.setattr(train_module, "validate", lambda *_: dict(found))
+    folder = train(config(num_epochs=9, patience=2, batch_size=120))
+    assert len(read_description(folder).epochs) == 3
+    train(resumed_config(folder))
+    assert len(read_description(folder).epochs) == 3
+
+
+def test_resuming_keeps_the_options_and_takes_new_ones(config: Make):
+    folder = train(config(num_epochs=1, hidden_size=24, learning_rate=2e-3))
+    again = resumed_config(folder)
+    assert (again.hidden_size, again.learning_rate, again.resume) == (24, 2e-3, folder)
+    again.num_epochs = 2
+    train(again)
+    assert epochs_saved(folder) == [1, 2]
+
+
+# Files torn and gone
+
+
+@pytest.fixture
+def stopped(config: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a training that was interrupted after two saves within its second epoch."""
+    settings = config(save_minutes=0)
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    return settings.models / settings.name
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "text", "foreign", "gone", "between two renames"])
+def test_the_state_before_is_used_and_said(stopped: Path, config: Make, damage: str, capsys: pytest.CaptureFixture):
+    path = stopped / "resume.pt"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "between two renames":
+        path.rename(stopped / "resume-next.pt")
+    elif damage == "foreign":
+        torch.save({"format": 2, "model": {}}, path)
+    else:
+        content = {"torn": path.read_bytes()[:-1000], "empty": b"", "text": b"no state"}
+        path.write_bytes(content[damage])
+    train(resumed_config(stopped))
+    output = capsys.readouterr().out
+    assert "resume.pt" in output
+    assert "going on from" in output
+    assert "resume-previous.pt" in output
+    assert_same_model(stopped, train(config()))
+
+
+def test_without_any_good_state_the_sentence_names_both(stopped: Path):
+    for name in ("resume.pt", "resume-previous.pt"):
+        (stopped / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"resume\.pt cannot be read .* and .*resume-previous\.pt cannot be read"):
+        load_resume(stopped, print)
+
+
+def test_a_state_of_another_model_is_refused(stopped: Path, config: Make):
+    other = train(config(hidden_size=16))
+    shutil.copy(other / "resume.pt", stopped)
+    with pytest.raises(InputError, match=r"resume\.pt has .* of size"):
+        train(resumed_config(stopped))
+
+
+def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path, tmp_path: Path):
+    shutil.copytree(drawn, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "captions_train.json"
+    path.write_text(path.read_text().replace("a ", "one ", 1))
+    again = resumed_config(stopped)
+    again.data = tmp_path / "data"
+    with pytest.raises(InputError, match=r"captions_train\.json is not what .* was trained on"):
+        train(again)
+
+
+def test_a_log_that_was_deleted_goes_on_without_holes(stopped: Path):
+    (stopped / "training_log.txt").unlink()
+    train(resumed_config(stopped))
+    assert set(read_log(stopped / "training_log.txt")[:, 0]) == {2}
+
+
+@pytest.mark.parametrize("where", ["weights", "log"])
+def test_a_full_disk_stops_with_one_sentence_and_leaves_what_was_good(
+    config: Make, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_: object) -> None:
+        raise full
+
+    settings = config(save_minutes=0)
+    with monkeypatch.context() as patch:
+        if where == "weights":
+            at_step(patch, 15, lambda: patch.setattr(checkpoint.torch, "save", fail))
+        else:
+            at_step(patch, 15, lambda: patch.setattr(train_module.math, "exp", fail))  # as the line is made
+        with pytest.raises(InputError, match="No space left on device"):
+            train(settings)
+    folder = settings.models / settings.name
+    assert not list(folder.glob("*.new"))
+    train(resumed_config(folder))
+    assert_same_model(folder, train(config()))
+
+
+# Numbers go wrong
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_rate(config: Make, monkeypatch: pytest.MonkeyPatch):
+    settings = config()
+    forward = train_module.Training.forward
+    with monkeypatch.context() as patch:
+        at_step(
+            patch,
+            15,
+            lambda: patch.setattr(
+                train_module.Training, "forward", lambda *a: tuple(x * float("nan") for x in forward(*a))
+            ),
+        )
+        with pytest.raises(InputError, match=r"nan at step 3 of epoch 2 .*rate of \d.*--resume.*--learning-rate"):
+            train(settings)
+    folder = settings.models / settings.name
+    train(resumed_config(folder))
+    assert_same_model(folder, train(config()))
+
+
+def test_weights_that_are_no_numbers_are_never_saved(config: Make, monkeypatch: pytest.MonkeyPatch):
+    settings = config()
+    with monkeypatch.context() as patch:
+        step = torch.optim.Adam.step
+        at_step(patch, 15, lambda: patch.setattr(torch.optim.Adam, "step", spoil))
+
+        def spoil(optimizer: torch.optim.Adam, *arguments: object) -> None:
+            step(optimizer, *arguments)
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+        with pytest.raises(InputError, match="loss is nan at step 4 of epoch 2"):
+            train(settings)
+    folder = settings.models / settings.name
+    assert all(x.isfinite().all() for x in load_resume(folder, print)["encoder"].values())
+    train(resumed_config(folder))
+    assert_same_model(folder, train(config()))
+
+
+def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_module.Training, "forward", fail)
+    with pytest.raises(InputError, match=r"batch of 16 captions; use a smaller --batch-size"):
+        train(config())
+
+
+# Photos that cannot be read
+
+
+@pytest.mark.parametrize("fine_tune", [0, 5])
+def test_unreadable_photos_stop_training_before_its_first_epoch_or_are_left_out(
+    config: Make, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fine_tune: int
+):
+    shutil.copytree(eight, tmp_path / "data")
+    photos = tmp_path / "data" / "images" / "train"
+    (photos / "2.png").write_bytes(b"")
+    (photos / "5.png").write_bytes((photos / "5.png").read_bytes()[:100])
+    fields = {"data": tmp_path / "data", "fine_tune": fine_tune, "num_epochs": 1, "batch_size": 200}
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, lambda: pytest.fail("it has begun"))
+        with pytest.raises(InputError, match=r"2 .*photos cannot be read.*2\.png.*5\.png"):
+            train(config(**fields))
+    folder = train(config(**fields, skip_unreadable=True))
+    description = read_description(folder)
+    assert description.data["train_photos"] == 6
+    assert description.data["train_captions"] == 600
+
+
+# Killed at random moments
+
+
+def build_tiny(**_: object) -> ResNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
+
+
+def train_or_go_on(config: TrainingConfig) -> None:
+    """What the killed process runs: begins the training, or goes on where its folder is a model's."""
+    sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    model.resnet50 = build_tiny
+    folder = config.models / config.name
+    train(resumed_config(folder) if (folder / "captioner.json").exists() else config)
+
+
+def test_a_run_killed_twenty_times_ends_as_one_never_killed(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported all and run nothing
+    context.set_forkserver_preload(["train"])
+    config = small(
+        weights="pretrained",
+        image_size=32,
+        num_epochs=2,
+        dropout=0.3,
+        save_minutes=0,
+        cache=tmp_path / "cache",
+    )
+
+    def start(config: TrainingConfig) -> multiprocessing.Process:
+        process = context.Process(target=train_or_go_on, args=(config,))
+        process.start()
+        return process
+
+    first = start(config)  # starts the server too, so its time says nothing
+    first.join()
+    assert first.exitcode == 0
+    undisturbed = config.models / config.name
+    begun = time.monotonic()
+    start(dataclasses.replace(config, name="timed")).join()
+    takes = time.monotonic() - begun
+
+    rng = random.Random(0)
+    killed = dataclasses.replace(config, name="killed", cache=tmp_path / "other")
+    kills = ended = 0
+    while kills < 20 or not ended:
+        begun, process = time.monotonic(), start(killed)
+        process.join(rng.uniform(0, 0.7 * takes) if kills < 20 else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            assert_same_model(killed.models / killed.name, undisturbed)
+            ended += 1
+            takes = min(takes, time.monotonic() - begun)
+            if kills < 20:  # it came to its end between the kills: once more from the beginning
+                shutil.rmtree(killed.models / killed.name)
+                shutil.rmtree(killed.cache)
+                ended = 0
+    assert kills == 20
