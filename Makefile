@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SCENES := data/scenes
-NOTEBOOKS := 0_Dataset_Exploration.ipynb 1_Architecture.ipynb 2_Training.ipynb 3_Inference.ipynb
+NOTEBOOKS := $(sort $(wildcard [0-3]_*.ipynb))
 
 .PHONY: setup demo test check lint app bench notebooks
 

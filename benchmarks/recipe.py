@@ -1,0 +1,154 @@
+"""The plain recipe, written anew from its description: what this project is measured against.
+
+A frozen ResNet-50 runs in float32 for every caption of every epoch. Each step draws a caption length at
+random, then captions of that length; the photo of each is opened, resized, cropped and normalised by itself
+in the main process. The vocabulary is counted by tokenizing every caption with NLTK, one at a time, and all
+captions are tokenized a second time for their lengths. Photos are captioned one by one.
+
+Two things flatter it a little: batch norms use their stored statistics in training, which is faster than
+gathering them, and NLTK is spared its search for sentences, which needs a download.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from nltk.tokenize import word_tokenize
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
+from torchvision import transforms as T
+from torchvision.models import resnet50
+
+SPECIAL_WORDS = ["<start>", "<end>", "<unk>"]
+
+
+def words_of(caption: str) -> list[str]:
+    """The caption's tokens, as NLTK finds them."""
+    return word_tokenize(str(caption).lower(), preserve_line=True)
+
+
+class Captions(Dataset):
+    """Photos and captions; an item is (photo (3, size, size), caption (length,)).
+
+    `threshold` is how often a word must occur; with `words` that list is the vocabulary instead.
+    """
+
+    def __init__(
+        self,
+        annotations: Path,
+        photos: Path,
+        threshold: int = 5,
+        words: list[str] | None = None,
+        image_size: int = 224,
+    ):
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            self.coco = COCO(str(annotations))
+        self.photos, self.ids = photos, list(self.coco.anns)
+        if words is None:
+            counts: Counter[str] = Counter()
+            for i in self.ids:
+                counts.update(words_of(self.coco.anns[i]["caption"]))
+            words = SPECIAL_WORDS + [word for word, count in counts.items() if count >= threshold]
+        self.index = {word: index for index, word in enumerate(words)}
+        self.lengths = [len(words_of(self.coco.anns[i]["caption"])) for i in self.ids]
+        resize = T.Resize(round(image_size * 256 / 224))
+        normalise = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        crop = [T.RandomCrop(image_size), T.RandomHorizontalFlip()]
+        self.transform = T.Compose([resize, *crop, *normalise])
+        self.test_transform = T.Compose([resize, T.CenterCrop(image_size), *normalise])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        annotation = self.coco.anns[self.ids[i]]
+        name = self.coco.loadImgs(annotation["image_id"])[0]["file_name"]
+        photo = self.transform(Image.open(self.photos / name).convert("RGB"))
+        tokens = [self.index.get(word, 2) for word in words_of(annotation["caption"])]
+        return photo, torch.tensor([0, *tokens, 1])
+
+    def draw(self, batch_size: int) -> list[int]:
+        """Captions for one step, all of the length that one drawn at random has."""
+        length = np.random.choice(self.lengths)
+        return list(np.random.choice(np.where([n == length for n in self.lengths])[0], size=batch_size))
+
+
+class Encoder(nn.Module):
+    """A frozen ResNet-50 and a linear layer on what it sees."""
+
+    def __init__(self, embed_size: int):
+        super().__init__()
+        resnet = resnet50(weights=None)
+        for parameter in resnet.parameters():
+            parameter.requires_grad_(False)
+        self.resnet = nn.Sequential(*list(resnet.children())[:-1])
+        self.embed = nn.Linear(resnet.fc.in_features, embed_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, embed_size)."""
+        with torch.no_grad():
+            features = self.resnet(images)
+        return self.embed(features.flatten(1))
+
+
+class Decoder(nn.Module):
+    """An LSTM that is shown the photo, then the caption word by word."""
+
+    def __init__(self, embed_size: int, hidden_size: int, vocab_size: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        self.lstm = nn.LSTM(embed_size, hidden_size, batch_first=True)
+        self.linear = nn.Linear(hidden_size, vocab_size)
+
+    def forward(self, features: Tensor, captions: Tensor) -> Tensor:
+        """(B, embed_size), (B, T) -> logits (B, T, vocab_size)."""
+        inputs = torch.cat([features[:, None], self.embed(captions[:, :-1])], 1)
+        return self.linear(self.lstm(inputs)[0])
+
+    def sample(self, inputs: Tensor, max_len: int = 20) -> list[int]:
+        """The most probable words of one photo's features, (1, 1, embed_size)."""
+        state, tokens = None, []
+        for _ in range(max_len):
+            hidden, state = self.lstm(inputs, state)
+            token = self.linear(hidden[:, 0]).argmax(1)
+            tokens.append(token.item())
+            if tokens[-1] == 1:
+                break
+            inputs = self.embed(token)[:, None]
+        return tokens
+
+
+def train(data: Captions, encoder: Encoder, decoder: Decoder, batch_size: int, device: torch.device) -> Iterator[float]:
+    """Training without end: yields the loss of each step."""
+    encoder.eval().to(device)
+    decoder.train().to(device)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam([*decoder.parameters(), *encoder.embed.parameters()], lr=1e-3)
+    while True:
+        sampler = SubsetRandomSampler(data.draw(batch_size))
+        images, captions = next(iter(DataLoader(data, batch_size, sampler=sampler, num_workers=0)))
+        images, captions = images.to(device), captions.to(device)
+        optimizer.zero_grad()
+        outputs = decoder(encoder(images), captions)
+        loss = criterion(outputs.flatten(0, 1), captions.flatten())
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+@torch.no_grad()
+def caption(photo: Path, data: Captions, encoder: Encoder, decoder: Decoder, device: torch.device) -> str:
+    """The caption of one photo."""
+    image = data.test_transform(Image.open(photo).convert("RGB"))[None].to(device)
+    tokens = decoder.sample(encoder(image)[:, None])
+    words = list(data.index)
+    return " ".join(words[token] for token in tokens if token > 2)

@@ -1,0 +1,94 @@
+"""The benchmark in small: that it measures and reports everything, never how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import drawn, recipe, speed
+from model import DecoderRNN, EncoderCNN
+from vocabulary import Vocabulary
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> speed.Settings:
+    return speed.Settings(
+        count=18,
+        image_size=32,
+        recipe_steps=1,
+        recipe_photos=2,
+        repeats=1,
+        start_up_photos=20,
+        start_up_captions=2000,
+        workers=0,
+        results=tmp_path / "results",
+        figure=tmp_path / "speed.png",
+    )
+
+
+def numbers(value: object) -> list[float]:
+    if isinstance(value, dict | list):
+        return [n for inner in (value.values() if isinstance(value, dict) else value) for n in numbers(inner)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def test_a_small_run_reports_every_measurement(
+    settings: speed.Settings, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawn, "CAPTIONS", 3000)
+    path = speed.run(settings)
+    results = json.loads(path.read_text())
+    assert {"device", "photos", "training", "captioning", "profile", "start_up"} <= set(results)
+    assert results["training"]["captions_seen"] == 3 * 5 * settings.count
+    assert results["start_up"]["captions"] == 2000
+    assert results["profile"]["training_epoch"]["cpu"]
+    assert results["profile"]["captioning"]["cpu"]
+    parts = [results[part] for part in ("training", "captioning", "start_up")]
+    assert all(np.isfinite(n) and n > 0 for n in numbers(parts))
+    assert Image.open(settings.figure).width > 500
+    printed = capsys.readouterr().out
+    assert printed.count("|\n") == 8
+    assert results["device"] in printed
+
+
+def test_a_folder_with_too_few_photos_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
+    with pytest.raises(speed.InputError, match="holds 1 photos"):
+        speed.find_photos(speed.Settings(photos=tmp_path), tmp_path)
+
+
+def test_drawn_captions_have_the_statistics_of_real_ones() -> None:
+    captions = drawn.draw_captions(25_000)
+    vocab = Vocabulary.build(captions, 1)
+    lengths = [len(text.split()) for text in captions]
+    assert 9.5 < np.mean(lengths) < 11
+    assert 6_000 < len(vocab) < 12_000  # COCO val2017's 25,014 captions: 7,300 words
+    assert captions == drawn.draw_captions(25_000)
+
+
+def test_the_recipe_is_the_same_network(tmp_path: Path) -> None:
+    encoder, decoder = EncoderCNN(8, "random").eval(), DecoderRNN(8, 12, 20)
+    plain_encoder, plain_decoder = recipe.Encoder(8).eval(), recipe.Decoder(8, 12, 20)
+    plain_encoder.load_state_dict(encoder.state_dict())
+    plain_decoder.load_state_dict(decoder.state_dict())
+    images, captions = torch.randn(2, 3, 64, 64), torch.tensor([[0, 5, 6, 1], [0, 7, 8, 1]])
+    seen = plain_encoder(images)
+    torch.testing.assert_close(seen, encoder(images), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(plain_decoder(seen, captions), decoder(seen, captions))
+    assert plain_decoder.sample(seen[:1, None]) == decoder.sample(seen[:1])[0]
+
+
+def test_the_recipe_draws_captions_of_one_length_with_their_photos(tmp_path: Path) -> None:
+    names = [path.name for path in drawn.draw_photos(tmp_path / "photos", 3)]
+    captions = drawn.draw_captions(40)
+    drawn.write_annotations(tmp_path / "captions_train.json", names, captions)
+    data = recipe.Captions(tmp_path / "captions_train.json", tmp_path / "photos", threshold=2, image_size=32)
+    items = [data[i] for i in data.draw(6)]
+    assert {photo.shape for photo, _ in items} == {(3, 32, 32)}
+    assert len({len(caption) for _, caption in items}) == 1
+    assert data.lengths[0] == len(recipe.words_of(captions[0]))
