@@ -584,6 +584,7 @@ def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(photos, t
     importers.import_weights(*files, DATA / "published_vocab.pkl", tmp_path / "published")
 
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     caption.main(tuple(photos[:2]), Decoding(beam_size=2), model=Path("published"), json_=True, workers=0)
     [first, second] = json.loads(capsys.readouterr().out)
     assert first["caption"]
