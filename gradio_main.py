@@ -267,6 +267,7 @@ def build_page(server: Server, name: str, examples: list[Path], flag_folder: Pat
             show_progress="hidden",
             api_visibility="private",
         )
+        photo.change(None, None, caption, js="() => ''", api_visibility="private")  # it belongs to another photo
         asked = gr.on(
             [photo.change, method.change, beam_size.change, temperature.change],
             server.caption,
