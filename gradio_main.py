@@ -44,7 +44,10 @@ VIEW_SIZE = 224  # pixels of an attention map
 SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "METEOR": "METEOR"}
 SOURCES = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
-CSS = "#caption textarea {font-size: 1.7rem; line-height: 1.3; font-weight: 600; text-align: center}"
+CSS = """
+#caption textarea {font-size: 1.7rem; line-height: 1.3; font-weight: 600; text-align: center}
+#maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(90px, 1fr))}
+"""
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a gradio_main.pyi beside this file
 
@@ -236,8 +239,8 @@ def build_page(server: Server, name: str, examples: list[Path], flag_folder: Pat
                     gr.Markdown("**Where the model looked, word by word**")
                     maps = gr.Gallery(
                         show_label=False,
-                        columns=5,
-                        height="auto",
+                        elem_id="maps",
+                        height="fit-content",
                         format="jpeg",
                         interactive=False,
                         buttons=[],

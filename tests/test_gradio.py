@@ -213,6 +213,9 @@ def test_page_is_as_wide_as_the_screen_and_shows_photos_upright(
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "turned.jpg")
     tab.wait_for_function("document.querySelector('#caption textarea').value")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.locator(".thumbnail-item").first.wait_for()
+    maps = [tile.bounding_box() for tile in tab.locator(".thumbnail-item").all()]
+    assert max(tile["x"] + tile["width"] for tile in maps) < width - 20  # a box beside another would be cut off
     size = tab.locator(".image-frame img").evaluate("i => [i.naturalWidth, i.naturalHeight]")
     assert size == [300, 400]
     tab.close()
