@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import decoding
-from checkpoint import Description, load_model, newest_model
+from checkpoint import Description, default_model, load_model
 from data_loader import Photos, build_transform, read_photo
 from errors import InputError, run_command
 from features import BATCH, encode
@@ -251,12 +251,12 @@ def main(
             raise InputError("--export takes no photos, and of the options of decoding only --max-length.")
         from export import export_onnx  # what it needs is not in requirements.txt
 
-        export_onnx(model or newest_model(), export, decoding.max_length)
+        export_onnx(model or default_model(), export, decoding.max_length)
         return
     if not photos:
         raise InputError("no photo was named; name photos or folders of photos.")
     sources = find_photos(photos)
-    captioner = Captioner.load(model or newest_model())
+    captioner = Captioner.load(model or default_model())
     failed: list[InputError] = []
     unreadable = None if strict else lambda _, error: failed.append(error)
     captions: dict[int, Caption] = {}

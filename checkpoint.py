@@ -29,6 +29,7 @@ from vocabulary import Vocabulary
 
 DESCRIPTION = "captioner.json"
 LARGEST_DESCRIPTION = 64 << 20  # bytes
+SAMPLE = "scenes"  # the folder that the sample data set is drawn into
 RESUME_KEYS = {
     *("format", "encoder", "decoder", "optimizer"),
     *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
@@ -116,15 +117,41 @@ def read_description(folder: str | Path) -> Description:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def newest_model(models: Path = Path("models")) -> Path:
-    """The folder in `models` that was trained last; `InputError` says how to get one where there is none."""
+def default_model(models: Path = Path("models"), data: str | None = None) -> Path:
+    """The model in `models` to use where none was named.
+
+    That is the one trained last on the data set whose folder is called `data`; where there is none such, on
+    photos, for which a model of the drawn sample is of no use; else on anything.
+    `InputError` says how to get one where there is none at all.
+    """
     found = sorted(models.glob(f"*/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(
             f"there is no trained model in {models}/; make one with `make demo`, fetch one with "
             f"`python download.py weights`, or name one with --model."
         )
-    return found[-1].parent
+    trained_on = {path.parent: _trained_on(path.parent) for path in found}
+    same = [folder for folder, name in trained_on.items() if name == data and data is not None]
+    photos = [folder for folder, name in trained_on.items() if name != SAMPLE]
+    return (same or photos or list(trained_on))[-1]
+
+
+def _trained_on(folder: Path) -> object:
+    try:
+        return read_description(folder).data.get("folder")
+    except InputError:
+        return None
+
+
+def backbone_weights(weights: str) -> str:
+    """`weights` as `EncoderCNN` takes it: of a model's folder, the file with its encoder."""
+    if not Path(weights).is_dir():
+        return weights
+    folder = Path(weights)
+    description = read_description(folder)
+    if description.architecture.backbone != "stored":
+        return "pretrained"
+    return str(weight_files(folder, choose_epoch(folder, description))[0])
 
 
 def epochs_saved(folder: Path) -> list[int]:

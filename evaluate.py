@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections import defaultdict
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 import scenes
 from caption import Caption, Captioner, Decoding
-from checkpoint import newest_model, write_file
+from checkpoint import default_model, write_file
 from data_loader import CaptionDataset, find_split, read_annotations
 from errors import InputError, run_command
 from metrics import Scores, diversity, format_table, score, score_results
@@ -33,8 +32,8 @@ class Evaluation:
 
     captions: image id -> its `Caption`. seconds: for captioning all of them, from file to sentence.
     scores: against the references, or None where the split has none.
-    scenes: on the sample data set, the share of captions that name the main thing, its colour, the setting,
-        the count and the relation right, of those to which it applies; elsewhere empty.
+    scenes: on the sample data set, the share of captions that pass each part of `scenes.check`, of those to
+        which it applies; elsewhere empty.
     """
 
     captions: dict[int, Caption]
@@ -81,15 +80,6 @@ def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[st
     return {part: sum(values) / len(values) for part, values in right.items()}
 
 
-def main_thing(caption: str) -> str | None:
-    """The kind of drawn thing that a caption names first, the one that it is about; None if it names none."""
-    nouns = {noun: name for name, kind in scenes.KINDS.items() for noun in kind.nouns}
-    nouns |= {scenes.plural(noun): name for noun, name in nouns.items()}
-    longest_first = "|".join(sorted(nouns, key=len, reverse=True))
-    found = re.search(rf"\b({longest_first})\b", caption.lower())
-    return nouns[found[1]] if found else None
-
-
 def main(
     decoding: Annotated[Decoding, tyro.conf.arg(name="")],
     model: Path | None = None,
@@ -123,7 +113,7 @@ def main(
         return
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
-    captioner = Captioner.load(model or newest_model())
+    captioner = Captioner.load(model or default_model(data=data.resolve().name))
     dataset = CaptionDataset(data, split, vocab=captioner.vocab)
     found = evaluate(captioner, dataset, decoding, limit, workers)
     if results is not None or found.scores is None:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from data_loader import CACHE, Photos, build_transform, read_batches
 from errors import InputError
-from model import FEATURE_SIZE, EncoderCNN, fast_dtype
+from model import EncoderCNN, fast_dtype
 
 BATCH = 16 if not torch.cuda.is_available() else 256  # on a CPU a small batch stays in its cache
 
@@ -77,15 +77,16 @@ def stored_features(
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
 ) -> Tensor:
-    """The features of all photos, in half precision, memory-mapped: (photos, views, 2048) or (..., cells, 2048).
+    """The features of all photos, in half precision, memory-mapped: (photos, views, 2048) or (..., cells, channels).
 
     Those that are on disk already are not computed again. Under torch.distributed each process computes
     its share. Photos that cannot be read are passed to `unreadable` and their rows stay zero; without it
     the pass goes over all photos and then raises `InputError` with the list of them.
     """
     state = PartialState()
-    cells = ((image_size + 31) // 32) ** 2
-    shape = (len(paths), views, *((cells,) if encoder.grid else ()), FEATURE_SIZE)
+    with torch.no_grad():
+        one = encoder.eval().features(torch.zeros(1, 3, image_size, image_size, device=encoder.embed.weight.device))
+    shape = (len(paths), views, *one.shape[1:])
     store = cache / "features" / _key(encoder, paths, image_size, views)
     partial = store.with_name(f"{store.name}.{BATCH}.partial")
     if not store.exists():

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torchvision import transforms as T
 
 from caption import Caption, Captioner, Decoding, find_photos
-from checkpoint import Description, newest_model
+from checkpoint import Description, default_model
 from data_loader import build_transform, read_photo
 from errors import InputError, run_command
 from features import BATCH
@@ -311,7 +311,7 @@ def main(
         share: also open a public address, through a tunnel that Gradio's makers run.
         flag_folder: show a button that keeps a photo and its caption in this folder.
     """
-    model = model or newest_model()
+    model = model or default_model()
     captioner = Captioner.load(model)
     if flag_folder is not None:
         try:

@@ -147,6 +147,18 @@ class EncoderCNN(nn.Module):
         x = self.resnet[:-1](images)  # (B, 2048, H/32, W/32)
         return x.flatten(2).transpose(1, 2) if self.grid else x.mean((2, 3))
 
+    def split(self) -> tuple[EncoderCNN, nn.Sequential]:
+        """The backbone's frozen parts, as an encoder whose features are the grid they end in, and its trained parts.
+
+        The first is a copy; the second shares this encoder's weights and takes that grid as (B, channels, rows,
+        columns).
+        """
+        first = len(self.resnet) - 1 - self.fine_tune
+        frozen = copy.deepcopy(self)
+        frozen.resnet = nn.Sequential(*frozen.resnet[:first], nn.Identity())  # in the place of the mean
+        frozen.grid = True
+        return frozen, self.resnet[first:-1]
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, embed_size), or (B, cells, embed_size) with `grid`."""
         return self.embed(self.features(images).to(self.embed.weight.dtype))
@@ -187,7 +199,8 @@ def _resnet50(weights: str | Path) -> nn.Module:
         except (URLError, OSError) as error:
             raise InputError(
                 f"torchvision's ResNet-50 weights cannot be downloaded ({getattr(error, 'reason', error)}); use "
-                f"--weights random, or --weights FILE with a state dict of a torchvision ResNet-50."
+                f"--weights models/photos, --weights random, or --weights FILE with a state dict of a torchvision "
+                f"ResNet-50."
             ) from None
     model = resnet50(weights=None)
     state = read_state_dict(weights)

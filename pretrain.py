@@ -1,12 +1,12 @@
-"""A backbone from nothing: learn to see which words people would use, where no ImageNet weights can be had.
+"""Teach a backbone's last stages to see what people name in photos of another kind than it was trained on.
 
-    python pretrain.py --data data/scenes --out models/scenes-backbone.pth --image-size 96
-    python train.py --data data/scenes --weights models/scenes-backbone.pth --image-size 96
+    python pretrain.py --data data/scenes --weights models/photos --out models/scenes-backbone.pth
+    python train.py --data data/scenes --weights models/scenes-backbone.pth
 
-A decoder's gradient says little about a photo, most of it is about grammar, so a ResNet-50 from random
-weights learns slowly behind one. Asked instead which of the vocabulary's words occur in a photo's
-captions (word detection, arXiv 1411.4952), it learns in a few epochs, from the same captions.
-Frozen, it then serves `train.py` as the pretrained backbone does.
+A decoder's gradient says little about a photo, most of it is about grammar. Asked instead which of the
+vocabulary's words occur in a photo's captions (word detection, arXiv 1411.4952), a backbone learns in minutes,
+from the same captions. Its first parts stay as they are and see each photo once. Frozen, it then serves
+`train.py` as the pretrained one does.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from checkpoint import write_file
-from data_loader import CACHE, CaptionDataset, Photos, build_transform, read_batches
+from checkpoint import backbone_weights, write_file
+from data_loader import CACHE, CaptionDataset
 from errors import InputError, run_command
-from model import FEATURE_SIZE, PARTS, EncoderCNN
+from features import stored_features
+from model import PARTS, EncoderCNN
 from train import autocast, learning_rate_factor
 
 
@@ -35,89 +36,99 @@ from train import autocast, learning_rate_factor
 class PretrainingConfig:
     """What the training of a backbone is made of; every field is an option of `python pretrain.py`."""
 
-    out: Path  # the state dict of a torchvision ResNet-50 is written here
+    out: Path  # the backbone's state dict is written here
     data: Path = Path("data/scenes")  # the data set's folder, laid out as COCO is
-    image_size: int = 96  # of the square that the backbone sees, in pixels
+    weights: str = "pretrained"  # to start from: "pretrained", a model's folder, or a file with a state dict
+    fine_tune: int = 1  # how many of the backbone's five parts learn, counted from the last
+    image_size: int = 112  # of the square that the backbone sees, in pixels
+    views: int = 1  # of a photo; more than 1 augments
     vocab_threshold: int = 5  # how often a word must occur to be looked for
-    batch_size: int = 32  # photos a step
-    num_epochs: int = 5  # passes over all photos
-    learning_rate: float = 1e-3  # Adam's, at its highest
+    batch_size: int = 12  # photos a step
+    num_epochs: int = 3  # passes over all photos
+    learning_rate: float = 5e-4  # Adam's for the backbone, at its highest
     warmup_steps: int = 50  # over which it rises; then it falls to zero along a cosine
+    weight_decay: float = 0.01  # as in AdamW (arXiv 1711.05101)
     workers: int = min(4, os.cpu_count() or 1)  # processes that read photos
-    seed: int = 0  # of the weights, the order and the augmentation
-    cache: Path = CACHE  # where tokenized captions are kept
+    seed: int = 0  # of the detector's order of photos and of their views
+    cache: Path = CACHE  # where tokenized captions and features are kept
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fine_tune < PARTS:
+            raise InputError(f"fine_tune must be 1 to {PARTS - 1}, not {self.fine_tune}; `train.py` trains all parts.")
+        for field in ("views", "batch_size", "num_epochs"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}.")
 
 
-def words_of_photos(data: CaptionDataset) -> Tensor:
-    """Which words each photo's captions hold: (photos, vocabulary) bool."""
-    words = torch.zeros(len(data.paths), len(data.vocab), dtype=torch.bool)
-    photo = np.repeat(data.photo, data.lengths)
-    words[torch.from_numpy(photo).long(), torch.from_numpy(data.tokens).long()] = True
-    return words
+def word_shares(data: CaptionDataset) -> Tensor:
+    """Which share of each photo's captions holds each word: (photos, vocabulary) float, 0 to 1."""
+    caption = np.repeat(np.arange(len(data.photo)), data.lengths)
+    once = np.unique(np.stack([caption, data.tokens]), axis=1)
+    counts = torch.zeros(len(data.paths), len(data.vocab))
+    places = torch.from_numpy(data.photo[once[0]]).long(), torch.from_numpy(once[1]).long()
+    counts.index_put_(places, torch.ones(once.shape[1]), accumulate=True)
+    return counts / torch.from_numpy(np.bincount(data.photo))[:, None]
 
 
 def pretrain(config: PretrainingConfig) -> Path:
-    """Train a backbone to detect the captions' words and write its state dict to `config.out`.
+    """Train the last parts of a backbone to detect the captions' words; write its state dict to `config.out`.
 
     Raises `InputError` for what the user can mend. On one device; several processes would each train their own.
     """
-    if config.num_epochs < 1 or config.batch_size < 2:
-        raise InputError("num_epochs must be at least 1 and batch_size at least 2, for the batch norms.")
     device = PartialState().device
     torch.manual_seed(config.seed)
     data = CaptionDataset(config.data, "train", None, None, config.vocab_threshold, config.cache)
     val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
-    encoder = EncoderCNN(1, "random", PARTS).to(device)
-    detector = nn.Linear(FEATURE_SIZE, len(data.vocab)).to(device)
-    parameters = [*encoder.resnet.parameters(), *detector.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-    present = words_of_photos(data)
-    photos = Photos(data.paths, build_transform(True, config.image_size, normalise=False))
-    steps = len(data.paths) // config.batch_size or 1
-    for epoch in range(1, config.num_epochs + 1):
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(data.paths))
-        batches = [
-            [(int(i), config.seed + epoch) for i in batch] for batch in np.array_split(order, steps) if len(batch) > 1
-        ]
-        encoder.train()
+    encoder = EncoderCNN(1, backbone_weights(config.weights), config.fine_tune).to(device)
+    frozen, trained = encoder.split()
+    stored = {"cache": config.cache, "workers": config.workers}
+    seen = stored_features(frozen, data.paths, config.image_size, config.views, **stored)  # (photos, views, cells, C)
+    val_seen = stored_features(frozen, val.paths, config.image_size, **stored)[:, 0]
+    shares, val_shares = word_shares(data), word_shares(val)
+
+    detector = nn.Linear(encoder.embed.in_features, len(data.vocab)).to(device)
+    with torch.no_grad():  # at first, every word as often as it is
+        detector.weight.zero_()
+        detector.bias.copy_(torch.logit(shares.mean(0), eps=1e-3))
+    groups = [
+        {"params": list(trained.parameters()), "lr": config.learning_rate},
+        {"params": list(detector.parameters()), "lr": 1e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    peaks = [group["lr"] for group in groups]
+
+    def loss(cells: Tensor, wanted: Tensor) -> Tensor:
+        """The cross-entropy of each word being there, summed over the words, a photo."""
+        side = round(cells.shape[1] ** 0.5)
+        grid = cells.to(device).float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, C, side, side)
+        with autocast(device, "auto"):
+            logits = detector(trained(grid).mean((2, 3)))
+        total = F.binary_cross_entropy_with_logits(logits.float(), wanted.to(device), reduction="sum")
+        return total / len(wanted)
+
+    steps = max(1, len(data.paths) // config.batch_size)
+    rng = np.random.default_rng(config.seed)
+    for epoch in range(config.num_epochs):
         total = 0.0
-        read = read_batches(photos, batches, config.workers)
-        bar = tqdm(read, f"words {epoch}/{config.num_epochs}", total=len(batches), unit="step", disable=None)
-        for step, (keys, images) in enumerate(bar, (epoch - 1) * len(batches)):
-            factor = learning_rate_factor(step, len(batches) * config.num_epochs, config.warmup_steps)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-            loss = _loss(encoder, detector, images.to(device), present[[i for i, _ in keys]].to(device))
-            loss.backward()
+        batches = np.array_split(rng.permutation(len(data.paths)), steps)
+        for step, batch in enumerate(tqdm(batches, f"words {epoch + 1}/{config.num_epochs}", disable=None)):
+            factor = learning_rate_factor(epoch * steps + step, config.num_epochs * steps, config.warmup_steps)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            view = torch.from_numpy(rng.integers(config.views, size=len(batch)))
+            batch_loss = loss(seen[torch.from_numpy(batch), view], shares[batch])
+            batch_loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss.item()
-        tqdm.write(
-            f"words, epoch {epoch}: train loss {total / len(batches):.3f}, "
-            f"validation loss {_validate(encoder, detector, val, config):.3f}"
-        )
+            total += batch_loss.item()
+        with torch.inference_mode():
+            parts = zip(val_seen.split(64), val_shares.split(64), strict=True)
+            val_loss = sum(len(cells) * loss(cells, wanted).item() for cells, wanted in parts) / len(val_seen)
+        tqdm.write(f"words, epoch {epoch + 1}: train loss {total / steps:.3f}, validation loss {val_loss:.3f}")
     state = {name: value.cpu() for name, value in encoder.state_dict().items() if name.startswith("resnet.")}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(config.out, lambda file: torch.save(state, file))
     return config.out
-
-
-def _loss(encoder: EncoderCNN, detector: nn.Linear, images: Tensor, present: Tensor) -> Tensor:
-    """The cross-entropy of each word being there or not, summed over the words, a photo."""
-    with autocast(images.device, "auto"):
-        logits = detector(encoder.features(images))
-    return F.binary_cross_entropy_with_logits(logits.float(), present.float(), reduction="sum") / len(images)
-
-
-@torch.inference_mode()
-def _validate(encoder: EncoderCNN, detector: nn.Linear, val: CaptionDataset, config: PretrainingConfig) -> float:
-    encoder.eval()
-    device = detector.weight.device
-    photos = Photos(val.paths, build_transform(False, config.image_size, normalise=False))
-    present, total = words_of_photos(val), 0.0
-    batches = [list(range(i, min(i + 64, len(photos)))) for i in range(0, len(photos), 64)]
-    for keys, images in read_batches(photos, batches, config.workers):
-        total += len(keys) * _loss(encoder, detector, images.to(device), present[keys].to(device)).item()
-    return total / len(photos)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ SPLITS = ("train", "val", "test")
 PICTURES_AT_MOST = 1_000_000  # of a split: its picture ids follow those of the split before
 SUPERSAMPLING = 2
 HALF_SQUARE = 0.43  # the main thing stays this close to the centre, in shorter sides, so a centre crop keeps it
-GREYSCALE_SHARE = 0.06
+GREYSCALE_SHARE = 0.04
+OVERLAP = 0.2  # how much of a thing's width the next of several may cover
 ALONE_AT_MOST = 400  # pictures that are drawn sooner than other processes start
 
 Colour = tuple[int, int, int]
@@ -736,16 +737,16 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.86, 1.06), 0.26, (0.6, 0.74), 2, RUNNING, BEASTS),
-    "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1.1), 0.2, (0.56, 0.7), 3, SITTING, BEASTS),
-    "horse": Kind({"horse": 8, "pony": 2}, horse, (1.5, 1.52), 0.3, (0.62, 0.76), 2, GALLOPING, WHEELS),
-    "bird": Kind({"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.58, 0.74), 3, PERCHING, ALOFT | SMALL),
+    "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.86, 1.06), 0.26, (0.68, 0.82), 2, RUNNING, BEASTS),
+    "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1.1), 0.2, (0.68, 0.82), 3, SITTING, BEASTS),
+    "horse": Kind({"horse": 8, "pony": 2}, horse, (1.5, 1.52), 0.3, (0.68, 0.82), 2, GALLOPING, WHEELS),
+    "bird": Kind({"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.68, 0.82), 3, PERCHING, ALOFT | SMALL),
     "man": Kind(
         {"man": 8, "guy": 1, "gentleman": 1},
         man,
         (0.76, 1.06),
         0.3,
-        (0.6, 0.74),
+        (0.68, 0.82),
         3,
         STROLLING,
         PEOPLE,
@@ -757,21 +758,21 @@ KINDS: dict[str, Kind] = {
         woman,
         (0.76, 1.02),
         0.3,
-        (0.6, 0.74),
+        (0.68, 0.82),
         3,
         STROLLING,
         PEOPLE,
         garments=("dress", "gown"),
         pronoun="her",
     ),
-    "car": Kind({"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.62, 0.76), 2, DRIVING, WHEELS),
-    "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.58, 0.74), 2, DRIVING, WHEELS),
-    "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.58, 0.72), 3, SAILING, MOORED),
-    "plane": Kind({"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.62, 0.76), 2, FLYING, ALOFT),
-    "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.58, 0.74), 3, FLYING, ALOFT),
-    "balloon": Kind({"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.58, 0.74), 3, FLOATING, ALOFT),
-    "ball": Kind({"ball": 9, "rubber ball": 1}, ball, (1, 1), 0.14, (0.46, 0.6), 3, BOUNCING, SMALL),
-    "umbrella": Kind({"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.58, 0.72), 2, STANDING, SMALL),
+    "car": Kind({"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.68, 0.82), 2, DRIVING, WHEELS),
+    "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.68, 0.82), 2, DRIVING, WHEELS),
+    "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.68, 0.82), 3, SAILING, MOORED),
+    "plane": Kind({"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.68, 0.82), 2, FLYING, ALOFT),
+    "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.68, 0.82), 3, FLYING, ALOFT),
+    "balloon": Kind({"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.68, 0.82), 3, FLOATING, ALOFT),
+    "ball": Kind({"ball": 9, "rubber ball": 1}, ball, (1, 1), 0.14, (0.52, 0.66), 3, BOUNCING, SMALL),
+    "umbrella": Kind({"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.68, 0.82), 2, STANDING, SMALL),
     "tree": Kind({"tree": 1}, tree, (0.95, 1), 0.3, coloured=False),
     "bench": Kind({"bench": 1}, bench, (1.6, 0.85), 0.25),
     "house": Kind({"house": 4, "cottage": 1}, house, (1.12, 1), 0.3),
@@ -932,10 +933,10 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     other = scene["others"][0] if scene["others"] else None
     relation = other["relation"] if other else None
     aloft = action in SKY_ACTIONS
-    size = rng.uniform(*kind.size) * {1: 1, 2: 0.8, 3: 0.66}[count] * (0.88 if other else 1)
+    size = rng.uniform(*kind.size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.88 if other else 1)
     scale = size / max(kind.extent)
     if count > 1:
-        scale = min(scale, (2 * q - 0.02 * count) / count / kind.extent[0])
+        scale = min(scale, 2 * q / (count - OVERLAP * (count - 1)) / kind.extent[0])
     wide, high = (scale * side for side in kind.extent)
     low, top = -q, min(horizon - 0.12, q - high)
     if aloft:
@@ -943,9 +944,11 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     elif action == "bouncing":
         low, top = -0.3, -0.2
     y = rng.uniform(low, top)
-    room = (2 * q - count * wide) / count
+    room = (2 * q - wide) / max(1, count - 1)  # for each thing's left edge
     flip = rng.random() < 0.5
-    xs = [-q + (i + 0.5) * (wide + room) + rng.uniform(-0.5, 0.5) * room * 0.8 for i in range(count)]
+    xs = [wide / 2 - q + (i - (i > 0) * rng.uniform(0, max(0, 1 - wide / room)) / 2) * room for i in range(count)]
+    if count == 1:
+        xs = [rng.uniform(wide / 2 - q, q - wide / 2)]
     sway = 0.12 if aloft else 0.04
     ys = [min(max(y + (rng.uniform(-sway, sway) if i else 0), -q), q - high) for i in range(count)]
     placed = []
@@ -1174,42 +1177,58 @@ def _any_of(words: list[str] | tuple[str, ...]) -> str:
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
-def _nouns(name: str) -> str:
-    return _any_of([word for noun in KINDS[name].nouns for word in (noun, plural(noun))])
+def _nouns(name: str) -> list[str]:
+    return [word for noun in KINDS[name].nouns for word in (noun, plural(noun))]
+
+
+def _plain(caption: str) -> str:
+    """Its words alone; in "black and white" no colour is named."""
+    return re.sub(r"\bblack and white\b", "grey", " ".join(re.findall(r"[a-z]+", caption.lower())))
 
 
 def _named(words: str, text: str) -> bool:
     return re.search(rf"\b{words}\b", text) is not None
 
 
+def subject(caption: str) -> tuple[str | None, str | None]:
+    """The thing that a caption names first, which it is about, and the colour that it gives it; None for neither."""
+    text = _plain(caption)
+    first = re.search(rf"\b{_any_of(tuple(noun for name in KINDS for noun in _nouns(name)))}\b", text)
+    if not first:
+        return None, None
+    name = next(name for name in KINDS if first[0] in _nouns(name))
+    colours = _any_of(tuple(COLOURS))
+    if KINDS[name].garments:
+        colour = re.match(rf" (?:in|wearing|dressed in) (?:an? |the )?({colours})\b", text[first.end() :])
+    else:
+        colour = re.search(rf"\b({colours}) $", text[: first.start()])
+    return name, colour[1] if colour else None
+
+
 def check(caption: str, scene: dict) -> dict[str, bool]:
     """Whether a caption says what is to be seen in a scene, by this module's own words.
 
-    thing: it names the main thing, and no kind of thing that is not in the scene. colour: it gives the main
-    thing the right colour, wherever it names the thing. setting: it names the right setting and no other.
-    count: it names the main thing's number right. relation: it puts the main thing to the other thing as they
-    are. What a scene does not have (a colour in greyscale, a relation without another thing) is left out.
+    thing: its subject is the main thing. colour: it gives its subject the main thing's colour. setting: it names
+    the right setting and no other. count: it names the main thing, in the right number. company: it names no
+    kind of thing that is not there (as CHAIR does, arXiv 1809.02156). relation: it puts the main thing to the
+    other thing as they are. What a scene does not have (a colour in greyscale, a relation without another
+    thing) is left out.
     """
-    text = " ".join(re.findall(r"[a-z]+", caption.lower()))
-    text = re.sub(r"\bblack and white\b", "grey", text)
+    text = _plain(caption)
     name, count, others = scene["kind"], scene["count"], scene["others"]
-    nouns, colours = _nouns(name), _any_of(tuple(COLOURS))
-    present = {name, *(other["kind"] for other in others)}
-    thing = _named(nouns, text)
-    right = {"thing": thing and not any(_named(_nouns(k), text) for k in KINDS if k not in present)}
+    thing, colour = subject(caption)
+    right = {"thing": thing == name}
     if scene["colour"]:
-        if KINDS[name].garments:
-            found = re.findall(rf"\b{nouns} (?:in|wearing|dressed in) (?:an? |the )?({colours})\b", text)
-        else:
-            found = re.findall(rf"\b({colours}) {nouns}\b", text)
-        right["colour"] = set(found) == {scene["colour"]}
+        right["colour"] = colour == scene["colour"]
     places = {place for place, setting in SETTINGS.items() if _named(_any_of(setting.words), text)}
     right["setting"] = places == {scene["setting"]}
     numbers = {number for number, words in COUNT_WORDS.items() if _named(_any_of(words), text)}
     form = _any_of([noun if count == 1 else plural(noun) for noun in KINDS[name].nouns])
     right["count"] = numbers == ({count} if count > 1 else set()) and _named(form, text)
+    present = {name, *(other["kind"] for other in others)}
+    right["company"] = not any(_named(_any_of(_nouns(kind)), text) for kind in KINDS if kind not in present)
     if others:
-        right["relation"] = thing and _names_relation(text, others[0])
+        right["relation"] = thing == name and _names_relation(text, others[0])
     return right
 
 
@@ -1219,7 +1238,7 @@ def _names_relation(text: str, other: dict) -> bool:
     before = ["holding", "holds", "hold"] if other["relation"] == "holding" else list(phrases)
     if other["relation"] == "next to":
         before.append(f"to the {'left' if other['side'] == 'right' else 'right'} of")
-    company = rf"(?:an? |the )?(?:{_any_of(tuple(COLOURS))} )?{_nouns(other['kind'])}"
+    company = rf"(?:an? |the )?(?:{_any_of(tuple(COLOURS))} )?{_any_of(_nouns(other['kind']))}"
     if _named(rf"{_any_of(before)} {company}", text):
         return True
     return bool(reverse) and _named(rf"with {company} {reverse.format('(?:it|him|her|them)')}", text)

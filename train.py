@@ -53,7 +53,7 @@ from vocabulary import Vocabulary
 
 # A step of Adam moves every weight alike, and `embed` sums 2048 features that are never negative: at the full
 # rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
-EMBED_RATE = 0.02
+EMBED_RATE = 0.05
 
 
 @dataclass
@@ -65,7 +65,7 @@ class TrainingConfig:
     models: Path = Path("models")  # where the model's folder is made
     resume: Path | None = None  # go on with the training in this model's folder
 
-    weights: str = "pretrained"  # of the backbone: "pretrained", "random", or a file with a state dict
+    weights: str = "pretrained"  # of the backbone: "pretrained", "random", a model's folder or a state dict's file
     fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
     backbone_learning_rate: float = 1e-3  # of those parts
     image_size: int = 224  # of the square that the encoder sees, in pixels
@@ -274,7 +274,7 @@ def train(config: TrainingConfig) -> Path:
     decoder_class = DECODERS[config.decoder]
     if config.skip_unreadable or config.fine_tune:  # a pass of the frozen backbone lists them itself
         _check_photos([data, val], config)
-    weights = config.weights
+    weights = checkpoint.backbone_weights(config.weights)
     if old is not None and old.architecture.backbone == "stored":
         weights = "random"  # resume.pt holds the real ones
     encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
@@ -326,7 +326,7 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 
 def _describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset) -> Description:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "resume"}
-    published = config.weights == "pretrained" and config.fine_tune == 0
+    published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
     return Description(
         architecture=Architecture(
             decoder=config.decoder,

@@ -10,9 +10,9 @@ import torch
 import checkpoint
 import model
 from checkpoint import (
+    default_model,
     epochs_saved,
     load_model,
-    newest_model,
     read_description,
     write_description,
     write_file,
@@ -96,14 +96,22 @@ def test_a_published_backbone_is_named_and_not_copied(
     assert torch.equal(found.resnet[0].weight, published.conv1.weight)
 
 
-def test_the_newest_model_is_found(tmp_path: Path, trained: Path):
+def test_the_default_is_the_model_trained_last_on_the_kind_of_picture(tmp_path: Path, trained: Path):
     with pytest.raises(InputError, match="make demo"):
-        newest_model(tmp_path)
-    for name, time in (("a", 2), ("b", 3), ("c", 1)):
+        default_model(tmp_path)
+    description = read_description(trained)
+    for name, time, data in (("a", 2, "coco"), ("b", 3, "coco"), ("c", 1, "flickr8k"), ("d", 4, "scenes")):
         (tmp_path / name).mkdir()
-        shutil.copy(trained / "captioner.json", tmp_path / name)
+        description.data["folder"] = data
+        write_description(tmp_path / name, description)
         os.utime(tmp_path / name / "captioner.json", (time, time))
-    assert newest_model(tmp_path) == tmp_path / "b"
+    assert default_model(tmp_path) == tmp_path / "b"
+    assert default_model(tmp_path, "flickr8k") == tmp_path / "c"
+    assert default_model(tmp_path, "scenes") == tmp_path / "d"
+    assert default_model(tmp_path, "other") == tmp_path / "b"
+    for name in "abc":
+        shutil.rmtree(tmp_path / name)
+    assert default_model(tmp_path) == tmp_path / "d"
 
 
 # Files
