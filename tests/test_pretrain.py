@@ -66,9 +66,12 @@ def test_the_frozen_and_the_trained_part_are_the_whole_backbone(tiny_backbone: C
 def test_the_last_part_learns_the_words_and_the_first_ones_do_not_move(
     drawn: Path, weights: Path, capsys: pytest.CaptureFixture
 ):
-    learned = pretrain(config(drawn, weights, num_epochs=12, learning_rate=3e-3))
+    settings = config(drawn, weights, num_epochs=20, learning_rate=3e-3)
+    learned = pretrain(settings)
     losses = [float(line.split()[5].rstrip(",")) for line in capsys.readouterr().out.splitlines()]
-    assert losses[-1] < 0.8 * losses[0]
+    shares = word_shares(CaptionDataset(drawn, "train", cache=settings.cache))
+    least = torch.nn.functional.binary_cross_entropy(shares, shares, reduction="sum").item() / len(shares)
+    assert losses[0] - losses[-1] > 0.15 * (losses[0] - least)  # without seeing the photos it could not fall
     before, after = torch.load(weights), torch.load(learned)
     assert before.keys() == after.keys()
     moved = {key.split(".")[1] for key in before if not torch.equal(before[key], after[key])}
