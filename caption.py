@@ -238,7 +238,8 @@ def main(
     Args:
         photos: photos and folders of photos.
         decoding: how words are chosen.
-        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/.
+        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
+            trained on photos.
         json_: print one JSON list of objects with photo, caption and log_probability.
         strict: stop at the first photo that cannot be read.
         sheet: also draw the photos with their captions into this PNG.

@@ -95,7 +95,8 @@ def main(
 
     Args:
         decoding: how words are chosen.
-        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/.
+        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
+            trained on this data set.
         data: the data set's folder.
         split: which of its splits.
         limit: only so many photos, the first ones.

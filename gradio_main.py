@@ -11,6 +11,7 @@ import math
 import os
 import queue
 import random
+import shutil
 import signal
 import tempfile
 import threading
@@ -21,6 +22,8 @@ import gradio as gr
 import gradio.component_meta
 import matplotlib
 import tyro
+from gradio.media import get_image
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -28,7 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torchvision import transforms as T
 
 from caption import Caption, Captioner, Decoding, find_photos
-from checkpoint import Description, default_model
+from checkpoint import SAMPLE, Description, default_model
 from data_loader import build_transform, read_photo
 from errors import InputError, run_command
 from features import BATCH
@@ -183,10 +186,17 @@ def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Imag
     return maps
 
 
-def example_photos(model: Path, folder: Path) -> list[Path]:
-    """The photos in the model's own `examples/`, or held-out scenes, drawn into `folder`."""
+def example_photos(model: Path, description: Description, folder: Path) -> list[Path]:
+    """The photos in the model's own `examples/`; else, in `folder`, pictures of the kind that it was trained on.
+
+    Those are held-out scenes, drawn now, or the few photos that come with Gradio and Matplotlib.
+    """
     if (model / "examples").is_dir():
         return find_photos([model / "examples"])
+    if description.data.get("folder") != SAMPLE:
+        photos = [get_image(f"{name}.jpg") for name in ("cheetah1", "lion", "tower")]
+        photos.append(get_sample_data("grace_hopper.jpg", asfileobj=False))
+        return [Path(shutil.copy(photo, folder)) for photo in photos]
     paths = [folder / f"scene-{i}.jpg" for i in range(1, 7)]
     for path in paths:
         draw_scene(random.Random(f"page/{path.stem}"))[0].convert("RGB").save(path, quality=90)
@@ -305,7 +315,8 @@ def main(
     """Serve the web page and its API.
 
     Args:
-        model: the model's folder; by default the newest in models/.
+        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
+            trained on photos.
         host: the address to listen on; 0.0.0.0 is every network that this computer is in.
         port: the port to listen on.
         share: also open a public address, through a tunnel that Gradio's makers run.
@@ -324,7 +335,8 @@ def main(
     with tempfile.TemporaryDirectory(prefix="captions-") as folder:
         # Gradio serves all that is in this folder, by default one that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
-        page = build_page(Server(captioner), model.resolve().name, example_photos(model, Path(folder)), flag_folder)
+        examples = example_photos(model, captioner.description, Path(folder))
+        page = build_page(Server(captioner), model.resolve().name, examples, flag_folder)
         try:
             page.launch(
                 server_name=host,

@@ -558,11 +558,19 @@ def test_it_says_which_model_it_is_and_how_good(attending: Path):
     assert "Trained" not in gradio_main.about("published", bare)
 
 
-def test_a_models_own_examples_come_first(tmp_path: Path, photo: Path):
-    assert len(gradio_main.example_photos(tmp_path, tmp_path)) == 6
-    (tmp_path / "examples").mkdir()
-    shutil.copy(photo, tmp_path / "examples")
-    assert gradio_main.example_photos(tmp_path, tmp_path) == [tmp_path / "examples" / "photo.png"]
+def test_examples_are_the_models_own_or_of_its_kind(tmp_path: Path, photo: Path, trained: Path):
+    description = read_description(trained)
+    model, page = tmp_path / "model", tmp_path / "page"
+    model.mkdir()
+    page.mkdir()
+    assert {path.stem[:6] for path in gradio_main.example_photos(model, description, page)} == {"scene-"}
+    description.data["folder"] = "coco"
+    photos = gradio_main.example_photos(model, description, page)
+    assert {path.parent for path in photos} == {page}
+    assert "lion.jpg" in {path.name for path in photos}
+    (model / "examples").mkdir()
+    shutil.copy(photo, model / "examples")
+    assert gradio_main.example_photos(model, description, page) == [model / "examples" / "photo.png"]
 
 
 def test_keeping_is_off_by_default(slow: SlowCaptioner, monkeypatch, tmp_path: Path):
