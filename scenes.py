@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from errors import InputError, run_command
 
-VERSION = "1"
+VERSION = "2"
 SPLITS = ("train", "val", "test")
 PICTURES_AT_MOST = 1_000_000  # of a split: its picture ids follow those of the split before
 SUPERSAMPLING = 2
 HALF_SQUARE = 0.43  # the main thing stays this close to the centre, in shorter sides, so a centre crop keeps it
 GREYSCALE_SHARE = 0.04
-OVERLAP = 0.2  # how much of a thing's width the next of several may cover
+OVERLAP = 0.3  # how much of a thing's width the next of several may cover
 ALONE_AT_MOST = 400  # pictures that are drawn sooner than other processes start
 
 Colour = tuple[int, int, int]
@@ -958,11 +958,11 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
         w, h = (unit * side for side in company.extent)
         side = -1 if other["side"] == "left" else 1  # where the other thing is
         if relation == "next to":
-            shrink = min(1, (2 * q - 0.04) / (wide + w))
+            shrink = min(1, (2 * q + 0.06) / (wide + w))
             scale, unit, wide, w = scale * shrink, unit * shrink, wide * shrink, w * shrink
-            slack = 2 * q - wide - w - 0.03
+            slack = 2 * q - wide - w + 0.06
             x = -q + wide / 2 + rng.uniform(0, slack)
-            ox, oy = x + wide / 2 + w / 2 + 0.03, min(ys[0] + rng.uniform(0, 0.06), horizon - 0.06)
+            ox, oy = x + wide / 2 + w / 2 - 0.06, min(ys[0] + rng.uniform(0, 0.06), horizon - 0.06)
             xs, ox = [side * x], side * ox
         elif relation == "in front of":
             xs = [-side * rng.uniform(0, max(0, min(0.12, q - wide / 2)))]
@@ -1157,7 +1157,7 @@ def describe(rng: random.Random, scene: dict) -> list[str]:
     forms = GREY_FORMS if scene["greyscale"] else FORMS
     captions: list[str] = []
     without_colour = 1 if rng.random() < 0.3 else None
-    without_place = 3 if rng.random() < 0.3 and not scene["greyscale"] else None
+    without_place = 3 if rng.random() < 0.1 and not scene["greyscale"] else None
     left = dict(forms)
     while len(captions) < 5:
         form = weighted(rng, left)
