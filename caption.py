@@ -119,12 +119,13 @@ class Captioner:
         captioner.folder, captioner.epoch = folder, epoch
         return captioner
 
-    def push_to_hub(self, name: str, licence: str = "mit", private: bool = False) -> str:
+    def push_to_hub(self, name: str, licence: str, private: bool = False) -> str:
         """Share the epoch that was loaded as user/name on the Hugging Face Hub; returns its address.
 
-        With it goes a model card, README.md, that gives the licence (one of the Hub's identifiers), the data, the
-        metrics and how to use it. Sharing again replaces what was there. Raises `InputError` where you are not
-        logged in or may not write there.
+        With it goes a model card, README.md, that gives the licence, the data, the metrics and how to use it.
+        `licence` is one of the Hub's identifiers, like mit or cc-by-4.0, that the training data allows. Sharing
+        again replaces what was there. Raises `InputError` where you are not logged in, may not write there, or the
+        Hub knows no such licence.
         """
         if self.folder is None:
             raise InputError("only a model that was loaded from a folder can be shared; use Captioner.load.")
