@@ -10,6 +10,7 @@ which runs nothing of it.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def find_model(model: str | Path) -> Path:
     Raises `InputError` where the Hub has no such model or cannot be reached.
     """
     folder, name = Path(model), Path(model).as_posix()
-    if folder.exists() or folder.parent.exists() or not HUB_NAME.fullmatch(name):
+    if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
         return folder
     return fetch(name)
 

@@ -312,7 +312,7 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
     """Read every photo once, so that one that cannot be read is known before the first epoch and not within it."""
     failed: list[InputError] = []
     for split in splits:
-        found = find_unreadable(split.paths, config.workers)
+        found = find_unreadable(split.paths, config.workers, config.cache)
         split.drop(found)
         failed += found.values()
         if not len(split.photo):
