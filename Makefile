@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python scenes.py $(SCENES)
 	$(BIN)/python pretrain.py --data $(SCENES) --out models/scenes-backbone.pth --image-size 96 --num-epochs 6
 	$(BIN)/python train.py --data $(SCENES) --name scenes --weights models/scenes-backbone.pth --image-size 96 \
-	    --num-epochs 8 --batch-size 160 --learning-rate 2e-3 --dropout 0.2
+	    --num-epochs 8 --batch-size 160 --learning-rate 2e-3 --dropout 0.2 --overwrite
 	$(BIN)/python evaluate.py --model models/scenes --data $(SCENES) --split test
 	$(BIN)/python caption.py $(SCENES)/images/test/00000200000[1-9].jpg $(SCENES)/images/test/00000200001[0-2].jpg --model models/scenes --sheet models/scenes/captions.png
 
