@@ -119,12 +119,13 @@ class Captioner:
         captioner.folder, captioner.epoch = folder, epoch
         return captioner
 
-    def push_to_hub(self, name: str, licence: str = "mit", private: bool = False) -> str:
+    def push_to_hub(self, name: str, licence: str, private: bool = False) -> str:
         """Share the epoch that was loaded as user/name on the Hugging Face Hub; returns its address.
 
-        With it goes a model card, README.md, that gives the licence (one of the Hub's identifiers), the data, the
-        metrics and how to use it. Sharing again replaces what was there. Raises `InputError` where you are not
-        logged in or may not write there.
+        With it goes a model card, README.md, that gives the licence, the data, the metrics and how to use it.
+        `licence` is one of the Hub's identifiers, like mit or cc-by-4.0, that the training data allows. Sharing
+        again replaces what was there. Raises `InputError` where you are not logged in, may not write there, or the
+        Hub knows no such licence.
         """
         if self.folder is None:
             raise InputError("only a model that was loaded from a folder can be shared; use Captioner.load.")
@@ -208,11 +209,15 @@ def draw_attention(source: Source, caption: Caption, image_size: int) -> matplot
 
 def find_photos(paths: Iterable[Path]) -> list[Path]:
     """The photos at the paths, in the order given; of a folder the files that look like photos, in name order."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    extensions = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in extensions if kind in Image.OPEN and kind != "EPS"}
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(Path(entry) for entry in os.scandir(path) if entry.is_file())
+        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have, too
+            try:
+                inside = sorted(Path(entry) for entry in os.scandir(path) if entry.is_file())
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror}).") from None
             photos = [file for file in inside if file.suffix.lower() in suffixes]
             if not photos:
                 raise InputError(f"{path} holds no photos; name a photo or a folder of them.")

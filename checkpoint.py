@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -89,10 +90,13 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def environment() -> dict[str, str | None]:
     """The versions that a result depends on, and the git revision if the code is a checkout's."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    revision = None
+    with suppress(OSError):  # where there is no git
+        git = ["git", "rev-parse", "HEAD"]
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        revision = found.stdout.strip() or None
     libraries = {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy", "pillow", "accelerate")}
-    return {"python": platform.python_version(), **libraries, "git_revision": git.stdout.strip() or None}
+    return {"python": platform.python_version(), **libraries, "git_revision": revision}
 
 
 def write_description(folder: Path, description: Description) -> None:
@@ -103,7 +107,7 @@ def write_description(folder: Path, description: Description) -> None:
 def read_description(folder: str | Path) -> Description:
     """Read and check captioner.json; `InputError` says what is missing or wrong in it."""
     path = Path(folder) / DESCRIPTION
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have, too
         raise InputError(f"{folder} is not a trained model's folder: {path} is missing; train one with `make demo`.")
     try:
         if path.stat().st_size > LARGEST_DESCRIPTION:

@@ -17,7 +17,7 @@ import signal
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +66,8 @@ def read_photo(source: str | Path | Image.Image, shorter_side: int | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(source) if isinstance(source, str | Path) else source
+            if image.format == "EPS":  # which Pillow has another program run
+                raise ValueError("EPS is a program that draws a picture")
             if shorter_side and image is not source:
                 image.draft("RGB", (2 * shorter_side, 2 * shorter_side))
             image.load()
@@ -169,10 +171,19 @@ class _Attempted(Photos):
         return torch.empty(0)
 
 
-def find_unreadable(paths: Sequence[Path], workers: int = 0) -> dict[int, InputError]:
-    """Read every photo once, in `workers` processes: the indices of those that cannot be read, and why."""
+def find_unreadable(paths: Sequence[Path], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
+    """Read every photo once, in `workers` processes: the indices of those that cannot be read, and why.
+
+    Of the same photos, by their names, sizes and dates, the next time only these are read again.
+    """
+    stats = [os.stat(path) for path in paths]
+    about = "".join(f"{Path(p).absolute()}\n{s.st_size}\n{s.st_mtime_ns}\n" for p, s in zip(paths, stats, strict=True))
+    kept = cache / "unreadable" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
+    rows = list(range(len(paths)))
+    with suppress(OSError, ValueError):
+        rows = json.loads(kept.read_bytes())
     failed: dict[int, InputError] = {}
-    batches = [list(range(i, min(i + 64, len(paths)))) for i in range(0, len(paths), 64)]
+    batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for _ in tqdm(
         read_batches(_Attempted(paths, None), batches, workers, failed.__setitem__),
         total=len(batches),
@@ -181,6 +192,10 @@ def find_unreadable(paths: Sequence[Path], workers: int = 0) -> dict[int, InputE
         disable=None,
     ):
         pass
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    beside = kept.with_name(f"{kept.stem}.{os.getpid()}.new")
+    beside.write_text(json.dumps(sorted(failed)))
+    os.replace(beside, kept)
     return failed
 
 
@@ -314,7 +329,7 @@ def find_split(folder: Path, mode: str) -> tuple[Path, Path]:
     """
     if mode not in MODES:
         raise InputError(f'mode "{mode}" is not one of {", ".join(MODES)}.')
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that no folder can have, too
         raise InputError(
             f"{folder} does not exist; draw the sample data set with `python scenes.py {folder}`, or fetch "
             f"COCO with `python download.py coco --root {folder}`."
@@ -371,7 +386,7 @@ class CaptionDataset(Dataset):
 
     def _check_photos_exist(self) -> None:
         folders = {path.parent for path in self.paths}
-        there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+        there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.is_file()}
         missing = [path for path in self.paths if str(path) not in there]
         if missing:
             raise InputError(

@@ -311,9 +311,12 @@ def _fetch_archives(archives: list[str], root: Path, work: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not the JSON that COCO has; delete it.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("info", {}), dict):
+        raise InputError(f"{path} is not the JSON that COCO has; delete it.")
+    return content
 
 
 def _fetch_photo(image: dict[str, Any], path: Path, progress: _Progress) -> str | None:
@@ -335,7 +338,7 @@ def _fetch_photo(image: dict[str, Any], path: Path, progress: _Progress) -> str 
                 return str(error)
             reason = str(error)
             continue
-        except (OSError, SyntaxError):
+        except Exception:  # a broken file makes Pillow raise nearly anything
             return "it is not a photo"
         temporary = path.with_name(path.name + ".part")
         temporary.write_bytes(data)

@@ -12,6 +12,7 @@ class InputError(ValueError):
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main`; a user's mistake becomes one sentence on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a photo's name may hold what the terminal cannot show
     try:
         main()
     except InputError as error:

@@ -75,7 +75,13 @@ def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[st
     for i, text in hypotheses.items():
         scene = dataset.coco.imgs[i].get("scene")
         if scene is not None:
-            for part, correct in scenes.check(text, scene).items():
+            try:
+                found = scenes.check(text, scene)
+            except (KeyError, TypeError, AttributeError, IndexError):
+                raise InputError(
+                    f"{dataset.annotation_file} says of image {i} what no drawn scene is; draw the scenes again."
+                ) from None
+            for part, correct in found.items():
                 right[part].append(correct)
     return {part: sum(values) / len(values) for part, values in right.items()}
 

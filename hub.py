@@ -1,7 +1,7 @@
 """Trained models on the Hugging Face Hub: fetched by name, shared with a model card.
 
     Captioner.load("user/name")
-    Captioner.load("models/scenes").push_to_hub("user/name")
+    Captioner.load("models/scenes").push_to_hub("user/name", licence="mit")
 
 A repository holds what a model's folder holds, of its best epoch, with the weights in .safetensors files
 too and a card, README.md. It may be anyone's: what is fetched is read as any folder is, by `checkpoint`,
@@ -10,6 +10,7 @@ which runs nothing of it.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def find_model(model: str | Path) -> Path:
     Raises `InputError` where the Hub has no such model or cannot be reached.
     """
     folder, name = Path(model), Path(model).as_posix()
-    if folder.exists() or folder.parent.exists() or not HUB_NAME.fullmatch(name):
+    if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
         return folder
     return fetch(name)
 
@@ -90,7 +91,7 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 
-def write_shared(model: Path, folder: Path, name: str, licence: str = "mit", epoch: int | None = None) -> None:
+def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int | None = None) -> None:
     """Write into `folder`, which exists, what is shared of a model: its best epoch, or `epoch`.
 
     captioner.json comes without the folders that the training used: they are nobody else's business.
@@ -111,7 +112,7 @@ def write_shared(model: Path, folder: Path, name: str, licence: str = "mit", epo
     write_file(folder / "README.md", lambda file: file.write(card.encode()))
 
 
-def push(model: Path, name: str, licence: str = "mit", private: bool = False, epoch: int | None = None) -> str:
+def push(model: Path, name: str, licence: str, private: bool = False, epoch: int | None = None) -> str:
     """Share a model's folder as user/name on the Hub and return its address; see `Captioner.push_to_hub`."""
     from huggingface_hub import HfApi, get_token
 
@@ -131,7 +132,7 @@ def push(model: Path, name: str, licence: str = "mit", private: bool = False, ep
     return str(address)
 
 
-def model_card(description: Description, name: str, licence: str = "mit") -> str:
+def model_card(description: Description, name: str, licence: str) -> str:
     """The README.md of a shared model, as Markdown with the Hub's metadata on top."""
     from huggingface_hub import ModelCardData
 
@@ -280,6 +281,9 @@ def _explained(what: str) -> Iterator[None]:
             raise InputError(f"{what}: you may not write there; check the name and your token's rights.") from None
         raise InputError(f"{what}: the Hub answers {status} ({_line(error)}); try again later.") from None
     except Exception as error:  # the HTTP client's errors, which share no base class from version to version
+        if isinstance(error, ValueError) and "metadata" in str(error):
+            reason = " ".join(str(error).split())
+            raise InputError(f"{what}: {reason}; name the licence as the Hub does, like mit or cc-by-4.0.") from None
         raise InputError(f"{what}: {_line(error)}; check the network and try again.") from None
 
 

@@ -123,8 +123,8 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}, is not JSON: {error.msg}.") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}, is not JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}, is not a JSON object.")
             yield number, row
@@ -216,7 +216,7 @@ def _write_into(folder: Path, photos: list[Photo], description: str) -> None:
         try:
             with Image.open(photo.path) as image:
                 width, height = image.size
-        except OSError as error:
+        except Exception as error:  # a broken file makes Pillow raise nearly anything
             raise InputError(f"{photo.path} cannot be read as an image; replace or remove it.") from error
         target = folder / "images" / photo.split / photo.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -449,10 +449,14 @@ def import_karpathy(
     if len(found) != 1:
         raise InputError(f"{folder} holds {len(found)} dataset_*.json files; name the one to import.")
     path = found[0]
+    text = _read_text(path)
     try:
-        entries = json.loads(_read_text(path))["images"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a Karpathy split: it should be JSON with a list `images`.") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise InputError(f"{path} is not a Karpathy split: it should be JSON with a list `images`.")
     available = _index_photos(photos or folder)
 
     result = []
@@ -460,12 +464,15 @@ def import_karpathy(
         try:
             name, split = entry["filename"], SPLITS[entry["split"]]
             captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
+            image_id = entry.get("cocoid")
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}, images[{number}]: {error} is missing or unknown.") from error
-        if name not in available:
+        if not isinstance(name, str) or name not in available:
             raise InputError(f"{path}, images[{number}]: {name} is not under {photos or folder}.")
+        if image_id is not None and type(image_id) is not int:
+            raise InputError(f"{path}, images[{number}]: the cocoid {image_id} is not a whole number.")
         captions = [caption for caption in captions if caption]
-        result.append(Photo(available[name], name, split, captions, entry.get("cocoid")))
+        result.append(Photo(available[name], name, split, captions, image_id))
     write_dataset(result, destination)
 
 
@@ -503,7 +510,7 @@ def import_folder(
         if not target.is_relative_to(root):
             raise InputError(f"{where}: {name} is outside of {root}; move it there or use --photos.")
         name = target.relative_to(root).as_posix()
-        if name not in result and not target.is_file():
+        if name not in result and not os.path.isfile(target):  # False for a name that no file can have, too
             raise InputError(f"{where}: {name} is not in {root}.")
         split = str(row.get("split") or "").strip().lower()
         if split and split not in SPLITS:

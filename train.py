@@ -17,9 +17,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import filelock
 import numpy as np
@@ -60,10 +61,11 @@ EMBED_RATE = 0.05
 class TrainingConfig:
     """What a training is made of; every field is an option of `python train.py`."""
 
+    resume: ClassVar[Path | None] = None  # only what `resumed_config` gives goes on with a training
+
     data: Path = Path("data/scenes")  # the data set's folder, laid out as COCO is
     name: str = ""  # of the model; by default the data folder's
     models: Path = Path("models")  # where the model's folder is made
-    resume: Path | None = None  # go on with the training in this model's folder
 
     weights: str = "pretrained"  # of the backbone: "pretrained", "random", a model's folder or a state dict's file
     fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
@@ -137,6 +139,14 @@ class TrainingConfig:
                 raise InputError(f"{field} must be a name without folders, not {getattr(self, field)}.")
 
 
+@dataclass
+class CommandOptions(TrainingConfig):
+    """`TrainingConfig`, and what the command line takes besides."""
+
+    resume: Path | None = None  # go on with the training in this model's folder; its options are then the defaults
+    overwrite: bool = False  # delete the model that is there under this name
+
+
 class Training(nn.Module):
     """Encoder and decoder as one module, from a batch to its loss."""
 
@@ -193,6 +203,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.waits = True
 
     def __enter__(self) -> _Stop:
         try:
@@ -203,6 +214,19 @@ class _Stop:
 
     def _remember(self, number: int, _: object) -> None:
         self.signal = number
+        if not self.waits:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Long work that a signal ends where it is, with a KeyboardInterrupt."""
+        self.waits = False
+        try:
+            if self.signal:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.waits = True
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -252,10 +276,10 @@ def _first_features(
 
 
 def train(config: TrainingConfig) -> Path:
-    """Train as `config` says and return the model's folder.
+    """Train as `config` says and return the model's folder; a model that was there under this name is deleted.
 
-    Raises `InputError` for what the user can mend, and `KeyboardInterrupt` after saving where it was
-    interrupted.
+    `train(resumed_config(folder))` goes on with a training. Raises `InputError` for what the user can mend, and
+    `KeyboardInterrupt` after saving where it was interrupted.
     """
     # Data, vocabulary, model
     resumed = config.resume is not None
@@ -293,7 +317,8 @@ def train(config: TrainingConfig) -> Path:
                 f"another training is writing to {folder}; wait for it or choose another --name."
             ) from None
     try:
-        return _train(config, folder, accelerator, data, val, encoder, decoder, old)
+        with _Stop() as stop:
+            return _train(config, folder, accelerator, data, val, encoder, decoder, old, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
             f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller --batch-size"
@@ -312,7 +337,7 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
     """Read every photo once, so that one that cannot be read is known before the first epoch and not within it."""
     failed: list[InputError] = []
     for split in splits:
-        found = find_unreadable(split.paths, config.workers)
+        found = find_unreadable(split.paths, config.workers, config.cache)
         split.drop(found)
         failed += found.values()
         if not len(split.photo):
@@ -325,7 +350,7 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 
 
 def _describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset) -> Description:
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "resume"}
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)}
     published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
     return Description(
         architecture=Architecture(
@@ -359,6 +384,7 @@ def _train(
     encoder: EncoderCNN,
     decoder: nn.Module,
     old: Description | None,
+    stop: _Stop,
 ) -> Path:
     main, say = accelerator.is_main_process, tqdm.write if accelerator.is_main_process else lambda _: None
     description = _describe(config, data, val)
@@ -367,6 +393,9 @@ def _train(
     if old is not None:
         if old.data.get("train_sha256") != description.data["train_sha256"]:
             raise InputError(f"{data.annotation_file} is not what {folder} was trained on; start a new training.")
+        if old.preprocessing != description.preprocessing:
+            was = old.preprocessing.image_size
+            raise InputError(f"{folder} is trained with --image-size {was}, which cannot change; start a new training.")
         state = checkpoint.load_resume(folder, say)
         description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
         start_epoch, start_step = state["epoch"], state["step"]
@@ -380,8 +409,9 @@ def _train(
     features = val_features = None
     if config.fine_tune == 0:
         stored = {"cache": config.cache, "workers": config.workers}
-        features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
-        val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
+        with stop.at_once():
+            features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
+            val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
 
     if state is None:
         encoder.standardise(_first_features(data, encoder, features, config))
@@ -445,7 +475,8 @@ def _train(
         f"{accelerator.num_processes} process(es), {accelerator.device.type}"
     )
     last_save = time.monotonic()
-    with log, _Stop() as stop:
+    stopped_sentence = f"stopped; go on with `python train.py --resume {folder}`"
+    with log:
         for epoch in range(start_epoch, config.num_epochs + 1):
             if description.best_epoch is not None and epoch - 1 - description.best_epoch >= config.patience:
                 say(f"no better CIDEr for {config.patience} epochs; the best is epoch {description.best_epoch}")
@@ -506,12 +537,18 @@ def _train(
                     last_save = time.monotonic()
                 if stopped:
                     bar.close()
-                    say(f"stopped; go on with `python train.py --resume {folder}`")
+                    say(stopped_sentence)
                     raise KeyboardInterrupt
             bar.close()
             start_step = 0
 
-            result = validate(accelerator, model, val, val_features, config)
+            try:
+                with stop.at_once():
+                    result = validate(accelerator, model, val, val_features, config)
+            except KeyboardInterrupt:
+                save(epoch, len(order))
+                say(stopped_sentence)
+                raise
             result = {"epoch": epoch, "train_loss": epoch_loss / max(1, epoch_tokens), **result}
             epoch_loss, epoch_tokens = 0.0, 0
             description.epochs.append(result)
@@ -596,13 +633,13 @@ def read_log(path: Path) -> np.ndarray:
     return np.array(rows)
 
 
-def resumed_config(folder: Path) -> TrainingConfig:
-    """The configuration of the training in `folder`, set to go on."""
+def resumed_config(folder: Path) -> CommandOptions:
+    """The configuration of the training in `folder`, set to go on; its fields may be changed before it does."""
     known = [field.name for field in dataclasses.fields(TrainingConfig)]
     saved = checkpoint.read_description(folder).training
     values = {name: saved[name] for name in known if name in saved}
     try:
-        return TypeAdapter(TrainingConfig).validate_python({**values, "resume": Path(folder)})
+        return TypeAdapter(CommandOptions).validate_python({**values, "resume": Path(folder)})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "training"
@@ -612,12 +649,19 @@ def resumed_config(folder: Path) -> TrainingConfig:
 
 
 def main() -> None:
-    """`python train.py`: with --resume, the options of that training are the defaults."""
+    """`python train.py`: it deletes no model without being asked to."""
     options: dict[str, Any] = {}
     arguments = [part for argument in sys.argv[1:] for part in argument.split("=", 1)]
     if "--resume" in arguments[:-1]:
         options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]))
-    train(tyro.cli(TrainingConfig, description=__doc__, **options))
+    config = tyro.cli(CommandOptions, description=__doc__, **options)
+    folder = config.models / config.name
+    if config.resume is None and not config.overwrite and (folder / checkpoint.DESCRIPTION).exists():
+        raise InputError(
+            f"{folder} holds a model already; go on with its training with --resume {folder}, delete it with "
+            f"--overwrite, or choose another --name."
+        )
+    train(config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +173,16 @@ def test_json_is_one_document_in_the_order_given(command: Callable, trained: Pat
     assert code == 0
     assert [row["photo"] for row in rows] == [*map(str, sorted(folder.iterdir())), str(photo)]
     assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows)
+
+
+def test_a_name_that_is_no_text_is_shown_as_it_can_be(trained: Path, photo: Path, tmp_path: Path):
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(photo, tmp_path / name)
+    script = Path(caption_module.__file__)
+    arguments = [script, photo, tmp_path / name, "--model", trained]
+    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "caf\\udce9.png: " in found.stdout
 
 
 @pytest.mark.parametrize("json_", [False, True])

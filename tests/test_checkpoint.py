@@ -53,6 +53,12 @@ def test_the_description_says_what_it_takes_to_build_and_repeat_the_model(traine
     assert str(drawn.parent) not in json.dumps(description.data)
 
 
+def test_without_git_no_revision_is_known(monkeypatch: pytest.MonkeyPatch):
+    assert checkpoint.environment()["git_revision"] != ""
+    monkeypatch.setenv("PATH", "")
+    assert checkpoint.environment()["git_revision"] is None
+
+
 def test_a_description_is_read_as_it_was_written(trained: Path, tmp_path: Path):
     description = read_description(trained)
     write_description(tmp_path, description)

@@ -437,6 +437,15 @@ def test_a_limited_download_does_not_pass_for_another(coco, tmp_path):
     assert coco.requests == []
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"info": 5}', "[" * 100_000, "\0"])
+def test_annotations_of_another_shape_are_one_sentence(tmp_path, content):
+    path = tmp_path / "annotations" / "captions_train2017.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"captions_train2017\.json is not the JSON that COCO has"):
+        download.coco(tmp_path)
+
+
 def test_all_photos_do_not_pass_for_a_limited_download(coco, tmp_path):
     download.coco(tmp_path)
     with pytest.raises(InputError, match="holds all photos"):

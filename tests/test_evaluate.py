@@ -9,8 +9,8 @@ from conftest import EIGHT, draw_noise, write_split
 import metrics
 from caption import Captioner
 from data_loader import CaptionDataset, find_split
-from errors import run_command
-from evaluate import evaluate, main
+from errors import InputError, run_command
+from evaluate import check_scenes, evaluate, main
 
 
 @pytest.fixture
@@ -49,6 +49,15 @@ def test_scenes_are_checked_against_what_was_drawn(trained: Path, drawn: Path, c
     found = evaluate(captioner, CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache), java=False)
     assert {"thing", "colour", "setting"} <= set(found.scenes)
     assert all(0 <= share <= 1 for share in found.scenes.values())
+
+
+def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path):
+    data = CaptionDataset(drawn, "test", cache=cache, vocab_threshold=1)
+    first = int(data.image_ids[0])
+    for scene in (5, {}, {"kind": "dog", "count": 1, "others": 7, "colour": None}, {"kind": []}):
+        data.coco.imgs[first]["scene"] = scene
+        with pytest.raises(InputError, match=rf"captions_test\.json says of image {first} what no drawn scene is"):
+            check_scenes(data, {first: "a dog"})
 
 
 def test_only_the_first_photos_with_a_limit(trained: Path, drawn: Path, cache: Path):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -239,6 +240,22 @@ def test_gradio_client_captions_as_the_command_line_does(
     assert table["data"][0][1] == pytest.approx(np.exp(expected.log_probability), rel=0.06)
     assert [tile["caption"] for tile in maps] == expected.tokens
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/caption"]
+
+
+def test_the_readmes_examples_do_what_they_say(page: Page, scene: Image.Image, tmp_path: Path, monkeypatch, capfd):
+    scene.save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    _, (expected, table, _) = page.caption((tmp_path / "photo.jpg").read_bytes(), "photo.jpg", "beam", 3)
+    readme = (ROOT / "README.md").read_text().replace("http://127.0.0.1:7860", page.url)
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "gradio_client" in block]
+    exec(code, {})
+    assert f"{expected} {table['data']}\n" in capfd.readouterr().out
+    if shutil.which("curl"):
+        [commands] = [block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "curl" in block]
+        subprocess.run(["bash", "-ec", commands], check=True)
+        event, data = capfd.readouterr().out.strip().split("\n")
+        assert event == "event: complete"
+        assert json.loads(data.removeprefix("data: "))[:2] == [expected, table]
 
 
 def test_sampling_and_greedy_over_http(page: Page, scene: Image.Image):
@@ -583,6 +600,16 @@ def test_keeping_is_off_by_default(slow: SlowCaptioner, monkeypatch, tmp_path: P
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"make demo.*download.py weights"):
+        gradio_main.main()
+
+
+def test_without_a_choice_it_serves_the_newest_model(tmp_path: Path, monkeypatch):
+    for name, date in (("a", 1), ("b", 3), ("c", 2)):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "captioner.json").write_text("{}")
+        os.utime(tmp_path / "models" / name / "captioner.json", (date, date))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"models/b/captioner\.json does not describe a model"):
         gradio_main.main()
 
 

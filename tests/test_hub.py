@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -18,8 +19,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import constants
 
 import caption
 import hub
@@ -32,10 +32,12 @@ COMMIT = "0123456789012345678901234567890123456789"
 
 
 class Hub:
-    """Repositories as folders, served as the Hub serves them; `asked` lists the files downloaded."""
+    """Repositories as folders, served and filled as the Hub does; `asked` lists the files downloaded."""
 
     def __init__(self, root: Path):
         self.root, self.asked, self.status = root, [], 0
+        self.storage: dict[str, bytes] = {}
+        self.commits: list[str] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -74,12 +76,17 @@ class Hub:
                 self.do_GET()
 
             def do_POST(self) -> None:
-                wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.rfile.read(int(self.headers["Content-Length"]))
                 if hub.status:
                     return self.answer(hub.status)
-                name = f"{wanted['organization']}/{wanted['name']}"
-                (hub.root / name).mkdir(parents=True, exist_ok=True)
-                return self.answer(200, json.dumps({"url": f"{hub.address}/{name}"}).encode())
+                status, found = hub.take(urlsplit(self.path).path, [json.loads(line) for line in body.splitlines()])
+                return self.answer(status, json.dumps(found).encode(), Content_Type="application/json")
+
+            def do_PUT(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/storage/")
+                hub.storage[self.path.removeprefix("/storage/")] = content
+                return self.answer(200)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -91,12 +98,40 @@ class Hub:
     def size(self, file: Path) -> int:
         return 9 << 30 if file.name == "encoder-9.pkl" else file.stat().st_size
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, delete_patterns: list[str], commit_message: str) -> None:
-        """In place of the library's, whose uploads go to a storage of their own."""
-        there = {file.name: file for file in (self.root / repo_id).iterdir()}
-        for name in filter_repo_objects(there, allow_patterns=delete_patterns):
-            there[name].unlink()
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+    def take(self, path: str, lines: list[dict]) -> tuple[int, dict]:
+        """Answer what is sent: a repository to make, a card to check, files to store, a commit to make of them."""
+        [first, *operations] = lines
+        if path == "/api/repos/create":
+            name = f"{first['organization']}/{first['name']}"
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+            return 200, {"url": f"{self.address}/{name}"}
+        if path == "/api/validate-yaml":
+            about = yaml.safe_load(first["content"].split("---\n")[1])
+            if about["license"] in ("mit", "cc-by-4.0"):
+                return 200, {"warnings": [], "errors": []}
+            return 400, {"errors": [{"message": '"license" must be one of [mit, cc-by-4.0]'}]}
+        if path.endswith("/info/lfs/objects/batch"):
+            for file in first["objects"]:
+                file["actions"] = {"upload": {"href": f"{self.address}/storage/{file['oid']}"}}
+            return 200, {"transfer": "basic", "objects": first["objects"]}
+        if path.endswith("/preupload/main"):
+            large = (".pkl", ".safetensors")
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(large) else "regular"}
+                for f in first["files"]
+            ]
+            return 200, {"files": [{**mode, "shouldIgnore": False} for mode in modes]}
+        assert path.endswith("/commit/main"), path
+        folder = self.root / path.removeprefix("/api/models/").removesuffix("/commit/main")
+        for operation in operations:
+            kind, value = operation["key"], operation["value"]
+            if kind == "deletedFile":
+                (folder / value["path"]).unlink()
+            else:
+                content = self.storage[value["oid"]] if kind == "lfsFile" else base64.b64decode(value["content"])
+                (folder / value["path"]).write_bytes(content)
+        self.commits.append(first["value"]["summary"])
+        return 200, {"commitUrl": f"{self.address}/commit/{COMMIT}", "commitOid": COMMIT}
 
 
 @pytest.fixture
@@ -110,7 +145,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **arguments: fake.upload_folder(**arguments))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage speaks a protocol of its own
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.chdir(tmp_path)
     yield fake
@@ -179,7 +214,7 @@ def test_an_attending_model_with_torchvisions_backbone_and_nothing_recorded_has_
     description = read_description(attending)
     description.architecture.backbone = "IMAGENET1K_V1"
     description.data, description.epochs = {}, []
-    card = hub.model_card(description, "ada/scenes")
+    card = hub.model_card(description, "ada/scenes", "mit")
     assert "looks at a part of the photo" in card
     assert "torchvision's weights IMAGENET1K_V1" in card
     assert "Its training data is not recorded." in card
@@ -191,15 +226,16 @@ def test_sharing_again_replaces_another_epoch(served, trained):
     repository = share(served, trained)
     best = read_description(trained).best_epoch
     other = 3 - best
-    Captioner.load(trained, epoch=other).push_to_hub("ada/scenes")
+    Captioner.load(trained, epoch=other).push_to_hub("ada/scenes", "mit")
     assert not list(repository.glob(f"*-{best}.*"))
     assert read_description(repository).best_epoch == other
+    assert served.commits == ["Share scenes"] * 2
     Captioner.load(repository)
 
 
 def test_a_fetched_model_can_be_shared_on(served, trained):
     share(served, trained)
-    Captioner.load("ada/scenes").push_to_hub("bob/scenes")
+    Captioner.load("ada/scenes").push_to_hub("bob/scenes", "mit")
     assert len(list((served.root / "bob/scenes").iterdir())) == 6
 
 
@@ -313,18 +349,26 @@ def test_torn_safetensors_are_one_sentence(tmp_path):
         read_state_dict(tmp_path / "decoder-1.safetensors")
 
 
+def test_a_licence_that_the_hub_does_not_know_is_one_sentence(served, trained):
+    with pytest.raises(InputError, match=r'"license" must be one of \[mit, cc-by-4.0\]; name the licence as the Hub'):
+        Captioner.load(trained).push_to_hub("ada/scenes", "do what you like")
+    assert served.commits == []
+    with pytest.raises(TypeError, match="licence"):
+        Captioner.load(trained).push_to_hub("ada/scenes")
+
+
 def test_sharing_needs_a_login_a_name_and_a_folder(served, trained, monkeypatch):
     captioner = Captioner.load(trained)
     with pytest.raises(InputError, match="give user/name"):
-        captioner.push_to_hub("scenes")
+        captioner.push_to_hub("scenes", "mit")
     for status, message in ((401, "not logged in|no such repository"), (403, "you may not write there")):
         served.status = status
         with pytest.raises(InputError, match=message):
-            captioner.push_to_hub("ada/scenes")
+            captioner.push_to_hub("ada/scenes", "mit")
     monkeypatch.delenv("HF_TOKEN")
     assert huggingface_hub.get_token() is None
     with pytest.raises(InputError, match="you are not logged in; log in with"):
-        captioner.push_to_hub("ada/scenes")
+        captioner.push_to_hub("ada/scenes", "mit")
     captioner.folder = None
     with pytest.raises(InputError, match="loaded from a folder"):
-        captioner.push_to_hub("ada/scenes")
+        captioner.push_to_hub("ada/scenes", "mit")

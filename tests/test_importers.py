@@ -1,15 +1,21 @@
 import builtins
+import contextlib
 import copy
 import json
+import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
@@ -18,9 +24,10 @@ import checkpoint
 import evaluate
 import importers
 from caption import Captioner, Decoding
-from data_loader import build_transform, read_photo
+from data_loader import CaptionDataset, build_transform, read_photo
 from errors import InputError
 from model import DecoderRNN
+from train import train
 from vocabulary import Vocabulary
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -189,6 +196,78 @@ def test_karpathy_names_the_entry_whose_photo_is_missing(tmp_path):
         importers.import_karpathy(tmp_path / "source", tmp_path / "out")
 
 
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+quick = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def only_sentences(act: Callable[[], object], destination: Path) -> None:
+    """Import and read what came of it: that succeeds or raises `InputError`, and nothing else."""
+    with contextlib.suppress(InputError):
+        act()
+        CaptionDataset(destination, vocab=Vocabulary(WORDS), cache=destination.parent / "cache")
+    shutil.rmtree(destination, ignore_errors=True)
+
+
+@quick
+@given(
+    ANY
+    | st.fixed_dictionaries({"images": ANY})
+    | st.fixed_dictionaries(
+        {
+            "images": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "filename": st.just("a.jpg") | ANY,
+                        "split": st.sampled_from(["train", "val"]) | ANY,
+                        "sentences": st.lists(st.fixed_dictionaries({"raw": st.just("A dog.") | ANY})) | ANY,
+                    },
+                    optional={"cocoid": ANY},
+                ),
+                max_size=2,
+            )
+        }
+    )
+)
+def test_any_karpathy_file(tmp_path, content):
+    photo(tmp_path / "source" / "a.jpg")
+    text(tmp_path / "source" / "dataset_any.json", json.dumps(content))
+    only_sentences(lambda: importers.import_karpathy(tmp_path / "source", tmp_path / "out"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"images": 1' + "0" * 5000 + "}"], ids=["deep", "long"])
+def test_json_that_python_cannot_hold_is_one_sentence(tmp_path, content):
+    photo(tmp_path / "source" / "a.jpg")
+    text(tmp_path / "source" / "dataset_any.json", content)
+    with pytest.raises(InputError, match=r"dataset_any\.json is not a Karpathy split"):
+        importers.import_karpathy(tmp_path / "source", tmp_path / "out")
+    text(tmp_path / "captions.jsonl", content)
+    with pytest.raises(InputError, match=r"captions\.jsonl, line 1, is not JSON"):
+        importers.import_folder(tmp_path / "captions.jsonl", tmp_path / "out")
+
+
+@quick
+@given(
+    st.lists(
+        ANY
+        | st.fixed_dictionaries(
+            {"photo": st.just("a.jpg") | st.just("a" * 999) | ANY, "caption": st.just("A dog.") | ANY},
+            optional={"split": st.sampled_from(["train", "val"]) | ANY},
+        ),
+        max_size=3,
+    )
+)
+def test_any_json_lines(tmp_path, rows):
+    photo(tmp_path / "source" / "a.jpg")
+    text(tmp_path / "source" / "captions.jsonl", "\n".join(json.dumps(row) for row in rows))
+    only_sentences(lambda: importers.import_folder(tmp_path / "source", tmp_path / "out"), tmp_path / "out")
+
+
 def own_photos(source: Path, table: str, name: str = "captions.csv") -> Path:
     for i in range(5):
         photo(source / "holiday" / f"{i}.jpg")
@@ -290,8 +369,10 @@ def test_a_folder_without_captions_is_one_sentence(tmp_path):
         importers.import_flickr(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_a_broken_photo_is_named_and_nothing_is_left(flickr8k, tmp_path):
-    (flickr8k / "Flicker8k_Dataset" / "3_c.jpg").write_bytes(b"<html>not found</html>")
+@pytest.mark.parametrize("bomb", [False, True])
+def test_a_broken_photo_is_named_and_nothing_is_left(flickr8k, tmp_path, bomb):
+    broken = flickr8k / "Flicker8k_Dataset" / "3_c.jpg"
+    broken.write_bytes(b"P6 60000 60000 255 " if bomb else b"<html>not found</html>")
     with pytest.raises(InputError, match=r"3_c.jpg cannot be read as an image"):
         importers.import_flickr(flickr8k, tmp_path / "data" / "out")
     assert list((tmp_path / "data").iterdir()) == []
@@ -343,13 +424,25 @@ def test_command_line(flickr8k, tmp_path):
     assert refused.stderr.startswith("error: ")
 
 
-def test_the_real_flickr8k(tmp_path):
+def test_the_real_flickr8k_imports_and_trains(tmp_path, small, tiny_backbone):
     if not (DATA / "flickr8k").exists():
         pytest.skip("../shared/data/flickr8k is not here")
-    importers.import_flickr(DATA / "flickr8k", tmp_path / "out")
-    train, val = captions(tmp_path / "out", "train"), captions(tmp_path / "out", "val")
-    assert (len(train), len(val)) == (6000, 1091)
-    assert {len(found) for found in (*train.values(), *val.values())} == {5}
+    out = tmp_path / "out"
+    importers.import_flickr(DATA / "flickr8k", out)
+    found = captions(out, "train"), captions(out, "val")
+    assert [len(split) for split in found] == [6000, 1091]
+    assert {len(texts) for split in found for texts in split.values()} == {5}
+
+    for split, count in (("train", 300), ("val", 40)):  # a part is enough to see it learn
+        path = out / "annotations" / f"captions_{split}.json"
+        document = json.loads(path.read_text())
+        document["images"] = document["images"][:count]
+        kept = {image["id"] for image in document["images"]}
+        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
+        path.write_text(json.dumps(document))
+    description = checkpoint.read_description(train(small(data=out, batch_size=32, learning_rate=5e-3)))
+    assert (description.data["train_photos"], description.data["train_captions"]) == (300, 1500)
+    assert description.epochs[0]["val_loss"] < 0.8 * math.log(len(description.vocabulary))
 
 
 class Hostile:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import checkpoint
+import features
 import model
 import train as train_module
 from checkpoint import epochs_saved, load_resume, read_description
@@ -87,6 +88,61 @@ def test_a_signal_saves_and_leaves_and_the_resumed_run_ends_the_same(
     assert len(read_log(folder / "training_log.txt")) == step + 1
     assert train(resumed_config(folder)) == folder
     assert_same_model(folder, undisturbed)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fine_tune": 5, "workers": 2}], ids=str)
+def test_a_signal_in_validation_ends_it_and_costs_no_step(config: Make, monkeypatch: pytest.MonkeyPatch, fields: dict):
+    undisturbed = train(config(**fields))
+    settings = config(**fields)
+    folder = settings.models / settings.name
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "greedy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    assert set(read_log(folder / "training_log.txt")[:, 0]) == {1}
+    assert read_description(folder).epochs == []
+    train(resumed_config(folder))
+    assert_same_model(folder, undisturbed)
+
+
+def test_a_signal_as_the_epoch_s_last_step_ends_is_not_forgotten(config: Make, monkeypatch: pytest.MonkeyPatch):
+    settings = config(print_every=13)
+    folder = settings.models / settings.name
+    write = train_module.tqdm.write
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train_module.tqdm,
+            "write",
+            lambda line: (
+                os.kill(os.getpid(), signal.SIGINT) if line.startswith("Epoch [1/2], Step [13") else write(line)
+            ),
+        )
+        patch.setattr(train_module, "greedy", lambda *_: pytest.fail("it validates"))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    train(resumed_config(folder))
+    assert_same_model(folder, train(config()))
+
+
+def test_a_signal_while_the_backbone_looks_keeps_what_it_has_seen(
+    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    undisturbed = train(config())
+    settings = config(cache=tmp_path)
+    encode = features.encode
+
+    def interrupted(*arguments: object) -> Iterator:
+        for number, found in enumerate(encode(*arguments)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("done-*")) == 8  # one batch
+    assert_same_model(train(settings), undisturbed)
 
 
 @pytest.mark.parametrize("fine_tune", [0, 5])
@@ -185,6 +241,13 @@ def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path,
     again = resumed_config(stopped)
     again.data = tmp_path / "data"
     with pytest.raises(InputError, match=r"captions_train\.json is not what .* was trained on"):
+        train(again)
+
+
+def test_another_size_of_photos_is_refused(stopped: Path):
+    again = resumed_config(stopped)
+    again.image_size = 64
+    with pytest.raises(InputError, match="trained with --image-size 32, which cannot change"):
         train(again)
 
 

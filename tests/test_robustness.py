@@ -20,11 +20,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
+import data_loader
 from caption import Captioner, find_photos
 from checkpoint import load_model, load_resume, read_description
 from data_loader import CaptionDataset, find_unreadable, get_loader, read_annotations, read_photo
+from download import extract
 from errors import InputError
-from model import EncoderCNN
+from features import stored_features
+from importers import import_flickr, import_folder, import_karpathy, read_vocab_pickle
+from metrics import score_results
+from model import EncoderCNN, read_state_dict
 from train import TrainingConfig, resumed_config, train
 from vocabulary import Vocabulary
 
@@ -170,9 +175,36 @@ def test_unreadable_photos_are_found_in_one_pass(tmp_path: Path):
         paths.append(tmp_path / f"{i}.jpg")
         paths[-1].write_bytes(encoded("JPEG")[: 1500 if i in (1, 4) else None])
     for workers in (0, 2):
-        found = find_unreadable(paths, workers)
+        found = find_unreadable(paths, workers, tmp_path / str(workers))
         assert sorted(found) == [1, 4]
         assert "1.jpg" in str(found[1])
+
+
+def test_photos_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = [tmp_path / f"{i}.jpg" for i in range(4)]
+    for path in paths:
+        path.write_bytes(encoded("JPEG"))
+    paths[2].write_bytes(b"")
+    read: list[Path] = []
+
+    def counting(path: Path, *arguments: object, **options: object) -> Image.Image:
+        read.append(path)
+        return read_photo(path, *arguments, **options)
+
+    def check() -> list[Path]:
+        read.clear()
+        assert list(find_unreadable(paths, cache=tmp_path)) == [2]
+        return list(read)
+
+    monkeypatch.setattr(data_loader, "read_photo", counting)
+    assert check() == paths
+    assert check() == [paths[2]]
+    os.utime(paths[0], ns=(0, 0))
+    assert check() == paths
+    for torn in ("", "[2"):
+        for kept in (tmp_path / "unreadable").iterdir():
+            kept.write_text(torn)
+        assert check() == paths
 
 
 # The table of bad inputs
@@ -264,6 +296,10 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "no data folder": (lambda k: CaptionDataset(k.folder / "none"), r"none does not exist.*scenes\.py"),
     "a data folder that is a file": (lambda k: CaptionDataset(__file__), r"test_robustness\.py"),
     "no annotations": (lambda k: CaptionDataset(k.folder), r"holds no annotations/captions_train"),
+    "a data folder with a name longer than any": (
+        lambda k: CaptionDataset("a" * 999),
+        r"a{999} does not exist",
+    ),
     "two years": (
         lambda k: (write_split(k.data, "train2017", {"a.png": ["a"]}), CaptionDataset(k.folder / "data")),
         r"several years: captions_train\.json, captions_train2017\.json",
@@ -351,6 +387,13 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: k.read_data(change("images", 0, "file_name", to="b.png")),
         r"1 of 1 photos .* are missing.*b\.png",
     ),
+    "annotations: a photo that leads nowhere": (
+        lambda k: (
+            (k.data / "images" / "train" / "b.png").symlink_to(k.folder / "none"),
+            k.read_data(change("images", 0, "file_name", to="b.png")),
+        ),
+        r"1 of 1 photos .* are missing.*b\.png",
+    ),
     "a threshold that leaves no word": (
         lambda k: CaptionDataset(k.data, vocab_threshold=6, cache=k.folder),
         r"lower vocab_threshold",
@@ -387,10 +430,16 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "photo: a torn PNG": (lambda k: k.read_photo(encoded("PNG")[:500]), r"photo\.jpg cannot be read"),
     "photo: a torn GIF": (lambda k: k.read_photo(encoded("GIF")[:500]), r"photo\.jpg cannot be read"),
     "photo: a torn WebP": (lambda k: k.read_photo(encoded("WEBP")[:500]), r"photo\.jpg cannot be read"),
+    "photo: a program": (
+        lambda k: k.read_photo(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+        r"photo\.jpg .*EPS is a program",
+    ),
+    "photo: a name longer than any": (lambda k: find_photos([Path("a" * 999)]) and read_photo("a" * 999), r"a{999}"),
     "photo: a bomb": (lambda k: k.read_photo(bomb(60_000, 60_000)), r"photo\.jpg .*3600000000 pixels"),
     "photo: a folder without any": (lambda k: find_photos([k.folder]), r"holds no photos"),
     # a model's folder
     "model: no folder": (lambda k: load_model(k.folder / "none"), r"none is not a trained model's folder"),
+    "model: a name longer than any": (lambda k: Captioner.load("a" * 999), r"a{999} is not a trained model"),
     "model: no description": (lambda k: load_model(k.model("captioner.json")), r"captioner\.json is missing"),
     "model: description torn": (
         lambda k: load_model(k.model("captioner.json", b'{"format"')),
@@ -523,7 +572,7 @@ class Harm:
 
 @pytest.mark.parametrize("form", ["pickle", "torch", "torch, old", "numpy"])
 def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
-    form: str, tmp_path: Path, trained: Path, small: Callable[..., TrainingConfig]
+    form: str, tmp_path: Path, trained: Path, small: Callable[..., TrainingConfig], tiny_backbone: Callable
 ):
     proof = tmp_path / "proof"
     harm, file = Harm(proof), io.BytesIO()
@@ -547,6 +596,14 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
         "vocab.json": Vocabulary.load,
         "captions_train.json": lambda path: read_annotations(path, tmp_path),
         "photo.jpg": read_photo,
+        "encoder-7.safetensors": read_state_dict,
+        "results.json": lambda path: score_results(trained / "captioner.json", path),
+        "vocab.pkl": read_vocab_pickle,
+        "dataset_coco.json": lambda path: import_karpathy(path, tmp_path / "out"),
+        "captions.jsonl": lambda path: import_folder(path, tmp_path / "out"),
+        "captions.csv": lambda path: import_folder(path, tmp_path / "out"),
+        "captions.token.txt": lambda path: import_flickr(path, tmp_path / "out"),
+        "archive.zip": lambda path: extract(path, {"a.jpg": tmp_path / "a.jpg"}),
     }
     for name, read in readers.items():
         before = (folder / name).read_bytes() if (folder / name).exists() else None
@@ -557,10 +614,18 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
         assert not proof.exists(), name
     # what was kept of an annotation file is made anew
     data = kit.data
+    photos = [data / "images" / "train" / "a.png"]
     before = read_annotations(kit.annotations, tmp_path / "cache")
     next((tmp_path / "cache").rglob("*.npz")).write_bytes(planted)
     assert read_annotations(kit.annotations, tmp_path / "cache").words == before.words
-    assert data.exists()
+    assert list(find_unreadable(photos, cache=tmp_path / "cache")) == []
+    next((tmp_path / "cache" / "unreadable").iterdir()).write_bytes(planted)
+    assert list(find_unreadable(photos, cache=tmp_path / "cache")) == []
+    encoder = EncoderCNN(8, "random").eval()
+    stored_features(encoder, photos, 32, cache=tmp_path / "cache")
+    next((tmp_path / "cache").rglob("features.npy")).write_bytes(planted)
+    with pytest.raises((ValueError, TypeError)):
+        stored_features(encoder, photos, 32, cache=tmp_path / "cache")
     assert not proof.exists()
     pickle.loads(pickle.dumps(harm))  # the harm is real
     assert proof.exists()
@@ -694,6 +759,13 @@ def test_any_photo(tmp_path: Path, form: str, flips: list[tuple[float, int]], en
         assert ImageOps.exif_transpose(image).size == image.size
 
     only_sentences(act)
+
+
+@quick
+@given(TEXTS | st.text(min_size=256, max_size=300))
+def test_any_path(path: str):
+    only_sentences(lambda: [read_photo(found) for found in find_photos([Path(path)])])
+    only_sentences(lambda: read_photo(path))
 
 
 @quick

@@ -272,6 +272,34 @@ def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
     assert set(read_log(tmp_path / "models" / "eight" / "training_log.txt")[:, 0]) == {1, 2}
 
 
+def test_the_command_deletes_a_model_only_when_asked_to(
+    small: Make, tmp_path: Path, tiny_backbone: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    folder = train(small(models=tmp_path, num_epochs=2))
+    started: list[TrainingConfig] = []
+    monkeypatch.setattr(train_module, "train", started.append)
+    options = ["train.py", "--models", str(tmp_path), "--name", "small"]
+    monkeypatch.setattr(sys, "argv", options)
+    with pytest.raises(InputError, match=r"small holds a model already; .*--resume .*--overwrite.*another --name"):
+        train_module.main()
+    assert started == []
+    for more in (["--overwrite"], ["--name", "other"], ["--resume", str(folder), "--learning-rate", "0.5"]):
+        monkeypatch.setattr(sys, "argv", options + more)
+        train_module.main()
+    assert [(config.name, config.resume, config.hidden_size) for config in started] == [
+        ("small", None, 512),
+        ("other", None, 512),
+        ("small", folder, 32),
+    ]
+    assert started[2].learning_rate == 0.5
+    assert not {"resume", "overwrite"} & set(read_description(folder).training)
+
+
+def test_a_training_goes_on_with_its_own_options_or_not_at_all(small: Make):
+    with pytest.raises(TypeError, match="resume"):
+        TrainingConfig(resume=small().models)
+
+
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path):
     found = run("--data", "nowhere", "--weights", "random", cwd=tmp_path)
     assert found.returncode == 2
