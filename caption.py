@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +176,7 @@ def draw_sheet(sources: list[Source], captions: list[str], columns: int = 4) -> 
         axes.axis("off")
     for axes, source, text in zip(figure.axes, sources, captions, strict=False):
         axes.imshow(read_photo(source))
-        axes.set_title(text, fontsize=10, wrap=True, y=-0.02, va="top")
+        axes.set_title(textwrap.fill(text, 40), fontsize=10, y=-0.04, va="top")
     return figure
 
 
