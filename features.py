@@ -76,12 +76,14 @@ def stored_features(
     cache: Path = CACHE,
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """The features of all photos, in half precision, memory-mapped: (photos, views, 2048) or (..., cells, channels).
 
     Those that are on disk already are not computed again. Under torch.distributed each process computes
     its share. Photos that cannot be read are passed to `unreadable` and their rows stay zero; without it
-    the pass goes over all photos and then raises `InputError` with the list of them.
+    the pass goes over all photos and then raises `InputError` with the list of them. With `seen`, what the
+    encoder's `frozen_part` sees of them, (photos, views, cells, channels), the rest alone is computed.
     """
     state = PartialState()
     with torch.no_grad():
@@ -95,7 +97,7 @@ def stored_features(
             if not (partial / "features.npy").exists():
                 _allocate(partial / "features.npy", shape)
         state.wait_for_everyone()
-        failed = _fill(encoder, paths, image_size, views, partial, workers, unreadable)
+        failed = _fill(encoder, paths, image_size, views, partial, workers, unreadable, seen)
         state.wait_for_everyone()
         if failed:
             shown = "; ".join(str(error) for error in failed[:10])
@@ -129,6 +131,14 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     os.replace(beside, path)
 
 
+@torch.inference_mode()
+def _finish(encoder: EncoderCNN, seen: Tensor, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """As `encode`, from what the frozen part has seen."""
+    for indices in batches:
+        cells = seen[indices]  # (B, views, cells, channels)
+        yield indices, encoder.finish(cells.flatten(0, 1)).float().unflatten(0, cells.shape[:2])
+
+
 def _fill(
     encoder: EncoderCNN,
     paths: list[Path],
@@ -137,6 +147,7 @@ def _fill(
     folder: Path,
     workers: int,
     unreadable: Callable[[int, InputError], object] | None,
+    seen: Tensor | None,
 ) -> list[InputError]:
     state = PartialState()
     features = np.load(folder / "features.npy", mmap_mode="r+")
@@ -145,8 +156,11 @@ def _fill(
     mine = starts[state.process_index :: state.num_processes]
     batches = [list(range(start, min(start + BATCH, len(paths)))) for start in mine]
     failed: dict[int, InputError] = {}
-    fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
-    photos = Photos(paths, Views(image_size, views))
+    if seen is None:
+        fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
+        found = encode(fast, Photos(paths, Views(image_size, views)), batches, workers, failed.__setitem__)
+    else:
+        found = _finish(encoder, seen, batches)
     progress = tqdm(
         total=len(batches) * BATCH,
         desc="backbone",
@@ -155,7 +169,7 @@ def _fill(
     )
     with open(folder / f"done-{state.process_index}-{state.num_processes}", "ab") as log, progress:
         log.truncate(log.tell() // 8 * 8)  # a kill may have torn the last entry
-        for indices, batch in encode(fast, photos, batches, workers, failed.__setitem__):
+        for indices, batch in found:
             features[indices] = batch.half().cpu().numpy()
             start = indices[0] // BATCH * BATCH
             if not any(i // BATCH * BATCH == start for i in failed):

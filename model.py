@@ -144,20 +144,23 @@ class EncoderCNN(nn.Module):
             )
             images = (images - mean) / std
         images = images.to(weight.dtype, memory_format=torch.channels_last)
-        x = self.resnet[:-1](images)  # (B, 2048, H/32, W/32)
+        return self._pool(self.resnet[:-1](images))  # of (B, 2048, H/32, W/32)
+
+    def frozen_part(self) -> EncoderCNN:
+        """A copy that ends where training begins: its features are the grid that `finish` goes on from."""
+        part = copy.deepcopy(self)
+        part.resnet = nn.Sequential(*part.resnet[: -1 - self.fine_tune], nn.Identity())  # in the place of the mean
+        part.grid = True
+        return part
+
+    def finish(self, cells: Tensor) -> Tensor:
+        """The features of photos by what `frozen_part` sees of them, (B, rows * columns, channels), rows = columns."""
+        side = round(cells.shape[1] ** 0.5)
+        x = cells.to(self.embed.weight).unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, channels, side, side)
+        return self._pool(self.resnet[-1 - self.fine_tune : -1](x))
+
+    def _pool(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2) if self.grid else x.mean((2, 3))
-
-    def split(self) -> tuple[EncoderCNN, nn.Sequential]:
-        """The backbone's frozen parts, as an encoder whose features are the grid they end in, and its trained parts.
-
-        The first is a copy; the second shares this encoder's weights and takes that grid as (B, channels, rows,
-        columns).
-        """
-        first = len(self.resnet) - 1 - self.fine_tune
-        frozen = copy.deepcopy(self)
-        frozen.resnet = nn.Sequential(*frozen.resnet[:first], nn.Identity())  # in the place of the mean
-        frozen.grid = True
-        return frozen, self.resnet[first:-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, embed_size), or (B, cells, embed_size) with `grid`."""

@@ -80,7 +80,7 @@ def pretrain(config: PretrainingConfig) -> Path:
     data = CaptionDataset(config.data, "train", None, None, config.vocab_threshold, config.cache)
     val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
     encoder = EncoderCNN(1, backbone_weights(config.weights), config.fine_tune).to(device)
-    frozen, trained = encoder.split()
+    frozen = encoder.frozen_part()
     stored = {"cache": config.cache, "workers": config.workers}
     seen = stored_features(frozen, data.paths, config.image_size, config.views, **stored)  # (photos, views, cells, C)
     val_seen = stored_features(frozen, val.paths, config.image_size, **stored)[:, 0]
@@ -91,7 +91,7 @@ def pretrain(config: PretrainingConfig) -> Path:
         detector.weight.zero_()
         detector.bias.copy_(torch.logit(shares.mean(0), eps=1e-3))
     groups = [
-        {"params": list(trained.parameters()), "lr": config.learning_rate},
+        {"params": [p for p in encoder.resnet.parameters() if p.requires_grad], "lr": config.learning_rate},
         {"params": list(detector.parameters()), "lr": 1e-3},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
@@ -99,10 +99,8 @@ def pretrain(config: PretrainingConfig) -> Path:
 
     def loss(cells: Tensor, wanted: Tensor) -> Tensor:
         """The cross-entropy of each word being there, summed over the words, a photo."""
-        side = round(cells.shape[1] ** 0.5)
-        grid = cells.to(device).float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, C, side, side)
         with autocast(device, "auto"):
-            logits = detector(trained(grid).mean((2, 3)))
+            logits = detector(encoder.finish(cells))
         total = F.binary_cross_entropy_with_logits(logits.float(), wanted.to(device), reduction="sum")
         return total / len(wanted)
 
@@ -128,6 +126,10 @@ def pretrain(config: PretrainingConfig) -> Path:
     state = {name: value.cpu() for name, value in encoder.state_dict().items() if name.startswith("resnet.")}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(config.out, lambda file: torch.save(state, file))
+    encoder.eval()
+    for encoder.grid in (False, True):  # as `train.py` will look for them, for either decoder
+        for paths, views, cells in ((data.paths, config.views, seen), (val.paths, 1, val_seen[:, None])):
+            stored_features(encoder, paths, config.image_size, views, **stored, seen=cells)
     return config.out
 
 

@@ -3,15 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_split
 from PIL import Image
 
-from data_loader import CaptionDataset
+import features
+from data_loader import CaptionDataset, build_transform, read_photo
 from errors import InputError
 from model import EncoderCNN
 from pretrain import PretrainingConfig, pretrain, word_shares
+from train import train
 
 
 @pytest.fixture
@@ -46,21 +49,39 @@ def test_shares_count_a_word_once_a_caption(tmp_path: Path):
     }
 
 
+@pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("fine_tune", [1, 2, 4])
-def test_the_frozen_and_the_trained_part_are_the_whole_backbone(tiny_backbone: Callable, fine_tune: int):
-    encoder = EncoderCNN(4, "random", fine_tune).eval()
-    images = torch.rand(2, 3, 96, 64)
-    frozen, trained = encoder.split()
-    cells = frozen.features(images)  # (2, cells, channels)
-    side = 96 // (32 // 2**fine_tune), 64 // (32 // 2**fine_tune)
-    if fine_tune == 4:
-        side = 24, 16  # the stem and the first stage divide by the same
-    grid = cells.unflatten(1, side).permute(0, 3, 1, 2)
-    torch.testing.assert_close(trained(grid).mean((2, 3)), encoder.features(images))
-    assert {id(p) for p in trained.parameters()} == {id(p) for p in encoder.parameters() if p.requires_grad} - {
-        id(encoder.embed.weight),
-        id(encoder.embed.bias),
-    }
+def test_the_frozen_part_and_the_rest_are_the_whole_backbone(tiny_backbone: Callable, fine_tune: int, grid: bool):
+    encoder = EncoderCNN(4, "random", fine_tune, grid).eval()
+    images = torch.rand(2, 3, 96, 96)
+    cells = encoder.frozen_part().features(images)
+    torch.testing.assert_close(encoder.finish(cells), encoder.features(images))
+    encoder.finish(cells).sum().backward()
+    learned = {name for name, p in encoder.resnet.named_parameters() if p.grad is not None}
+    assert learned == {name for name, p in encoder.resnet.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_training_finds_what_the_learned_backbone_sees(
+    drawn: Path, weights: Path, small: Callable, decoder: str, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config(drawn, weights, num_epochs=1)
+    learned = pretrain(settings)
+    looked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "encode", lambda *arguments: looked.append(arguments) or iter(()))
+        train(small(weights=str(learned), decoder=decoder, cache=settings.cache))
+    assert looked == []
+    stores = [np.load(store) for store in (settings.cache / "features").glob("*/features.npy")]
+    dimensions = 4 if decoder == "attention" else 3
+    found = next(x for x in stores if x.shape[0] == 24 and x.shape[-1] == 2048 and x.ndim == dimensions)
+    encoder = EncoderCNN(4, learned, grid=found.ndim == 4).eval()
+    images = torch.stack(
+        [build_transform(image_size=64)(read_photo(p)) for p in sorted((drawn / "images/train").iterdir())]
+    )
+    with torch.no_grad():
+        expected = encoder.features(images)
+    assert (torch.from_numpy(found[:, 0]).float() - expected).norm() < 0.03 * expected.norm()
 
 
 def test_the_last_part_learns_the_words_and_the_first_ones_do_not_move(
@@ -89,8 +110,6 @@ def test_the_same_seed_gives_the_same_weights(drawn: Path, weights: Path):
 
 
 def test_a_models_folder_gives_its_encoder(drawn: Path, weights: Path, small: Callable):
-    from train import train
-
     folder = train(small(weights=str(weights), fine_tune=0))
     learned = torch.load(pretrain(config(drawn, folder, num_epochs=1)))
     assert torch.equal(learned["resnet.0.weight"], torch.load(weights)["resnet.0.weight"])
