@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import filelock
 import numpy as np
@@ -58,6 +58,8 @@ from vocabulary import Vocabulary
 # rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
 EMBED_RATE = 0.02
 
+Objective = Literal["cross-entropy", "cider"]
+
 
 @dataclass
 class TrainingConfig:
@@ -69,7 +71,7 @@ class TrainingConfig:
     resume: Path | None = None  # go on with the training in this model's folder
     # What is learned: the true captions, or to write captions that CIDEr-D rates highly. Resumed with another
     # objective, a training goes on from its best epoch for num_epochs more, with a schedule of their own.
-    objective: Literal["cross-entropy", "cider"] = "cross-entropy"
+    objective: Objective = "cross-entropy"
 
     weights: str = "pretrained"  # of the backbone: "pretrained", "random", or a file with a state dict
     fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
@@ -686,8 +688,9 @@ def main() -> None:
     options: dict[str, Any] = {}
     arguments = [part for argument in sys.argv[1:] for part in argument.split("=", 1)]
     if "--resume" in arguments[:-1]:
-        given = [arguments[arguments.index("--objective") + 1]] if "--objective" in arguments[:-1] else []
-        options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]), *given)
+        given = arguments[arguments.index("--objective") + 1] if "--objective" in arguments[:-1] else None
+        objective = given if given in get_args(Objective) else None
+        options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]), objective)
     train(tyro.cli(TrainingConfig, description=__doc__, **options))
 
 
