@@ -32,7 +32,7 @@ DESCRIPTION = "captioner.json"
 LARGEST_DESCRIPTION = 64 << 20  # bytes
 SAMPLE = "scenes"  # the folder that the sample data set is drawn into
 RESUME_KEYS = {
-    *("format", "encoder", "decoder", "optimizer"),
+    *("format", "encoder", "decoder", "optimizer", "objective", "first_epoch"),
     *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
 }
 WEIGHTS = (".pkl", ".safetensors")
@@ -262,6 +262,8 @@ def load_resume(folder: Path, say: Callable[[str], object]) -> dict[str, Any]:
         path = folder / name
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict):  # those of before there was a second objective lack what tells of it
+                state = {"objective": "cross-entropy", "first_epoch": 1, **state}
             if isinstance(state, dict) and state.get("format") == 2 and set(state) == RESUME_KEYS:
                 if problems:
                     say(f"{problems[0]}; going on from {path}")

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
@@ -99,9 +99,7 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     description = read_description(model)
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
-    description.training = {
-        field: Path(value).name if isinstance(value, str) else value for field, value in description.training.items()
-    }
+    description.training = _without_folders(description.training)
     for path in weight_files(model, epoch):
         state = {key: value.contiguous() for key, value in read_state_dict(path).items()}
         write_file(folder / f"{path.stem}.pkl", lambda file, state=state: torch.save(state, file))
@@ -110,6 +108,12 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     write_description(folder, description)
     card = model_card(description, name, licence)
     write_file(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings, and those of the training that this one went on from, with the last parts of their paths only."""
+    short = {name: Path(value).name if isinstance(value, str) else value for name, value in settings.items()}
+    return {name: _without_folders(value) if isinstance(value, dict) else value for name, value in short.items()}
 
 
 def push(model: Path, name: str, licence: str, private: bool = False, epoch: int | None = None) -> str:

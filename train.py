@@ -2,9 +2,11 @@
 
     python train.py --data data/scenes --name scenes --weights random
     python train.py --resume models/scenes
+    python train.py --resume models/scenes --objective cider
 
 A frozen backbone's features are computed once (`features.py`) and training reads those; a backbone that
-learns is fed pixels. Either way a batch is a list of captions, and `Training` below computes its loss.
+learns is fed pixels. Either way a batch is a list of captions, and `Training` below computes its loss. With
+the objective cider the captions are the model's own (`self_critical.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import filelock
 import numpy as np
@@ -49,12 +51,15 @@ from decoding import greedy
 from errors import InputError, run_command
 from features import BATCH, encode, stored_features
 from metrics import score
-from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, load_weights, pack
+from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, load_weights, pack, read_state_dict
+from self_critical import DRAWS, Critic, reinforce
 from vocabulary import Vocabulary
 
 # A step of Adam moves every weight alike, and `embed` sums 2048 features that are never negative: at the full
 # rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
 EMBED_RATE = 0.05
+
+Objective = Literal["cross-entropy", "cider"]
 
 
 @dataclass
@@ -66,10 +71,13 @@ class TrainingConfig:
     data: Path = Path("data/scenes")  # the data set's folder, laid out as COCO is
     name: str = ""  # of the model; by default the data folder's
     models: Path = Path("models")  # where the model's folder is made
+    # What is learned: the true captions, or to write captions that CIDEr-D rates highly. Resumed with another
+    # objective, a training goes on from its best epoch for num_epochs more, with a schedule of their own.
+    objective: Objective = "cross-entropy"
 
     weights: str = "pretrained"  # of the backbone: "pretrained", "random", a model's folder or a state dict's file
     fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
-    backbone_learning_rate: float = 1e-3  # of those parts
+    backbone_learning_rate: float | None = None  # of those parts; by default 1e-3, or 1e-5 for cider
     image_size: int = 224  # of the square that the encoder sees, in pixels
     views: int = 1  # of a photo that a frozen backbone's features are kept of; more than 1 augments
 
@@ -77,16 +85,16 @@ class TrainingConfig:
     embed_size: int = 256  # of the photo's embedding and the words'
     hidden_size: int = 512  # of the LSTM
     num_layers: int = 1  # of the LSTM
-    dropout: float = 0.0  # on the decoder's inputs and outputs
+    dropout: float = 0.0  # on the decoder's inputs and outputs; for cider there is none
     attention_penalty: float = 1.0  # weight of the doubly stochastic regularisation, where the decoder attends
 
     vocab_threshold: int = 5  # how often a word must occur to be in the vocabulary
     vocab_from_file: bool = False  # take the vocabulary from vocab_file rather than from the captions
     vocab_file: Path = Path("vocab.json")  # a JSON list of words
 
-    batch_size: int = 128  # captions a step, over all processes
-    num_epochs: int = 3  # passes over all captions
-    learning_rate: float = 1e-3  # Adam's, at its highest
+    batch_size: int = 128  # captions a step, over all processes; for cider those drawn, 5 a photo
+    num_epochs: int = 3  # passes over all captions, or for cider over all photos
+    learning_rate: float | None = None  # Adam's, at its highest; by default 1e-3, or 1e-4 for cider
     warmup_steps: int = 100  # over which it rises; then it falls to zero along a cosine
     label_smoothing: float = 0.0  # share of the target probability that is spread over all words
     clip_norm: float = 5.0  # the largest norm of the gradient
@@ -107,6 +115,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.fine_tune is None:
             self.fine_tune = PARTS if self.weights == "random" else 0
+        if self.learning_rate is None:
+            self.learning_rate = 1e-4 if self.objective == "cider" else 1e-3
+        if self.backbone_learning_rate is None:
+            self.backbone_learning_rate = 1e-5 if self.objective == "cider" else 1e-3
+        if self.objective == "cider" and self.resume is None:
+            raise InputError("objective cider goes on from a trained model; add --resume models/NAME.")
         self.name = self.name or self.data.resolve().name
         least = {
             "image_size": 32,
@@ -150,24 +164,33 @@ class CommandOptions(TrainingConfig):
 class Training(nn.Module):
     """Encoder and decoder as one module, from a batch to its loss."""
 
-    def __init__(self, encoder: EncoderCNN, decoder: nn.Module, label_smoothing: float = 0.0):
+    def __init__(
+        self, encoder: EncoderCNN, decoder: nn.Module, label_smoothing: float = 0.0, critic: Critic | None = None
+    ):
         super().__init__()
-        self.encoder, self.decoder, self.label_smoothing = encoder, decoder, label_smoothing
+        self.encoder, self.decoder, self.label_smoothing, self.critic = encoder, decoder, label_smoothing, critic
 
-    def forward(self, photos: Tensor, row: Tensor, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, photos: Tensor, row: Tensor, captions: Tensor, lengths: Tensor, ids: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy of the captions' tokens, and the summed attention penalty, of a batch.
+
+        With `ids`, minus the summed CIDEr-D of captions that the critic draws, instead of these captions.
 
         Args:
             photos: uint8 pixels (P, 3, H, W), or features (P, 2048) or (P, cells, 2048).
             row: (B,) each caption's row in `photos`.
             captions: (B, T) padded; lengths: (B,).
+            ids: (P,) each photo's row in the data set.
         """
         features = self.encoder.features(photos) if photos.dtype == torch.uint8 else photos
         embedded = self.encoder.embed(features.to(self.encoder.embed.weight.dtype))  # each photo once
+        if ids is not None:
+            row, captions, lengths, rewards = self.critic.draw(self.decoder, embedded, ids)
         embedded = embedded.index_select(0, row)  # unlike [row], its gradient adds up in one order on any threads
         decoder = self.decoder
         penalty = embedded.new_zeros(())
-        ragged = bool((lengths != lengths[0]).any())
+        ragged = ids is not None or bool((lengths != lengths[0]).any())
         if decoder.attends:
             logits, looked = decoder.unroll(embedded, captions, lengths)
             targets = pack(captions, lengths, skip=1)
@@ -176,6 +199,8 @@ class Training(nn.Module):
             logits, targets = decoder(embedded, captions, lengths), pack(captions, lengths)
         else:
             logits, targets = decoder(embedded, captions).flatten(0, 1), captions.flatten()
+        if ids is not None:
+            return reinforce(logits, captions, lengths, rewards), penalty
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing), penalty
 
@@ -235,7 +260,7 @@ class _Stop:
 
 def _batches(
     data: CaptionDataset, order: list[np.ndarray], features: Tensor | None, config: TrainingConfig, epoch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]]:
     """Turn lists of captions into `Training.forward`'s arguments, from stored features or from pixels."""
     if features is None:
         keys = [[(int(i), config.seed + epoch) for i in np.unique(data.photo[batch])] for batch in order]
@@ -250,7 +275,7 @@ def _batches(
             views = features.shape[1]
             view = np.random.default_rng((config.seed, epoch, int(batch[0]))).integers(views, size=len(unique))
             inputs = features.flatten(0, 1)[torch.from_numpy(unique * views + view)]
-        yield inputs, torch.from_numpy(row), captions, lengths
+        yield inputs, torch.from_numpy(row), captions, lengths, unique
 
 
 @torch.no_grad()
@@ -302,7 +327,8 @@ def train(config: TrainingConfig) -> Path:
     if old is not None and old.architecture.backbone == "stored":
         weights = "random"  # resume.pt holds the real ones
     encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
-    decoder = decoder_class(config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, config.dropout)
+    dropout = 0.0 if config.objective == "cider" else config.dropout
+    decoder = decoder_class(config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, dropout)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -349,9 +375,18 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
         tqdm.write(f"left out: {error}")
 
 
-def _describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset) -> Description:
+def _describe(
+    config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, old: Description | None
+) -> Description:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    if old is not None and old.training.get("objective", "cross-entropy") != config.objective:
+        settings["before"] = old.training  # the settings of the epochs with the other objective
+    elif old is not None and "before" in old.training:
+        settings["before"] = old.training["before"]
     published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
+    if old is not None and old.architecture.backbone == "stored":
+        published = False
     return Description(
         architecture=Architecture(
             decoder=config.decoder,
@@ -370,9 +405,29 @@ def _describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset)
             "train_sha256": hashlib.sha256(data.annotation_file.read_bytes()).hexdigest(),
             "val_photos": min(len(val.paths), config.val_photos),
         },
-        training={k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        training=settings,
         environment=checkpoint.environment(),
     )
+
+
+def _change_objective(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
+    """The state of a training that goes on with another objective: from its best epoch, the optimizer anew."""
+    best, first = state["best_epoch"], len(state["epochs"]) + 1
+    if best is None:
+        raise InputError(
+            f"{folder} has no epoch that has ended; train it for one with --objective {state['objective']}."
+        )
+    encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
+    position = {"epoch": first, "step": 0, "epoch_loss": 0.0, "epoch_tokens": 0}
+    return {
+        **state,
+        **position,
+        "objective": objective,
+        "first_epoch": first,
+        "encoder": encoder,
+        "decoder": decoder,
+        "optimizer": None,
+    }
 
 
 def _train(
@@ -387,8 +442,8 @@ def _train(
     stop: _Stop,
 ) -> Path:
     main, say = accelerator.is_main_process, tqdm.write if accelerator.is_main_process else lambda _: None
-    description = _describe(config, data, val)
-    start_epoch, start_step = 1, 0
+    description = _describe(config, data, val, old)
+    start_epoch, start_step, first_epoch = 1, 0, 1
     state: dict[str, Any] | None = None
     if old is not None:
         if old.data.get("train_sha256") != description.data["train_sha256"]:
@@ -397,9 +452,11 @@ def _train(
             was = old.preprocessing.image_size
             raise InputError(f"{folder} is trained with --image-size {was}, which cannot change; start a new training.")
         state = checkpoint.load_resume(folder, say)
+        if state["objective"] != config.objective:
+            state = _change_objective(folder, state, config.objective)
         description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
-        start_epoch, start_step = state["epoch"], state["step"]
-        named = description.architecture.backbone != "stored"
+        start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
+        named = old.architecture.backbone != "stored"
         load_weights(encoder, state["encoder"], folder / "resume.pt", may_lack=("resnet.",) if named else ())
         load_weights(decoder, state["decoder"], folder / "resume.pt")
         encoder.resnet.to(memory_format=torch.channels_last)
@@ -424,18 +481,24 @@ def _train(
     if backbone:
         groups.append({"params": backbone, "lr": config.backbone_learning_rate})
     optimizer = torch.optim.Adam(groups, fused=True)
-    model = Training(encoder, decoder, config.label_smoothing)
+    critic = Critic(data) if config.objective == "cider" else None
+    model = Training(encoder, decoder, config.label_smoothing, critic)
     model, optimizer = accelerator.prepare(model, optimizer)
-    if state is not None:
+    if state is not None and state["optimizer"] is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
             raise InputError(f"{folder}/resume.pt belongs to another training ({error}).") from None
     peaks = [group["lr"] for group in groups]
 
-    sampler_class, lengths = (LengthBatches, data.lengths) if features is not None else (PhotoBatches, data.photo)
-    sampler = sampler_class(lengths, config.batch_size, config.seed)
-    total = len(sampler) * config.num_epochs
+    if critic is not None:
+        sampler = PhotoBatches(np.arange(len(data.paths)), max(1, config.batch_size // DRAWS), config.seed)
+        a_caption = np.unique(data.photo, return_index=True)[1]  # of each photo, which stands for it in a batch
+    elif features is not None:
+        sampler = LengthBatches(data.lengths, config.batch_size, config.seed)
+    else:
+        sampler = PhotoBatches(data.photo, config.batch_size, config.seed)
+    total, last_epoch = len(sampler) * config.num_epochs, first_epoch - 1 + config.num_epochs
     log = open(folder / config.log_file, "ab" if state is not None else "wb")
     if state is not None:
         log.truncate(min(state["log_bytes"], log.tell()))
@@ -453,6 +516,8 @@ def _train(
             folder,
             {
                 "format": 2,
+                "objective": config.objective,
+                "first_epoch": first_epoch,
                 "epoch": epoch,
                 "step": step,
                 "encoder": encoder_state,
@@ -470,6 +535,9 @@ def _train(
     if main and state is None:
         checkpoint.remove_training(folder)
         save(1, 0)
+    elif main and state["optimizer"] is None:
+        checkpoint.write_description(folder, description)  # first, so that whatever comes next, it goes on with cider
+        save(start_epoch, 0)
     say(
         f"training on {len(data.photo)} captions of {len(data.paths)} photos, {len(data.vocab)} words, "
         f"{accelerator.num_processes} process(es), {accelerator.device.type}"
@@ -477,35 +545,37 @@ def _train(
     last_save = time.monotonic()
     stopped_sentence = f"stopped; go on with `python train.py --resume {folder}`"
     with log:
-        for epoch in range(start_epoch, config.num_epochs + 1):
-            if description.best_epoch is not None and epoch - 1 - description.best_epoch >= config.patience:
-                say(f"no better CIDEr for {config.patience} epochs; the best is epoch {description.best_epoch}")
+        for epoch in range(start_epoch, last_epoch + 1):
+            best = description.best_epoch
+            if best is not None and epoch - max(best + 1, first_epoch) >= config.patience:
+                say(f"no better CIDEr for {config.patience} epochs; the best is epoch {best}")
                 break
             sampler.set_epoch(epoch)
-            order = list(sampler)
+            order = list(sampler) if critic is None else [a_caption[photos] for photos in sampler]
             n, rank = accelerator.num_processes, accelerator.process_index
             shares = [batch[rank::n] if len(batch) > rank else batch[:1] for batch in order[start_step:]]
             bar = tqdm(
                 total=len(order),
                 initial=start_step,
-                desc=f"epoch {epoch}/{config.num_epochs}",
+                desc=f"epoch {epoch}/{last_epoch}",
                 unit="step",
                 disable=None if main else True,
             )
             model.train()
             for step, batch in enumerate(_batches(data, shares, features, config, epoch), start_step + 1):
                 whole = order[step - 1]
-                done = (epoch - 1) * len(order) + step - 1
-                torch.manual_seed((config.seed * 1_000_003 + done) * n + rank)  # dropout's, resumed for free
+                done = (epoch - first_epoch) * len(order) + step - 1
+                torch.manual_seed((config.seed * 1_000_003 + done) * n + rank)  # dropout's and draws', resumed for free
                 factor = learning_rate_factor(done, total, config.warmup_steps)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
                 inputs = [x.to(accelerator.device, non_blocking=True) for x in batch[:3]]
                 with autocast(accelerator.device, config.precision):
-                    loss, penalty = model(*inputs, batch[3])
+                    loss, penalty = model(*inputs, batch[3], None if critic is None else batch[4])
                 mine = 1.0 if len(whole) > rank else 0.0
-                tokens = loss_tokens(data.lengths[whole], decoder)
-                objective = mine * (loss / tokens + config.attention_penalty * penalty / len(whole))
+                captions = len(whole) if critic is None else DRAWS * len(whole)
+                tokens = loss_tokens(data.lengths[whole], decoder) if critic is None else captions
+                objective = mine * (loss / tokens + config.attention_penalty * penalty / captions)
                 accelerator.backward(objective * n)  # several processes' gradients are averaged
                 shared = accelerator.reduce(torch.stack([loss.detach() * mine, loss.new_tensor(stop.signal)]), "sum")
                 value, stopped = shared[0].item() / tokens, int(shared[1].item())
@@ -522,10 +592,8 @@ def _train(
                 optimizer.zero_grad(set_to_none=True)
 
                 epoch_loss, epoch_tokens = epoch_loss + value * tokens, epoch_tokens + tokens
-                line = (
-                    f"Epoch [{epoch}/{config.num_epochs}], Step [{step}/{len(order)}], "
-                    f"Loss: {value:.4f}, Perplexity: {math.exp(min(value, 700)):.4f}"
-                )
+                means = f"Perplexity: {math.exp(min(value, 700)):.4f}" if critic is None else f"CIDEr-D: {-value:.4f}"
+                line = f"Epoch [{epoch}/{last_epoch}], Step [{step}/{len(order)}], Loss: {value:.4f}, {means}"
                 if main:
                     log.write(f"{line}\n".encode())
                 bar.update()
@@ -555,7 +623,7 @@ def _train(
             best = description.best_epoch
             better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
             if main:
-                if better or epoch % config.save_every == 0 or epoch == config.num_epochs:
+                if better or epoch % config.save_every == 0 or epoch == last_epoch:
                     checkpoint.save_epoch(folder, epoch, encoder, decoder, description)
                 if better:
                     description.best_epoch = epoch
@@ -633,11 +701,18 @@ def read_log(path: Path) -> np.ndarray:
     return np.array(rows)
 
 
-def resumed_config(folder: Path) -> CommandOptions:
-    """The configuration of the training in `folder`, set to go on; its fields may be changed before it does."""
+def resumed_config(folder: Path, objective: str | None = None) -> CommandOptions:
+    """The configuration of the training in `folder`, set to go on, with another `objective` if one is given.
+
+    Its fields may be changed before it does.
+    """
     known = [field.name for field in dataclasses.fields(TrainingConfig)]
     saved = checkpoint.read_description(folder).training
     values = {name: saved[name] for name in known if name in saved}
+    if objective is not None and objective != values.get("objective", "cross-entropy"):
+        values["objective"] = objective
+        for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # not the other objective's
+            values.pop(name, None)
     try:
         return TypeAdapter(CommandOptions).validate_python({**values, "resume": Path(folder)})
     except ValidationError as error:
@@ -653,7 +728,9 @@ def main() -> None:
     options: dict[str, Any] = {}
     arguments = [part for argument in sys.argv[1:] for part in argument.split("=", 1)]
     if "--resume" in arguments[:-1]:
-        options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]))
+        given = arguments[arguments.index("--objective") + 1] if "--objective" in arguments[:-1] else None
+        objective = given if given in get_args(Objective) else None
+        options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]), objective)
     config = tyro.cli(CommandOptions, description=__doc__, **options)
     folder = config.models / config.name
     if config.resume is None and not config.overwrite and (folder / checkpoint.DESCRIPTION).exists():
