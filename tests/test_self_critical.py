@@ -112,8 +112,6 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(model: Training):
         logits = model.decoder(embedded, padded[:, : lengths.max()], lengths).double()
         both = rewards[torch.tensor([[i, j]])]
         total = total + p[i] * p[j] * reinforce(logits, padded[:, : lengths.max()], lengths, both)
-            logits, padded[:, : lengths.max()], lengths, rewards[torch.tensor([[i, j]])]
-        )
     total.backward()
     assert total.item() == pytest.approx(-2 * expected_reward.item(), rel=1e-5)
     found, exact = gradient(model), exact_gradient(model, features)
