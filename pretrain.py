@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +27,7 @@ from checkpoint import write_file
 from data_loader import CACHE, CaptionDataset, Photos, build_transform, read_batches
 from errors import InputError, run_command
 from model import FEATURE_SIZE, PARTS, EncoderCNN
+from processes import this_process
 from train import autocast, learning_rate_factor
 
 
@@ -59,11 +59,13 @@ def words_of_photos(data: CaptionDataset) -> Tensor:
 def pretrain(config: PretrainingConfig) -> Path:
     """Train a backbone to detect the captions' words and write its state dict to `config.out`.
 
-    Raises `InputError` for what the user can mend. On one device; several processes would each train their own.
+    Raises `InputError` for what the user can mend.
     """
     if config.num_epochs < 1 or config.batch_size < 2:
         raise InputError("num_epochs must be at least 1 and batch_size at least 2, for the batch norms.")
-    device = PartialState().device
+    if this_process().num_processes > 1:
+        raise InputError("a backbone is pretrained by one process; start it with `python pretrain.py`.")
+    device = this_process().device
     torch.manual_seed(config.seed)
     data = CaptionDataset(config.data, "train", None, None, config.vocab_threshold, config.cache)
     val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
