@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import matplotlib.figure
 import torch
 import tyro
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,6 +31,7 @@ from errors import InputError, run_command
 from features import BATCH, encode
 from hub import find_model, push
 from model import EncoderCNN, fast_dtype
+from processes import this_process
 from vocabulary import UNK, UNK_WORD, Vocabulary
 
 Source = str | Path | Image.Image
@@ -99,7 +99,7 @@ class Captioner:
     """A trained model that captions photos: `Captioner.load(folder)(images)`."""
 
     def __init__(self, encoder: EncoderCNN, decoder: torch.nn.Module, vocab: Vocabulary, description: Description):
-        self.device = PartialState().device
+        self.device = this_process().device
         self.encoder = encoder.for_inference(fast_dtype(self.device)).to(self.device)
         self.decoder = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
 
 class InputError(ValueError):
@@ -11,13 +13,41 @@ class InputError(ValueError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; a user's mistake becomes one sentence on stderr and exit code 2."""
+    """Run a command line's `main`; a user's mistake becomes one sentence on stderr and exit code 2.
+
+    Of several processes that were launched together the first to fail says why, and the others end with it.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # a photo's name may hold what the terminal cannot show
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted", 130)
+    except RuntimeError:  # what a process meets that waits for one which has ended
+        if not _ended(0):
+            raise
+        sys.exit(2)
+
+
+def _end(message: str, code: int) -> None:
+    if _ended(1) <= 1:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _ended(more: int) -> int:
+    """How many of the processes launched together have ended early, after `more` are added; 0 where it is alone.
+
+    They count in the store through which they found each other, which their launcher keeps.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0
+    from torch.distributed import TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", more)
+    except (KeyError, RuntimeError):
+        return 0

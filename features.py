@@ -3,22 +3,25 @@
 A frozen backbone gives the same feature for the same photo in every epoch and for each of its captions,
 so it is asked once. A store is a folder named after all that its numbers depend on (the backbone's
 weights, the transform, the photos' names, sizes and dates), so a stale one is never found. While it is
-being filled its name ends in ".partial"; `done` lists the batches that are on disk, and a pass that was
-interrupted goes on from there.
+being filled, by all processes of one training, its name ends in ".partial"; `done` lists the batches that are
+on disk, and a pass that was interrupted goes on from there, with as many processes as there are then.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,6 +29,7 @@ from tqdm.auto import tqdm
 from data_loader import CACHE, Photos, build_transform, read_batches
 from errors import InputError
 from model import EncoderCNN, fast_dtype
+from processes import this_process
 
 BATCH = 16 if not torch.cuda.is_available() else 256  # on a CPU a small batch stays in its cache
 
@@ -80,33 +84,49 @@ def stored_features(
 ) -> Tensor:
     """The features of all photos, in half precision, memory-mapped: (photos, views, 2048) or (..., cells, channels).
 
-    Those that are on disk already are not computed again. Under torch.distributed each process computes
-    its share. Photos that cannot be read are passed to `unreadable` and their rows stay zero; without it
-    the pass goes over all photos and then raises `InputError` with the list of them. With `seen`, what the
-    encoder's `frozen_part` sees of them, (photos, views, cells, channels), the rest alone is computed.
+    Those that are on disk already are not computed again. Each of several processes computes its share; of
+    several trainings one computes them and the others wait. Photos that cannot be read are passed to
+    `unreadable`, in every process, and their rows stay zero; without it the pass goes over all photos and then
+    raises `InputError` with the list of them. With `seen`, what the encoder's `frozen_part` sees of them,
+    (photos, views, cells, channels), the rest alone is computed.
     """
-    state = PartialState()
+    state = this_process()
     with torch.no_grad():
         one = encoder.eval().features(torch.zeros(1, 3, image_size, image_size, device=encoder.embed.weight.device))
     shape = (len(paths), views, *one.shape[1:])
-    store = cache / "features" / _key(encoder, paths, image_size, views)
-    partial = store.with_name(f"{store.name}.{BATCH}.partial")
-    if not store.exists():
+    with ExitStack() as stack:
+        found: list = [None, None, None]
         if state.is_main_process:
-            partial.mkdir(parents=True, exist_ok=True)
-            if not (partial / "features.npy").exists():
+            store = cache / "features" / _key(encoder, paths, image_size, views)
+            partial = store.with_name(f"{store.name}.{BATCH}.partial")
+            store.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
+            if not store.exists():
+                partial.mkdir(exist_ok=True)
                 _allocate(partial / "features.npy", shape)
-        state.wait_for_everyone()
-        failed = _fill(encoder, paths, image_size, views, partial, workers, unreadable, seen)
-        state.wait_for_everyone()
-        if failed:
-            shown = "; ".join(str(error) for error in failed[:10])
-            raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown}")
-        if state.is_main_process and unreadable is None:
-            os.replace(partial, store)
-        state.wait_for_everyone()
-    found = store if store.exists() else partial
-    return torch.from_numpy(np.load(found / "features.npy", mmap_mode="c"))
+            found = [store, partial, store.exists()]
+        store, partial, complete = broadcast_object_list(found)
+        if not complete:
+            failed = _fill(encoder, paths, image_size, views, partial, workers, seen)
+            if failed and unreadable is None:
+                shown = "; ".join(str(error) for error in [*failed.values()][:10])
+                raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown}")
+            for index, error in failed.items():
+                unreadable(index, error)
+            complete = not failed
+            if complete and state.is_main_process:
+                os.replace(partial, store)
+            state.wait_for_everyone()
+        return torch.from_numpy(np.load((store if complete else partial) / "features.npy", mmap_mode="c"))
+
+
+def _lock(path: Path) -> AbstractContextManager:
+    lock = filelock.FileLock(path, timeout=2)
+    try:
+        return lock.acquire()
+    except filelock.Timeout:
+        tqdm.write("waiting for another training that computes the same features")
+        return lock.acquire(timeout=-1)
 
 
 def _key(encoder: EncoderCNN, paths: list[Path], image_size: int, views: int) -> str:
@@ -121,13 +141,23 @@ def _key(encoder: EncoderCNN, paths: list[Path], image_size: int, views: int) ->
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> None:
+    """Make the array's file, all of it on disk: writing to a hole in a map kills the process where the disk is full."""
+    if path.exists():
+        return
     needed = 2 * int(np.prod(shape))
-    if shutil.disk_usage(path.parent).free < needed:
-        raise InputError(
-            f"{path} needs {needed / 1e9:.1f} GB, more than the disk has free; make room or use fewer views."
-        )
     beside = path.with_name("features.new.npy")
-    np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape).flush()
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, "the disk has less")
+        np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            with open(beside, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} needs {needed / 1e9:.1f} GB and cannot be made ({error.strerror}); make room or use fewer views."
+        ) from None
     os.replace(beside, path)
 
 
@@ -146,12 +176,13 @@ def _fill(
     views: int,
     folder: Path,
     workers: int,
-    unreadable: Callable[[int, InputError], object] | None,
     seen: Tensor | None,
-) -> list[InputError]:
-    state = PartialState()
+) -> dict[int, InputError]:
+    """Compute this process's share of what is not there yet; returns all processes' unreadable photos."""
+    state = this_process()
     features = np.load(folder / "features.npy", mmap_mode="r+")
     done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}
+    state.wait_for_everyone()  # none writes to what another still reads
     starts = [start for start in range(0, len(paths), BATCH) if start not in done]
     mine = starts[state.process_index :: state.num_processes]
     batches = [list(range(start, min(start + BATCH, len(paths)))) for start in mine]
@@ -178,7 +209,4 @@ def _fill(
                 log.flush()
                 os.fsync(log.fileno())
             progress.update(BATCH)
-    for index, error in failed.items():
-        if unreadable is not None:
-            unreadable(index, error)
-    return [] if unreadable is not None else list(failed.values())
+    return dict(sorted(gather_object([*failed.items()])))

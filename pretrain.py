@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,6 +28,7 @@ from data_loader import CACHE, CaptionDataset
 from errors import InputError, run_command
 from features import stored_features
 from model import PARTS, EncoderCNN
+from processes import this_process
 from train import autocast, learning_rate_factor
 
 
@@ -73,9 +73,11 @@ def word_shares(data: CaptionDataset) -> Tensor:
 def pretrain(config: PretrainingConfig) -> Path:
     """Train the last parts of a backbone to detect the captions' words; write its state dict to `config.out`.
 
-    Raises `InputError` for what the user can mend. On one device; several processes would each train their own.
+    Raises `InputError` for what the user can mend.
     """
-    device = PartialState().device
+    if this_process().num_processes > 1:
+        raise InputError("a backbone is pretrained by one process; start it with `python pretrain.py`.")
+    device = this_process().device
     torch.manual_seed(config.seed)
     data = CaptionDataset(config.data, "train", None, None, config.vocab_threshold, config.cache)
     val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)

@@ -3,6 +3,7 @@
     python train.py --data data/scenes --name scenes --weights random
     python train.py --resume models/scenes
     python train.py --resume models/scenes --objective cider
+    torchrun --nproc_per_node 2 train.py --data data/scenes      two processes, the same training
 
 A frozen backbone's features are computed once (`features.py`) and training reads those; a backbone that
 learns is fed pixels. Either way a batch is a list of captions, and `Training` below computes its loss. With
@@ -18,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -52,6 +55,7 @@ from errors import InputError, run_command
 from features import BATCH, encode, stored_features
 from metrics import score
 from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, load_weights, pack, read_state_dict
+from processes import on_cpus, this_process
 from self_critical import DRAWS, Critic, reinforce
 from vocabulary import Vocabulary
 
@@ -258,24 +262,38 @@ class _Stop:
             signal.signal(number, handler)
 
 
+def share(captions: np.ndarray, photo: np.ndarray, rank: int, processes: int, whole_photos: bool) -> np.ndarray:
+    """The captions of a batch that one of several processes learns from; each caption is one process's.
+
+    captions: (B,) their indices. photo: (captions,) each one's photo. whole_photos: keep those of a photo together,
+        so that the backbone sees it in one process only.
+    """
+    if not whole_photos:
+        return captions[rank::processes]
+    return captions[np.unique(photo[captions], return_inverse=True)[1] % processes == rank]
+
+
 def _batches(
     data: CaptionDataset, order: list[np.ndarray], features: Tensor | None, config: TrainingConfig, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]]:
     """Turn lists of captions into `Training.forward`'s arguments, from stored features or from pixels."""
     if features is None:
-        keys = [[(int(i), config.seed + epoch) for i in np.unique(data.photo[batch])] for batch in order]
-        photos = Photos(data.paths, build_transform(True, config.image_size, normalise=False))
-        pixels = (images for _, images in read_batches(photos, keys, config.workers))
+        keys = ([(int(i), config.seed + epoch) for i in np.unique(data.photo[batch])] for batch in order)
+        reader = Photos(data.paths, build_transform(True, config.image_size, normalise=False))
+        pixels = (images for _, images in read_batches(reader, keys, config.workers))
+    else:  # a view for each caption, the same whichever process draws it
+        views = features.shape[1]
+        view = np.random.default_rng((config.seed, epoch)).integers(views, size=len(data.photo), dtype=np.int32)
     for batch in order:
         captions, lengths = data.captions(batch)
-        unique, row = np.unique(data.photo[batch], return_inverse=True)
         if features is None:
+            photos, row = np.unique(data.photo[batch], return_inverse=True)
             inputs = next(pixels)
-        else:  # one view of each photo, gathered from the memory map in one call
-            views = features.shape[1]
-            view = np.random.default_rng((config.seed, epoch, int(batch[0]))).integers(views, size=len(unique))
-            inputs = features.flatten(0, 1)[torch.from_numpy(unique * views + view)]
-        yield inputs, torch.from_numpy(row), captions, lengths, unique
+        else:  # gathered from the memory map in one call
+            seen = data.photo[batch].astype(np.int64) * views + view[batch]
+            unique, row = np.unique(seen, return_inverse=True)
+            inputs, photos = features.flatten(0, 1)[torch.from_numpy(unique)], unique // views
+        yield inputs, torch.from_numpy(row), captions, lengths, photos
 
 
 @torch.no_grad()
@@ -309,8 +327,10 @@ def train(config: TrainingConfig) -> Path:
     # Data, vocabulary, model
     resumed = config.resume is not None
     folder = config.resume if resumed else config.models / config.name
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    main = accelerator.is_main_process
+    process = this_process()
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=on_cpus(), kwargs_handlers=[ddp])
+    main = process.is_main_process
     torch.manual_seed(config.seed)
     old = checkpoint.read_description(folder) if resumed else None
     vocab = None
@@ -318,30 +338,31 @@ def train(config: TrainingConfig) -> Path:
         vocab = Vocabulary(old.vocabulary)
     elif config.vocab_from_file:
         vocab = Vocabulary.load(config.vocab_file)
-    data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
-    val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
-    decoder_class = DECODERS[config.decoder]
-    if config.skip_unreadable or config.fine_tune:  # a pass of the frozen backbone lists them itself
-        _check_photos([data, val], config)
     weights = checkpoint.backbone_weights(config.weights)
     if old is not None and old.architecture.backbone == "stored":
         weights = "random"  # resume.pt holds the real ones
-    encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
+    decoder_class = DECODERS[config.decoder]
+    with process.local_main_process_first():  # what it downloads and tokenizes the others find
+        data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
+        val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
+        encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
     dropout = 0.0 if config.objective == "cider" else config.dropout
     decoder = decoder_class(config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, dropout)
+    if config.skip_unreadable or config.fine_tune:  # a pass of the frozen backbone lists them itself
+        _check_photos([data, val], config)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}); choose another --models or --name.") from None
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    lock, taken = filelock.FileLock(folder / ".lock", timeout=0), False
     if main:
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise InputError(
-                f"another training is writing to {folder}; wait for it or choose another --name."
-            ) from None
+            taken = True
+    if broadcast_object_list([taken])[0]:
+        raise InputError(f"another training is writing to {folder}; wait for it or choose another --name.")
     try:
         with _Stop() as stop:
             return _train(config, folder, accelerator, data, val, encoder, decoder, old, stop)
@@ -361,9 +382,12 @@ def train(config: TrainingConfig) -> Path:
 
 def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
     """Read every photo once, so that one that cannot be read is known before the first epoch and not within it."""
+    process = this_process()
+    rank, processes = process.process_index, process.num_processes
     failed: list[InputError] = []
     for split in splits:
-        found = find_unreadable(split.paths, config.workers, config.cache)
+        mine = find_unreadable(split.paths[rank::processes], config.workers, config.cache)
+        found = dict(sorted(gather_object([(rank + i * processes, error) for i, error in mine.items()])))
         split.drop(found)
         failed += found.values()
         if not len(split.photo):
@@ -371,7 +395,7 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
     if failed and not config.skip_unreadable:
         shown = "; ".join(str(error) for error in failed[:10])
         raise InputError(f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown}")
-    for error in failed:
+    for error in failed if process.is_main_process else ():
         tqdm.write(f"left out: {error}")
 
 
@@ -483,7 +507,9 @@ def _train(
     optimizer = torch.optim.Adam(groups, fused=True)
     critic = Critic(data) if config.objective == "cider" else None
     model = Training(encoder, decoder, config.label_smoothing, critic)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():  # torch 2.14 gives `broadcast_buffers` another name
+        warnings.simplefilter("ignore", FutureWarning)
+        model, optimizer = accelerator.prepare(model, optimizer)
     if state is not None and state["optimizer"] is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
@@ -499,8 +525,8 @@ def _train(
     else:
         sampler = PhotoBatches(data.photo, config.batch_size, config.seed)
     total, last_epoch = len(sampler) * config.num_epochs, first_epoch - 1 + config.num_epochs
-    log = open(folder / config.log_file, "ab" if state is not None else "wb")
-    if state is not None:
+    log = open(folder / config.log_file if main else os.devnull, "ab" if state is not None else "wb")
+    if state is not None and main:
         log.truncate(min(state["log_bytes"], log.tell()))
     epoch_loss, epoch_tokens = (0.0, 0) if state is None else (state["epoch_loss"], state["epoch_tokens"])
 
@@ -553,7 +579,8 @@ def _train(
             sampler.set_epoch(epoch)
             order = list(sampler) if critic is None else [a_caption[photos] for photos in sampler]
             n, rank = accelerator.num_processes, accelerator.process_index
-            shares = [batch[rank::n] if len(batch) > rank else batch[:1] for batch in order[start_step:]]
+            shares = [share(batch, data.photo, rank, n, features is None) for batch in order[start_step:]]
+            taught = [mine if len(mine) else whole[:1] for mine, whole in zip(shares, order[start_step:], strict=True)]
             bar = tqdm(
                 total=len(order),
                 initial=start_step,
@@ -562,7 +589,7 @@ def _train(
                 disable=None if main else True,
             )
             model.train()
-            for step, batch in enumerate(_batches(data, shares, features, config, epoch), start_step + 1):
+            for step, batch in enumerate(_batches(data, taught, features, config, epoch), start_step + 1):
                 whole = order[step - 1]
                 done = (epoch - first_epoch) * len(order) + step - 1
                 torch.manual_seed((config.seed * 1_000_003 + done) * n + rank)  # dropout's and draws', resumed for free
@@ -572,7 +599,7 @@ def _train(
                 inputs = [x.to(accelerator.device, non_blocking=True) for x in batch[:3]]
                 with autocast(accelerator.device, config.precision):
                     loss, penalty = model(*inputs, batch[3], None if critic is None else batch[4])
-                mine = 1.0 if len(whole) > rank else 0.0
+                mine = float(len(shares[step - 1 - start_step]) > 0)
                 captions = len(whole) if critic is None else DRAWS * len(whole)
                 tokens = loss_tokens(data.lengths[whole], decoder) if critic is None else captions
                 objective = mine * (loss / tokens + config.attention_penalty * penalty / captions)
@@ -604,6 +631,7 @@ def _train(
                     save(epoch, step)
                     last_save = time.monotonic()
                 if stopped:
+                    accelerator.wait_for_everyone()  # the first to leave has its launcher stop the others
                     bar.close()
                     say(stopped_sentence)
                     raise KeyboardInterrupt
@@ -647,11 +675,19 @@ def validate(
     features: Tensor | None,
     config: TrainingConfig,
 ) -> dict[str, Any]:
-    """Validation loss and perplexity a token, and the metrics and captions of greedy decoding."""
+    """Validation loss and perplexity a token, and the metrics and captions of greedy decoding.
+
+    Each process takes its share of the batches, which are the same for any number of processes.
+    """
     training = accelerator.unwrap_model(model).eval()
     encoder, decoder = training.encoder, training.decoder
     photos = min(len(val.paths), config.val_photos)
-    mine = list(range(photos))[accelerator.process_index :: accelerator.num_processes]
+    size = BATCH if features is None else 64
+    batches = [list(range(i, min(i + size, photos))) for i in range(0, photos, size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    if encoder.fine_tune == PARTS and accelerator.num_processes > 1:  # each has seen its own photos' statistics
+        for buffer in filter(Tensor.is_floating_point, encoder.resnet.buffers()):
+            buffer.copy_(accelerator.reduce(buffer, "mean"))
     fast = None if features is not None else encoder.for_inference(fast_dtype(accelerator.device))
     captions_of: list[list[int]] = [[] for _ in range(photos)]
     for caption, photo in enumerate(val.photo.tolist()):
@@ -659,11 +695,10 @@ def validate(
             captions_of[photo].append(caption)
     loss, tokens, hypotheses = 0.0, 0, {}
     if features is not None:
-        chunks = ((mine[i : i + 64], features[mine[i : i + 64]]) for i in range(0, len(mine), 64))
+        chunks = ((rows, features[rows]) for rows in mine)
     else:
         reader = Photos(val.paths, build_transform(False, config.image_size, normalise=False))
-        batches = [mine[i : i + BATCH] for i in range(0, len(mine), BATCH)]
-        chunks = encode(fast, reader, batches, config.workers)
+        chunks = encode(fast, reader, mine, config.workers)
     for rows, seen in chunks:
         seen = seen.to(accelerator.device).float()
         which = np.array([caption for row in rows for caption in captions_of[row]])
@@ -676,20 +711,20 @@ def validate(
         for photo, hypothesis in zip(rows, found, strict=True):
             hypotheses[int(val.image_ids[photo])] = val.vocab.decode(hypothesis.tokens)
     totals = accelerator.reduce(torch.tensor([loss, tokens], dtype=torch.float64, device=accelerator.device), "sum")
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        hypotheses = dict(gather_object(list(hypotheses.items())))
-    references = {i: texts for i, texts in val.references().items() if i in hypotheses}
     val_loss = (totals[0] / totals[1]).item()
-    metrics = score(hypotheses, references, java=False).metrics
-    shown = [int(i) for i in val.image_ids[:3]]
-    return {
-        "val_loss": val_loss,
-        "val_perplexity": math.exp(min(val_loss, 700)),
-        **{name: value for name, value in metrics.items() if value is not None},
-        "captions": {str(i): hypotheses[i] for i in shown},
-    }
+    hypotheses = dict(gather_object([*hypotheses.items()]))
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        ids = [int(i) for i in val.image_ids[:photos]]
+        written = val.references()
+        metrics = score({i: hypotheses[i] for i in ids}, {i: written[i] for i in ids}, java=False).metrics
+        result = {
+            "val_loss": val_loss,
+            "val_perplexity": math.exp(min(val_loss, 700)),
+            **{name: value for name, value in metrics.items() if value is not None},
+            "captions": {str(i): hypotheses[i] for i in ids[:3]},
+        }
+    return broadcast_object_list([result])[0]
 
 
 def read_log(path: Path) -> np.ndarray:
