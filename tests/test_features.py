@@ -148,7 +148,7 @@ def test_a_disk_too_small_is_said_before_anything_is_computed(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: Free)
-    with pytest.raises(InputError, match="more than the disk has free"):
+    with pytest.raises(InputError, match="the disk has less"):
         stored_features(encoder, paths, 64, cache=tmp_path)
 
 

@@ -270,7 +270,7 @@ def test_the_description_says_what_was_done(config: Make, tmp_path: Path):
     assert lines[-1].startswith("Epoch [2/2], Step [8/8], Loss: -")
     assert "CIDEr-D: " in lines[-1]
     (tmp_path / "shared").mkdir()
-    write_shared(folder, tmp_path / "shared", "someone/model")
+    write_shared(folder, tmp_path / "shared", "someone/model", "mit")
     assert before["models"] not in (tmp_path / "shared" / "captioner.json").read_text()
 
 
