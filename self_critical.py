@@ -48,7 +48,7 @@ class Critic:
         captions would not be those of the model that then learns from them.
         """
         found = [hypothesis.tokens for hypothesis in sample(decoder, features, n=DRAWS)]
-        # Under autocast the weights were converted without a gradient, and would be used so again.
+        # Older versions of torch would use the weights that autocast converted without a gradient once more.
         torch.clear_autocast_cache()
         rewards = self.cider(np.repeat(photos, DRAWS).tolist(), found)
         captions = pad_sequence([torch.tensor([START, *words]) for words in found], True, END).to(features.device)
