@@ -16,7 +16,7 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python scenes.py $(SCENES)
-	$(BIN)/python pretrain.py --data $(SCENES) --weights models/photos --out models/scenes-backbone.pth --image-size 96 --num-epochs 4
+	$(BIN)/python pretrain.py --data $(SCENES) --weights models/photos --out models/scenes-backbone.pth --image-size 96
 	$(BIN)/python train.py --data $(SCENES) --name scenes --weights models/scenes-backbone.pth --image-size 96 \
 	    --hidden-size 256 --dropout 0.1 --batch-size 24 --learning-rate 3e-3 --num-epochs 7 --print-every 500 \
 	    --overwrite

@@ -737,16 +737,16 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.86, 1.06), 0.26, (0.68, 0.82), 2, RUNNING, BEASTS),
-    "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1.1), 0.2, (0.68, 0.82), 3, SITTING, BEASTS),
-    "horse": Kind({"horse": 8, "pony": 2}, horse, (1.5, 1.52), 0.3, (0.68, 0.82), 2, GALLOPING, WHEELS),
-    "bird": Kind({"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.68, 0.82), 3, PERCHING, ALOFT | SMALL),
+    "dog": Kind({"dog": 8, "puppy": 1, "pup": 1}, dog, (1.86, 1.06), 0.26, (0.76, 0.86), 2, RUNNING, BEASTS),
+    "cat": Kind({"cat": 8, "kitten": 1, "kitty": 1}, cat, (1.04, 1.1), 0.2, (0.76, 0.86), 3, SITTING, BEASTS),
+    "horse": Kind({"horse": 8, "pony": 2}, horse, (1.5, 1.52), 0.3, (0.76, 0.86), 2, GALLOPING, WHEELS),
+    "bird": Kind({"bird": 9, "songbird": 1}, bird, (1.64, 1.36), 0.18, (0.76, 0.86), 3, PERCHING, ALOFT | SMALL),
     "man": Kind(
         {"man": 8, "guy": 1, "gentleman": 1},
         man,
         (0.76, 1.06),
         0.3,
-        (0.68, 0.82),
+        (0.76, 0.86),
         3,
         STROLLING,
         PEOPLE,
@@ -758,21 +758,21 @@ KINDS: dict[str, Kind] = {
         woman,
         (0.76, 1.02),
         0.3,
-        (0.68, 0.82),
+        (0.76, 0.86),
         3,
         STROLLING,
         PEOPLE,
         garments=("dress", "gown"),
         pronoun="her",
     ),
-    "car": Kind({"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.68, 0.82), 2, DRIVING, WHEELS),
-    "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.68, 0.82), 2, DRIVING, WHEELS),
-    "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.68, 0.82), 3, SAILING, MOORED),
-    "plane": Kind({"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.68, 0.82), 2, FLYING, ALOFT),
-    "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.68, 0.82), 3, FLYING, ALOFT),
-    "balloon": Kind({"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.68, 0.82), 3, FLOATING, ALOFT),
+    "car": Kind({"car": 9, "automobile": 1, "sedan": 1}, car, (2.1, 1), 0.26, (0.76, 0.86), 2, DRIVING, WHEELS),
+    "bus": Kind({"bus": 8, "double decker bus": 2}, bus, (1.5, 1), 0.3, (0.76, 0.86), 2, DRIVING, WHEELS),
+    "boat": Kind({"boat": 7, "sailboat": 3}, boat, (1.32, 1), 0.26, (0.76, 0.86), 3, SAILING, MOORED),
+    "plane": Kind({"plane": 6, "airplane": 3, "jet": 1}, plane, (2.2, 1), 0.26, (0.76, 0.86), 2, FLYING, ALOFT),
+    "kite": Kind({"kite": 9, "paper kite": 1}, kite, (0.72, 1), 0.26, (0.76, 0.86), 3, FLYING, ALOFT),
+    "balloon": Kind({"balloon": 9, "toy balloon": 1}, balloon, (0.62, 1), 0.26, (0.76, 0.86), 3, FLOATING, ALOFT),
     "ball": Kind({"ball": 9, "rubber ball": 1}, ball, (1, 1), 0.14, (0.52, 0.66), 3, BOUNCING, SMALL),
-    "umbrella": Kind({"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.68, 0.82), 2, STANDING, SMALL),
+    "umbrella": Kind({"umbrella": 8, "parasol": 2}, umbrella, (1.24, 1), 0.26, (0.76, 0.86), 2, STANDING, SMALL),
     "tree": Kind({"tree": 1}, tree, (0.95, 1), 0.3, coloured=False),
     "bench": Kind({"bench": 1}, bench, (1.6, 0.85), 0.25),
     "house": Kind({"house": 4, "cottage": 1}, house, (1.12, 1), 0.3),
@@ -933,7 +933,7 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     other = scene["others"][0] if scene["others"] else None
     relation = other["relation"] if other else None
     aloft = action in SKY_ACTIONS
-    size = rng.uniform(*kind.size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.88 if other else 1)
+    size = rng.uniform(*kind.size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.94 if other else 1)
     scale = size / max(kind.extent)
     if count > 1:
         scale = min(scale, 2 * q / (count - OVERLAP * (count - 1)) / kind.extent[0])
