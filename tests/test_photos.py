@@ -1,0 +1,54 @@
+"""The model of photos that comes with the project."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import write_split
+from gradio.media import get_image
+
+from caption import Captioner
+from checkpoint import read_description
+from data_loader import CaptionDataset
+from evaluate import evaluate
+from model import read_state_dict
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "photos"
+
+
+def test_it_is_whole_and_small():
+    sizes = {path.name: path.stat().st_size for path in MODEL.iterdir()}
+    epoch = read_description(MODEL).best_epoch
+    assert {"README.md", "captioner.json", f"encoder-{epoch}.pkl", f"decoder-{epoch}.pkl"} <= sizes.keys()
+    assert sum(sizes.values()) <= 60e6
+    assert max(sizes.values()) <= 49e6
+    for part in ("encoder", "decoder"):
+        state = read_state_dict(MODEL / f"{part}-{epoch}.pkl")
+        assert {str(value.dtype) for value in state.values()} <= {"torch.float16", "torch.int64"}
+
+
+def test_a_photo_is_captioned_by_it_where_no_model_is_named(tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "photos").symlink_to(MODEL)
+    command = [sys.executable, ROOT / "caption.py", get_image("lion.jpg")]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == Captioner.load(MODEL)(get_image("lion.jpg"))[0].text
+
+
+def test_it_captions_photos_that_it_was_not_trained_on(shared: Path, tmp_path: Path):
+    flickr8k = shared / "flickr8k"
+    names = (flickr8k / "Flickr_8k.devImages.txt").read_text().split()[:200]
+    captions: dict[str, list[str]] = {name: [] for name in names}
+    for line in (flickr8k / "Flickr8k.token.txt").read_text().splitlines():
+        name, text = line.split("\t")
+        if name[:-2] in captions:
+            captions[name[:-2]].append(text)
+    write_split(tmp_path, "val", captions)
+    for name in names:
+        (tmp_path / "images" / "val" / name).symlink_to(flickr8k / "Images" / name)
+    captioner = Captioner.load(MODEL)
+    data = CaptionDataset(tmp_path, "val", vocab=captioner.vocab, cache=tmp_path / "cache")
+    found = evaluate(captioner, data, java=False)
+    assert found.scores.metrics["CIDEr"] > 0.2
+    assert len({caption.text for caption in found.captions.values()}) > 100
