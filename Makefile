@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCENES := data/scenes
 NOTEBOOKS := $(sort $(wildcard [0-3]_*.ipynb))
-QUICK_NOTEBOOKS := $(sort $(wildcard [0-1]_*.ipynb))
 
 .PHONY: setup demo test check lint app bench notebooks
 
@@ -28,7 +27,7 @@ test: setup
 
 check: lint
 	pytest
-	NOTEBOOK_QUICK=1 pytest --nbmake --nbmake-timeout=600 $(QUICK_NOTEBOOKS)
+	NOTEBOOK_QUICK=1 pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
 
 lint:
 	ruff check .

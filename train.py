@@ -332,6 +332,8 @@ def train(config: TrainingConfig) -> Path:
     accelerator = Accelerator(cpu=on_cpus(), kwargs_handlers=[ddp])
     main = process.is_main_process
     torch.manual_seed(config.seed)
+    if config.precision == "bf16" and fast_dtype(accelerator.device) != torch.bfloat16:
+        raise InputError(f"this {accelerator.device.type.upper()} is not made for bfloat16; use --precision auto.")
     old = checkpoint.read_description(folder) if resumed else None
     vocab = None
     if old is not None:

@@ -328,3 +328,9 @@ def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callabl
     finally:
         torch.set_num_threads(threads)
     assert len(found) == 1
+
+
+def test_bfloat16_is_refused_where_the_processor_has_none(small: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("train.fast_dtype", lambda _: torch.float32)
+    with pytest.raises(InputError, match="use --precision auto"):
+        train(small(precision="bf16"))
