@@ -165,7 +165,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
 def _finish(encoder: EncoderCNN, seen: Tensor, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
     """As `encode`, from what the frozen part has seen."""
     for indices in batches:
-        cells = seen[indices]  # (B, views, cells, channels)
+        cells = seen[indices].to(encoder.embed.weight.device)  # (B, views, cells, channels)
         yield indices, encoder.finish(cells.flatten(0, 1)).float().unflatten(0, cells.shape[:2])
 
 
@@ -187,11 +187,11 @@ def _fill(
     mine = starts[state.process_index :: state.num_processes]
     batches = [list(range(start, min(start + BATCH, len(paths)))) for start in mine]
     failed: dict[int, InputError] = {}
+    fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
     if seen is None:
-        fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
         found = encode(fast, Photos(paths, Views(image_size, views)), batches, workers, failed.__setitem__)
     else:
-        found = _finish(encoder, seen, batches)
+        found = _finish(fast, seen, batches)
     progress = tqdm(
         total=len(batches) * BATCH,
         desc="backbone",

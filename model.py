@@ -156,7 +156,7 @@ class EncoderCNN(nn.Module):
     def finish(self, cells: Tensor) -> Tensor:
         """The features of photos by what `frozen_part` sees of them, (B, rows * columns, channels), rows = columns."""
         side = round(cells.shape[1] ** 0.5)
-        x = cells.to(self.embed.weight).unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, channels, side, side)
+        x = cells.to(self.resnet[0].weight).unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, channels, side, side)
         return self._pool(self.resnet[-1 - self.fine_tune : -1](x))
 
     def _pool(self, x: Tensor) -> Tensor:
