@@ -355,7 +355,7 @@ def main(
                 css=CSS,
                 app_kwargs={"middleware": [Middleware(NoOtherHosts)]},
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter of a port above 65535
             raise InputError(
                 f"{host}:{port} cannot be listened on ({error}); choose another --host or --port."
             ) from None

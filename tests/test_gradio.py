@@ -613,8 +613,9 @@ def test_without_a_choice_it_serves_the_newest_model(tmp_path: Path, monkeypatch
         gradio_main.main()
 
 
-def test_a_port_in_use_is_a_sentence(attending: Path, page: Page, monkeypatch, tmp_path: Path):
+def test_a_port_that_cannot_be_had_is_a_sentence(attending: Path, page: Page, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(InputError, match=r"choose another --host or --port"):
-        gradio_main.main(attending, port=page.port)
+    for port in (page.port, 99_999):
+        with pytest.raises(InputError, match=r"choose another --host or --port"):
+            gradio_main.main(attending, port=port)
