@@ -31,6 +31,7 @@ from vocabulary import Vocabulary
 DESCRIPTION = "captioner.json"
 LARGEST_DESCRIPTION = 64 << 20  # bytes
 SAMPLE = "scenes"  # the folder that the sample data set is drawn into
+SHIPPED = "photos"  # the model that comes with the project
 RESUME_KEYS = {
     *("format", "encoder", "decoder", "optimizer", "objective", "first_epoch"),
     *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
@@ -125,10 +126,12 @@ def default_model(models: Path = Path("models"), data: str | None = None) -> Pat
     """The model in `models` to use where none was named.
 
     That is the one trained last on the data set whose folder is called `data`; where there is none such, on
-    photos, for which a model of the drawn sample is of no use; else on anything.
+    photos, for which a model of the drawn sample is of no use; else on anything. The one that comes with the
+    project is older than any other, whatever git makes of its date.
     `InputError` says how to get one where there is none at all.
     """
-    found = sorted(models.glob(f"*/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+    found = list(models.glob(f"*/{DESCRIPTION}"))
+    found.sort(key=lambda path: (path.parent.name != SHIPPED, path.stat().st_mtime))
     if not found:
         raise InputError(
             f"there is no trained model in {models}/; make one with `make demo`, fetch one with "

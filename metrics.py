@@ -178,7 +178,7 @@ def _read_json(path: str | Path) -> object:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a file that is there.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); give a COCO file.") from error
 
 

@@ -106,7 +106,13 @@ def test_the_default_is_the_model_trained_last_on_the_kind_of_picture(tmp_path: 
     with pytest.raises(InputError, match="make demo"):
         default_model(tmp_path)
     description = read_description(trained)
-    for name, time, data in (("a", 2, "coco"), ("b", 3, "coco"), ("c", 1, "flickr8k"), ("d", 4, "scenes")):
+    for name, time, data in (
+        ("a", 2, "coco"),
+        ("b", 3, "coco"),
+        ("c", 1, "flickr8k"),
+        ("d", 4, "scenes"),
+        ("photos", 9, "flickr30k"),
+    ):
         (tmp_path / name).mkdir()
         description.data["folder"] = data
         write_description(tmp_path / name, description)
@@ -115,8 +121,11 @@ def test_the_default_is_the_model_trained_last_on_the_kind_of_picture(tmp_path: 
     assert default_model(tmp_path, "flickr8k") == tmp_path / "c"
     assert default_model(tmp_path, "scenes") == tmp_path / "d"
     assert default_model(tmp_path, "other") == tmp_path / "b"
+    assert default_model(tmp_path, "flickr30k") == tmp_path / "photos"
     for name in "abc":
         shutil.rmtree(tmp_path / name)
+    assert default_model(tmp_path) == tmp_path / "photos"
+    shutil.rmtree(tmp_path / "photos")
     assert default_model(tmp_path) == tmp_path / "d"
 
 
