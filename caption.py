@@ -49,7 +49,7 @@ class Decoding:
     alternatives: int = 0  # further captions of each photo, after the first
     max_length: int = 20  # tokens at most
     min_length: int = 0  # words at least
-    length_penalty: float = 0.0  # a beam ranks by log p / length ** this
+    length_penalty: float = 1.0  # a beam ranks by log p / length ** this; 0 prefers short captions
     block_trigrams: bool = False  # a beam never repeats three words
     groups: int = 1  # of the beam, kept different from one another
     diversity: float = 0.5  # how different
@@ -85,7 +85,7 @@ class Caption:
     text: the sentence. tokens: its words, `<end>` left out.
     log_probability: the natural logarithm of the sentence's probability under the model, `<end>` included.
     attention: (len(tokens), cells) where the decoder looked for each token, or None where it does not attend.
-    alternatives: further captions of the photo, less probable ones where they come from a beam.
+    alternatives: further captions of the photo, the next ones in rank where they come from a beam.
     """
 
     text: str

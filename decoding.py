@@ -146,7 +146,7 @@ def beam_search(
     beam_size: int = 3,
     max_length: int = 20,
     min_length: int = 0,
-    length_penalty: float = 0.0,
+    length_penalty: float = 1.0,
     n_best: int = 1,
     block_trigrams: bool = False,
     groups: int = 1,

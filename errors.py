@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message is one sentence that says what and what to do."""
+
+
+def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
+    """The first of many errors in a sentence, and how many more there are."""
+    errors = list(errors)
+    more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""
+    return "; ".join(map(str, errors[:at_most])) + more
 
 
 def run_command(main: Callable[[], None]) -> None:

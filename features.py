@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from data_loader import CACHE, Photos, build_transform, read_batches
-from errors import InputError
+from errors import InputError, shown
 from model import EncoderCNN, fast_dtype
 from processes import this_process
 
-BATCH = 16 if not torch.cuda.is_available() else 256  # on a CPU a small batch stays in its cache
+BATCH = 256 if torch.cuda.device_count() else 16  # on a CPU a small batch stays in its cache
 
 
 class Views:
@@ -91,9 +91,6 @@ def stored_features(
     (photos, views, cells, channels), the rest alone is computed.
     """
     state = this_process()
-    with torch.no_grad():
-        one = encoder.eval().features(torch.zeros(1, 3, image_size, image_size, device=encoder.embed.weight.device))
-    shape = (len(paths), views, *one.shape[1:])
     with ExitStack() as stack:
         found: list = [None, None, None]
         if state.is_main_process:
@@ -103,21 +100,26 @@ def stored_features(
             stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
             if not store.exists():
                 partial.mkdir(exist_ok=True)
-                _allocate(partial / "features.npy", shape)
+                with torch.no_grad():
+                    one = encoder.features(torch.zeros(1, 3, image_size, image_size, device=state.device))
+                _allocate(partial / "features.npy", (len(paths), views, *one.shape[1:]))
             found = [store, partial, store.exists()]
         store, partial, complete = broadcast_object_list(found)
         if not complete:
             failed = _fill(encoder, paths, image_size, views, partial, workers, seen)
             if failed and unreadable is None:
-                shown = "; ".join(str(error) for error in [*failed.values()][:10])
-                raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown}")
+                raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown(failed.values())}")
             for index, error in failed.items():
                 unreadable(index, error)
             complete = not failed
             if complete and state.is_main_process:
                 os.replace(partial, store)
             state.wait_for_everyone()
-        return torch.from_numpy(np.load((store if complete else partial) / "features.npy", mmap_mode="c"))
+        folder = store if complete else partial
+        try:
+            return torch.from_numpy(np.load(folder / "features.npy", mmap_mode="c"))
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            raise InputError(f"{folder} is damaged ({error}); delete it, and it is computed again.") from None
 
 
 def _lock(path: Path) -> AbstractContextManager:

@@ -196,9 +196,11 @@ def score_results(
         for image in annotations.get("images", []):
             references[image["id"]] = []
         for annotation in annotations["annotations"]:
+            if not isinstance(annotation["caption"], str):
+                raise TypeError
             references.setdefault(annotation["image_id"], []).append(annotation["caption"])
     except (AttributeError, KeyError, TypeError) as error:
-        message = f"{references_file} is not a COCO captions file; its annotations need image_id and caption."
+        message = f"{references_file} is not a COCO captions file; its annotations need image_id and caption, a string."
         raise InputError(message) from error
     if not isinstance(results, list) or not results:
         raise InputError(f'{results_file} must be a list of {{"image_id": ..., "caption": ...}}, not empty.')

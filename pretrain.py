@@ -1,7 +1,7 @@
 """Teach a backbone's last stages to see what people name in photos of another kind than it was trained on.
 
-    python pretrain.py --data data/scenes --weights models/photos --out models/scenes-backbone.pth
-    python train.py --data data/scenes --weights models/scenes-backbone.pth
+    python pretrain.py --data data/scenes --weights models/photos --image-size 96 --out models/scenes-backbone.pth
+    python train.py --data data/scenes --weights models/scenes-backbone.pth --image-size 96
 
 A decoder's gradient says little about a photo, most of it is about grammar. Asked instead which of the
 vocabulary's words occur in a photo's captions (word detection, arXiv 1411.4952), a backbone learns in minutes,
@@ -40,12 +40,12 @@ class PretrainingConfig:
     data: Path = Path("data/scenes")  # the data set's folder, laid out as COCO is
     weights: str = "pretrained"  # to start from: "pretrained", a model's folder, or a file with a state dict
     fine_tune: int = 1  # how many of the backbone's five parts learn, counted from the last
-    image_size: int = 112  # of the square that the backbone sees, in pixels
+    image_size: int = 224  # of the square that the backbone sees, in pixels; train.py's
     views: int = 1  # of a photo; more than 1 augments
     vocab_threshold: int = 5  # how often a word must occur to be looked for
-    batch_size: int = 12  # photos a step
-    num_epochs: int = 3  # passes over all photos
-    learning_rate: float = 5e-4  # Adam's for the backbone, at its highest
+    batch_size: int = 24  # photos a step
+    num_epochs: int = 4  # passes over all photos
+    learning_rate: float = 1e-3  # AdamW's, at its highest
     warmup_steps: int = 50  # over which it rises; then it falls to zero along a cosine
     weight_decay: float = 0.01  # as in AdamW (arXiv 1711.05101)
     workers: int = min(4, os.cpu_count() or 1)  # processes that read photos
@@ -92,12 +92,8 @@ def pretrain(config: PretrainingConfig) -> Path:
     with torch.no_grad():  # at first, every word as often as it is
         detector.weight.zero_()
         detector.bias.copy_(torch.logit(shares.mean(0), eps=1e-3))
-    groups = [
-        {"params": [p for p in encoder.resnet.parameters() if p.requires_grad], "lr": config.learning_rate},
-        {"params": list(detector.parameters()), "lr": 1e-3},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    peaks = [group["lr"] for group in groups]
+    learned = [p for p in encoder.resnet.parameters() if p.requires_grad] + list(detector.parameters())
+    optimizer = torch.optim.AdamW(learned, weight_decay=config.weight_decay, fused=True)
 
     def loss(cells: Tensor, wanted: Tensor) -> Tensor:
         """The cross-entropy of each word being there, summed over the words, a photo."""
@@ -113,8 +109,7 @@ def pretrain(config: PretrainingConfig) -> Path:
         batches = np.array_split(rng.permutation(len(data.paths)), steps)
         for step, batch in enumerate(tqdm(batches, f"words {epoch + 1}/{config.num_epochs}", disable=None)):
             factor = learning_rate_factor(epoch * steps + step, config.num_epochs * steps, config.warmup_steps)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
             view = torch.from_numpy(rng.integers(config.views, size=len(batch)))
             batch_loss = loss(seen[torch.from_numpy(batch), view], shares[batch])
             batch_loss.backward()
@@ -128,10 +123,9 @@ def pretrain(config: PretrainingConfig) -> Path:
     state = {name: value.cpu() for name, value in encoder.state_dict().items() if name.startswith("resnet.")}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(config.out, lambda file: torch.save(state, file))
-    encoder.eval()
-    for encoder.grid in (False, True):  # as `train.py` will look for them, for either decoder
-        for paths, views, cells in ((data.paths, config.views, seen), (val.paths, 1, val_seen[:, None])):
-            stored_features(encoder, paths, config.image_size, views, **stored, seen=cells)
+    for paths, views, cells in ((data.paths, config.views, seen), (val.paths, 1, val_seen[:, None])):
+        for encoder.grid, encoder.fine_tune in ((True, config.fine_tune), (False, 0)):  # for either decoder
+            cells = stored_features(encoder, paths, config.image_size, views, **stored, seen=cells)
     return config.out
 
 

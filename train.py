@@ -51,7 +51,7 @@ from data_loader import (
     read_batches,
 )
 from decoding import greedy
-from errors import InputError, run_command
+from errors import InputError, run_command, shown
 from features import BATCH, encode, stored_features
 from metrics import score
 from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, load_weights, pack, read_state_dict
@@ -90,6 +90,7 @@ class TrainingConfig:
     hidden_size: int = 512  # of the LSTM
     num_layers: int = 1  # of the LSTM
     dropout: float = 0.0  # on the decoder's inputs and outputs; for cider there is none
+    tie_weights: bool = False  # one matrix embeds the words and predicts them (arXiv 1608.05859); sizes alike
     attention_penalty: float = 1.0  # weight of the doubly stochastic regularisation, where the decoder attends
 
     vocab_threshold: int = 5  # how often a word must occur to be in the vocabulary
@@ -100,7 +101,6 @@ class TrainingConfig:
     num_epochs: int = 3  # passes over all captions, or for cider over all photos
     learning_rate: float | None = None  # Adam's, at its highest; by default 1e-3, or 1e-4 for cider
     warmup_steps: int = 100  # over which it rises; then it falls to zero along a cosine
-    label_smoothing: float = 0.0  # share of the target probability that is spread over all words
     clip_norm: float = 5.0  # the largest norm of the gradient
     patience: int = 3  # epochs without a better CIDEr after which training ends
     val_photos: int = 5000  # validation photos, the first ones, that each epoch is judged by
@@ -152,6 +152,10 @@ class TrainingConfig:
         for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
+        if self.tie_weights and self.embed_size != self.hidden_size:
+            raise InputError(
+                f"tie_weights needs embed_size and hidden_size alike, not {self.embed_size} and {self.hidden_size}."
+            )
         for field in ("name", "log_file"):
             if Path(getattr(self, field)).name != getattr(self, field):
                 raise InputError(f"{field} must be a name without folders, not {getattr(self, field)}.")
@@ -168,11 +172,9 @@ class CommandOptions(TrainingConfig):
 class Training(nn.Module):
     """Encoder and decoder as one module, from a batch to its loss."""
 
-    def __init__(
-        self, encoder: EncoderCNN, decoder: nn.Module, label_smoothing: float = 0.0, critic: Critic | None = None
-    ):
+    def __init__(self, encoder: EncoderCNN, decoder: nn.Module, critic: Critic | None = None):
         super().__init__()
-        self.encoder, self.decoder, self.label_smoothing, self.critic = encoder, decoder, label_smoothing, critic
+        self.encoder, self.decoder, self.critic = encoder, decoder, critic
 
     def forward(
         self, photos: Tensor, row: Tensor, captions: Tensor, lengths: Tensor, ids: np.ndarray | None = None
@@ -205,8 +207,7 @@ class Training(nn.Module):
             logits, targets = decoder(embedded, captions).flatten(0, 1), captions.flatten()
         if ids is not None:
             return reinforce(logits, captions, lengths, rewards), penalty
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing), penalty
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), penalty
 
 
 def loss_tokens(lengths: Tensor | np.ndarray, decoder: nn.Module) -> int:
@@ -395,8 +396,9 @@ def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
         if not len(split.photo):
             raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
     if failed and not config.skip_unreadable:
-        shown = "; ".join(str(error) for error in failed[:10])
-        raise InputError(f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown}")
+        raise InputError(
+            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown(failed)}"
+        )
     for error in failed if process.is_main_process else ():
         tqdm.write(f"left out: {error}")
 
@@ -498,6 +500,10 @@ def _train(
 
     if state is None:
         encoder.standardise(_first_features(data, encoder, features, config))
+    if config.tie_weights:
+        if state is None:
+            decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
+        decoder.linear.weight = decoder.embed.weight
 
     backbone = [p for p in encoder.resnet.parameters() if p.requires_grad]
     groups = [
@@ -508,7 +514,7 @@ def _train(
         groups.append({"params": backbone, "lr": config.backbone_learning_rate})
     optimizer = torch.optim.Adam(groups, fused=True)
     critic = Critic(data) if config.objective == "cider" else None
-    model = Training(encoder, decoder, config.label_smoothing, critic)
+    model = Training(encoder, decoder, critic)
     with warnings.catch_warnings():  # torch 2.14 gives `broadcast_buffers` another name
         warnings.simplefilter("ignore", FutureWarning)
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -518,6 +524,7 @@ def _train(
         except (ValueError, KeyError) as error:
             raise InputError(f"{folder}/resume.pt belongs to another training ({error}).") from None
     peaks = [group["lr"] for group in groups]
+    learned = [parameter for group in groups for parameter in group["params"]]
 
     if critic is not None:
         sampler = PhotoBatches(np.arange(len(data.paths)), max(1, config.batch_size // DRAWS), config.seed)
@@ -616,7 +623,7 @@ def _train(
                         f"{config.learning_rate * factor:.2g}; go on from the last good state with `python train.py "
                         f"--resume {folder}` and half the --learning-rate or a smaller --clip-norm."
                     )
-                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+                accelerator.clip_grad_norm_(learned, config.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 

@@ -90,8 +90,8 @@ def test_alternatives_come_after_the_best(captioner: Captioner, photos: list[Pat
     caption = captioner(photos[0], beam_size=4, alternatives=3)[0]
     texts = [caption.text, *(other.text for other in caption.alternatives)]
     assert len(set(texts)) == len(texts) == 4
-    probabilities = [caption.log_probability, *(other.log_probability for other in caption.alternatives)]
-    assert probabilities == sorted(probabilities, reverse=True)
+    ranks = [each.log_probability / (len(each.tokens) + 1) for each in (caption, *caption.alternatives)]
+    assert ranks == sorted(ranks, reverse=True)
 
 
 def test_drawn_captions_repeat_with_their_seed(captioner: Captioner, photos: list[Path]):

@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import pickle
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -159,3 +162,29 @@ def test_several_processes_train_as_one(config: Make, launch: Callable, processe
         found = [np.fromfile(path, "<i8").tolist() for path in sorted(b.parent.glob("done-*"))]
         assert len(found) == processes
         assert sorted(start for done in found for start in done) == [*range(0, len(np.load(b)), BATCH)]
+
+
+def test_a_notebook_launches_several_processes(config: Make, tmp_path: Path):
+    one = on_one_thread(config(name="one", cache=tmp_path / "other"))
+    settings = config(name="several")
+    (tmp_path / "config").write_bytes(pickle.dumps(settings))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    cells = f"""
+import pickle, model, test_distributed
+from accelerate import notebook_launcher
+from train import train
+model.resnet50 = test_distributed.build_tiny
+config = pickle.load(open("config", "rb"))
+notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
+print("and goes on")
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    notebook = subprocess.run(
+        [sys.executable, "-c", cells], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert notebook.returncode == 0, notebook.stderr
+    assert "2 process(es)" in notebook.stdout
+    assert notebook.stdout.splitlines()[-1] == "and goes on"
+    assert_alike(one, settings.models / "several", settings.num_epochs)

@@ -144,6 +144,22 @@ def test_unreadable_photos_are_listed_after_the_whole_pass(
     assert not stored[[0, -1]].any()
 
 
+def test_of_many_unreadable_photos_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):
+    some = [tmp_path / f"{i}.png" for i in range(12)]
+    for path in some:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"12 of 12 photos cannot be read: .*9\.png.*; and 2 more$"):
+        stored_features(encoder, some, 64, cache=tmp_path)
+
+
+def test_a_damaged_store_says_what_to_delete(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
+    stored_features(encoder, paths, 64, cache=tmp_path)
+    (found,) = (tmp_path / "features").glob("*/features.npy")
+    found.write_bytes(found.read_bytes()[:200])
+    with pytest.raises(InputError, match=rf"{found.parent} is damaged .*; delete it"):
+        stored_features(encoder, paths, 64, cache=tmp_path)
+
+
 def test_a_disk_too_small_is_said_before_anything_is_computed(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -275,7 +275,11 @@ def test_a_wrong_results_file_is_named(tmp_path, results, says):
         score_results(references_file, results_file, java=False)
 
 
-@pytest.mark.parametrize("document", [[], {"images": []}, {"annotations": [{"id": 1}]}, {"annotations": 3}])
+WRONG_REFERENCES = [[], {"images": []}, {"annotations": [{"id": 1}]}, {"annotations": 3}]
+WRONG_REFERENCES += [{"annotations": [{"image_id": 1, "caption": 3}]}]
+
+
+@pytest.mark.parametrize("document", WRONG_REFERENCES)
 def test_a_wrong_references_file_is_named(tmp_path, document):
     with pytest.raises(InputError, match=r"captions.json is not a COCO captions file"):
         score_results(write(tmp_path / "captions.json", document), write(tmp_path / "results.json", [RESULT]))

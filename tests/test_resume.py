@@ -72,6 +72,7 @@ def config(small: Make, tiny_backbone: Callable) -> Make:
         ({}, 17, signal.SIGTERM),
         ({"decoder": "attention", "views": 2}, 15, signal.SIGTERM),
         ({"fine_tune": 5}, 11, signal.SIGTERM),
+        ({"tie_weights": True, "embed_size": 32}, 5, signal.SIGTERM),
     ],
     ids=str,
 )

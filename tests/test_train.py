@@ -104,6 +104,16 @@ def test_a_backbone_that_learns_changes_in_the_parts_that_learn(
     assert moved == [fine_tune == 5] * len(statistics)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_tied_weights_are_one_matrix(small: Make, decoder: str):
+    for tied in (True, False):
+        folder = train(small(decoder=decoder, tie_weights=tied, hidden_size=16))
+        state = read_state_dict(folder / "decoder-1.pkl")
+        assert torch.equal(state["linear.weight"], state["embed.weight"]) == tied
+    with pytest.raises(InputError, match="embed_size and hidden_size alike, not 16 and 32"):
+        small(tie_weights=True)
+
+
 @pytest.mark.parametrize("fine_tune", [0, 5])
 def test_the_same_seed_gives_the_same_model_with_any_number_of_workers(
     small: Make, tmp_path: Path, tiny_backbone: Callable, fine_tune: int
