@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_NUMBER = "0123456789.eE+-"  # what a number may go on with
 _DECODE = json.JSONDecoder().raw_decode
 
 
@@ -23,8 +24,9 @@ class _Text:
 
     def read_on(self) -> bool:
         """Read as much again as is held, so that a long value is not begun anew too often; False at the end."""
-        more = self.file.read(max(1 << 20, len(self.text) - self.at))
-        self.text, self.before, self.at = self.text[self.at :] + more, self.before + self.at, 0
+        more = self.file.read(max(1 << 18, len(self.text) - self.at))
+        if more:
+            self.text, self.before, self.at = self.text[self.at :] + more, self.before + self.at, 0
         return bool(more)
 
     def next(self) -> str:
@@ -54,7 +56,7 @@ class _Text:
                 if not self.read_on():
                     raise self.error(error.msg, error.pos) from None
                 continue
-            if end < len(self.text) or not self.read_on():  # at the end of what is held a number may go on
+            if self.text[end : end + 1] not in _NUMBER or not self.read_on():  # no character is in any text
                 self.at = end
                 return value
 

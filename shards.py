@@ -165,6 +165,7 @@ def index_shards(shards: list[Path], mode: str, folder: Path) -> Path:
         file.write("]}")
     if not photos:
         beside.unlink()
-        raise InputError(f"{shards[0]} holds no photos with captions, in a .txt or .json of the same name.")
+        where = f"{shards[0].parent}/{mode}*{SUFFIX}"
+        raise InputError(f"{where} hold no photos with captions, in a .txt or .json of the same name.")
     os.replace(beside, kept)
     return kept
