@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -307,3 +308,34 @@ def test_a_photo_that_is_missing(tmp_path: Path):
 def test_a_threshold_that_leaves_no_word(drawn: Path, cache: Path):
     with pytest.raises(InputError, match="vocab_threshold"):
         CaptionDataset(drawn, "train", vocab_threshold=10_000, cache=cache)
+
+
+# Memory
+
+
+def memory(folder: Path, captions: int) -> tuple[int, int, int]:
+    """In bytes, of a data set with so many captions: its arrays, what it holds beyond them, and at most meanwhile."""
+    content = {f"{i:07}.jpg": ["a red dog runs on the beach."] * 5 for i in range(captions // 5)}
+    write_split(folder, "train", content)
+    for name in content:
+        (folder / "images" / "train" / name).touch()
+    del content
+    tracemalloc.start()
+    try:
+        data = CaptionDataset(folder, vocab_threshold=1, cache=folder / "cache")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    names = data.paths.names
+    arrays = [data.image_ids, data.photo, data.lengths, data.offsets, data.tokens]
+    size = sum(array.nbytes for array in [*arrays, names.block, names.starts, names.ends])
+    return size, held - size, peak
+
+
+def test_memory_grows_by_the_arrays_alone(tmp_path: Path):
+    """A path takes 150 bytes or more, and what JSON makes of a caption and its share of a photo 500 or more."""
+    memory(tmp_path / "first", 1000)  # what is imported and kept once
+    small, large = memory(tmp_path / "small", 1000), memory(tmp_path / "large", 20_000)
+    assert large[0] - small[0] > 1e6
+    assert large[1] - small[1] < 50_000
+    assert large[2] - small[2] < 5 * (large[0] - small[0])

@@ -213,11 +213,19 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def captioned(album: Path, trained: Path, launch_in: Callable, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def tiny(small: Make) -> Iterator[Path]:
+    """A trained model with the small backbone that the launched processes have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "resnet50", build_tiny)
+        yield train(small(num_epochs=2, image_size=32))
+
+
+@pytest.fixture(scope="module")
+def captioned(album: Path, tiny: Path, launch_in: Callable, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The captions of the album as one process writes them, without stopping."""
     folder = tmp_path_factory.mktemp("captions")
     output = folder / "new" / "captions.jsonl"
-    found = launch_in(folder / "said", 1, run_main, "caption.py", album, "--model", trained, "--output", output)
+    found = launch_in(folder / "said", 1, run_main, "caption.py", album, "--model", tiny, "--output", output)
     assert found.wait() == [2], found.said("err")
     assert os.listdir(output.parent) == ["captions.jsonl"]
     return output.read_bytes()
@@ -233,10 +241,10 @@ def test_every_photo_has_its_row_in_order(album: Path, captioned: bytes):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_same_file(
-    album: Path, trained: Path, captioned: bytes, launch: Callable, tmp_path: Path, processes: int
+    album: Path, tiny: Path, captioned: bytes, launch: Callable, tmp_path: Path, processes: int
 ):
     output = tmp_path / "captions.jsonl"
-    found = launch(processes, run_main, "caption.py", album, "--model", trained, "--output", output)
+    found = launch(processes, run_main, "caption.py", album, "--model", tiny, "--output", output)
     assert found.wait() == [2] * processes
     assert output.read_bytes() == captioned
     lines = found.said("err").splitlines()
@@ -248,10 +256,10 @@ def test_several_processes_write_the_same_file(
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
-    album: Path, trained: Path, captioned: bytes, launch: Callable, tmp_path: Path, process: int
+    album: Path, tiny: Path, captioned: bytes, launch: Callable, tmp_path: Path, process: int
 ):
     output = tmp_path / "captions.jsonl"
-    arguments = (album, "--model", trained, "--output", output)
+    arguments = (album, "--model", tiny, "--output", output)
     killed = launch(2, caption_and_kill, 1, process, *arguments)
     assert killed.wait()[process] == -signal.SIGKILL
     rows = output.read_bytes()
@@ -266,8 +274,8 @@ def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
     assert output.stat().st_ino == file  # gone on with, not written anew
 
 
-def test_what_is_not_these_captions_is_left_as_it_is(album: Path, trained: Path, captioned: bytes, tmp_path: Path):
-    captioner, how = caption.Captioner.load(trained), caption.Decoding()
+def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, captioned: bytes, tmp_path: Path):
+    captioner, how = caption.Captioner.load(tiny), caption.Decoding()
     output = tmp_path / "captions.jsonl"
     lines = captioned.splitlines(keepends=True)
     other = {**json.loads(lines[-1]), "caption": "of another model"}
@@ -287,31 +295,31 @@ def test_what_is_not_these_captions_is_left_as_it_is(album: Path, trained: Path,
     assert output.read_bytes() == captioned
 
 
-def test_captions_are_written_by_one_run_at_a_time(album: Path, trained: Path, tmp_path: Path):
+def test_captions_are_written_by_one_run_at_a_time(album: Path, tiny: Path, tmp_path: Path):
     output = tmp_path / "captions.jsonl"
     with (
         filelock.FileLock(f"{output}.lock"),
         pytest.raises(errors.InputError, match=r"is being written by another process"),
     ):
-        caption.write_captions(caption.Captioner.load(trained), [album], caption.Decoding(), output)
+        caption.write_captions(caption.Captioner.load(tiny), [album], caption.Decoding(), output)
 
 
-def test_several_processes_need_a_file_and_a_drawing_its_seed(album: Path, trained: Path, launch: Callable):
+def test_several_processes_need_a_file_and_a_drawing_its_seed(album: Path, tiny: Path, launch: Callable):
     for arguments, sentence in (
         ((), "add --output"),
         (("--output", "x.jsonl", "--json"), "--output goes with none of --json"),
         (("--output", "x.jsonl", "--temperature", 1), "needs a --seed"),
     ):
-        found = launch(2, run_main, "caption.py", album, "--model", trained, *arguments)
+        found = launch(2, run_main, "caption.py", album, "--model", tiny, *arguments)
         assert found.wait() == [2, 2]
         assert re.fullmatch(rf"error: .*{sentence}.*\n", found.said("err"))
 
 
-def test_several_processes_evaluate_as_one(trained: Path, drawn: Path, launch: Callable, tmp_path: Path):
+def test_several_processes_evaluate_as_one(tiny: Path, drawn: Path, launch: Callable, tmp_path: Path):
     documents, results = [], []
     for processes in (1, 2):
         path = tmp_path / f"{processes}.json"
-        arguments = ("--model", trained, "--data", drawn, "--split", "train", "--results", path, "--json")
+        arguments = ("--model", tiny, "--data", drawn, "--split", "train", "--results", path, "--json")
         found = launch(processes, run_main, "evaluate.py", *arguments)
         assert found.wait() == [0] * processes, found.said("err")
         documents.append(json.loads(found.said("out")))
