@@ -299,7 +299,8 @@ def write_captions(
                 continue
             rows = [row for _, row in sorted(rows, key=itemgetter(0))]
             for (_, old), new in zip(again, rows, strict=False):
-                if "caption" in old and "caption" in new and _texts(old) != _texts(new):
+                readable = "caption" in old and "caption" in new
+                if readable and (old["caption"] != new["caption"] or old.keys() != new.keys()):
                     raise InputError(
                         f"{output} holds other captions than this model gives with these options, of "
                         f"{old['photo']} for one; finish it as it was begun, or name another file."
@@ -355,7 +356,9 @@ def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, in
                 f"{file.name}, line {done + 1} is not of {photo or 'any photo'}; caption the photos that it was "
                 "begun with, or name another file."
             ) from None
-        batch = [*(batch if done % BATCH else []), (photo, row)]
+        if done % BATCH == 0:
+            batch = []
+        batch.append((photo, row))
         done, failed, end = done + 1, failed + ("error" in row), end + len(line)
     file.truncate(end)
     return done, failed, batch
@@ -372,10 +375,6 @@ def _caption_share(
     for i, caption in captioner.stream(photos, how, workers, unreadable, shared=True):
         rows.append((i, as_json(photos[i], caption)))
     return rows
-
-
-def _texts(row: dict[str, Any]) -> list[str]:
-    return [row["caption"], *(other["caption"] for other in row.get("alternatives", ()))]
 
 
 def main(
@@ -426,7 +425,7 @@ def main(
             found, unread = write_captions(captioner, photos, decoding, output, workers, strict)
         except OSError as error:
             raise InputError(
-                f"{output} cannot be written ({error.strerror}); what it holds stays, run it again to go on."
+                f"{output} cannot be written ({error.strerror or error}); what it holds stays, run it again to go on."
             ) from error
         if unread:
             raise InputError(f"{unread} of {found} photos could not be read; their rows in {output} say why.")
