@@ -142,10 +142,12 @@ def array_megabytes(data: CaptionDataset) -> float:
 def measure(folder: Path, steps: int) -> list[dict[str, float]]:
     """Measure a data set in this process; returns what all processes found, each as one dictionary."""
     process = this_process()
-    found: dict[str, float] = {}
+    found: dict[str, float] = {"process": process.process_index}
+    first = process.is_main_process and not (folder / "cache").exists()
+    process.wait_for_everyone()
     CaptionDataset(folder, "val", vocab_threshold=1, cache=folder / "cache")  # what is loaded once is no growth
     before = megabytes()
-    if process.is_main_process:  # the first time, one process reads the captions
+    if first:  # when one process reads the captions
         with Peak() as peak:
             CaptionDataset(folder, cache=folder / "cache")
         found |= {"seconds_cold": peak.seconds, "megabytes_cold": peak.megabytes - before}
@@ -218,8 +220,7 @@ def run(settings: Settings) -> Path:
 def _launch(settings: Settings, folder: Path, processes: int) -> list[dict[str, float]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, "-m", "benchmarks.scale", "--measure", folder, "--steps", settings.steps]
-    for kept in ("cache", "models"):
-        shutil.rmtree(folder / kept, ignore_errors=True)
+    shutil.rmtree(folder / "models", ignore_errors=True)
     output = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -228,7 +229,7 @@ def slopes(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """What a million more captions cost the main process, between the smallest and the largest size."""
     found: dict[str, dict[str, float]] = {}
     for processes in sorted({row["processes"] for row in rows}):
-        mine = [row for row in rows if row["processes"] == processes and "seconds_cold" in row]
+        mine = [row for row in rows if row["processes"] == processes and row["process"] == 0]
         small, large = mine[0], mine[-1]
         if large["captions"] > small["captions"]:
             more = (large["captions"] - small["captions"]) / 1e6
@@ -239,11 +240,12 @@ def slopes(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def format_table(rows: list[dict[str, float]]) -> str:
     """The main process's measurements as a table of Markdown, a column a size and number of processes."""
-    mine = [row for row in rows if "seconds_cold" in row]
+    mine = [row for row in rows if row["process"] == 0]
     head = [f"{row['photos']:,} photos, {row['processes']} proc." for row in mine]
     lines = [["", *head], [":--", *["--:"] * len(mine)]]
     for name, text in ROWS.items():
-        lines.append([text, *(f"{row[name]:,.1f}" if row[name] < 1000 else f"{row[name]:,.0f}" for row in mine)])
+        values = [row.get(name) for row in mine]
+        lines.append([text, *("" if x is None else f"{x:,.1f}" if x < 1000 else f"{x:,.0f}" for x in values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
