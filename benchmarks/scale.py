@@ -1,7 +1,7 @@
 """How time and memory grow with the data set, from 1,000 photos to 1,000,000, in one process and in two.
 
-    python -m benchmarks.scale                            about ten minutes on two cores, 6 GB of disk
-    python -m benchmarks.scale --sizes 1000 10000         half a minute of it
+    python -m benchmarks.scale                            takes 6 GB of disk for a while
+    python -m benchmarks.scale --sizes 1000 10000         the first half of it
 
 The photos are empty files, for nothing here looks at them; their features are made up, and their captions, five a
 photo, have the statistics of COCO's (`drawn.py`). Training is the project's own `train`, stopped within its first
