@@ -1,6 +1,7 @@
 """Caption photos with a trained model.
 
 python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
+torchrun --nproc_per_node 2 caption.py photos/ shard-000000.tar --output captions.jsonl
 
 captioner = Captioner.load("models/scenes")  # or user/name on the Hugging Face Hub
 captioner(["photo.jpg"])[0].text
@@ -8,18 +9,24 @@ captioner(["photo.jpg"])[0].text
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
+import filelock
 import matplotlib.figure
 import torch
 import tyro
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,9 +39,12 @@ from features import BATCH, encode
 from hub import find_model, push
 from model import EncoderCNN, fast_dtype
 from processes import this_process
+from shards import SUFFIX, Member, is_shard, photo_suffixes, read_photos
 from vocabulary import UNK, UNK_WORD, Vocabulary
 
-Source = str | Path | Image.Image
+Source = str | Path | Member | Image.Image
+NAMES = 1 << 18  # of a folder's files that are held at once, some 30 MB
+CHUNK = 32 * BATCH  # photos that a process captions between two writes of --output
 
 
 @dataclass
@@ -143,17 +153,21 @@ class Captioner:
 
     def stream(
         self,
-        sources: list[Source],
+        sources: Sequence[Source],
         how: Decoding,
         workers: int = 0,
         unreadable: Callable[[int, InputError], object] | None = None,
+        shared: bool = False,
     ) -> Iterator[tuple[int, Caption]]:
         """Caption photos batch by batch: yields each one's index in `sources` and its caption, in order.
 
         `workers` processes read ahead. A photo that cannot be read is passed to `unreadable` and left out;
-        without that, its `InputError` is raised.
+        without that, its `InputError` is raised. If `shared`, each of several processes captions its share of the
+        batches, which are the same for any number of processes, and so are the captions.
         """
-        batches = [list(range(i, min(i + BATCH, len(sources)))) for i in range(0, len(sources), BATCH)]
+        batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
+        if shared:
+            batches = batches[this_process().process_index :: this_process().num_processes]
         for indices, seen in encode(self.encoder, Photos(sources, self.transform), batches, workers, unreadable):
             found = how(self.decoder, self.encoder.embed(seen))
             for index, hypotheses in zip(indices, found, strict=True):
@@ -168,7 +182,7 @@ class Captioner:
         return Caption(self.vocab.decode(hypothesis.tokens), tokens, hypothesis.log_probability, attention)
 
 
-def draw_sheet(sources: list[Source], captions: list[str], columns: int = 4) -> matplotlib.figure.Figure:
+def draw_sheet(sources: Sequence[Source], captions: list[str], columns: int = 4) -> matplotlib.figure.Figure:
     """A contact sheet: the photos in rows, each above its caption."""
     rows = -(-len(sources) // columns)
     figure = matplotlib.figure.Figure(figsize=(3.2 * columns, 3.1 * rows), layout="constrained")
@@ -208,24 +222,159 @@ def draw_attention(source: Source, caption: Caption, image_size: int) -> matplot
     return figure
 
 
-def find_photos(paths: Iterable[Path]) -> list[Path]:
-    """The photos at the paths, in the order given; of a folder the files that look like photos, in name order."""
-    extensions = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, kind in extensions if kind in Image.OPEN and kind != "EPS"}
-    found: list[Path] = []
+def find_photos(paths: Iterable[Path]) -> list[Path | Member]:
+    """The photos at the paths, as `stream_photos` finds them."""
+    return list(stream_photos(paths))
+
+
+def stream_photos(paths: Iterable[Path]) -> Iterator[Path | Member]:
+    """The photos at the paths, in the order given: of a folder the files that look like photos, in name order.
+
+    A tar file's come in its order, where its name comes if it lies in a folder. A folder of any size is never held
+    in memory whole. Raises `InputError` at once for a folder or a tar file that holds no photos or cannot be read.
+    """
+    paths = list(paths)
     for path in paths:
-        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have, too
-            try:
-                inside = sorted(Path(entry) for entry in os.scandir(path) if entry.is_file())
-            except OSError as error:
-                raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-            photos = [file for file in inside if file.suffix.lower() in suffixes]
-            if not photos:
-                raise InputError(f"{path} holds no photos; name a photo or a folder of them.")
-            found += photos
-        else:
-            found.append(path)
-    return found
+        if next(_photos_at(path), None) is None:
+            raise InputError(f"{path} holds no photos; name a photo or a folder of them.")
+    return chain.from_iterable(map(_photos_at, paths))
+
+
+def _photos_at(path: Path) -> Iterator[Path | Member]:
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have, too
+        for name in _names(path):
+            yield from _photos_at(path / name)
+    elif is_shard(path):
+        yield from read_photos(path)
+    else:
+        yield path
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """The names of a folder's photos and tar files, in order; the folder is read once for each `NAMES` of them."""
+    suffixes, after = photo_suffixes() | {SUFFIX}, ""
+    while True:
+        try:
+            with os.scandir(folder) as entries:
+                later = (entry for entry in entries if entry.name > after)
+                meant = (entry for entry in later if os.path.splitext(entry.name)[1].lower() in suffixes)
+                names = heapq.nsmallest(NAMES, (entry.name for entry in meant if entry.is_file()))
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
+        yield from names
+        if len(names) < NAMES:
+            return
+        after = names[-1]
+
+
+def write_captions(
+    captioner: Captioner, paths: Iterable[Path], how: Decoding, output: Path, workers: int = 0, strict: bool = False
+) -> tuple[int, int]:
+    """Caption the photos at the paths into a file of JSON Lines, one a photo, in order, by all processes together.
+
+    Rows that a run wrote which was stopped stay, and it goes on after them. A photo that cannot be read has an
+    "error" in its row. Returns how many photos there are, and how many cannot be read. Raises `InputError` where the
+    rows are of other photos, or give them other captions than this model does with these options.
+    """
+    process = this_process()
+    main = process.is_main_process
+    done = failed = 0
+    with ExitStack() as stack:
+        if main:  # which alone looks for the photos and reads and writes the file
+            photos = stream_photos(paths)
+            stack.enter_context(_alone(output))
+            file = stack.enter_context(open(output, "a+b"))
+            done, failed, again = _read_rows(file, photos)
+            photos = chain([photo for photo, _ in again], photos)  # in whole batches, as if never stopped
+        progress = stack.enter_context(
+            tqdm(desc="captions", initial=done, unit="photo", delay=2, disable=None if main else True)
+        )
+        while True:
+            few = list(islice(photos, CHUNK * process.num_processes)) if main else []
+            (few,) = broadcast_object_list([few])
+            if not few:
+                break
+            rows = gather_object(_caption_share(captioner, few, how, workers, strict))
+            if not main:
+                continue
+            rows = [row for _, row in sorted(rows, key=itemgetter(0))]
+            for (_, old), new in zip(again, rows, strict=False):
+                readable = "caption" in old and "caption" in new
+                if readable and (old["caption"] != new["caption"] or old.keys() != new.keys()):
+                    raise InputError(
+                        f"{output} holds other captions than this model gives with these options, of "
+                        f"{old['photo']} for one; finish it as it was begun, or name another file."
+                    )
+            rows, again = rows[len(again) :], []
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+            for row in rows:
+                if "error" in row:
+                    tqdm.write(f"error: {row['error']}", file=sys.stderr)
+                    failed += 1
+            done += len(rows)
+            progress.update(len(rows))
+    return broadcast_object_list([(done, failed)])[0]
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Nobody else writes into the same file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{output} is being written by another process; wait for it or name another file.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+
+
+def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, int, list[tuple[Path | Member, dict]]]:
+    """How many rows are there, how many of them are errors, and those of the last batch, with their photos.
+
+    `photos` is moved on past them; a row that a kill has torn is cut off.
+    """
+    done = failed = end = 0
+    batch: list[tuple[Path | Member, dict]] = []
+    file.seek(0)
+    for line in file:
+        if not line.endswith(b"\n") and line[:10] == b'{"photo": '[: len(line)]:
+            break
+        photo = next(photos, None)
+        try:
+            row = json.loads(line)
+            if row["photo"] != str(photo):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(
+                f"{file.name}, line {done + 1} is not of {photo or 'any photo'}; caption the photos that it was "
+                "begun with, or name another file."
+            ) from None
+        if done % BATCH == 0:
+            batch = []
+        batch.append((photo, row))
+        done, failed, end = done + 1, failed + ("error" in row), end + len(line)
+    file.truncate(end)
+    return done, failed, batch
+
+
+def _caption_share(
+    captioner: Captioner, photos: list[Path | Member], how: Decoding, workers: int, strict: bool
+) -> list[tuple[int, dict[str, Any]]]:
+    """This process's share of the photos as rows, with their indices, in any order."""
+    rows: list[tuple[int, dict[str, Any]]] = []
+    unreadable = None if strict else lambda i, error: rows.append((i, as_json(photos[i], error)))
+    if len(photos) <= 2 * BATCH * this_process().num_processes:
+        workers = 0
+    for i, caption in captioner.stream(photos, how, workers, unreadable, shared=True):
+        rows.append((i, as_json(photos[i], caption)))
+    return rows
 
 
 def main(
@@ -233,6 +382,7 @@ def main(
     decoding: Annotated[Decoding, tyro.conf.arg(name="")],
     model: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    output: Path | None = None,
     strict: bool = False,
     sheet: Path | None = None,
     attention: Path | None = None,
@@ -242,11 +392,13 @@ def main(
     """Caption photos and folders of photos with a trained model.
 
     Args:
-        photos: photos and folders of photos.
+        photos: photos, folders of photos, and tar files of photos as WebDataset has them.
         decoding: how words are chosen.
         model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
             trained on photos.
         json_: print one JSON list of objects with photo, caption and log_probability.
+        output: instead write such objects here, one a line, however many and with several processes if so launched;
+            run again, it goes on where it was stopped.
         strict: stop at the first photo that cannot be read.
         sheet: also draw the photos with their captions into this PNG.
         attention: also draw where the decoder looked for each word of the first photo into this PNG.
@@ -262,6 +414,24 @@ def main(
         return
     if not photos:
         raise InputError("no photo was named; name photos or folders of photos.")
+    if output is not None:
+        if json_ or sheet is not None or attention is not None:
+            raise InputError("--output goes with none of --json, --sheet and --attention.")
+        if decoding.temperature is not None and decoding.seed is None:
+            raise InputError("--output with --temperature needs a --seed, so that what is written can be gone on with.")
+        with this_process().local_main_process_first():  # what it downloads the others find
+            captioner = Captioner.load(model or default_model())
+        try:
+            found, unread = write_captions(captioner, photos, decoding, output, workers, strict)
+        except OSError as error:
+            raise InputError(
+                f"{output} cannot be written ({error.strerror or error}); what it holds stays, run it again to go on."
+            ) from error
+        if unread:
+            raise InputError(f"{unread} of {found} photos could not be read; their rows in {output} say why.")
+        return
+    if this_process().num_processes > 1:
+        raise InputError("several processes caption into one file; add --output captions.jsonl.")
     sources = find_photos(photos)
     captioner = Captioner.load(model or default_model())
     failed: list[InputError] = []
@@ -289,8 +459,10 @@ def main(
         raise InputError(f"{len(failed)} of {len(sources)} photos could not be read; {len(captions)} are captioned.")
 
 
-def as_json(source: Source, caption: Caption) -> dict[str, Any]:
-    """A caption as the JSON that `--json` prints."""
+def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
+    """A caption, or why there is none, as the JSON that `--json` prints and `--output` writes."""
+    if isinstance(caption, InputError):
+        return {"photo": str(source), "error": str(caption)}
     result = {"photo": str(source), "caption": caption.text, "log_probability": caption.log_probability}
     if caption.alternatives:
         result["alternatives"] = [

@@ -3,8 +3,9 @@
     <folder>/annotations/captions_{train,val,test}<year>.json, image_info_test<year>.json
     <folder>/images/{train,val,test}<year>/
 
-A caption file is read and tokenized once; what comes of it, a few flat integer arrays, is kept in the
-cache folder under the file's hash, so that training on COCO starts in a second the next time.
+or as tar files of photos and captions, <folder>/{train,val,test}-*.tar (`shards.py`). A caption file is read and
+tokenized once; what comes of it, a few flat integer arrays, is kept in the cache folder under the file's hash, so
+that training on COCO starts in a second the next time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,8 @@ from torchvision import transforms as T
 from tqdm.auto import tqdm
 
 from errors import InputError
+from json_stream import stream_lists
+from shards import INDEX, SUFFIX, Member, index_shards
 from vocabulary import END, START, Vocabulary, tokenize
 
 MODES = ("train", "val", "test")
@@ -54,18 +58,20 @@ def build_transform(train: bool = False, image_size: int = 224, normalise: bool 
     return T.Compose([T.Resize(round(image_size * 256 / 224)), *crop, *tensor])
 
 
-def read_photo(source: str | Path | Image.Image, shorter_side: int | None = None) -> Image.Image:
+def read_photo(source: str | Path | Member | Image.Image, shorter_side: int | None = None) -> Image.Image:
     """A photo as people see it: upright, in 8-bit RGB, transparency over white, the first frame of many.
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves `shorter_side` at
     least two times over, which saves most of the time and changes nothing that a resize would keep.
     Raises `InputError` with the file's name for whatever cannot be read.
     """
-    name = source if isinstance(source, str | Path) else "the image"
+    name = "the image" if isinstance(source, Image.Image) else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(source) if isinstance(source, str | Path) else source
+            image = source
+            if not isinstance(source, Image.Image):
+                image = Image.open(BytesIO(source.read()) if isinstance(source, Member) else source)
             if image.format == "EPS":  # which Pillow has another program run
                 raise ValueError("EPS is a program that draws a picture")
             if shorter_side and image is not source:
@@ -94,7 +100,7 @@ class Photos(Dataset):
     neither the number of workers nor on what was read before.
     """
 
-    def __init__(self, paths: Sequence[str | Path | Image.Image], transform: Callable):
+    def __init__(self, paths: Sequence[str | Path | Member | Image.Image], transform: Callable):
         self.paths = paths
         self.transform = transform
         steps = getattr(transform, "transforms", [])
@@ -171,15 +177,17 @@ class _Attempted(Photos):
         return torch.empty(0)
 
 
-def find_unreadable(paths: Sequence[Path], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
+def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
     """Read every photo once, in `workers` processes: the indices of those that cannot be read, and why.
 
     Of the same photos, by their names, sizes and dates, the next time only these are read again.
     """
-    stats = [os.stat(path) for path in paths]
-    about = "".join(f"{Path(p).absolute()}\n{s.st_size}\n{s.st_mtime_ns}\n" for p, s in zip(paths, stats, strict=True))
-    kept = cache / "unreadable" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
-    rows = list(range(len(paths)))
+    about = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        about.update(f"{path.absolute()}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
+    kept = cache / "unreadable" / f"{about.hexdigest()[:32]}.json"
+    rows: Sequence[int] = range(len(paths))
     with suppress(OSError, ValueError):
         rows = json.loads(kept.read_bytes())
     failed: dict[int, InputError] = {}
@@ -202,6 +210,52 @@ def find_unreadable(paths: Sequence[Path], workers: int = 0, cache: Path = CACHE
 # Captions
 
 
+class Names(Sequence):
+    """File names in one block of bytes: a million take some 30 MB, as strings they would take 80.
+
+    block: uint8, the names in UTF-8 with newlines between them. starts, ends: (names,) where each lies in it.
+    """
+
+    def __init__(self, block: np.ndarray, starts: np.ndarray | None = None, ends: np.ndarray | None = None):
+        self.block = block
+        if starts is None:
+            ends = np.append(np.flatnonzero(block == ord("\n")), len(block))
+            starts = np.append(0, ends[:-1] + 1)
+        self.starts, self.ends = starts, ends
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> str | Names:
+        start, end = self.starts[index], self.ends[index]
+        if isinstance(start, np.ndarray):
+            return Names(self.block, start, end)
+        return self.block[start:end].tobytes().decode()
+
+
+class PhotoFiles(Sequence):
+    """Where the photos of a data set lie, made when asked for: paths in a folder, or members of its tar files.
+
+    places: (photos, 2) where in its tar file a photo begins and how long it is, or None.
+    """
+
+    def __init__(self, folder: Path, names: Names, places: np.ndarray | None = None):
+        self.folder, self.names, self.places = folder, names, places
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> Path | Member | PhotoFiles:
+        name = self.names[index]
+        place = None if self.places is None else self.places[index]
+        if isinstance(name, Names):
+            return PhotoFiles(self.folder, name, place)
+        if place is None:
+            return self.folder / name
+        shard, _, inside = name.partition("/")
+        return Member(self.folder / shard, inside, *place.tolist())
+
+
 @dataclass
 class Annotations:
     """A caption file as flat arrays.
@@ -211,11 +265,12 @@ class Annotations:
     """
 
     image_ids: np.ndarray  # (photos,) int64
-    file_names: list[str]
+    file_names: Names
     words: list[str]
     tokens: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (captions + 1,) int64
     photo: np.ndarray  # (captions,) int32
+    places: np.ndarray | None  # (photos, 2) int64 offset and size, where the photos are in tar files
 
 
 def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
@@ -224,108 +279,125 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     Photos without a caption are left out where the file has captions. Raises `InputError` where it is
     missing, not JSON, not COCO's, or empty.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    kept = cache / "captions" / f"{hashlib.sha256(b'1' + data).hexdigest()[:32]}.npz"
+    kept = cache / "captions" / f"{hash_file(path, b'2')[:32]}.npz"
     if kept.exists():
         try:
             with np.load(kept) as arrays:
-                names, words = (bytes(arrays[key]).decode().split("\n") for key in ("file_names", "words"))
-                return Annotations(
-                    arrays["image_ids"], names, words, arrays["tokens"], arrays["offsets"], arrays["photo"]
-                )
+                found = {key: arrays[key] for key in arrays.files}
+            found["file_names"] = Names(found["file_names"])
+            found["words"] = found["words"].tobytes().decode().split("\n")
+            return Annotations(**{"places": None, **found})
         except Exception:  # torn, which makes its reader raise nearly anything: made anew below
             pass
-    annotations = _parse_annotations(path, data)
+    annotations = _parse_annotations(path)
+    arrays = {**vars(annotations), "file_names": annotations.file_names.block}
+    arrays["words"] = np.frombuffer("\n".join(annotations.words).encode(), np.uint8)
     kept.parent.mkdir(parents=True, exist_ok=True)
     beside = kept.with_name(f"{kept.stem}.{os.getpid()}.new")
     with open(beside, "wb") as file:
-        np.savez(
-            file,
-            image_ids=annotations.image_ids,
-            tokens=annotations.tokens,
-            offsets=annotations.offsets,
-            photo=annotations.photo,
-            file_names=np.frombuffer("\n".join(annotations.file_names).encode(), np.uint8),
-            words=np.frombuffer("\n".join(annotations.words).encode(), np.uint8),
-        )
+        np.savez(file, **{key: array for key, array in arrays.items() if array is not None})
     os.replace(beside, kept)
     return annotations
 
 
-def _parse_annotations(path: Path, data: bytes) -> Annotations:
-    not_coco = f"{path} is not a COCO annotation file"
+def hash_file(path: Path, before: bytes = b"") -> str:
+    """The SHA-256 of a file, in hexadecimal, as if these bytes stood before it."""
+    digest = hashlib.sha256(before)
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise InputError(f'{not_coco}: it has no list of "images".')
-    rows: dict[int, int] = {}
-    names = []
-    for image in content["images"]:
-        if (
-            not isinstance(image, dict)
-            or type(image.get("id")) is not int
-            or not isinstance(image.get("file_name"), str)
-        ):
-            raise InputError(f'{not_coco}: an entry of "images" lacks a whole-number "id" or a "file_name".')
-        name = image["file_name"]
-        if not name or "\n" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise InputError(f"{path} names a photo outside its folder: {name!r}.")
-        if abs(image["id"]) >= 1 << 63 or image["id"] in rows:
-            raise InputError(f"{not_coco}: the image id {image['id']} occurs twice or is too large.")
-        rows[image["id"]] = len(names)
-        names.append(name)
-    if not rows:
-        raise InputError(f'{path} holds no photos: its list of "images" is empty.')
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    return digest.hexdigest()
 
-    tokens, offsets, photo = array("i"), array("q", [0]), array("i")
+
+def _parse_annotations(path: Path) -> Annotations:
+    """The file's entries are read one by one: all at once they would take ten times the memory of the arrays."""
+    not_coco = f"{path} is not a COCO annotation file"
+    lists = ["images", "annotations"] if path.name.startswith("captions") else ["images"]
+    found: set[str] = set()
+    image_ids, names, places = array("q"), bytearray(), array("q")
+    tokens, offsets, image_of = array("i"), array("q", [0]), array("q")
     index: dict[str, int] = {}
-    if path.name.startswith("captions"):
-        if not isinstance(content.get("annotations"), list):
-            raise InputError(f'{not_coco}: it has no list of "annotations".')
-        if not content["annotations"]:
-            raise InputError(f'{path} holds no captions: its list of "annotations" is empty.')
-        for annotation in content["annotations"]:
-            if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
-                raise InputError(f'{not_coco}: an entry of "annotations" lacks a "caption".')
-            if type(annotation.get("id")) not in (int, str):
-                raise InputError(f'{not_coco}: an entry of "annotations" lacks an "id".')
-            image_id = annotation.get("image_id")
-            row = rows.get(image_id) if type(image_id) is int else None
-            if row is None:
-                raise InputError(f'{path} has a caption of image {image_id}, which is not in its "images".')
-            words = tokenize(annotation["caption"])
-            if not words:
-                raise InputError(f"{path} has an empty caption for image {image_id}; remove it.")
-            tokens.extend([index.setdefault(word, len(index)) for word in words])
-            offsets.append(len(tokens))
-            photo.append(row)
     try:
-        "\n".join([*names, *index]).encode()
+        for list_name, number, entry in stream_lists(path, lists):
+            if number < 0:
+                if list_name in found:
+                    raise InputError(f'{not_coco}: it has two lists of "{list_name}".')
+                found.add(list_name)
+            elif list_name == "images":
+                name = entry.get("file_name") if isinstance(entry, dict) else None
+                if not isinstance(name, str) or type(entry.get("id")) is not int:
+                    raise InputError(f'{not_coco}: an entry of "images" lacks a whole-number "id" or a "file_name".')
+                if not name or "\n" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                    raise InputError(f"{path} names a photo outside its folder: {name!r}.")
+                if abs(entry["id"]) >= 1 << 63:
+                    raise InputError(f"{not_coco}: the image id {entry['id']} occurs twice or is too large.")
+                image_ids.append(entry["id"])
+                names += name.encode() + b"\n"
+                if path.name.endswith(INDEX):
+                    places.extend((entry["offset"], entry["size"]))
+            else:
+                if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
+                    raise InputError(f'{not_coco}: an entry of "annotations" lacks a "caption".')
+                if type(entry.get("id")) not in (int, str):
+                    raise InputError(f'{not_coco}: an entry of "annotations" lacks an "id".')
+                image_id = entry.get("image_id")
+                if type(image_id) is not int or abs(image_id) >= 1 << 63:
+                    raise InputError(f'{path} has a caption of image {image_id}, which is not in its "images".')
+                words = tokenize(entry["caption"])
+                if not words:
+                    raise InputError(f"{path} has an empty caption for image {image_id}; remove it.")
+                tokens.extend([index.setdefault(word, len(index)) for word in words])
+                offsets.append(len(tokens))
+                image_of.append(image_id)
+        "\n".join(index).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{path} holds characters that are none ({error}).") from None
-    image_ids, photo = np.array(list(rows), np.int64), np.frombuffer(photo, np.int32)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}).") from None
+    for list_name in lists:
+        if list_name not in found:
+            raise InputError(f'{not_coco}: it has no list of "{list_name}".')
+    if not image_ids:
+        raise InputError(f'{path} holds no photos: its list of "images" is empty.')
+    if "annotations" in lists and not image_of:
+        raise InputError(f'{path} holds no captions: its list of "annotations" is empty.')
+
+    image_ids, image_of = np.frombuffer(image_ids, np.int64), np.frombuffer(image_of, np.int64)
+    file_names = Names(np.frombuffer(names, np.uint8)[:-1])
+    order = np.argsort(image_ids, kind="stable")
+    twice = np.flatnonzero(np.diff(image_ids[order]) == 0)
+    if len(twice):
+        raise InputError(f"{not_coco}: the image id {image_ids[order[twice[0]]]} occurs twice or is too large.")
+    photo = order[np.searchsorted(image_ids, image_of, sorter=order).clip(max=len(order) - 1)]
+    unknown = np.flatnonzero(image_ids[photo] != image_of)
+    if len(unknown):
+        raise InputError(f'{path} has a caption of image {image_of[unknown[0]]}, which is not in its "images".')
     if len(photo):  # photos without a caption have nothing to teach
         used, photo = np.unique(photo, return_inverse=True)
-        image_ids, names = image_ids[used], [names[i] for i in used]
+        if len(used) < len(image_ids):
+            image_ids = image_ids[used]
+            file_names = Names(np.frombuffer("\n".join(file_names[used]).encode(), np.uint8))
     return Annotations(
         image_ids,
-        names,
+        file_names,
         list(index),
         np.frombuffer(tokens, np.int32),
         np.frombuffer(offsets, np.int64),
         photo.astype(np.int32),
+        np.frombuffer(places, np.int64).reshape(-1, 2) if places else None,
     )
 
 
-def find_split(folder: Path, mode: str) -> tuple[Path, Path]:
+def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
     """The annotation file and the photo folder of a data set's split ("train", "val" or "test").
 
     For "test" that is captions_test<year>.json where the captions are public, else image_info_test<year>.json.
+    Of a folder of tar files, <mode>-*.tar, it is an index of them in the cache folder, and the folder itself.
     """
     if mode not in MODES:
         raise InputError(f'mode "{mode}" is not one of {", ".join(MODES)}.')
@@ -339,8 +411,14 @@ def find_split(folder: Path, mode: str) -> tuple[Path, Path]:
         pattern = re.compile(rf"{kind}_{mode}\d*\.json")
         if not found and (folder / "annotations").is_dir():
             found = sorted(p for p in (folder / "annotations").iterdir() if pattern.fullmatch(p.name))
+    shards = sorted(folder.glob(f"{mode}*{SUFFIX}"))
+    if not found and shards:
+        return index_shards(shards, mode, cache / "shards"), folder
     if not found:
-        raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json; a data set is laid out as COCO.")
+        raise InputError(
+            f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}-*{SUFFIX}; a data set is laid out "
+            "as COCO or as WebDataset."
+        )
     if len(found) > 1:
         raise InputError(f"{folder} holds several years: {', '.join(p.name for p in found)}; keep the one to use.")
     return found[0], folder / "images" / found[0].stem.split("_")[-1]
@@ -364,11 +442,12 @@ class CaptionDataset(Dataset):
         cache: Path = CACHE,
     ):
         self.mode = mode
-        self.annotation_file, self.photo_folder = find_split(Path(folder), mode)
+        self.annotation_file, self.photo_folder = find_split(Path(folder), mode, cache)
         annotations = read_annotations(self.annotation_file, cache)
-        self.image_ids, self.file_names = annotations.image_ids, annotations.file_names
-        self.paths = [self.photo_folder / name for name in self.file_names]
-        self._check_photos_exist()
+        self.image_ids = annotations.image_ids
+        self.paths = PhotoFiles(self.photo_folder, annotations.file_names, annotations.places)
+        if annotations.places is None:
+            self._check_photos_exist()
         self.photo = annotations.photo  # (captions,) each caption's photo, a row of image_ids
         words = annotations.words
         if vocab is None:
@@ -385,13 +464,18 @@ class CaptionDataset(Dataset):
         self.photos = Photos(self.paths, transform or build_transform(train=mode == "train"))
 
     def _check_photos_exist(self) -> None:
-        folders = {path.parent for path in self.paths}
-        there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder) if entry.is_file()}
-        missing = [path for path in self.paths if str(path) not in there]
-        if missing:
+        """Names are compared by their hashes, a million of which take 8 MB."""
+        names, there = self.paths.names, array("q")
+        for inner in {os.path.dirname(name) for name in names}:
+            if (self.photo_folder / inner).is_dir():
+                entries = os.scandir(self.photo_folder / inner)
+                there.extend(hash(os.path.join(inner, entry.name)) for entry in entries if entry.is_file())
+        wanted = np.fromiter(map(hash, names), np.int64, len(names))
+        missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(there, np.int64)))
+        if len(missing):
             raise InputError(
-                f"{len(missing)} of {len(self.paths)} photos of {self.annotation_file} are missing, the first "
-                f"is {missing[0]}; put them there or take them out of the annotations."
+                f"{len(missing)} of {len(names)} photos of {self.annotation_file} are missing, the first is "
+                f"{self.paths[missing[0]]}; put them there or take them out of the annotations."
             )
 
     def drop(self, rows: Iterable[int]) -> None:
@@ -403,9 +487,7 @@ class CaptionDataset(Dataset):
         self.tokens, self.lengths = self.tokens[inside], self.lengths[captions]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.photo = (np.cumsum(keep) - 1)[self.photo[captions]].astype(np.int32)
-        kept = np.flatnonzero(keep)
-        self.image_ids = self.image_ids[kept]
-        self.file_names, self.paths = [self.file_names[i] for i in kept], [self.paths[i] for i in kept]
+        self.image_ids, self.paths = self.image_ids[keep], self.paths[keep]
         self.photos.paths = self.paths
 
     def caption(self, index: int) -> Tensor:
@@ -487,20 +569,22 @@ class PhotoBatches(Sampler):
 
     def __init__(self, photo: np.ndarray, batch_size: int, seed: int = 0):
         self.seed, self.epoch = seed, 0
-        self.by_photo = np.split(np.argsort(photo, kind="stable"), np.cumsum(np.bincount(photo))[:-1])
-        self.photos = max(1, round(batch_size * len(self.by_photo) / len(photo)))
+        self.captions = np.argsort(photo, kind="stable")
+        self.ends = np.cumsum(np.bincount(photo))  # photo i's are captions[ends[i - 1]:ends[i]]
+        self.photos = max(1, round(batch_size * len(self.ends) / len(photo)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.by_photo) // self.photos)
+        return -(-len(self.ends) // self.photos)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.by_photo))
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.ends))
         for start in range(0, len(order), self.photos):
-            yield np.concatenate([self.by_photo[i] for i in order[start : start + self.photos]])
+            some = order[start : start + self.photos]
+            yield np.concatenate([self.captions[self.ends[i - 1] if i else 0 : self.ends[i]] for i in some])
         self.epoch += 1
 
 

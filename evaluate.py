@@ -1,6 +1,7 @@
 """Caption a split with a trained model and score the captions.
 
 python evaluate.py --model models/scenes --data data/scenes --split test --beam-size 3
+torchrun --nproc_per_node 2 evaluate.py --model models/scenes --data data/scenes
 python evaluate.py --references data/coco/annotations/captions_val2017.json --results results.json
 """
 
@@ -12,10 +13,12 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import scenes
@@ -24,6 +27,7 @@ from checkpoint import default_model, write_file
 from data_loader import CaptionDataset, find_split, read_annotations
 from errors import InputError, run_command
 from metrics import Scores, diversity, format_table, score, score_results
+from processes import this_process
 
 
 @dataclass
@@ -53,13 +57,23 @@ def evaluate(
     limit: int | None = None,
     workers: int = 0,
     java: bool | None = None,
-) -> Evaluation:
-    """Caption a split's photos, the first `limit` of them, and score them where the references are there."""
+) -> Evaluation | None:
+    """Caption a split's photos, the first `limit` of them, and score them where the references are there.
+
+    Several processes share the photos, and the captions are the same for any number of them; the main process has
+    the result, the others None.
+    """
+    process = this_process()
+    main = process.is_main_process
     paths = dataset.paths[:limit]
     ids = [int(i) for i in dataset.image_ids[:limit]]
     start = time.perf_counter()
-    found = captioner.stream(paths, how or Decoding(), workers)
-    captions = {ids[i]: c for i, c in tqdm(found, total=len(paths), unit="photo", delay=2, disable=None)}
+    found = captioner.stream(paths, how or Decoding(), workers, shared=True)
+    total = -(-len(paths) // process.num_processes)
+    share = list(tqdm(found, total=total, unit="photo", delay=2, disable=None if main else True))
+    captions = {ids[i]: caption for i, caption in sorted(gather_object(share), key=itemgetter(0))}
+    if not main:
+        return None
     seconds = time.perf_counter() - start
     hypotheses = {i: caption.text for i, caption in captions.items()}
     scores = None
@@ -113,6 +127,8 @@ def main(
         workers: processes that read photos.
     """
     if references is not None:
+        if not this_process().is_main_process:
+            return
         if results is None:
             raise InputError("--references needs --results, the file with the captions to score.")
         scores = score_results(references, results)
@@ -120,9 +136,12 @@ def main(
         return
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
-    captioner = Captioner.load(model or default_model(data=data.resolve().name))
-    dataset = CaptionDataset(data, split, vocab=captioner.vocab)
+    with this_process().local_main_process_first():  # what it downloads and tokenizes the others find
+        captioner = Captioner.load(model or default_model(data=data.resolve().name))
+        dataset = CaptionDataset(data, split, vocab=captioner.vocab)
     found = evaluate(captioner, dataset, decoding, limit, workers)
+    if found is None:
+        return
     if results is not None or found.scores is None:
         results = results or Path(f"captions_{split}_results.json")
         write_file(results, lambda file: file.write(json.dumps(found.results()).encode()))

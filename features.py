@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from data_loader import CACHE, Photos, build_transform, read_batches
 from errors import InputError, shown
 from model import EncoderCNN, fast_dtype
 from processes import this_process
+from shards import Member
 
 BATCH = 256 if torch.cuda.device_count() else 16  # on a CPU a small batch stays in its cache
 
@@ -55,7 +56,7 @@ class Views:
 def encode(
     encoder: EncoderCNN,
     photos: Photos,
-    batches: list[list[int]],
+    batches: Sequence[Sequence[int]],
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
@@ -74,7 +75,7 @@ def encode(
 
 def stored_features(
     encoder: EncoderCNN,
-    paths: list[Path],
+    paths: Sequence[Path | Member],
     image_size: int,
     views: int = 1,
     cache: Path = CACHE,
@@ -131,13 +132,13 @@ def _lock(path: Path) -> AbstractContextManager:
         return lock.acquire(timeout=-1)
 
 
-def _key(encoder: EncoderCNN, paths: list[Path], image_size: int, views: int) -> str:
+def _key(encoder: EncoderCNN, paths: Sequence[Path | Member], image_size: int, views: int) -> str:
     digest = hashlib.sha256(json.dumps(["1", image_size, views, encoder.grid]).encode())
     for name, tensor in encoder.resnet.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     for path in paths:
-        stat = os.stat(path)
+        stat = path.stat()
         digest.update(f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
@@ -164,16 +165,16 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
 
 
 @torch.inference_mode()
-def _finish(encoder: EncoderCNN, seen: Tensor, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+def _finish(encoder: EncoderCNN, seen: Tensor, batches: Sequence[range]) -> Iterator[tuple[list[int], Tensor]]:
     """As `encode`, from what the frozen part has seen."""
     for indices in batches:
-        cells = seen[indices].to(encoder.embed.weight.device)  # (B, views, cells, channels)
+        cells = seen[indices.start : indices.stop].to(encoder.embed.weight.device)  # (B, views, cells, channels)
         yield indices, encoder.finish(cells.flatten(0, 1)).float().unflatten(0, cells.shape[:2])
 
 
 def _fill(
     encoder: EncoderCNN,
-    paths: list[Path],
+    paths: Sequence[Path | Member],
     image_size: int,
     views: int,
     folder: Path,
@@ -187,7 +188,7 @@ def _fill(
     state.wait_for_everyone()  # none writes to what another still reads
     starts = [start for start in range(0, len(paths), BATCH) if start not in done]
     mine = starts[state.process_index :: state.num_processes]
-    batches = [list(range(start, min(start + BATCH, len(paths)))) for start in mine]
+    batches = [range(start, min(start + BATCH, len(paths))) for start in mine]
     failed: dict[int, InputError] = {}
     fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
     if seen is None:

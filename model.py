@@ -325,9 +325,12 @@ class AttentionDecoder(nn.Module):
         attention = scores.softmax(1)
         seen = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
         seen = torch.sigmoid(self.gate(last)) * seen
-        inputs = torch.cat([words, seen], 1)[:, None]
-        hidden, (h, c) = self.lstm(inputs, (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()))
-        return hidden[:, 0], (h.transpose(0, 1), c.transpose(0, 1), features, keys, attention)
+        hidden, steps = torch.cat([words, seen], 1), []
+        for weights, *before in zip(self.lstm.all_weights, h.unbind(1), c.unbind(1), strict=True):  # faster than `lstm`
+            hidden, cell = torch.lstm_cell(hidden, before, *weights)
+            steps.append((hidden, cell))
+        h, c = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return hidden, (h, c, features, keys, attention)
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One word on, as `DecoderRNN.step`; the last tensor of the state is where this step looked."""

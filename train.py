@@ -13,7 +13,6 @@ the objective cider the captions are the model's own (`self_critical.py`).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import signal
@@ -48,6 +47,7 @@ from data_loader import (
     Photos,
     build_transform,
     find_unreadable,
+    hash_file,
     read_batches,
 )
 from decoding import greedy
@@ -430,7 +430,7 @@ def _describe(
             "folder": config.data.name,
             "train_photos": len(data.paths),
             "train_captions": len(data.photo),
-            "train_sha256": hashlib.sha256(data.annotation_file.read_bytes()).hexdigest(),
+            "train_sha256": hash_file(data.annotation_file),
             "val_photos": min(len(val.paths), config.val_photos),
         },
         training=settings,

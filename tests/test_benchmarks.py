@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import drawn, recipe, speed
+from benchmarks import drawn, recipe, scale, speed
 from model import DecoderRNN, EncoderCNN
 from vocabulary import Vocabulary
 
@@ -92,3 +92,21 @@ def test_the_recipe_draws_captions_of_one_length_with_their_photos(tmp_path: Pat
     assert {photo.shape for photo, _ in items} == {(3, 32, 32)}
     assert len({len(caption) for _, caption in items}) == 1
     assert data.lengths[0] == len(recipe.words_of(captions[0]))
+
+
+def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("learning_rate_factor", "stored_features"):
+        monkeypatch.setattr(scale.training, name, getattr(scale.training, name))  # and put back
+    scale.make(tmp_path / "data", 300)
+    (row,) = scale.measure(tmp_path / "data", 4)
+    assert (row["photos"], row["captions"]) == (300, 1500)
+    assert row["megabytes_of_arrays"] == pytest.approx(0.13, abs=0.04)
+    assert all(row[name] > 0 for name in scale.ROWS if name not in ("megabytes_beyond_arrays", "megabytes_cold"))
+    rows = [
+        {**row, "processes": 1},
+        {**row, "processes": 1, "captions": 2001500, "seconds_cold": row["seconds_cold"] + 8},
+    ]
+    assert scale.slopes(rows)["1 processes"]["seconds_cold"] == pytest.approx(4)
+    table = scale.format_table(rows).splitlines()
+    assert len(table) == 2 + len(scale.ROWS)
+    assert "| 1,500 | 2,001,500 |" in table[2]

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -81,7 +83,7 @@ def test_an_image_that_was_given_is_left_as_it_is(tmp_path: Path):
 def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
     path = write_split(tmp_path, "train", {"a.png": ["A dog.", "The dog\n runs"], "b.png": [], "c.png": ["a cat"]})
     found = read_annotations(path, tmp_path / "cache")
-    assert found.file_names == ["a.png", "c.png"]  # without captions there is nothing to learn
+    assert list(found.file_names) == ["a.png", "c.png"]  # without captions there is nothing to learn
     assert found.image_ids.tolist() == [1, 3]
     captions = [
         [found.words[i] for i in found.tokens[a:b]] for a, b in zip(found.offsets, found.offsets[1:], strict=False)
@@ -91,7 +93,7 @@ def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
 
 
 def assert_same(one: data_loader.Annotations, other: data_loader.Annotations) -> None:
-    assert (one.file_names, one.words) == (other.file_names, other.words)
+    assert (list(one.file_names), one.words) == (list(other.file_names), other.words)
     for name in ("image_ids", "tokens", "offsets", "photo"):
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype
@@ -307,3 +309,35 @@ def test_a_photo_that_is_missing(tmp_path: Path):
 def test_a_threshold_that_leaves_no_word(drawn: Path, cache: Path):
     with pytest.raises(InputError, match="vocab_threshold"):
         CaptionDataset(drawn, "train", vocab_threshold=10_000, cache=cache)
+
+
+# Memory
+
+
+def memory(folder: Path, captions: int) -> tuple[int, int, int]:
+    """In bytes, of a data set with so many captions: its arrays, what it holds beyond them, and at most meanwhile."""
+    content = {f"{i:07}.jpg": ["a red dog runs on the beach."] * 5 for i in range(captions // 5)}
+    write_split(folder, "train", content)
+    for name in content:
+        (folder / "images" / "train" / name).touch()
+    del content
+    tracemalloc.start()
+    try:
+        data = CaptionDataset(folder, vocab_threshold=1, cache=folder / "cache")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    names = data.paths.names
+    arrays = [data.image_ids, data.photo, data.lengths, data.offsets, data.tokens]
+    size = sum(array.nbytes for array in [*arrays, names.block, names.starts, names.ends])
+    return size, held - size, peak
+
+
+def test_memory_grows_by_the_arrays_alone(tmp_path: Path):
+    """A path takes 150 bytes or more, and what JSON makes of a caption and its share of a photo 500 or more."""
+    sizes = {"first": 1000, "small": 1000, "large": 20_000}  # the first with what is imported and kept once
+    with multiprocessing.get_context("spawn").Pool(1) as alone:  # other tests have left much to collect here
+        _, small, large = alone.starmap(memory, [(tmp_path / name, size) for name, size in sizes.items()])
+    assert large[0] - small[0] > 1e6
+    assert large[1] - small[1] < 50_000
+    assert large[2] - small[2] < 5 * (large[0] - small[0])

@@ -1,22 +1,31 @@
 """Several processes train, caption and evaluate as one does, and end together; here they compute on the CPU."""
 
+import json
 import multiprocessing
 import os
 import pickle
+import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
+import tyro
+from conftest import draw_noise
 from torch.distributed import TCPStore
 from torchvision.models.resnet import Bottleneck, ResNet
 
+import caption
 import errors
+import evaluate
+import metrics
 import model
 from checkpoint import read_description
 from features import BATCH
@@ -74,10 +83,16 @@ class Launch:
         return "".join((self.output / f"{i}.{name}").read_text() for i in range(len(self.processes)))
 
 
+@pytest.fixture(scope="module")
+def launch_in() -> Iterator[Callable[..., Launch]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield Launch
+
+
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    return lambda *arguments: Launch(tmp_path / "output", *arguments)
+def launch(tmp_path: Path, launch_in: Callable[..., Launch]) -> Callable[..., Launch]:
+    return lambda *arguments: launch_in(tmp_path / "output", *arguments)
 
 
 @pytest.fixture
@@ -188,3 +203,159 @@ print("and goes on")
     assert "2 process(es)" in notebook.stdout
     assert notebook.stdout.splitlines()[-1] == "and goes on"
     assert_alike(one, settings.models / "several", settings.num_epochs)
+
+
+# The same captions
+
+
+def run_main(command: str, *arguments: object) -> None:
+    """What a process of a launched command runs."""
+    metrics._JAVA = ("no-java",)  # starting it takes seconds
+    caption.CHUNK = 2 * BATCH  # so that few photos are many
+    sys.argv = [command, *map(str, arguments), "--workers", "0"]
+    tyro.cli({"caption.py": caption.main, "evaluate.py": evaluate.main}[command])
+
+
+def caption_and_kill(chunks: int, process: int, *arguments: object) -> None:
+    """Caption; once so many chunks are written, a process is killed."""
+    share, done = caption._caption_share, []
+
+    def counting(*given: object) -> list:
+        done.append(given)
+        if len(done) > chunks and os.environ["RANK"] == str(process):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share(*given)
+
+    caption._caption_share = counting
+    run_main("caption.py", *arguments)
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures for five batches and a half; a whole batch of them, and another one, cannot be read."""
+    folder = tmp_path_factory.mktemp("album")
+    for i in range(5 * BATCH + BATCH // 2):
+        draw_noise(i).save(folder / f"{i:04}.png")
+    for i in (3, *range(BATCH, 2 * BATCH)):
+        (folder / f"{i:04}.png").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(small: Make) -> Iterator[Path]:
+    """A trained model with the small backbone that the launched processes have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "resnet50", build_tiny)
+        yield train(small(num_epochs=2, image_size=32))
+
+
+@pytest.fixture(scope="module")
+def captioned(album: Path, tiny: Path, launch_in: Callable, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The captions of the album as one process writes them, without stopping."""
+    folder = tmp_path_factory.mktemp("captions")
+    output = folder / "new" / "captions.jsonl"
+    found = launch_in(folder / "said", 1, run_main, "caption.py", album, "--model", tiny, "--output", output)
+    assert found.wait() == [2], found.said("err")
+    assert os.listdir(output.parent) == ["captions.jsonl"]
+    return output.read_bytes()
+
+
+def test_every_photo_has_its_row_in_order(album: Path, captioned: bytes):
+    rows = [json.loads(line) for line in captioned.splitlines()]
+    assert [row["photo"] for row in rows] == [*map(str, sorted(album.iterdir()))]
+    assert [i for i, row in enumerate(rows) if "error" in row] == [3, *range(BATCH, 2 * BATCH)]
+    assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows if "error" not in row)
+    assert "0003.png cannot be read as a photo" in rows[3]["error"]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_same_file(
+    album: Path, tiny: Path, captioned: bytes, launch: Callable, tmp_path: Path, processes: int
+):
+    output = tmp_path / "captions.jsonl"
+    found = launch(processes, run_main, "caption.py", album, "--model", tiny, "--output", output)
+    assert found.wait() == [2] * processes
+    assert output.read_bytes() == captioned
+    lines = found.said("err").splitlines()
+    assert sum("cannot be read as a photo" in line for line in lines) == BATCH + 1
+    said = f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} photos could not be read; their rows in {output} say why."
+    assert said in lines
+    assert len(lines) == BATCH + 2
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
+    album: Path, tiny: Path, captioned: bytes, launch: Callable, tmp_path: Path, process: int
+):
+    output = tmp_path / "captions.jsonl"
+    arguments = (album, "--model", tiny, "--output", output)
+    killed = launch(2, caption_and_kill, 1, process, *arguments)
+    assert killed.wait()[process] == -signal.SIGKILL
+    rows = output.read_bytes()
+    assert len(rows.splitlines()) == 4 * BATCH
+    assert captioned.startswith(rows)
+    torn = rows[: rows.index(b"\n", len(rows) // 2) + 30]  # as a kill in the middle of writing leaves it
+    output.write_bytes(torn)
+    file = output.stat().st_ino
+    resumed = launch(1, run_main, "caption.py", *arguments)
+    assert resumed.wait() == [2], resumed.said("err")
+    assert output.read_bytes() == captioned
+    assert output.stat().st_ino == file  # gone on with, not written anew
+
+
+def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, captioned: bytes, tmp_path: Path):
+    captioner, how = caption.Captioner.load(tiny), caption.Decoding()
+    output = tmp_path / "captions.jsonl"
+    lines = captioned.splitlines(keepends=True)
+    other = {**json.loads(lines[-1]), "caption": "of another model"}
+    for content, sentence in (
+        (b"a text of mine", r"captions\.jsonl, line 1 is not of .*0000\.png; "),
+        (b"".join([*lines[:5], *lines[6:9]]), r"line 6 is not of .*0005\.png; "),
+        (captioned + lines[0], r"is not of any photo; "),
+        (b"".join([*lines[:-1], json.dumps(other).encode() + b"\n"]), r"holds other captions .*\.png for one; "),
+    ):
+        output.write_bytes(content)
+        with pytest.raises(errors.InputError, match=sentence):
+            caption.write_captions(captioner, [album], how, output)
+        assert output.read_bytes() == content
+    assert os.listdir(tmp_path) == ["captions.jsonl"]
+    output.write_bytes(captioned)  # complete: nothing is left to do
+    assert caption.write_captions(captioner, [album], how, output) == (len(lines), BATCH + 1)
+    assert output.read_bytes() == captioned
+
+
+def test_captions_are_written_by_one_run_at_a_time(album: Path, tiny: Path, tmp_path: Path):
+    output = tmp_path / "captions.jsonl"
+    with (
+        filelock.FileLock(f"{output}.lock"),
+        pytest.raises(errors.InputError, match=r"is being written by another process"),
+    ):
+        caption.write_captions(caption.Captioner.load(tiny), [album], caption.Decoding(), output)
+
+
+def test_several_processes_need_a_file_and_a_drawing_its_seed(album: Path, tiny: Path, launch: Callable):
+    for arguments, sentence in (
+        ((), "add --output"),
+        (("--output", "x.jsonl", "--json"), "--output goes with none of --json"),
+        (("--output", "x.jsonl", "--temperature", 1), "needs a --seed"),
+    ):
+        found = launch(2, run_main, "caption.py", album, "--model", tiny, *arguments)
+        assert found.wait() == [2, 2]
+        assert re.fullmatch(rf"error: .*{sentence}.*\n", found.said("err"))
+
+
+def test_several_processes_evaluate_as_one(tiny: Path, drawn: Path, launch: Callable, tmp_path: Path):
+    documents, results = [], []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.json"
+        arguments = ("--model", tiny, "--data", drawn, "--split", "train", "--results", path, "--json")
+        found = launch(processes, run_main, "evaluate.py", *arguments)
+        assert found.wait() == [0] * processes, found.said("err")
+        documents.append(json.loads(found.said("out")))
+        results.append(path.read_bytes())
+    assert results[0] == results[1]
+    assert len(json.loads(results[0])) == 24
+    for document in documents:
+        assert document.pop("photos_per_second") > 0
+    assert documents[0] == documents[1]
+    assert documents[0]["CIDEr"] > 0
