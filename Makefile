@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/python scenes.py $(SCENES)
 	$(BIN)/python pretrain.py --data $(SCENES) --weights models/photos --out models/scenes-backbone.pth --image-size 96
 	$(BIN)/python train.py --data $(SCENES) --name scenes --weights models/scenes-backbone.pth --image-size 96 \
-	    --hidden-size 256 --tie-weights --dropout 0.1 --batch-size 24 --learning-rate 3e-3 --num-epochs 6 \
+	    --hidden-size 256 --tie-weights --dropout 0.1 --batch-size 24 --learning-rate 3e-3 --num-epochs 5 \
 	    --print-every 500 --overwrite
 	$(BIN)/python evaluate.py --model models/scenes --data $(SCENES) --split test
 	$(BIN)/python caption.py $(SCENES)/images/test/00000200000[1-9].jpg $(SCENES)/images/test/00000200001[0-2].jpg --model models/scenes --sheet models/scenes/captions.png

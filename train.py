@@ -99,7 +99,7 @@ class TrainingConfig:
 
     batch_size: int = 128  # captions a step, over all processes; for cider those drawn, 5 a photo
     num_epochs: int = 3  # passes over all captions, or for cider over all photos
-    learning_rate: float | None = None  # Adam's, at its highest; by default 1e-3, or 1e-4 for cider
+    learning_rate: float | None = None  # Adam's, at its highest; by default 1e-3, or 5e-4 for cider
     warmup_steps: int = 100  # over which it rises; then it falls to zero along a cosine
     clip_norm: float = 5.0  # the largest norm of the gradient
     patience: int = 3  # epochs without a better CIDEr after which training ends
@@ -120,7 +120,7 @@ class TrainingConfig:
         if self.fine_tune is None:
             self.fine_tune = PARTS if self.weights == "random" else 0
         if self.learning_rate is None:
-            self.learning_rate = 1e-4 if self.objective == "cider" else 1e-3
+            self.learning_rate = 5e-4 if self.objective == "cider" else 1e-3
         if self.backbone_learning_rate is None:
             self.backbone_learning_rate = 1e-5 if self.objective == "cider" else 1e-3
         if self.objective == "cider" and self.resume is None:

@@ -261,7 +261,7 @@ def test_the_description_says_what_was_done(config: Make, tmp_path: Path):
     folder = train(config(learning_rate=2e-3))
     go_on(folder, num_epochs=1)
     training = read_description(folder).training
-    assert (training["objective"], training["learning_rate"], training["num_epochs"]) == ("cider", 1e-4, 1)
+    assert (training["objective"], training["learning_rate"], training["num_epochs"]) == ("cider", 5e-4, 1)
     before = training["before"]
     assert (before["objective"], before["learning_rate"], before["num_epochs"]) == ("cross-entropy", 2e-3, 1)
     lines = (folder / "training_log.txt").read_text().splitlines()
@@ -301,7 +301,7 @@ def test_the_command_goes_on_with_the_objectives_own_learning_rate(trained: Path
     found = run("--resume", "model", "--objective=cider", "--num-epochs", 1, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "epoch 3: train loss -" in found.stdout
-    assert read_description(tmp_path / "model").training["learning_rate"] == 1e-4
+    assert read_description(tmp_path / "model").training["learning_rate"] == 5e-4
     found = run("--resume", "model", "--objective", "bleu", cwd=tmp_path)
     assert found.returncode == 2
     assert "bleu" in found.stderr
