@@ -460,15 +460,17 @@ def main(
 
 
 def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
-    """A caption, or why there is none, as the JSON that `--json` prints and `--output` writes."""
+    """A caption, or why there is none, as the JSON that `--json` prints and `--output` writes.
+
+    Log-probabilities to four digits: those after them depend on how many threads computed them.
+    """
     if isinstance(caption, InputError):
         return {"photo": str(source), "error": str(caption)}
-    result = {"photo": str(source), "caption": caption.text, "log_probability": caption.log_probability}
-    if caption.alternatives:
-        result["alternatives"] = [
-            {"caption": other.text, "log_probability": other.log_probability} for other in caption.alternatives
-        ]
-    return result
+    first, *others = (
+        {"caption": found.text, "log_probability": round(found.log_probability, 4)}
+        for found in (caption, *caption.alternatives)
+    )
+    return {"photo": str(source), **first, **({"alternatives": others} if others else {})}
 
 
 def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:

@@ -233,7 +233,7 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, photo:
 
 def test_captions_hold_what_the_page_and_the_notebooks_show():
     assert Caption("a dog.", ["a", "dog", "."], -1.0).alternatives == []
-    assert caption_module.as_json("x.jpg", Caption("a", ["a"], -1.0, None, [Caption("b", ["b"], -2.0)])) == {
+    assert caption_module.as_json("x.jpg", Caption("a", ["a"], -1.0, None, [Caption("b", ["b"], -2.00004567)])) == {
         "photo": "x.jpg",
         "caption": "a",
         "log_probability": -1.0,
