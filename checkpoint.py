@@ -16,6 +16,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -202,6 +203,15 @@ def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module
         state = {key: value for key, value in state.items() if key.startswith("embed.")}
     write_file(folder / f"encoder-{epoch}.pkl", lambda file: torch.save(state, file))
     write_file(folder / f"decoder-{epoch}.pkl", lambda file: torch.save(decoder.state_dict(), file))
+
+
+def store_backbone(folder: Path, encoder: EncoderCNN) -> None:
+    """Write the backbone into every epoch's encoder file, which until it learns only its name stands for."""
+    backbone = {key: value for key, value in encoder.state_dict().items() if key.startswith("resnet.")}
+    for epoch in epochs_saved(folder):
+        path, _ = weight_files(folder, epoch)
+        state = {**backbone, **read_state_dict(path)}
+        write_file(path, partial(torch.save, state))
 
 
 def remove_epoch(folder: Path, epoch: int) -> None:

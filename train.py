@@ -76,7 +76,7 @@ class TrainingConfig:
     name: str = ""  # of the model; by default the data folder's
     models: Path = Path("models")  # where the model's folder is made
     # What is learned: the true captions, or to write captions that CIDEr-D rates highly. Resumed with another
-    # objective, a training goes on from its best epoch for num_epochs more, with a schedule of their own.
+    # objective or fine_tune, a training goes on from its best epoch for num_epochs more, with their own schedule.
     objective: Objective = "cross-entropy"
 
     weights: str = "pretrained"  # of the backbone: "pretrained", "random", a model's folder or a state dict's file
@@ -408,8 +408,9 @@ def _describe(
 ) -> Description:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    if old is not None and old.training.get("objective", "cross-entropy") != config.objective:
-        settings["before"] = old.training  # the settings of the epochs with the other objective
+    was = {"objective": "cross-entropy", **old.training} if old is not None else settings
+    if (was["objective"], was.get("fine_tune")) != (config.objective, config.fine_tune):
+        settings["before"] = old.training  # the settings of the epochs before it learned something else
     elif old is not None and "before" in old.training:
         settings["before"] = old.training["before"]
     published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
@@ -438,8 +439,8 @@ def _describe(
     )
 
 
-def _change_objective(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
-    """The state of a training that goes on with another objective: from its best epoch, the optimizer anew."""
+def _begin_anew(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
+    """The state of a training that goes on to learn something else: from its best epoch, the optimizer anew."""
     best, first = state["best_epoch"], len(state["epochs"]) + 1
     if best is None:
         raise InputError(
@@ -480,8 +481,10 @@ def _train(
             was = old.preprocessing.image_size
             raise InputError(f"{folder} is trained with --image-size {was}, which cannot change; start a new training.")
         state = checkpoint.load_resume(folder, say)
-        if state["objective"] != config.objective:
-            state = _change_objective(folder, state, config.objective)
+        learned_before = sum(len(group["params"]) for group in state["optimizer"]["param_groups"][2:])
+        learns = sum(p.requires_grad for p in encoder.resnet.parameters())
+        if (state["objective"], learned_before) != (config.objective, learns):
+            state = _begin_anew(folder, state, config.objective)
         description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
         start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
         named = old.architecture.backbone != "stored"
@@ -571,7 +574,9 @@ def _train(
         checkpoint.remove_training(folder)
         save(1, 0)
     elif main and state["optimizer"] is None:
-        checkpoint.write_description(folder, description)  # first, so that whatever comes next, it goes on with cider
+        if description.architecture.backbone != old.architecture.backbone:
+            checkpoint.store_backbone(folder, encoder)
+        checkpoint.write_description(folder, description)  # first, so that whatever comes next, it goes on so
         save(start_epoch, 0)
     say(
         f"training on {len(data.photo)} captions of {len(data.paths)} photos, {len(data.vocab)} words, "

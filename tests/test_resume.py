@@ -91,6 +91,51 @@ def test_a_signal_saves_and_leaves_and_the_resumed_run_ends_the_same(
     assert_same_model(folder, undisturbed)
 
 
+def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
+    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    folder = train(config())
+    best, epochs = read_description(folder).best_epoch, len(read_description(folder).epochs)
+
+    def go_on(folder: Path) -> Path:
+        return train(dataclasses.replace(resumed_config(folder), fine_tune=2, num_epochs=1))
+
+    undisturbed = go_on(shutil.copytree(folder, tmp_path / "undisturbed"))
+    before, after = (read_state_dict(undisturbed / f"encoder-{i}.pkl") for i in (best, epochs + 1))
+    moved = {key.split(".")[1] for key in before if key.startswith("resnet.") and not before[key].equal(after[key])}
+    assert moved == {"6", "7"}
+    description = read_description(undisturbed)
+    assert (description.training["fine_tune"], description.training["before"]["fine_tune"]) == (2, 0)
+    assert [epoch["epoch"] for epoch in description.epochs] == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            go_on(folder)
+    train(resumed_config(folder))
+    assert_same_model(folder, undisturbed)
+
+
+def test_a_backbone_that_had_only_a_name_is_stored_for_every_epoch_when_it_learns(
+    small: Make, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(model, "resnet50", build_tiny)
+    folder = train(small(weights="pretrained", image_size=32, num_epochs=2))
+    published = {key: value.clone() for key, value in checkpoint.load_model(folder)[0].resnet.state_dict().items()}
+    settings = dataclasses.replace(resumed_config(folder), fine_tune=1, num_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_resume", lambda *_: 1 / 0)  # killed just after it has changed
+        with pytest.raises(ZeroDivisionError):
+            train(settings)
+    assert read_description(folder).architecture.backbone == "stored"
+    for epoch in (1, 2):
+        stored = checkpoint.load_model(folder, epoch)[0].resnet.state_dict()
+        assert all(stored[key].equal(published[key]) for key in published)
+    train(resumed_config(folder))
+    learned = checkpoint.load_model(folder, 3)[0].resnet.state_dict()
+    changed = {key.split(".")[0] for key in published if not learned[key].equal(published[key])}
+    assert changed == {"7"}
+
+
 @pytest.mark.parametrize("fields", [{}, {"fine_tune": 5, "workers": 2}], ids=str)
 def test_a_signal_in_validation_ends_it_and_costs_no_step(config: Make, monkeypatch: pytest.MonkeyPatch, fields: dict):
     undisturbed = train(config(**fields))
