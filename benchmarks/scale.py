@@ -42,6 +42,7 @@ CAPTIONS_A_PHOTO = 5
 CHUNK = 100_000  # captions that are drawn at once
 ROWS = {  # what is printed of what is measured
     "captions": "captions",
+    "words": "words that occur five times or more",
     "seconds_cold": "the captions read, the first time, s",
     "seconds_warm": "the captions read again, s",
     "seconds_folder": "the photos' names in order, s",
@@ -156,7 +157,8 @@ def measure(folder: Path, steps: int) -> list[dict[str, float]]:
         data = CaptionDataset(folder, cache=folder / "cache")
     held = megabytes() - before
     found |= {"seconds_warm": peak.seconds, "megabytes_warm": peak.megabytes - before}
-    found |= {"photos": len(data.paths), "captions": len(data.photo), "megabytes_of_arrays": array_megabytes(data)}
+    found |= {"photos": len(data.paths), "captions": len(data.photo)}
+    found |= {"words": len(data.vocab), "megabytes_of_arrays": array_megabytes(data)}
     found["megabytes_beyond_arrays"] = held - found["megabytes_of_arrays"]
     with Peak() as peak:
         batches = sum(1 for _ in LengthBatches(data.lengths, 128))
