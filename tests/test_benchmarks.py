@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import drawn, recipe, scale, speed
+from benchmarks import drawn, quality, recipe, scale, speed
 from model import DecoderRNN, EncoderCNN
 from vocabulary import Vocabulary
 
@@ -110,3 +110,19 @@ def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: 
     table = scale.format_table(rows).splitlines()
     assert len(table) == 2 + len(scale.ROWS)
     assert "| 1,500 | 2,001,500 |" in table[2]
+
+
+def test_the_quality_after_as_many_epochs_is_compared(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    torch.save(EncoderCNN(8, "random").state_dict(), tmp_path / "backbone.pth")
+    monkeypatch.chdir(tmp_path)  # where its cache is made
+    monkeypatch.setattr(quality, "DEMO", {**quality.DEMO, "vocab_threshold": 2})
+    settings = quality.Settings(drawn, tmp_path / "backbone.pth", 32, epochs=1, results=tmp_path / "results")
+    results = json.loads(quality.run(settings).read_text())
+    assert results["epochs"] == 1
+    for row in results["rows"].values():
+        assert {"CIDEr", "Bleu_4", "thing", "colour"} <= set(row)
+        assert all(0 <= value <= 10 for value in row.values())
+    assert len(results["rows"]) == 3
+    assert capsys.readouterr().out.count("\n| train.py") == 2
