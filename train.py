@@ -481,7 +481,7 @@ def _train(
             was = old.preprocessing.image_size
             raise InputError(f"{folder} is trained with --image-size {was}, which cannot change; start a new training.")
         state = checkpoint.load_resume(folder, say)
-        learned_before = sum(len(group["params"]) for group in state["optimizer"]["param_groups"][2:])
+        learned_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
         learns = sum(p.requires_grad for p in encoder.resnet.parameters())
         if (state["objective"], learned_before) != (config.objective, learns):
             state = _begin_anew(folder, state, config.objective)

@@ -115,6 +115,14 @@ def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
     assert_same_model(folder, undisturbed)
 
 
+def test_a_state_without_its_optimizer_s_parameters_is_refused_in_a_sentence(config: Make):
+    folder = train(config(num_epochs=1))
+    state = load_resume(folder, print)
+    torch.save({**state, "optimizer": {}}, folder / "resume.pt")
+    with pytest.raises(InputError, match=r"resume.pt belongs to another training"):
+        train(resumed_config(folder))
+
+
 def test_a_backbone_that_had_only_a_name_is_stored_for_every_epoch_when_it_learns(
     small: Make, monkeypatch: pytest.MonkeyPatch
 ):
