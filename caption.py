@@ -110,7 +110,10 @@ class Captioner:
 
     def __init__(self, encoder: EncoderCNN, decoder: torch.nn.Module, vocab: Vocabulary, description: Description):
         self.device = this_process().device
-        self.encoder = encoder.for_inference(fast_dtype(self.device)).to(self.device)
+        dtype = fast_dtype(self.device)
+        if self.device.type == "cpu" and dtype == torch.float32 and encoder.ranges is not None:
+            dtype = torch.int8
+        self.encoder = encoder.for_inference(dtype).to(self.device)
         self.decoder = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
         self.transform = build_transform(False, description.preprocessing.image_size, normalise=False)

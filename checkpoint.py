@@ -1,6 +1,7 @@
 """A trained model's folder: written whole, read safely, resumed.
 
-    captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch
+    captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch, and what
+                      its backbone needs to run in 8-bit integers
     encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights; a shared model
     decoder-<i>.pkl   may have .safetensors files instead
     resume.pt         all that training needs to go on; resume-previous.pt is the one before it
@@ -19,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 import torch.nn as nn
@@ -38,6 +39,9 @@ RESUME_KEYS = {
     *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
 }
 WEIGHTS = (".pkl", ".safetensors")
+
+
+Low, High = Annotated[float, Field(ge=-1e30, le=0)], Annotated[float, Field(ge=0, le=1e30)]
 
 
 class Architecture(BaseModel):
@@ -72,6 +76,7 @@ class Description(BaseModel):
     training: dict[str, Any] = {}
     epochs: list[dict[str, Any]] = []
     best_epoch: int | None = Field(default=None, ge=1)
+    ranges: dict[int, list[tuple[Low, High]]] = {}  # by epoch, of what the backbone's layers give (quantized.py)
     environment: dict[str, Any] = {}
 
 
@@ -232,7 +237,8 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
         vocabulary = Vocabulary(description.vocabulary)
     except InputError as error:
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
-    encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
+    epoch = choose_epoch(folder, description, epoch)
+    encoder_file, decoder_file = weight_files(folder, epoch)
     parts = description.architecture
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
     grid = DECODERS[parts.decoder].attends
@@ -247,6 +253,7 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
         encoder = EncoderCNN(parts.embed_size, "pretrained", grid=grid)
     load_weights(encoder, encoder_state, encoder_file, may_lack=() if parts.backbone == "stored" else ("resnet.",))
     encoder.resnet.to(memory_format=torch.channels_last)
+    encoder.ranges = description.ranges.get(epoch)
     return encoder.eval(), decoder.eval(), vocabulary, description
 
 

@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import onnx
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -75,15 +76,14 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     of the tokens up to the first `<end>`. Metadata: `vocabulary` (a JSON list), `image_size` and
     `shorter_side`, to which a photo is resized before its centre is cut out.
 
-    model: a model's folder or its name on the Hub. Raises `InputError` where it cannot be read, ONNX's
-    libraries are missing, or the file cannot be written.
+    model: a model's folder or its name on the Hub. Raises `InputError` where it cannot be read, onnxscript
+    is missing, or the file cannot be written.
     """
     try:
-        import onnx
         import onnxscript  # noqa: F401  torch.onnx needs it and would fail far from here
         from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
     except ImportError as error:
-        raise InputError(f"an export needs {error.name}, which is missing: pip install onnx onnxscript") from None
+        raise InputError(f"an export needs {error.name}, which is missing: pip install onnxscript") from None
     if max_length < 1:
         raise InputError(f"max_length is {max_length}, but it has to be at least 1.")
     path = Path(path)

@@ -27,6 +27,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 from data_loader import IMAGENET_MEAN, IMAGENET_STD
 from errors import InputError
+from quantized import QuantizedBackbone, Range
 from vocabulary import END
 
 PRETRAINED = ResNet50_Weights.IMAGENET1K_V1  # the weights that the published encoder was trained with
@@ -117,6 +118,7 @@ class EncoderCNN(nn.Module):
         if not 0 <= fine_tune <= PARTS:
             raise InputError(f"fine_tune is how many of the backbone's {PARTS} parts are trained, not {fine_tune}.")
         self.fine_tune, self.grid = fine_tune, grid
+        self.ranges: list[Range] | None = None  # of what the backbone's layers give, where they were observed
         self.resnet = nn.Sequential(*list(_resnet50(weights).children())[:-1])
         self.embed = nn.Linear(FEATURE_SIZE, embed_size)
         self.resnet.requires_grad_(False)
@@ -137,13 +139,13 @@ class EncoderCNN(nn.Module):
 
         uint8 images are normalised here; floats are taken as normalised already.
         """
-        weight = self.resnet[0].weight
+        dtype = next(self.resnet.parameters(), self.embed.weight).dtype
         if images.dtype == torch.uint8:
             mean, std = (
                 torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (IMAGENET_MEAN, IMAGENET_STD)
             )
             images = (images - mean) / std
-        images = images.to(weight.dtype, memory_format=torch.channels_last)
+        images = images.to(dtype, memory_format=torch.channels_last)
         return self._pool(self.resnet[:-1](images))  # of (B, 2048, H/32, W/32)
 
     def frozen_part(self) -> EncoderCNN:
@@ -180,7 +182,10 @@ class EncoderCNN(nn.Module):
         self.embed.bias.copy_((self.embed.bias - mean) / std)
 
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
-        """A copy for use only: batch norms folded into their convolutions, the backbone in `dtype`."""
+        """A copy for use only: batch norms folded into their convolutions, the backbone in `dtype`.
+
+        torch.int8 is for the CPU and needs `ranges`, as a trained model has them.
+        """
         fused = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(fused.resnet.modules()):
             names = [name for name, _ in module.named_children()]
@@ -189,7 +194,10 @@ class EncoderCNN(nn.Module):
                 if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
                     setattr(module, conv, fuse_conv_bn_eval(*pair))
                     setattr(module, norm, nn.Identity())
-        fused.resnet.to(dtype=dtype, memory_format=torch.channels_last)
+        if dtype == torch.int8:
+            fused.resnet = nn.Sequential(QuantizedBackbone(fused.resnet, self.ranges), nn.Identity())
+        else:
+            fused.resnet.to(dtype=dtype, memory_format=torch.channels_last)
         return fused
 
 

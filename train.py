@@ -56,12 +56,15 @@ from features import BATCH, encode, stored_features
 from metrics import score
 from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, fast_dtype, load_weights, pack, read_state_dict
 from processes import on_cpus, this_process
+from quantized import Range, observe
 from self_critical import DRAWS, Critic, reinforce
 from vocabulary import Vocabulary
 
 # A step of Adam moves every weight alike, and `embed` sums 2048 features that are never negative: at the full
 # rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
 EMBED_RATE = 0.05
+
+OBSERVED = 16  # photos that the ranges of the backbone's layers are of: more only stretch them
 
 Objective = Literal["cross-entropy", "cider"]
 
@@ -319,6 +322,14 @@ def _first_features(
     return seen
 
 
+def _observe(data: CaptionDataset, encoder: EncoderCNN, config: TrainingConfig) -> list[Range]:
+    """The ranges of what the backbone's layers give for some training photos."""
+    some = np.random.default_rng(config.seed).permutation(len(data.paths))[:OBSERVED].tolist()
+    reader = Photos(data.paths, build_transform(False, config.image_size))
+    images = next(read_batches(reader, [some]))[1].to(encoder.embed.weight.device)
+    return observe(encoder.for_inference(torch.float32).resnet, [images])
+
+
 def train(config: TrainingConfig) -> Path:
     """Train as `config` says and return the model's folder; a model that was there under this name is deleted.
 
@@ -486,6 +497,7 @@ def _train(
         if (state["objective"], learned_before) != (config.objective, learns):
             state = _begin_anew(folder, state, config.objective)
         description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
+        description.ranges = {epoch: ranges for epoch, ranges in old.ranges.items() if epoch < state["epoch"]}
         start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
         named = old.architecture.backbone != "stored"
         load_weights(encoder, state["encoder"], folder / "resume.pt", may_lack=("resnet.",) if named else ())
@@ -494,12 +506,13 @@ def _train(
 
     # What the frozen backbone sees, once
     encoder.to(accelerator.device)
-    features = val_features = None
+    features = val_features = ranges = None
     if config.fine_tune == 0:
         stored = {"cache": config.cache, "workers": config.workers}
         with stop.at_once():
             features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
             val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
+            ranges = _observe(data, encoder, config) if main else None
 
     if state is None:
         encoder.standardise(_first_features(data, encoder, features, config))
@@ -665,6 +678,7 @@ def _train(
             best = description.best_epoch
             better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
             if main:
+                description.ranges[epoch] = ranges or _observe(data, encoder, config)
                 if better or epoch % config.save_every == 0 or epoch == last_epoch:
                     checkpoint.save_epoch(folder, epoch, encoder, decoder, description)
                 if better:
