@@ -8,7 +8,6 @@ every processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from errors import InputError
 
 Range = tuple[float, float]
+Name = tuple[str, np.float32, str, str]  # of a tensor in the graph: its own, its scale, its scale's, its zero point's
 
 LARGEST_WEIGHT = 63
 SMALLEST_RANGE = 1e-6  # of a layer that gives nothing but zeros
@@ -43,37 +43,36 @@ class _Observer:
         self.ranges: list[Range] = []
 
     def photo(self, x: Tensor) -> Tensor:
+        return self._note(x)
+
+    def _note(self, x: Tensor) -> Tensor:
         low, high = x.aminmax()
         self.ranges.append((min(0.0, low.item()), max(0.0, high.item())))  # zero has to be one of the 256 values
         return x
 
     def conv(self, x: Tensor, conv: nn.Conv2d, relu: bool = False) -> Tensor:
-        return self.photo(conv(x).relu() if relu else conv(x))
+        return self._note(conv(x).relu() if relu else conv(x))
 
     def max_pool(self, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
         return pool(x)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.photo((x + y).relu())
+        return self._note((x + y).relu())
 
 
 @torch.inference_mode()
-def observe(resnet: nn.Sequential, batches: Iterable[Tensor]) -> list[Range]:
-    """The ranges, lowest and highest, of what each layer gives for normalised photos, batches of (B, 3, H, W).
+def observe(resnet: nn.Sequential, images: Tensor) -> list[Range]:
+    """The ranges, lowest and highest, of what each layer gives for normalised photos, (B, 3, H, W).
 
     `resnet` has its batch norms folded into its convolutions, as `EncoderCNN.for_inference` does.
     """
-    found = []
-    for images in batches:
-        observer = _Observer()
-        _run(resnet, observer, images)
-        found.append(observer.ranges)
-    low, high = zip(*(zip(*layer, strict=True) for layer in zip(*found, strict=True)), strict=True)
-    return list(zip(map(min, low), map(max, high), strict=True))
+    observer = _Observer()
+    _run(resnet, observer, images)
+    return observer.ranges
 
 
 class _Builder:
-    """Writes the layers as a graph of ONNX; a tensor is its name, its scale and its zero point's name."""
+    """Writes the layers as a graph of ONNX."""
 
     def __init__(self, ranges: list[Range]) -> None:
         self.ranges = iter(ranges)
@@ -97,11 +96,11 @@ class _Builder:
         zero = np.uint8(np.clip(round(-low / float(scale)), 0, 255))
         return scale, self._constant(scale), self._constant(zero)
 
-    def photo(self, x: str) -> tuple[str, np.float32, str, str]:
+    def photo(self, x: str) -> Name:
         scale = self._scale()
         return self.node("QuantizeLinear", x, *scale[1:]), *scale
 
-    def conv(self, x: tuple[str, np.float32, str, str], conv: nn.Conv2d, relu: bool = False) -> Any:
+    def conv(self, x: Name, conv: nn.Conv2d, relu: bool = False) -> Name:
         # A ReLU is in the range already: nothing below zero can be told from zero.
         weight = conv.weight.float().numpy()
         scales = np.maximum(np.abs(weight).max((1, 2, 3)) / LARGEST_WEIGHT, np.finfo(np.float32).tiny)
@@ -111,7 +110,7 @@ class _Builder:
         scale = self._scale()
         name = self.node(
             "QLinearConv",
-            *(x[0], x[2], x[3]),
+            *(x[0], *x[2:]),
             *map(self._constant, (integers, scales, np.zeros(len(scales), np.int8))),
             *scale[1:],
             self._constant(bias),
@@ -121,13 +120,13 @@ class _Builder:
         )
         return name, *scale
 
-    def max_pool(self, x: tuple[str, np.float32, str, str], pool: nn.MaxPool2d) -> Any:
+    def max_pool(self, x: Name, pool: nn.MaxPool2d) -> Name:
         sizes = {"kernel_shape": 2 * [pool.kernel_size], "strides": 2 * [pool.stride], "pads": 4 * [pool.padding]}
         return self.node("MaxPool", x[0], **sizes), *x[1:]
 
-    def add(self, x: tuple[str, np.float32, str, str], y: tuple[str, np.float32, str, str]) -> Any:
+    def add(self, x: Name, y: Name) -> Name:
         scale = self._scale()
-        inputs = (x[0], x[2], x[3], y[0], y[2], y[3])
+        inputs = (x[0], *x[2:], y[0], *y[2:])
         return self.node("QLinearAdd", *inputs, *scale[1:], domain="com.microsoft"), *scale
 
 

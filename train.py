@@ -322,12 +322,12 @@ def _first_features(
     return seen
 
 
-def _observe(data: CaptionDataset, encoder: EncoderCNN, config: TrainingConfig) -> list[Range]:
+def layer_ranges(data: CaptionDataset, encoder: EncoderCNN, config: TrainingConfig) -> list[Range]:
     """The ranges of what the backbone's layers give for some training photos."""
     some = np.random.default_rng(config.seed).permutation(len(data.paths))[:OBSERVED].tolist()
     reader = Photos(data.paths, build_transform(False, config.image_size))
     images = next(read_batches(reader, [some]))[1].to(encoder.embed.weight.device)
-    return observe(encoder.for_inference(torch.float32).resnet, [images])
+    return observe(encoder.for_inference(torch.float32).resnet, images)
 
 
 def train(config: TrainingConfig) -> Path:
@@ -512,7 +512,7 @@ def _train(
         with stop.at_once():
             features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
             val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
-            ranges = _observe(data, encoder, config) if main else None
+            ranges = layer_ranges(data, encoder, config) if main else None
 
     if state is None:
         encoder.standardise(_first_features(data, encoder, features, config))
@@ -678,7 +678,7 @@ def _train(
             best = description.best_epoch
             better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
             if main:
-                description.ranges[epoch] = ranges or _observe(data, encoder, config)
+                description.ranges[epoch] = ranges or layer_ranges(data, encoder, config)
                 if better or epoch % config.save_every == 0 or epoch == last_epoch:
                     checkpoint.save_epoch(folder, epoch, encoder, decoder, description)
                 if better:

@@ -186,6 +186,7 @@ def _train(folder: Path, steps: int) -> dict[str, float]:
         return torch.from_numpy(np.load(folder / f"{paths.folder.name}.npy", mmap_mode="c"))
 
     training.learning_rate_factor, training.stored_features = timed, stored
+    training.layer_ranges = lambda *_: None  # of photos that are empty files
     config = training.TrainingConfig(
         data=folder, name="scale", models=folder / "models", cache=folder / "cache", weights="random", fine_tune=0
     )

@@ -95,7 +95,7 @@ def test_the_recipe_draws_captions_of_one_length_with_their_photos(tmp_path: Pat
 
 
 def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("learning_rate_factor", "stored_features"):
+    for name in ("learning_rate_factor", "stored_features", "layer_ranges"):
         monkeypatch.setattr(scale.training, name, getattr(scale.training, name))  # and put back
     scale.make(tmp_path / "data", 300)
     (row,) = scale.measure(tmp_path / "data", 4)

@@ -40,7 +40,7 @@ def encoder() -> EncoderCNN:
 
 def test_the_integers_see_what_float32_sees(encoder: EncoderCNN, images: Tensor):
     whole = encoder.for_inference(torch.float32)
-    encoder.ranges = observe(whole.resnet, [images[:4], images[4:]])
+    encoder.ranges = observe(whole.resnet, images)
     assert len(encoder.ranges) == 2 + 16 * 4 + 4
     fast = encoder.for_inference(torch.int8)
     expected, found = whole.features(images), fast.features(images)
@@ -54,22 +54,23 @@ def test_the_integers_see_what_float32_sees(encoder: EncoderCNN, images: Tensor)
 
 
 def test_a_photo_is_seen_the_same_alone_and_among_others(encoder: EncoderCNN, images: Tensor):
-    encoder.ranges = observe(encoder.for_inference(torch.float32).resnet, [images])
+    encoder.ranges = observe(encoder.for_inference(torch.float32).resnet, images)
     backbone = encoder.for_inference(torch.int8).resnet
     alone = torch.cat([backbone(image[None]) for image in images])
     assert torch.equal(backbone(images), alone)
 
 
-def test_ranges_are_those_of_all_batches_and_hold_zero(encoder: EncoderCNN, images: Tensor):
+def test_ranges_are_the_lowest_and_highest_of_all_photos_and_hold_zero(encoder: EncoderCNN, images: Tensor):
     resnet = encoder.for_inference(torch.float32).resnet
-    apart = [observe(resnet, [half]) for half in (images[:4], images[4:])]
-    together = observe(resnet, [images[:4], images[4:]])
-    for one, other, both in zip(*apart, together, strict=True):
-        assert both == (min(one[0], other[0]), max(one[1], other[1]))
-        assert both[0] <= 0 <= both[1]
-    assert together[0] == pytest.approx((images.min().item(), images.max().item()))
-    bright = observe(resnet, [images.abs() + 1])
-    assert bright[0][0] == 0
+    together = observe(resnet, images)
+    for image in images:
+        for (low, high), (lowest, highest) in zip(observe(resnet, image[None]), together, strict=True):
+            assert lowest - 1e-4 <= low <= high <= highest + 1e-4
+    assert all(low <= 0 <= high for low, high in together)
+    assert together[0] == (images.min().item(), images.max().item())
+    stem = torch.relu(resnet[0](images))
+    assert together[1] == pytest.approx((0, stem.max().item()))
+    assert observe(resnet, images.abs() + 1)[0][0] == 0
 
 
 def test_no_sum_of_two_products_overflows_16_bits(encoder: EncoderCNN, images: Tensor, monkeypatch: pytest.MonkeyPatch):
@@ -77,7 +78,7 @@ def test_no_sum_of_two_products_overflows_16_bits(encoder: EncoderCNN, images: T
     constant = quantized._Builder._constant
     monkeypatch.setattr(quantized._Builder, "_constant", lambda s, value: kept.append(value) or constant(s, value))
     resnet = encoder.for_inference(torch.float32).resnet
-    QuantizedBackbone(resnet, observe(resnet, [images]))
+    QuantizedBackbone(resnet, observe(resnet, images))
     weights = [x for x in kept if getattr(x, "ndim", 0) == 4]
     assert len(weights) == 53
     assert all(x.dtype == np.int8 for x in weights)
@@ -88,7 +89,7 @@ def test_a_layer_of_zeros_is_no_trouble():
     encoder = EncoderCNN(8, "random").eval()  # the last batch norm of each block is zero
     images = torch.randn(2, 3, 64, 64)
     whole = encoder.for_inference(torch.float32)
-    encoder.ranges = observe(whole.resnet, [images])
+    encoder.ranges = observe(whole.resnet, images)
     assert (0.0, 0.0) in encoder.ranges
     assert difference(encoder.for_inference(torch.int8).features(images), whole.features(images)) < 0.1
 
@@ -96,7 +97,7 @@ def test_a_layer_of_zeros_is_no_trouble():
 def test_ranges_of_another_backbone_are_refused(encoder: EncoderCNN, images: Tensor):
     resnet = encoder.for_inference(torch.float32).resnet
     with pytest.raises(InputError, match=r"ranges are of another backbone; take them out of captioner.json"):
-        QuantizedBackbone(resnet, observe(resnet, [images])[:-1])
+        QuantizedBackbone(resnet, observe(resnet, images)[:-1])
 
 
 # A trained model
@@ -116,7 +117,7 @@ def test_training_keeps_the_ranges_that_some_training_photos_have(trained: Path,
     data = CaptionDataset(drawn, "train", vocab=vocab)
     some = np.random.default_rng(0).permutation(len(data.paths))[:OBSERVED]
     photos = Photos(data.paths, build_transform(False, 64))
-    expected = observe(encoder.for_inference(torch.float32).resnet, [torch.stack([photos[i] for i in some])])
+    expected = observe(encoder.for_inference(torch.float32).resnet, torch.stack([photos[i] for i in some]))
     assert encoder.ranges == [pytest.approx(pair, rel=1e-3, abs=1e-4) for pair in expected]
 
 
