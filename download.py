@@ -31,7 +31,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from errors import InputError, run_command
+from captioning.errors import InputError, run_command
 from importers import import_weights
 
 COCO_SERVER = "http://images.cocodataset.org"  # its https certificate names another host; SHA-256 protects us

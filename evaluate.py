@@ -22,12 +22,14 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import scenes
-from caption import Caption, Captioner, Decoding
-from checkpoint import default_model, write_file
-from data_loader import CaptionDataset, find_split, read_annotations
-from errors import InputError, run_command
-from metrics import Scores, diversity, format_table, score, score_results
-from processes import this_process
+from captioning.annotations import read_annotations
+from captioning.captioner import Caption, Captioner, Decoding
+from captioning.checkpoint import default_model
+from captioning.distributed import this_process
+from captioning.errors import InputError, run_command
+from captioning.files import write_file
+from captioning.metrics import Scores, diversity, format_table, score, score_results
+from data_loader import CaptionDataset, find_split
 
 
 @dataclass

@@ -30,11 +30,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torchvision import transforms as T
 
-from caption import Caption, Captioner, Decoding, find_photos
-from checkpoint import SAMPLE, Description, default_model
-from data_loader import build_transform, read_photo
-from errors import InputError, run_command
-from features import BATCH
+from captioning.bulk import find_photos
+from captioning.captioner import Caption, Captioner, Decoding
+from captioning.checkpoint import SAMPLE, Description, default_model
+from captioning.errors import InputError, run_command
+from captioning.features import BATCH
+from captioning.images import build_transform, read_photo
 from scenes import draw_scene
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # Pillow starts other programs for some others

@@ -28,7 +28,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from errors import InputError, run_command
+from captioning.errors import InputError, run_command
 
 SPLITS = {
     "train": "train",
@@ -308,8 +308,9 @@ def import_weights(
     """
     import torch  # takes seconds, and the other importers do without
 
-    import checkpoint
-    from model import DecoderRNN, EncoderCNN, load_weights, read_state_dict
+    from captioning import checkpoint
+    from captioning.weights import load_weights, read_state_dict
+    from model import DecoderRNN, EncoderCNN
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; delete it or name another folder.")

@@ -23,13 +23,14 @@ import tyro
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from checkpoint import backbone_weights, write_file
-from data_loader import CACHE, CaptionDataset
-from errors import InputError, run_command
-from features import stored_features
+from captioning.checkpoint import backbone_weights
+from captioning.distributed import this_process
+from captioning.errors import InputError, run_command
+from captioning.features import stored_features
+from captioning.files import CACHE, write_file
+from captioning.training import autocast, learning_rate_factor
+from data_loader import CaptionDataset
 from model import PARTS, EncoderCNN
-from processes import this_process
-from train import autocast, learning_rate_factor
 
 
 @dataclass

@@ -28,7 +28,7 @@ import tyro
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from errors import InputError, run_command
+from captioning.errors import InputError, run_command
 
 VERSION = "2"
 SPLITS = ("train", "val", "test")

@@ -22,16 +22,16 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import checkpoint
 from benchmarks import recipe
 from benchmarks.speed import RECIPE_BATCH
-from caption import Captioner
+from captioning import checkpoint
+from captioning.captioner import Captioner
+from captioning.errors import run_command
+from captioning.metrics import score
+from captioning.training import TrainingConfig, train
 from data_loader import CaptionDataset
-from errors import run_command
 from evaluate import check_scenes, evaluate
-from metrics import score
 from model import EncoderCNN
-from train import TrainingConfig, train
 
 EMBED_SIZE, HIDDEN_SIZE = 256, 512  # the recipe's, and the project's where it is told nothing
 DEMO = {"hidden_size": 256, "tie_weights": True, "dropout": 0.1, "batch_size": 24, "learning_rate": 3e-3}

@@ -31,12 +31,11 @@ import tyro
 from accelerate.utils import gather_object
 
 import caption
-import checkpoint
-import train as training
 from benchmarks import drawn
+from captioning import checkpoint, training
+from captioning.distributed import this_process
 from data_loader import CaptionDataset, LengthBatches
 from model import FEATURE_SIZE
-from processes import this_process
 
 CAPTIONS_A_PHOTO = 5
 CHUNK = 100_000  # captions that are drawn at once

@@ -29,14 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet50
 
 import caption
-import checkpoint
 from benchmarks import drawn, recipe
 from benchmarks.report import draw, format_table
-from data_loader import Photos, build_transform, read_batches
-from errors import InputError, run_command
-from features import BATCH
-from model import fast_dtype
-from train import TrainingConfig, train
+from captioning import checkpoint
+from captioning.distributed import fast_dtype
+from captioning.errors import InputError, run_command
+from captioning.features import BATCH
+from captioning.images import Photos, build_transform, read_batches
+from captioning.training import TrainingConfig, train
 from vocabulary import Vocabulary
 
 GPU = torch.cuda.is_available()

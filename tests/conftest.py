@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import model
 import scenes
-from train import TrainingConfig, train
+from captioning.training import TrainingConfig, train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -14,11 +14,15 @@ from conftest import EIGHT, draw_noise
 from PIL import Image
 
 import caption as caption_module
-from caption import Caption, Captioner, Decoding, draw_attention, draw_sheet, find_photos, main
-from checkpoint import load_model
-from data_loader import Photos, build_transform
-from decoding import greedy
-from errors import InputError, run_command
+from caption import main
+from captioning import bulk
+from captioning.bulk import find_photos
+from captioning.captioner import Caption, Captioner, Decoding
+from captioning.checkpoint import load_model
+from captioning.decoding import greedy
+from captioning.errors import InputError, run_command
+from captioning.figures import draw_attention, draw_sheet
+from captioning.images import Photos, build_transform
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def test_a_folder_stands_for_its_photos_in_name_order(tmp_path: Path, monkeypatc
     (tmp_path / "deeper.jpg").mkdir()
     expected = [tmp_path / "a.PNG", tmp_path / "b.jpg", tmp_path / "x.jpg"]
     assert find_photos([tmp_path, tmp_path / "x.jpg"]) == expected
-    monkeypatch.setattr(caption_module, "NAMES", 1)  # read anew for every name
+    monkeypatch.setattr(bulk, "NAMES", 1)  # read anew for every name
     assert find_photos([tmp_path, tmp_path / "x.jpg"]) == expected
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty holds no photos"):
@@ -233,7 +237,7 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, photo:
 
 def test_captions_hold_what_the_page_and_the_notebooks_show():
     assert Caption("a dog.", ["a", "dog", "."], -1.0).alternatives == []
-    assert caption_module.as_json("x.jpg", Caption("a", ["a"], -1.0, None, [Caption("b", ["b"], -2.00004567)])) == {
+    assert bulk.as_json("x.jpg", Caption("a", ["a"], -1.0, None, [Caption("b", ["b"], -2.00004567)])) == {
         "photo": "x.jpg",
         "caption": "a",
         "log_probability": -1.0,

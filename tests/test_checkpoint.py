@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import model
-from checkpoint import (
-    default_model,
-    epochs_saved,
-    load_model,
-    read_description,
-    write_description,
-    write_file,
-)
-from errors import InputError
-from model import PRETRAINED, read_state_dict
+from captioning import checkpoint
+from captioning.checkpoint import default_model, epochs_saved, load_model, read_description, write_description
+from captioning.errors import InputError
+from captioning.files import write_file
+from captioning.weights import read_state_dict
+from model import PRETRAINED
 
 
 @pytest.fixture

@@ -11,19 +11,11 @@ from conftest import draw_noise, write_split
 from PIL import Image
 from torchvision import transforms as T
 
-import data_loader
-from data_loader import (
-    CaptionDataset,
-    LengthBatches,
-    PhotoBatches,
-    Photos,
-    build_transform,
-    find_split,
-    get_loader,
-    read_annotations,
-    read_batches,
-)
-from errors import InputError
+from captioning import annotations
+from captioning.annotations import read_annotations
+from captioning.errors import InputError
+from captioning.images import Photos, build_transform, read_batches
+from data_loader import CaptionDataset, LengthBatches, PhotoBatches, find_split, get_loader
 from vocabulary import END, START, Vocabulary, tokenize
 
 # Photos
@@ -92,7 +84,7 @@ def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
     assert found.photo.tolist() == [0, 0, 1]
 
 
-def assert_same(one: data_loader.Annotations, other: data_loader.Annotations) -> None:
+def assert_same(one: annotations.Annotations, other: annotations.Annotations) -> None:
     assert (list(one.file_names), one.words) == (list(other.file_names), other.words)
     for name in ("image_ids", "tokens", "offsets", "photo"):
         a, b = getattr(one, name), getattr(other, name)
@@ -103,7 +95,7 @@ def assert_same(one: data_loader.Annotations, other: data_loader.Annotations) ->
 def test_what_was_kept_is_what_was_read(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = find_split(drawn, "train")[0]
     first = read_annotations(path, tmp_path)
-    monkeypatch.setattr(data_loader, "tokenize", None)  # nothing is tokenized again
+    monkeypatch.setattr(annotations, "tokenize", None)  # nothing is tokenized again
     assert_same(read_annotations(path, tmp_path), first)
 
 

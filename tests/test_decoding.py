@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-import decoding
-from decoding import Hypothesis, beam_search, greedy, sample
-from errors import InputError
+from captioning import decoding
+from captioning.decoding import Hypothesis, beam_search, greedy, sample
+from captioning.errors import InputError
 from model import AttentionDecoder, DecoderRNN
 from vocabulary import END, START, UNK
 

@@ -23,14 +23,13 @@ from torch.distributed import TCPStore
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
-import errors
 import evaluate
-import metrics
 import model
-from checkpoint import read_description
-from features import BATCH
-from model import read_state_dict
-from train import TrainingConfig, read_log, share, train
+from captioning import bulk, errors, metrics
+from captioning.checkpoint import read_description
+from captioning.features import BATCH
+from captioning.training import TrainingConfig, read_log, share, train
+from captioning.weights import read_state_dict
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
@@ -211,14 +210,14 @@ print("and goes on")
 def run_main(command: str, *arguments: object) -> None:
     """What a process of a launched command runs."""
     metrics._JAVA = ("no-java",)  # starting it takes seconds
-    caption.CHUNK = 2 * BATCH  # so that few photos are many
+    bulk.CHUNK = 2 * BATCH  # so that few photos are many
     sys.argv = [command, *map(str, arguments), "--workers", "0"]
     tyro.cli({"caption.py": caption.main, "evaluate.py": evaluate.main}[command])
 
 
 def caption_and_kill(chunks: int, process: int, *arguments: object) -> None:
     """Caption; once so many chunks are written, a process is killed."""
-    share, done = caption._caption_share, []
+    share, done = bulk._caption_share, []
 
     def counting(*given: object) -> list:
         done.append(given)
@@ -226,7 +225,7 @@ def caption_and_kill(chunks: int, process: int, *arguments: object) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return share(*given)
 
-    caption._caption_share = counting
+    bulk._caption_share = counting
     run_main("caption.py", *arguments)
 
 

@@ -17,10 +17,10 @@ import torch
 import torchvision
 from PIL import Image
 
-import checkpoint
 import download
 import importers
-from errors import InputError, run_command
+from captioning import checkpoint
+from captioning.errors import InputError, run_command
 
 SPLITS = ("train", "val", "test")
 PHOTOS = 6

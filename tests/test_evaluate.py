@@ -6,10 +6,10 @@ import pytest
 import tyro
 from conftest import EIGHT, draw_noise, write_split
 
-import metrics
-from caption import Captioner
+from captioning import metrics
+from captioning.captioner import Captioner
+from captioning.errors import InputError, run_command
 from data_loader import CaptionDataset, find_split
-from errors import InputError, run_command
 from evaluate import check_scenes, evaluate, main
 
 

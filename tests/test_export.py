@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import caption
-import checkpoint
-from caption import Decoding
-from checkpoint import Architecture, Description, Preprocessing, load_model
-from data_loader import build_transform, read_photo
-from decoding import greedy
-from errors import InputError
-from export import export_onnx
+from captioning import checkpoint
+from captioning.captioner import Decoding
+from captioning.checkpoint import Architecture, Description, Preprocessing, load_model
+from captioning.decoding import greedy
+from captioning.errors import InputError
+from captioning.export import export_onnx
+from captioning.images import build_transform, read_photo
 from model import DECODERS, EncoderCNN
 from vocabulary import END, SPECIAL_WORDS, START, UNK
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import features
-from data_loader import CaptionDataset, Photos, build_transform, read_photo
-from errors import InputError
-from features import BATCH, Views, encode, stored_features
+from captioning import features
+from captioning.errors import InputError
+from captioning.features import BATCH, Views, encode, stored_features
+from captioning.images import Photos, build_transform, read_photo
+from captioning.training import Training
+from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
-from train import Training
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 
 import gradio_main
-from caption import Caption, Captioner, Decoding
-from checkpoint import read_description
-from errors import InputError
+from captioning.captioner import Caption, Captioner, Decoding
+from captioning.checkpoint import read_description
+from captioning.errors import InputError
 from scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]

@@ -23,13 +23,13 @@ from huggingface_hub import constants
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
-import hub
 import model
-from caption import Captioner, Decoding
-from checkpoint import read_description
-from errors import InputError
-from model import read_state_dict
-from train import TrainingConfig, train
+from captioning import hub
+from captioning.captioner import Captioner, Decoding
+from captioning.checkpoint import read_description
+from captioning.errors import InputError
+from captioning.training import TrainingConfig, train
+from captioning.weights import read_state_dict
 
 COMMIT = "0123456789012345678901234567890123456789"
 

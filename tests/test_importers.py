@@ -20,14 +20,15 @@ from PIL import Image
 from torchvision import transforms
 
 import caption
-import checkpoint
 import evaluate
 import importers
-from caption import Captioner, Decoding
-from data_loader import CaptionDataset, build_transform, read_photo
-from errors import InputError
+from captioning import checkpoint
+from captioning.captioner import Captioner, Decoding
+from captioning.errors import InputError
+from captioning.images import build_transform, read_photo
+from captioning.training import train
+from data_loader import CaptionDataset
 from model import DecoderRNN
-from train import train
 from vocabulary import Vocabulary
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

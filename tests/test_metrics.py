@@ -14,9 +14,10 @@ from pycocoevalcap.meteor import meteor as meteor_package
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-import metrics
-from errors import InputError
-from metrics import METRICS, CiderD, diversity, format_table, score, score_results, tokenize_plain
+from captioning import metrics
+from captioning.cider import CiderD
+from captioning.errors import InputError
+from captioning.metrics import METRICS, diversity, format_table, score, score_results, tokenize_plain
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_val2017.json"
 JAR_FOLDER = Path(ptbtokenizer.__file__).parent

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet50
 
-from data_loader import IMAGENET_MEAN, IMAGENET_STD
-from decoding import beam_search, greedy
-from errors import InputError
-from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN, pack, read_state_dict
+from captioning.decoding import beam_search, greedy
+from captioning.errors import InputError
+from captioning.images import IMAGENET_MEAN, IMAGENET_STD
+from captioning.weights import read_state_dict
+from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN, pack
 
 EMBED, HIDDEN, WORDS, CELLS = 8, 12, 30, 4
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from conftest import write_split
 from gradio.media import get_image
 
-from caption import Captioner
-from checkpoint import read_description
+from captioning.captioner import Captioner
+from captioning.checkpoint import read_description
+from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from evaluate import evaluate
-from model import read_state_dict
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "photos"

@@ -9,12 +9,13 @@ import torch
 from conftest import write_split
 from PIL import Image
 
-import features
-from data_loader import CaptionDataset, build_transform, read_photo
-from errors import InputError
+from captioning import features
+from captioning.errors import InputError
+from captioning.images import build_transform, read_photo
+from captioning.training import train
+from data_loader import CaptionDataset
 from model import EncoderCNN
 from pretrain import PretrainingConfig, pretrain, word_shares
-from train import train
 
 
 @pytest.fixture

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import quantized
-from caption import Captioner
-from checkpoint import load_model, read_description
-from data_loader import CaptionDataset, Photos, build_transform
-from errors import InputError
+from captioning import quantized
+from captioning.captioner import Captioner
+from captioning.checkpoint import load_model, read_description
+from captioning.errors import InputError
+from captioning.images import Photos, build_transform
+from captioning.quantized import QuantizedBackbone, observe
+from captioning.training import OBSERVED, train
+from data_loader import CaptionDataset
 from model import EncoderCNN
-from quantized import QuantizedBackbone, observe
-from train import OBSERVED, resumed_config, train
+from train import resumed_config
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -107,7 +109,7 @@ def test_ranges_of_another_backbone_are_refused(encoder: EncoderCNN, images: Ten
 def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU computes in its own precision")
-    monkeypatch.setattr("caption.fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("captioning.captioner.fast_dtype", lambda _: torch.float32)
 
 
 def test_training_keeps_the_ranges_that_some_training_photos_have(trained: Path, drawn: Path):
@@ -152,7 +154,7 @@ def test_a_captioner_computes_in_integers_where_there_is_no_bfloat16(
 
 
 def test_with_bfloat16_it_computes_in_that(memorised: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("caption.fast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("captioning.captioner.fast_dtype", lambda _: torch.bfloat16)
     assert Captioner.load(memorised).encoder.resnet[0].weight.dtype == torch.bfloat16
 
 

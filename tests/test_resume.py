@@ -16,14 +16,13 @@ import pytest
 import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
-import checkpoint
-import features
 import model
-import train as train_module
-from checkpoint import epochs_saved, load_resume, read_description
-from errors import InputError
-from model import read_state_dict
-from train import TrainingConfig, read_log, resumed_config, train
+from captioning import checkpoint, features, training
+from captioning.checkpoint import epochs_saved, load_resume, read_description
+from captioning.errors import InputError
+from captioning.training import TrainingConfig, read_log, train
+from captioning.weights import read_state_dict
+from train import resumed_config
 
 Make = Callable[..., TrainingConfig]
 
@@ -43,14 +42,14 @@ def assert_same_model(one: Path, other: Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Do something in the middle of the training's step of this number, counted from 0 over all epochs."""
-    factor = train_module.learning_rate_factor
+    factor = training.learning_rate_factor
 
     def acting(done: int, *arguments: int) -> float:
         if done == step:
             act()
         return factor(done, *arguments)
 
-    monkeypatch.setattr(train_module, "learning_rate_factor", acting)
+    monkeypatch.setattr(training, "learning_rate_factor", acting)
 
 
 @pytest.fixture
@@ -150,7 +149,7 @@ def test_a_signal_in_validation_ends_it_and_costs_no_step(config: Make, monkeypa
     settings = config(**fields)
     folder = settings.models / settings.name
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "greedy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(training, "greedy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     assert set(read_log(folder / "training_log.txt")[:, 0]) == {1}
@@ -162,16 +161,16 @@ def test_a_signal_in_validation_ends_it_and_costs_no_step(config: Make, monkeypa
 def test_a_signal_as_the_epoch_s_last_step_ends_is_not_forgotten(config: Make, monkeypatch: pytest.MonkeyPatch):
     settings = config(print_every=13)
     folder = settings.models / settings.name
-    write = train_module.tqdm.write
+    write = training.tqdm.write
     with monkeypatch.context() as patch:
         patch.setattr(
-            train_module.tqdm,
+            training.tqdm,
             "write",
             lambda line: (
                 os.kill(os.getpid(), signal.SIGINT) if line.startswith("Epoch [1/2], Step [13") else write(line)
             ),
         )
-        patch.setattr(train_module, "greedy", lambda *_: pytest.fail("it validates"))
+        patch.setattr(training, "greedy", lambda *_: pytest.fail("it validates"))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     train(resumed_config(folder))
@@ -224,7 +223,7 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make):
 
 def test_a_training_that_ended_early_ends_there_again(config: Make, monkeypatch: pytest.MonkeyPatch):
     found = {"val_loss": 1.0, "val_perplexity": 2.7, "Bleu_4": 0.0, "CIDEr": 0.0, "captions": {}}
-    monkeypatch.setattr(train_module, "validate", lambda *_: dict(found))
+    monkeypatch.setattr(training, "validate", lambda *_: dict(found))
     folder = train(config(num_epochs=9, patience=2, batch_size=120))
     assert len(read_description(folder).epochs) == 3
     train(resumed_config(folder))
@@ -325,7 +324,7 @@ def test_a_full_disk_stops_with_one_sentence_and_leaves_what_was_good(
         if where == "weights":
             at_step(patch, 15, lambda: patch.setattr(checkpoint.torch, "save", fail))
         else:
-            at_step(patch, 15, lambda: patch.setattr(train_module.math, "exp", fail))  # as the line is made
+            at_step(patch, 15, lambda: patch.setattr(training.math, "exp", fail))  # as the line is made
         with pytest.raises(InputError, match="No space left on device"):
             train(settings)
     folder = settings.models / settings.name
@@ -339,13 +338,13 @@ def test_a_full_disk_stops_with_one_sentence_and_leaves_what_was_good(
 
 def test_a_loss_that_is_no_number_stops_with_step_and_rate(config: Make, monkeypatch: pytest.MonkeyPatch):
     settings = config()
-    forward = train_module.Training.forward
+    forward = training.Training.forward
     with monkeypatch.context() as patch:
         at_step(
             patch,
             15,
             lambda: patch.setattr(
-                train_module.Training, "forward", lambda *a: tuple(x * float("nan") for x in forward(*a))
+                training.Training, "forward", lambda *a: tuple(x * float("nan") for x in forward(*a))
             ),
         )
         with pytest.raises(InputError, match=r"nan at step 3 of epoch 2 .*rate of \d.*--resume.*--learning-rate"):
@@ -377,7 +376,7 @@ def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: p
     def fail(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_module.Training, "forward", fail)
+    monkeypatch.setattr(training.Training, "forward", fail)
     with pytest.raises(InputError, match=r"batch of 16 captions; use a smaller --batch-size"):
         train(config())
 

@@ -20,17 +20,22 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-import data_loader
-from caption import Captioner, find_photos
-from checkpoint import load_model, load_resume, read_description
-from data_loader import CaptionDataset, find_unreadable, get_loader, read_annotations, read_photo
+from captioning import images
+from captioning.annotations import read_annotations
+from captioning.bulk import find_photos
+from captioning.captioner import Captioner
+from captioning.checkpoint import load_model, load_resume, read_description
+from captioning.errors import InputError
+from captioning.features import stored_features
+from captioning.images import find_unreadable, read_photo
+from captioning.metrics import score_results
+from captioning.training import TrainingConfig, train
+from captioning.weights import read_state_dict
+from data_loader import CaptionDataset, get_loader
 from download import extract
-from errors import InputError
-from features import stored_features
 from importers import import_flickr, import_folder, import_karpathy, read_vocab_pickle
-from metrics import score_results
-from model import EncoderCNN, read_state_dict
-from train import TrainingConfig, resumed_config, train
+from model import EncoderCNN
+from train import resumed_config
 from vocabulary import Vocabulary
 
 # Photos of every kind: red on the left, blue on the right, each 40 x 60
@@ -196,7 +201,7 @@ def test_photos_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatc
         assert list(find_unreadable(paths, cache=tmp_path)) == [2]
         return list(read)
 
-    monkeypatch.setattr(data_loader, "read_photo", counting)
+    monkeypatch.setattr(images, "read_photo", counting)
     assert check() == paths
     assert check() == [paths[2]]
     os.utime(paths[0], ns=(0, 0))

@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 from pycocotools.coco import COCO
 
 import scenes
-from errors import InputError
+from captioning.errors import InputError
 
 ROOT = Path(scenes.__file__).parent
 

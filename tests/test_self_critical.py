@@ -16,16 +16,18 @@ from test_resume import assert_same_model, at_step
 from test_train import judged, run  # noqa: F401
 from torch import Tensor
 
-import self_critical
 import train as train_module
-from checkpoint import epochs_saved, load_model, load_resume, read_description
+from captioning import self_critical
+from captioning.checkpoint import epochs_saved, load_model, load_resume, read_description
+from captioning.decoding import sample
+from captioning.errors import InputError
+from captioning.hub import write_shared
+from captioning.self_critical import DRAWS, Critic, advantages, reinforce
+from captioning.training import Training, TrainingConfig, read_log, train
+from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
-from decoding import sample
-from errors import InputError
-from hub import write_shared
-from model import DECODERS, EncoderCNN, read_state_dict
-from self_critical import DRAWS, Critic, advantages, reinforce
-from train import Training, TrainingConfig, read_log, resumed_config, train
+from model import DECODERS, EncoderCNN
+from train import resumed_config
 from vocabulary import END, START, UNK
 
 Make = Callable[..., TrainingConfig]

@@ -12,11 +12,13 @@ import pytest
 import webdataset
 from conftest import EIGHT, draw_noise, write_split
 
-from caption import Captioner, find_photos
-from data_loader import CaptionDataset, find_unreadable, read_photo
-from errors import InputError
-from shards import Member, captions_of, read_photos, read_samples
-from train import TrainingConfig, train
+from captioning.bulk import find_photos
+from captioning.captioner import Captioner
+from captioning.errors import InputError
+from captioning.images import find_unreadable, read_photo
+from captioning.shards import Member, captions_of, read_photos, read_samples
+from captioning.training import TrainingConfig, train
+from data_loader import CaptionDataset
 
 
 def encoded(seed: int, form: str = "PNG") -> bytes:

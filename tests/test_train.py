@@ -13,12 +13,15 @@ import torch
 from conftest import EIGHT, write_split
 
 import train as train_module
-from caption import Captioner
-from checkpoint import epochs_saved, load_model, read_description
+from captioning import training
+from captioning.captioner import Captioner
+from captioning.checkpoint import epochs_saved, load_model, read_description
+from captioning.errors import InputError
+from captioning.images import Photos, build_transform
+from captioning.training import Training, TrainingConfig, learning_rate_factor, loss_tokens, read_log, train
+from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
-from errors import InputError
-from model import DECODERS, EncoderCNN, read_state_dict
-from train import Training, TrainingConfig, learning_rate_factor, loss_tokens, read_log, train
+from model import DECODERS, EncoderCNN
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
@@ -170,7 +173,7 @@ def test_the_validation_loss_is_what_the_saved_model_loses(trained: Path, drawn:
     encoder, decoder, vocab, description = load_model(trained, epoch=2)
     data = CaptionDataset(drawn, "val", vocab=vocab, cache=cache)
     model = Training(encoder, decoder).eval()
-    photos = train_module.Photos(data.paths, train_module.build_transform(False, 64, normalise=False))
+    photos = Photos(data.paths, build_transform(False, 64, normalise=False))
     pixels = torch.stack([photos[i] for i in range(len(photos))])
     captions, lengths = data.captions(np.arange(len(data)))
     with torch.no_grad():
@@ -186,7 +189,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
     def judge(values: list[float]) -> None:
         left = iter(values)
         found = {"val_loss": 1.0, "val_perplexity": math.e, "Bleu_4": 0.0, "captions": {}}
-        monkeypatch.setattr(train_module, "validate", lambda *_: {**found, "CIDEr": next(left)})
+        monkeypatch.setattr(training, "validate", lambda *_: {**found, "CIDEr": next(left)})
 
     return judge
 
@@ -341,6 +344,6 @@ def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callabl
 
 
 def test_bfloat16_is_refused_where_the_processor_has_none(small: Callable, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("train.fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("captioning.distributed.fast_dtype", lambda _: torch.float32)
     with pytest.raises(InputError, match="use --precision auto"):
         train(small(precision="bf16"))

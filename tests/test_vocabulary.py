@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import InputError
+from captioning.errors import InputError
 from vocabulary import END, START, UNK, Vocabulary, tokenize
 
 CAPTIONS = ["A dog runs.", "A cat, a dog and a man's bird.", "Isn't it a dog?"]

@@ -20,14 +20,16 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from errors import InputError
-from model import DECODERS, EncoderCNN, load_weights, read_state_dict
+from captioning.errors import InputError
+from captioning.files import write_file
+from captioning.weights import load_weights, read_state_dict
+from model import DECODERS, EncoderCNN
 from vocabulary import Vocabulary
 
 DESCRIPTION = "captioner.json"
@@ -78,21 +80,6 @@ class Description(BaseModel):
     best_epoch: int | None = Field(default=None, ge=1)
     ranges: dict[int, list[tuple[Low, High]]] = {}  # by epoch, of what the backbone's layers give (quantized.py)
     environment: dict[str, Any] = {}
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its target, flushed to disk, renamed over it."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
 
 
 def environment() -> dict[str, str | None]:

@@ -28,3 +28,13 @@ def on_cpus() -> bool:
 def this_process() -> PartialState:
     """This process's index, device and ways to wait for the others; the first call joins them."""
     return PartialState(cpu=on_cpus(), timeout=PATIENCE)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor or GPU computes faster in it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+    return torch.float32

@@ -23,10 +23,11 @@ from torch import Tensor
 # nodes, up to thirty times the time to export, and run a quarter as fast or less.
 from torch._higher_order_ops import while_loop
 
-from checkpoint import load_model, write_file
-from data_loader import build_transform
-from errors import InputError
-from hub import find_model
+from captioning.checkpoint import load_model
+from captioning.errors import InputError
+from captioning.files import write_file
+from captioning.hub import find_model
+from captioning.images import build_transform
 from vocabulary import END, START, UNK
 
 LARGEST_ONNX = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB

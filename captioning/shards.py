@@ -19,24 +19,15 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from PIL import Image
-
-from errors import InputError
+from captioning.errors import InputError
+from captioning.files import photo_suffixes
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # how the name of an index ends
-
-
-@cache
-def photo_suffixes() -> frozenset[str]:
-    """How the names of files end that look like photos."""
-    extensions = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in extensions if kind in Image.OPEN and kind != "EPS")
 
 
 @dataclass(frozen=True, slots=True)

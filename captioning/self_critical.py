@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from captioning.cider import CiderD
+from captioning.decoding import sample
 from data_loader import CaptionDataset
-from decoding import sample
-from metrics import CiderD
 from model import pack
 from vocabulary import END, START, UNK
 

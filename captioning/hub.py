@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 
-from checkpoint import (
+from captioning.checkpoint import (
     DESCRIPTION,
     Description,
     choose_epoch,
     read_description,
     weight_files,
     write_description,
-    write_file,
 )
-from errors import InputError
-from model import read_state_dict
+from captioning.errors import InputError
+from captioning.files import write_file
+from captioning.weights import read_state_dict
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

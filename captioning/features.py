@@ -26,11 +26,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from data_loader import CACHE, Photos, build_transform, read_batches
-from errors import InputError, shown
-from model import EncoderCNN, fast_dtype
-from processes import this_process
-from shards import Member
+from captioning.distributed import fast_dtype, this_process
+from captioning.errors import InputError, shown
+from captioning.files import CACHE
+from captioning.images import Photos, build_transform, read_batches
+from captioning.shards import Member
+from model import EncoderCNN
 
 BATCH = 256 if torch.cuda.device_count() else 16  # on a CPU a small batch stays in its cache
 

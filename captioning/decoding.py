@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from errors import InputError
+from captioning.errors import InputError
 from vocabulary import END, START, UNK
 
 State = tuple[Tensor, ...]

@@ -17,7 +17,7 @@ import torch.nn as nn
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from errors import InputError
+from captioning.errors import InputError
 
 Range = tuple[float, float]
 Name = tuple[str, np.float32, str, str]  # of a tensor in the graph: its own, its scale, its scale's, its zero point's

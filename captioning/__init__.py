@@ -1,0 +1,1 @@
+"""The library behind the commands, the notebooks and the web page."""
