@@ -340,11 +340,12 @@ def import_weights(
         hidden_size=size(decoder, "linear.weight", 1),
         num_layers=max(1, sum(key.startswith("lstm.weight_ih_l") for key in states[decoder])),
         dropout=0.0,
-        backbone="stored",
+        backbone="resnet50",
+        backbone_weights="epoch",
     )
     with torch.device("meta"):
         modules = (
-            EncoderCNN(embed_size, "random"),
+            EncoderCNN(embed_size, weights="random"),
             DecoderRNN(embed_size, parts.hidden_size, vocabulary_size, parts.num_layers),
         )
     for module, path in zip(modules, (encoder, decoder), strict=True):

@@ -1,11 +1,12 @@
-"""The encoder and the decoders: a photo becomes a feature, a feature becomes words.
+"""The encoder and the decoders: an image becomes a feature, a feature becomes words.
 
-    EncoderCNN        a ResNet-50 and a linear layer on what it sees
-    DecoderRNN        an LSTM that is shown the photo once, before the first word (arXiv 1411.4555)
-    AttentionDecoder  an LSTM that looks at a part of the photo for every word (arXiv 1502.03044)
+    EncoderCNN          a backbone (ResNet-50, or any of timm's) and a linear layer on its features
+    DecoderRNN          an LSTM that reads the image's feature once, before the first word (arXiv 1411.4555)
+    AttentionDecoder    an LSTM that attends to a part of the image for every word (arXiv 1502.03044)
+    TransformerDecoder  self-attention over the words, cross-attention over the image (arXiv 1706.03762)
 
-Every decoder offers `forward` for training and `init_state` and `step` for decoding; `decoding.py` and
-`train.py` need nothing else of it, so a new decoder is one class here and one line in `DECODERS`.
+Every decoder has `forward` for training and `init_state` and `step` for decoding; nothing else is asked of it, so a
+new decoder is one class here and one line in `DECODERS`.
 """
 
 from __future__ import annotations
@@ -13,92 +14,106 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.rnn import pack_padded_sequence
-from torchvision.models import ResNet50_Weights, resnet50
 
+from captioning.backbones import RESNET50, build_backbone, preprocessing_of, stage_parameters
 from captioning.errors import InputError
-from captioning.images import IMAGENET_MEAN, IMAGENET_STD
-from captioning.quantized import QuantizedBackbone, Range
-from captioning.weights import load_weights, read_state_dict
 from vocabulary import END
-
-PRETRAINED = ResNet50_Weights.IMAGENET1K_V1  # the weights that the published encoder was trained with
-FEATURE_SIZE = 2048
-PARTS = 5  # what of the backbone can be trained by itself: the stem and the four stages
 
 
 class EncoderCNN(nn.Module):
-    """ResNet-50 (arXiv 1512.03385) without its classifier, and `embed`, a linear layer on top.
+    """A backbone without its classifier, and `embed`, a linear layer on its features.
 
     Args:
-        embed_size: what `embed` maps the backbone's 2048 numbers to.
-        weights: "pretrained" for torchvision's ImageNet weights, "random", or a file with the state dict
-            of a torchvision ResNet-50 or of an EncoderCNN.
-        fine_tune: how many of the backbone's five parts (the stem and four stages), counted from the
-            last, are trained. Frozen parts never change, nor do their batch norms' statistics; those
-            move only where all five parts are trained.
-        grid: give the 7 x 7 grid (for photos of 224 x 224) rather than its mean.
+        embed_size: what `embed` maps the backbone's features to.
+        backbone: "resnet50" for torchvision's ResNet-50 (arXiv 1512.03385), or the name of a timm model.
+        weights: "pretrained" for the backbone's published weights, "random", or a file with the state dict of such a
+            backbone or of an EncoderCNN.
+        fine_tune: how many of the backbone's stages, counted from the last, are trained. The weights of the other
+            stages never change. Batch norms' statistics change only where all stages are trained.
+        grid: give the features of all cells rather than their mean.
 
-    Raises `InputError` where the weights cannot be had.
+    `stages` is how many stages the backbone has (5 for ResNet-50: the stem and four), `feature_size` how many
+    channels (2048). Raises `InputError` for an unknown backbone and where the weights cannot be had.
     """
 
-    def __init__(self, embed_size: int, weights: str | Path = "pretrained", fine_tune: int = 0, grid: bool = False):
+    def __init__(
+        self,
+        embed_size: int,
+        backbone: str = RESNET50,
+        weights: str | Path = "pretrained",
+        fine_tune: int = 0,
+        grid: bool = False,
+    ):
         super().__init__()
-        if not 0 <= fine_tune <= PARTS:
-            raise InputError(f"fine_tune is how many of the backbone's {PARTS} parts are trained, not {fine_tune}.")
-        self.fine_tune, self.grid = fine_tune, grid
-        self.ranges: list[Range] | None = None  # of what the backbone's layers give, where they were observed
-        self.resnet = nn.Sequential(*list(_resnet50(weights).children())[:-1])
-        self.embed = nn.Linear(FEATURE_SIZE, embed_size)
-        self.resnet.requires_grad_(False)
-        stem, stages = self.resnet[:4], [self.resnet[i] for i in range(4, 8)]
-        for part in [stem, *stages][PARTS - fine_tune :]:
-            part.requires_grad_(True)
-        self.resnet.to(memory_format=torch.channels_last)
+        self.backbone_name, self.grid = backbone, grid
+        preprocessing = preprocessing_of(backbone)
+        self.mean, self.std = preprocessing.mean, preprocessing.std
+        # The published weights call the backbone `resnet`.
+        self.module_name = "resnet" if backbone == RESNET50 else "backbone"
+        self.add_module(self.module_name, build_backbone(backbone, weights))
+        self.feature_size = 2048 if backbone == RESNET50 else self.network.num_features
+        self.embed = nn.Linear(self.feature_size, embed_size)
+        stages = stage_parameters(backbone, self.network)
+        self.stages = len(stages)
+        if not 0 <= fine_tune <= self.stages:
+            raise InputError(
+                f"fine_tune is how many of the {self.stages} stages of {backbone} are trained, not {fine_tune}."
+            )
+        self.fine_tune = fine_tune
+        self.network.requires_grad_(False)
+        for stage in stages[self.stages - fine_tune :]:
+            for parameter in stage:
+                parameter.requires_grad_(True)
+        self.network.to(memory_format=torch.channels_last)
         self.train()
 
+    @property
+    def network(self) -> nn.Module:
+        """The backbone, whose state-dict keys begin with `module_name`."""
+        return self.get_submodule(self.module_name)
+
     def train(self, mode: bool = True) -> EncoderCNN:
-        """As nn.Module's, except that the batch norms of a backbone not trained whole stay as they are."""
+        """Set the training mode; a backbone that is not trained whole stays in evaluation mode."""
         super().train(mode)
-        self.resnet.train(mode and self.fine_tune == PARTS)
+        self.network.train(mode and self.fine_tune == self.stages)
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """What the backbone sees: (B, 3, H, W) -> (B, 2048), or (B, H/32 * W/32, 2048) with `grid`.
+        """Run the backbone: (B, 3, H, W) -> (B, feature_size), or (B, cells, feature_size) with `grid`.
 
-        uint8 images are normalised here; floats are taken as normalised already.
+        uint8 images are normalised here; floating-point ones must be normalised already.
         """
-        dtype = next(self.resnet.parameters(), self.embed.weight).dtype
+        dtype = next(self.network.parameters(), self.embed.weight).dtype
         if images.dtype == torch.uint8:
-            mean, std = (
-                torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (IMAGENET_MEAN, IMAGENET_STD)
-            )
+            mean, std = (torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (self.mean, self.std))
             images = (images - mean) / std
         images = images.to(dtype, memory_format=torch.channels_last)
-        return self._pool(self.resnet[:-1](images))  # of (B, 2048, H/32, W/32)
+        try:
+            if self.backbone_name == RESNET50:
+                features = self.network[:-1](images)
+            else:
+                features = self.network.forward_features(images)
+        except (RuntimeError, NotImplementedError) as error:
+            if dtype == torch.bfloat16 and "BFloat16" in str(error):
+                raise InputError(f"{self.backbone_name} does not run in bfloat16; use --precision fp32.") from error
+            raise
+        cells = self._cells(features)  # (B, cells, C)
+        return cells if self.grid else cells.mean(1)
 
-    def frozen_part(self) -> EncoderCNN:
-        """A copy that ends where training begins: its features are the grid that `finish` goes on from."""
-        part = copy.deepcopy(self)
-        part.resnet = nn.Sequential(*part.resnet[: -1 - self.fine_tune], nn.Identity())  # in the place of the mean
-        part.grid = True
-        return part
-
-    def finish(self, cells: Tensor) -> Tensor:
-        """The features of photos by what `frozen_part` sees of them, (B, rows * columns, channels), rows = columns."""
-        side = round(cells.shape[1] ** 0.5)
-        x = cells.to(self.resnet[0].weight).unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, channels, side, side)
-        return self._pool(self.resnet[-1 - self.fine_tune : -1](x))
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return x.flatten(2).transpose(1, 2) if self.grid else x.mean((2, 3))
+    def _cells(self, features: Tensor) -> Tensor:
+        """What a backbone returns, as cells: (B, C, h, w), (B, h, w, C) or (B, tokens, C) -> (B, cells, C)."""
+        if features.ndim == 3:  # a transformer's class and register tokens come before its patches
+            return features[:, getattr(self.network, "num_prefix_tokens", 0) :]
+        if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
+            return features.flatten(1, 2)
+        return features.flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, embed_size), or (B, cells, embed_size) with `grid`."""
@@ -106,64 +121,34 @@ class EncoderCNN(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Scale and shift `embed` so that these features (N, ..., 2048) leave it with mean 0 and deviation 1.
+        """Scale and shift `embed` so that these features (N, ..., feature_size) leave it with mean 0 and deviation 1.
 
-        Photos' features differ little beside what they have in common, most of all before training; without this
-        the decoder learns to ignore them (data-dependent initialisation, arXiv 1511.06422).
+        The features of different images differ little compared with their mean. Without this, the decoder learns to
+        ignore them (data-dependent initialisation, arXiv 1511.06422). A single row has no deviation; it is only
+        shifted.
         """
         embedded = self.embed(features.to(self.embed.weight.dtype)).flatten(0, -2)
-        std, mean = torch.std_mean(embedded, 0)
-        std = std.clamp(min=1e-6)
+        std, mean = torch.std_mean(embedded, 0, correction=0)
+        std = torch.where(std > 1e-6, std, 1.0)
         self.embed.weight /= std[:, None]
         self.embed.bias.copy_((self.embed.bias - mean) / std)
 
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
-        """A copy for use only: batch norms folded into their convolutions, the backbone in `dtype`.
-
-        torch.int8 is for the CPU and needs `ranges`, as a trained model has them.
-        """
-        fused = copy.deepcopy(self).eval().requires_grad_(False)
-        for module in list(fused.resnet.modules()):
-            names = [name for name, _ in module.named_children()]
-            for conv, norm in pairwise(names):
-                pair = getattr(module, conv), getattr(module, norm)
-                if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-                    setattr(module, conv, fuse_conv_bn_eval(*pair))
-                    setattr(module, norm, nn.Identity())
-        if dtype == torch.int8:
-            fused.resnet = nn.Sequential(QuantizedBackbone(fused.resnet, self.ranges), nn.Identity())
-        else:
-            fused.resnet.to(dtype=dtype, memory_format=torch.channels_last)
-        return fused
-
-
-def _resnet50(weights: str | Path) -> nn.Module:
-    if str(weights) == "random":
-        return resnet50(weights=None, zero_init_residual=True)
-    if str(weights) == "pretrained":
-        try:
-            return resnet50(weights=PRETRAINED)
-        except (URLError, OSError) as error:
-            raise InputError(
-                f"torchvision's ResNet-50 weights cannot be downloaded ({getattr(error, 'reason', error)}); use "
-                f"--weights models/photos, --weights random, or --weights FILE with a state dict of a torchvision "
-                f"ResNet-50."
-            ) from None
-    model = resnet50(weights=None)
-    state = read_state_dict(weights)
-    if any(key.startswith("resnet.") for key in state):
-        names = [name for name, _ in model.named_children()]  # resnet.<i>. is the i-th child
-        pairs = ((key.split(".", 2), value) for key, value in state.items() if key.startswith("resnet."))
-        state = {
-            f"{names[int(i)]}.{rest}": value for (_, i, rest), value in pairs if i.isdigit() and int(i) < len(names)
-        }
-    load_weights(model, {k: v for k, v in state.items() if not k.startswith("fc.")}, weights, may_lack=("fc.",))
-    return model
+        """A copy for inference only: batch norms folded into the convolutions before them, the backbone in `dtype`."""
+        folded = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in list(folded.network.modules()):
+            for (_, conv), (name, norm) in pairwise(list(module.named_children())):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                    setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
+        folded.network.to(dtype=dtype, memory_format=torch.channels_last)
+        return folded
 
 
 @torch.no_grad()
-def _remember(lstm: nn.LSTM) -> None:
-    """Start with the forget gates open (Jozefowicz et al. 2015), or the photo is forgotten within a few words."""
+def init_forget_bias(lstm: nn.LSTM) -> None:
+    """Open the forget gates at the start (Jozefowicz et al. 2015), so that the image outlasts the first words."""
     for name, bias in lstm.named_parameters():
         if name.startswith("bias_ih"):
             bias[lstm.hidden_size : 2 * lstm.hidden_size] = 1
@@ -188,7 +173,7 @@ class DecoderRNN(nn.Module):
         self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True)
         self.linear = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
-        _remember(self.lstm)
+        init_forget_bias(self.lstm)
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits of every token of the captions, `<start>` included, each given those before it.
@@ -254,7 +239,7 @@ class AttentionDecoder(nn.Module):
         self.linear = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.num_layers, self.hidden_size = num_layers, hidden_size
-        _remember(self.lstm)
+        init_forget_bias(self.lstm)
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, cells, embed_size) -> hidden, cell (B, layers, H); cells, their keys; attention (B, cells)."""
@@ -312,6 +297,134 @@ class AttentionDecoder(nn.Module):
         return logits.unflatten(0, (captions.shape[1] - 1, -1)).transpose(0, 1)
 
 
+class TransformerLayer(nn.Module):
+    """A pre-norm transformer layer: causal self-attention, cross-attention over the image, a feed-forward network.
+
+    Args:
+        size: of the vectors. heads: of both attentions. hidden_size: of the feed-forward network.
+    """
+
+    def __init__(self, size: int, heads: int, hidden_size: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm_self, self.norm_cross, self.norm_feed = nn.LayerNorm(size), nn.LayerNorm(size), nn.LayerNorm(size)
+        self.self_query_key_value = nn.Linear(size, 3 * size)
+        self.self_out = nn.Linear(size, size)
+        self.cross_query = nn.Linear(size, size)
+        self.cross_key_value = nn.Linear(size, 2 * size)
+        self.cross_out = nn.Linear(size, size)
+        self.feed = nn.Sequential(nn.Linear(size, hidden_size), nn.GELU(), nn.Linear(hidden_size, size))
+        self.dropout = nn.Dropout(dropout)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, size) -> (B, heads, T, size / heads)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, image: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layer on words after those of `history`.
+
+        Args:
+            x: (B, T, size); without history the words attend causally, with history T is 1.
+            image: (B, cells, 2 * size) the image's keys and values.
+            history: (B, t, 2 * size) the keys and values of the words before.
+
+        Returns the output (B, T, size), the keys and values of all words (B, t + T, 2 * size), and the queries of the
+        cross-attention (B, T, size).
+        """
+        query, key_value = self.self_query_key_value(self.norm_self(x)).split([x.shape[2], 2 * x.shape[2]], 2)
+        if history is not None:
+            key_value = torch.cat([history, key_value], 1)
+        attended = self._attend(query, key_value, causal=history is None)
+        x = x + self.dropout(self.self_out(attended))
+        query = self.cross_query(self.norm_cross(x))
+        x = x + self.dropout(self.cross_out(self._attend(query, image)))
+        x = x + self.dropout(self.feed(self.norm_feed(x)))
+        return x, key_value, query
+
+    def _attend(self, query: Tensor, key_value: Tensor, causal: bool = False) -> Tensor:
+        key, value = key_value.chunk(2, 2)
+        attended = F.scaled_dot_product_attention(
+            self.split(query), self.split(key), self.split(value), is_causal=causal
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+    def attention(self, query: Tensor, image: Tensor) -> Tensor:
+        """The mean weights of the cross-attention's heads: (B, T, size), (B, cells, 2 * size) -> (B, T, cells)."""
+        query, key = self.split(query), self.split(image.chunk(2, 2)[0])
+        return (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).float().softmax(3).mean(1)
+
+
+class TransformerDecoder(nn.Module):
+    """A transformer decoder (Vaswani et al., arXiv 1706.03762) with cross-attention over the image's cells.
+
+    As in captioning by Herdade et al. (arXiv 1906.05963), without their boxes: pre-norm layers, learned positions,
+    trained on whole captions at once. Decoding keeps the keys and values of the words before.
+
+    Args:
+        embed_size: of the image's embedding, the words' and all layers.
+        hidden_size: of the feed-forward networks.
+        vocab_size: number of words.
+        num_layers: number of layers.
+        dropout: on the embedded words and on what each sublayer adds, in training.
+    """
+
+    attends = True
+    positions = 64  # learned; all words after the last share one
+
+    def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
+        super().__init__()
+        heads = max(n for n in (8, 4, 2, 1) if embed_size % n == 0)
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        self.position = nn.Embedding(self.positions, embed_size)
+        self.norm_image = nn.LayerNorm(embed_size)
+        self.layers = nn.ModuleList(
+            TransformerLayer(embed_size, heads, hidden_size, dropout) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(embed_size)
+        self.linear = nn.Linear(embed_size, vocab_size)
+        self.dropout = nn.Dropout(dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, cells, embed_size) -> words' keys and values, none yet (B, 0, layers, 2 * embed_size); the image's
+        (B, cells, layers, 2 * embed_size); attention (B, cells)."""
+        image = self.norm_image(features)
+        image = torch.stack([layer.cross_key_value(image) for layer in self.layers], 2)
+        return image[:, :0], image, features.new_zeros(features.shape[:2])
+
+    def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Advance by a word, as `DecoderRNN.step` does; the state's last tensor is the last layer's attention."""
+        history, image, _ = state
+        position = min(history.shape[1], self.positions - 1)
+        x = (self.embed(tokens) + self.position.weight[position])[:, None]  # (B, 1, E)
+        key_values = []
+        for i, layer in enumerate(self.layers):
+            x, key_value, query = layer(x, image[:, :, i], history[:, :, i])
+            key_values.append(key_value)
+        attention = self.layers[-1].attention(query, image[:, :, -1])[:, 0]
+        return self.linear(self.norm(x[:, 0])), (torch.stack(key_values, 2), image, attention)
+
+    def hidden(self, features: Tensor, captions: Tensor) -> Tensor:
+        """What the output layer reads: (B, cells, embed_size), (B, T) -> (B, T, embed_size)."""
+        _, image, _ = self.init_state(features)
+        positions = torch.arange(captions.shape[1], device=captions.device).clamp(max=self.positions - 1)
+        x = self.dropout(self.embed(captions) + self.position(positions))
+        for i, layer in enumerate(self.layers):
+            x, _, _ = layer(x, image[:, :, i])
+        return self.norm(x)
+
+    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The logits of every token after `<start>`, as `AttentionDecoder.forward`."""
+        hidden = self.hidden(features, captions[:, :-1])
+        if lengths is not None:
+            hidden = pack_padded_sequence(hidden, lengths.cpu() - 1, batch_first=True, enforce_sorted=False).data
+        return self.linear(hidden)
+
+
 def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
     """The tokens of padded captions (B, T) without padding and without the first `skip`, (tokens,).
 
@@ -320,4 +433,8 @@ def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
     return pack_padded_sequence(captions[:, skip:], lengths.cpu() - skip, batch_first=True, enforce_sorted=False).data
 
 
-DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderRNN, "attention": AttentionDecoder}
+DECODERS: dict[str, type[nn.Module]] = {
+    "lstm": DecoderRNN,
+    "attention": AttentionDecoder,
+    "transformer": TransformerDecoder,
+}

@@ -57,7 +57,7 @@ def caption_plainly(settings: Settings, val: CaptionDataset) -> dict[int, str]:
         settings.data / "annotations" / "captions_train.json", photos, image_size=settings.image_size
     )
     encoder = recipe.Encoder(EMBED_SIZE)
-    encoder.resnet.load_state_dict(EncoderCNN(EMBED_SIZE, settings.weights).resnet.state_dict())
+    encoder.resnet.load_state_dict(EncoderCNN(EMBED_SIZE, weights=settings.weights).resnet.state_dict())
     decoder = recipe.Decoder(EMBED_SIZE, HIDDEN_SIZE, len(data.index))
     steps = settings.epochs * -(-len(data) // RECIPE_BATCH)
     losses = islice(recipe.train(data, encoder, decoder, RECIPE_BATCH, device), steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,10 @@ class Captioner:
     def __init__(self, encoder: EncoderCNN, decoder: torch.nn.Module, vocab: Vocabulary, description: Description):
         self.device = this_process().device
         dtype = fast_dtype(self.device)
-        if self.device.type == "cpu" and dtype == torch.float32 and encoder.ranges is not None:
-            dtype = torch.int8
         self.encoder = encoder.for_inference(dtype).to(self.device)
         self.decoder = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
-        self.transform = build_transform(False, description.preprocessing.image_size, normalise=False)
+        self.transform = build_transform(False, **asdict(description.preprocessing), normalise=False)
         self.folder: Path | None = None  # and its epoch, where it comes from one
         self.epoch: int | None = None
 

@@ -1,9 +1,9 @@
 """A trained model's folder: written whole, read safely, resumed.
 
-    captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch, and what
-                      its backbone needs to run in 8-bit integers
+    captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch
     encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights; a shared model
     decoder-<i>.pkl   may have .safetensors files instead
+    backbone.pkl      the backbone's state dict where it is frozen and not published under its name
     resume.pt         all that training needs to go on; resume-previous.pt is the one before it
 
 Every file is written beside its target, flushed to disk and renamed over it. Nothing that is read can
@@ -20,12 +20,13 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from captioning.backbones import RESNET50, Preprocessing
 from captioning.errors import InputError
 from captioning.files import write_file
 from captioning.weights import load_weights, read_state_dict
@@ -43,34 +44,25 @@ RESUME_KEYS = {
 WEIGHTS = (".pkl", ".safetensors")
 
 
-Low, High = Annotated[float, Field(ge=-1e30, le=0)], Annotated[float, Field(ge=0, le=1e30)]
-
-
 class Architecture(BaseModel):
     """What must be known to build the two networks."""
 
     model_config = ConfigDict(extra="forbid")
 
-    decoder: Literal["lstm", "attention"]
+    decoder: Literal["lstm", "attention", "transformer"]
     embed_size: int = Field(ge=1, le=1 << 14)
     hidden_size: int = Field(ge=1, le=1 << 14)
     num_layers: int = Field(ge=1, le=16)
     dropout: float = Field(ge=0, lt=1)
-    backbone: Literal["IMAGENET1K_V1", "stored"]  # torchvision's by name, or in encoder-<i>.pkl
-
-
-class Preprocessing(BaseModel):
-    """How a photo becomes the encoder's input: the arguments of `data_loader.build_transform`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image_size: int = Field(ge=32, le=2048)
+    backbone: str = Field(max_length=200)  # "resnet50", or the name of a timm model
+    # Where its weights are: published under its name, in backbone.pkl for all epochs, or in every encoder-<i>.pkl.
+    backbone_weights: Literal["published", "shared", "epoch"]
 
 
 class Description(BaseModel):
     """captioner.json: everything about a model but its weights."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     architecture: Architecture
     preprocessing: Preprocessing
     vocabulary: list[str] = Field(max_length=1 << 22)
@@ -78,8 +70,22 @@ class Description(BaseModel):
     training: dict[str, Any] = {}
     epochs: list[dict[str, Any]] = []
     best_epoch: int | None = Field(default=None, ge=1)
-    ranges: dict[int, list[tuple[Low, High]]] = {}  # by epoch, of what the backbone's layers give (quantized.py)
     environment: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_format_1(cls, fields: Any) -> Any:
+        """Format 1 knew ResNet-50 only: its torchvision weights by their name, or "stored" with every epoch."""
+        if (
+            not isinstance(fields, dict)
+            or fields.get("format") != 1
+            or not isinstance(fields.get("architecture"), dict)
+        ):
+            return fields
+        where = {"IMAGENET1K_V1": "published", "stored": "epoch"}.get(fields["architecture"].get("backbone"))
+        architecture = {**fields["architecture"], "backbone": RESNET50, "backbone_weights": where}
+        rest = {key: value for key, value in fields.items() if key != "ranges"}  # of integers, which nothing reads now
+        return {**rest, "format": 2, "architecture": architecture}
 
 
 def environment() -> dict[str, str | None]:
@@ -143,14 +149,17 @@ def _trained_on(folder: Path) -> object:
         return None
 
 
-def backbone_weights(weights: str) -> str:
-    """`weights` as `EncoderCNN` takes it: of a model's folder, the file with its encoder."""
-    if not Path(weights).is_dir():
-        return weights
+def resolve_weights(weights: str) -> str:
+    """`weights` as `EncoderCNN` takes it: for a model's folder, the file that holds its backbone."""
     folder = Path(weights)
+    if not folder.is_dir():
+        return weights
     description = read_description(folder)
-    if description.architecture.backbone != "stored":
+    where = description.architecture.backbone_weights
+    if where == "published":
         return "pretrained"
+    if where == "shared":
+        return str(weight_file(folder, "backbone"))
     return str(weight_files(folder, choose_epoch(folder, description))[0])
 
 
@@ -161,14 +170,15 @@ def epochs_saved(folder: Path) -> list[int]:
     return [i for i in epochs if all(path.exists() for path in weight_files(folder, i))]
 
 
+def weight_file(folder: Path, name: str) -> Path:
+    """The file of weights of this name: .safetensors where there is no .pkl."""
+    pickled, safe = (folder / f"{name}{suffix}" for suffix in WEIGHTS)
+    return safe if safe.exists() and not pickled.exists() else pickled
+
+
 def weight_files(folder: Path, epoch: int) -> tuple[Path, Path]:
-    """The files of an epoch's encoder and decoder: .safetensors where there is no .pkl."""
-
-    def found(name: str) -> Path:
-        pickled, safe = (folder / f"{name}-{epoch}{suffix}" for suffix in WEIGHTS)
-        return pickled if pickled.exists() else safe
-
-    return found("encoder"), found("decoder")
+    """The files of an epoch's encoder and decoder."""
+    return weight_file(folder, f"encoder-{epoch}"), weight_file(folder, f"decoder-{epoch}")
 
 
 def choose_epoch(folder: Path, description: Description, epoch: int | None = None) -> int:
@@ -186,24 +196,26 @@ def choose_epoch(folder: Path, description: Description, epoch: int | None = Non
 
 
 def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module, description: Description) -> None:
-    """Write encoder-<epoch>.pkl and decoder-<epoch>.pkl.
+    """Write encoder-<epoch>.pkl and decoder-<epoch>.pkl, and backbone.pkl where all epochs share it.
 
-    A backbone whose weights torchvision publishes is named in captioner.json and left out of the file.
+    A backbone with published weights is named in captioner.json and not written.
     """
-    state = encoder.state_dict()
-    if description.architecture.backbone != "stored":
-        state = {key: value for key, value in state.items() if key.startswith("embed.")}
-    write_file(folder / f"encoder-{epoch}.pkl", lambda file: torch.save(state, file))
-    write_file(folder / f"decoder-{epoch}.pkl", lambda file: torch.save(decoder.state_dict(), file))
+    state, where = encoder.state_dict(), description.architecture.backbone_weights
+    backbone = {key: value for key, value in state.items() if not key.startswith("embed.")}
+    if where == "shared" and not weight_file(folder, "backbone").exists():
+        write_file(folder / "backbone.pkl", partial(torch.save, backbone))
+    if where != "epoch":
+        state = {key: value for key, value in state.items() if key not in backbone}
+    write_file(folder / f"encoder-{epoch}.pkl", partial(torch.save, state))
+    write_file(folder / f"decoder-{epoch}.pkl", partial(torch.save, decoder.state_dict()))
 
 
 def store_backbone(folder: Path, encoder: EncoderCNN) -> None:
-    """Write the backbone into every epoch's encoder file, which until it learns only its name stands for."""
-    backbone = {key: value for key, value in encoder.state_dict().items() if key.startswith("resnet.")}
+    """Write the backbone into every epoch's encoder file, before it is fine-tuned."""
+    backbone = {key: value for key, value in encoder.state_dict().items() if not key.startswith("embed.")}
     for epoch in epochs_saved(folder):
         path, _ = weight_files(folder, epoch)
-        state = {**backbone, **read_state_dict(path)}
-        write_file(path, partial(torch.save, state))
+        write_file(path, partial(torch.save, {**backbone, **read_state_dict(path)}))
 
 
 def remove_epoch(folder: Path, epoch: int) -> None:
@@ -224,29 +236,30 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
         vocabulary = Vocabulary(description.vocabulary)
     except InputError as error:
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
-    epoch = choose_epoch(folder, description, epoch)
-    encoder_file, decoder_file = weight_files(folder, epoch)
+    encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
     parts = description.architecture
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
-    grid = DECODERS[parts.decoder].attends
-    with torch.device("meta"):
-        decoder = DECODERS[parts.decoder](
-            parts.embed_size, parts.hidden_size, len(vocabulary), parts.num_layers, parts.dropout
-        )
-        if parts.backbone == "stored":
-            encoder = EncoderCNN(parts.embed_size, "random", grid=grid)
+    decoder_class = DECODERS[parts.decoder]
+    published = parts.backbone_weights == "published"
+    with torch.device("meta"):  # nothing is allocated before the sizes are known to agree
+        decoder = decoder_class(parts.embed_size, parts.hidden_size, len(vocabulary), parts.num_layers, parts.dropout)
+        if not published:
+            encoder = EncoderCNN(parts.embed_size, parts.backbone, "random", grid=decoder_class.attends)
     load_weights(decoder, decoder_state, decoder_file)
-    if parts.backbone != "stored":
-        encoder = EncoderCNN(parts.embed_size, "pretrained", grid=grid)
-    load_weights(encoder, encoder_state, encoder_file, may_lack=() if parts.backbone == "stored" else ("resnet.",))
-    encoder.resnet.to(memory_format=torch.channels_last)
-    encoder.ranges = description.ranges.get(epoch)
+    if published:
+        encoder = EncoderCNN(parts.embed_size, parts.backbone, grid=decoder_class.attends)
+    if parts.backbone_weights == "shared":
+        encoder_state = {**read_state_dict(weight_file(folder, "backbone")), **encoder_state}
+    optional = (f"{encoder.module_name}.",) if published else ()
+    load_weights(encoder, encoder_state, encoder_file, optional)
+    encoder.network.to(memory_format=torch.channels_last)
+    encoder.mean, encoder.std = description.preprocessing.mean, description.preprocessing.std
     return encoder.eval(), decoder.eval(), vocabulary, description
 
 
 def remove_training(folder: Path) -> None:
     """Delete what a training wrote into the folder, the description first: without it the rest is nothing."""
-    for name in (DESCRIPTION, "resume.pt", "resume-previous.pt"):
+    for name in (DESCRIPTION, "resume.pt", "resume-previous.pt", "backbone.pkl"):
         (folder / name).unlink(missing_ok=True)
     for epoch in epochs_saved(folder):
         remove_epoch(folder, epoch)

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -26,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captioning.backbones import Preprocessing
 from captioning.distributed import fast_dtype, this_process
 from captioning.errors import InputError, shown
 from captioning.files import CACHE
@@ -37,20 +39,20 @@ BATCH = 256 if torch.cuda.device_count() else 16  # on a CPU a small batch stays
 
 
 class Views:
-    """A transform that gives several views of a photo, (views, 3, image_size, image_size) uint8.
+    """A transform that gives several views of an image, (views, 3, image_size, image_size) uint8.
 
-    The first is the centre; the others are drawn as in training (random crop and flip).
+    The first is the one of evaluation; the others are drawn as in training.
     """
 
-    def __init__(self, image_size: int, views: int):
-        self.image_size, self.views = image_size, views
-        self.centre = build_transform(False, image_size, normalise=False)
-        self.random = build_transform(True, image_size, normalise=False)
-        self.transforms = self.centre.transforms
+    def __init__(self, preprocessing: Preprocessing, views: int):
+        self.views = views
+        self.first = build_transform(False, **asdict(preprocessing), normalise=False)
+        self.random = build_transform(True, **asdict(preprocessing), normalise=False)
+        self.transforms = self.first.transforms
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The views of one PIL photo."""
-        return torch.stack([self.centre(image), *(self.random(image) for _ in range(self.views - 1))])
+        """The views of a PIL image."""
+        return torch.stack([self.first(image), *(self.random(image) for _ in range(self.views - 1))])
 
 
 @torch.inference_mode()
@@ -77,38 +79,37 @@ def encode(
 def stored_features(
     encoder: EncoderCNN,
     paths: Sequence[Path | Member],
-    image_size: int,
+    preprocessing: Preprocessing,
     views: int = 1,
     cache: Path = CACHE,
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
-    seen: Tensor | None = None,
 ) -> Tensor:
-    """The features of all photos, in half precision, memory-mapped: (photos, views, 2048) or (..., cells, channels).
+    """The features of all images, in half precision, memory-mapped: (images, views, C) or (images, views, cells, C).
 
     Those that are on disk already are not computed again. Each of several processes computes its share; of
     several trainings one computes them and the others wait. Photos that cannot be read are passed to
     `unreadable`, in every process, and their rows stay zero; without it the pass goes over all photos and then
-    raises `InputError` with the list of them. With `seen`, what the encoder's `frozen_part` sees of them,
-    (photos, views, cells, channels), the rest alone is computed.
+    raises `InputError` with the list of them.
     """
     state = this_process()
     with ExitStack() as stack:
         found: list = [None, None, None]
         if state.is_main_process:
-            store = cache / "features" / _key(encoder, paths, image_size, views)
+            store = cache / "features" / _key(encoder, paths, preprocessing, views)
             partial = store.with_name(f"{store.name}.{BATCH}.partial")
             store.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
             if not store.exists():
                 partial.mkdir(exist_ok=True)
                 with torch.no_grad():
-                    one = encoder.features(torch.zeros(1, 3, image_size, image_size, device=state.device))
+                    size = preprocessing.image_size
+                    one = encoder.features(torch.zeros(1, 3, size, size, device=state.device))
                 _allocate(partial / "features.npy", (len(paths), views, *one.shape[1:]))
             found = [store, partial, store.exists()]
         store, partial, complete = broadcast_object_list(found)
         if not complete:
-            failed = _fill(encoder, paths, image_size, views, partial, workers, seen)
+            failed = _fill(encoder, paths, preprocessing, views, partial, workers)
             if failed and unreadable is None:
                 raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown(failed.values())}")
             for index, error in failed.items():
@@ -133,9 +134,10 @@ def _lock(path: Path) -> AbstractContextManager:
         return lock.acquire(timeout=-1)
 
 
-def _key(encoder: EncoderCNN, paths: Sequence[Path | Member], image_size: int, views: int) -> str:
-    digest = hashlib.sha256(json.dumps(["1", image_size, views, encoder.grid]).encode())
-    for name, tensor in encoder.resnet.state_dict().items():
+def _key(encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Preprocessing, views: int) -> str:
+    about = ["2", encoder.backbone_name, asdict(preprocessing), views, encoder.grid]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in encoder.network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     for path in paths:
@@ -165,22 +167,13 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     os.replace(beside, path)
 
 
-@torch.inference_mode()
-def _finish(encoder: EncoderCNN, seen: Tensor, batches: Sequence[range]) -> Iterator[tuple[list[int], Tensor]]:
-    """As `encode`, from what the frozen part has seen."""
-    for indices in batches:
-        cells = seen[indices.start : indices.stop].to(encoder.embed.weight.device)  # (B, views, cells, channels)
-        yield indices, encoder.finish(cells.flatten(0, 1)).float().unflatten(0, cells.shape[:2])
-
-
 def _fill(
     encoder: EncoderCNN,
     paths: Sequence[Path | Member],
-    image_size: int,
+    preprocessing: Preprocessing,
     views: int,
     folder: Path,
     workers: int,
-    seen: Tensor | None,
 ) -> dict[int, InputError]:
     """Compute this process's share of what is not there yet; returns all processes' unreadable photos."""
     state = this_process()
@@ -192,10 +185,7 @@ def _fill(
     batches = [range(start, min(start + BATCH, len(paths))) for start in mine]
     failed: dict[int, InputError] = {}
     fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
-    if seen is None:
-        found = encode(fast, Photos(paths, Views(image_size, views)), batches, workers, failed.__setitem__)
-    else:
-        found = _finish(fast, seen, batches)
+    found = encode(fast, Photos(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
     progress = tqdm(
         total=len(batches) * BATCH,
         desc="backbone",

@@ -24,22 +24,35 @@ from captioning.errors import InputError
 from captioning.files import CACHE
 from captioning.shards import Member
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+def build_transform(
+    train: bool = False,
+    image_size: int = 224,
+    normalise: bool = True,
+    crop: str = "center",
+    crop_pct: float = 224 / 256,
+    interpolation: str = "bilinear",
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+) -> T.Compose:
+    """The transform of a PIL image into a backbone's input, by default the original recipe's.
 
-# Photos
-
-
-def build_transform(train: bool = False, image_size: int = 224, normalise: bool = True) -> T.Compose:
-    """The recipe's transform of a PIL photo: resize the shorter side (256 for a crop of 224), crop, normalise.
-
-    In training the crop is random and half the photos are flipped; otherwise the crop is the centre and
-    the result is always the same. Without `normalise` the result stays uint8, (3, image_size, image_size),
-    a quarter of the memory, and `EncoderCNN` normalises it on its own device.
+    It resizes the shorter side (to 256 for a crop of 224), crops the center and normalises; in training the crop is
+    random and half the images are flipped. `backbones.Preprocessing` explains the arguments, and its fields are the
+    arguments for any backbone: `build_transform(train, **asdict(preprocessing))`. Without `normalise` the result stays
+    uint8, (3, image_size, image_size), a quarter of the memory, and `EncoderCNN` normalises it on its own device.
     """
-    crop = [T.RandomCrop(image_size), T.RandomHorizontalFlip()] if train else [T.CenterCrop(image_size)]
-    tensor = [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] if normalise else [T.PILToTensor()]
-    return T.Compose([T.Resize(round(image_size * 256 / 224)), *crop, *tensor])
+    how = T.InterpolationMode(interpolation)
+    if crop == "center":
+        resize = [T.Resize(round(image_size / crop_pct), how)]
+        cut = [T.RandomCrop(image_size)] if train else [T.CenterCrop(image_size)]
+    elif train:
+        resize, cut = [], [T.RandomResizedCrop(image_size, (0.6, 1.0), (0.8, 1.25), how)]
+    else:
+        resize, cut = [T.Resize((image_size, image_size), how)], []
+    flip = [T.RandomHorizontalFlip()] if train else []
+    tensor = [T.ToTensor(), T.Normalize(mean, std)] if normalise else [T.PILToTensor()]
+    return T.Compose([*resize, *cut, *flip, *tensor])
 
 
 def read_photo(source: str | Path | Member | Image.Image, shorter_side: int | None = None) -> Image.Image:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captioning import checkpoint
-from captioning.checkpoint import Architecture, Description, Preprocessing
+from captioning.backbones import count_stages, preprocessing_of
+from captioning.checkpoint import Architecture, Description
 from captioning.decoding import greedy
 from captioning.distributed import fast_dtype, on_cpus, this_process
 from captioning.errors import InputError, shown
@@ -33,18 +34,15 @@ from captioning.features import BATCH, encode, stored_features
 from captioning.files import CACHE, hash_file
 from captioning.images import Photos, build_transform, find_unreadable, read_batches
 from captioning.metrics import score
-from captioning.quantized import Range, observe
 from captioning.self_critical import DRAWS, Critic, reinforce
 from captioning.weights import load_weights, read_state_dict
 from data_loader import CaptionDataset, LengthBatches, PhotoBatches
-from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, pack
+from model import DECODERS, AttentionDecoder, EncoderCNN, pack
 from vocabulary import Vocabulary
 
 # A step of Adam moves every weight alike, and `embed` sums 2048 features that are never negative: at the full
 # rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
 EMBED_RATE = 0.05
-
-OBSERVED = 16  # photos that the ranges of the backbone's layers are of: more only stretch them
 
 Objective = Literal["cross-entropy", "cider"]
 
@@ -62,13 +60,15 @@ class TrainingConfig:
     # objective or fine_tune, a training goes on from its best epoch for num_epochs more, with their own schedule.
     objective: Objective = "cross-entropy"
 
+    backbone: str = "resnet50"  # torchvision's, or the name of a timm model
     weights: str = "pretrained"  # of the backbone: "pretrained", "random", a model's folder or a state dict's file
-    fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
+    fine_tune: int | None = None  # how many of the backbone's stages learn; by default 0, or all if random
     backbone_learning_rate: float | None = None  # of those parts; by default 1e-3, or 1e-5 for cider
-    image_size: int = 224  # of the square that the encoder sees, in pixels
+    image_size: int | None = None  # input resolution in pixels; by default the backbone's own
+    crop: Literal["center", "squash"] | None = None  # how an image becomes square; by default the backbone's own
     views: int = 1  # of a photo that a frozen backbone's features are kept of; more than 1 augments
 
-    decoder: Literal["lstm", "attention"] = "lstm"  # the decoder's class
+    decoder: Literal["lstm", "attention", "transformer"] = "lstm"  # the decoder's class
     embed_size: int = 256  # of the photo's embedding and the words'
     hidden_size: int = 512  # of the LSTM
     num_layers: int = 1  # of the LSTM
@@ -101,7 +101,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.fine_tune is None:
-            self.fine_tune = PARTS if self.weights == "random" else 0
+            self.fine_tune = count_stages(self.backbone) if self.weights == "random" else 0
         if self.learning_rate is None:
             self.learning_rate = 5e-4 if self.objective == "cider" else 1e-3
         if self.backbone_learning_rate is None:
@@ -110,7 +110,6 @@ class TrainingConfig:
             raise InputError("objective cider goes on from a trained model; add --resume models/NAME.")
         self.name = self.name or self.data.resolve().name
         least = {
-            "image_size": 32,
             "warmup_steps": 0,
             "workers": 0,
             "seed": 0,
@@ -123,7 +122,6 @@ class TrainingConfig:
             if not getattr(self, field) >= value:
                 raise InputError(f"{field} must be at least {value}, not {getattr(self, field)}.")
         most = {
-            "image_size": 2048,
             "embed_size": 1 << 14,
             "hidden_size": 1 << 14,
             "num_layers": 16,
@@ -135,10 +133,11 @@ class TrainingConfig:
         for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
-        if self.tie_weights and self.embed_size != self.hidden_size:
+        if self.tie_weights and self.embed_size != self.hidden_size and self.decoder != "transformer":
             raise InputError(
                 f"tie_weights needs embed_size and hidden_size alike, not {self.embed_size} and {self.hidden_size}."
             )
+        self.preprocessing = preprocessing_of(self.backbone, self.image_size, self.crop)
         for field in ("name", "log_file"):
             if Path(getattr(self, field)).name != getattr(self, field):
                 raise InputError(f"{field} must be a name without folders, not {getattr(self, field)}.")
@@ -172,10 +171,12 @@ class Training(nn.Module):
         decoder = self.decoder
         penalty = embedded.new_zeros(())
         ragged = ids is not None or bool((lengths != lengths[0]).any())
-        if decoder.attends:
+        if isinstance(decoder, AttentionDecoder):
             logits, looked = decoder.unroll(embedded, captions, lengths)
             targets = pack(captions, lengths, skip=1)
             penalty = (1 - looked).square().mean(1).sum()
+        elif decoder.attends:
+            logits, targets = decoder(embedded, captions, lengths), pack(captions, lengths, skip=1)
         elif ragged:
             logits, targets = decoder(embedded, captions, lengths), pack(captions, lengths)
         else:
@@ -255,7 +256,7 @@ def _batches(
     """Turn lists of captions into `Training.forward`'s arguments, from stored features or from pixels."""
     if features is None:
         keys = ([(int(i), config.seed + epoch) for i in np.unique(data.photo[batch])] for batch in order)
-        reader = Photos(data.paths, build_transform(True, config.image_size, normalise=False))
+        reader = Photos(data.paths, build_transform(True, **asdict(config.preprocessing), normalise=False))
         pixels = (images for _, images in read_batches(reader, keys, config.workers))
     else:  # a view for each caption, the same whichever process draws it
         views = features.shape[1]
@@ -285,21 +286,13 @@ def _first_features(
     some = np.random.default_rng(config.seed).permutation(len(data.paths))[:photos]
     if features is not None:
         return features[torch.from_numpy(some), 0].to(device).float()
-    reader = Photos(data.paths, build_transform(False, config.image_size, normalise=False))
+    reader = Photos(data.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
     pixels = next(read_batches(reader, [some.tolist()]))[1].to(device)
-    state = {key: value.clone() for key, value in encoder.resnet.state_dict().items()}
+    state = {key: value.clone() for key, value in encoder.network.state_dict().items()}
     with autocast(device, config.precision):
         seen = encoder.features(pixels).float()
-    encoder.resnet.load_state_dict(state)  # the batch norms' statistics are as they were
+    encoder.network.load_state_dict(state)  # the batch norms' statistics are as they were
     return seen
-
-
-def layer_ranges(data: CaptionDataset, encoder: EncoderCNN, config: TrainingConfig) -> list[Range]:
-    """The ranges of what the backbone's layers give for some training photos."""
-    some = np.random.default_rng(config.seed).permutation(len(data.paths))[:OBSERVED].tolist()
-    reader = Photos(data.paths, build_transform(False, config.image_size))
-    images = next(read_batches(reader, [some]))[1].to(encoder.embed.weight.device)
-    return observe(encoder.for_inference(torch.float32).resnet, images)
 
 
 def train(config: TrainingConfig) -> Path:
@@ -324,14 +317,14 @@ def train(config: TrainingConfig) -> Path:
         vocab = Vocabulary(old.vocabulary)
     elif config.vocab_from_file:
         vocab = Vocabulary.load(config.vocab_file)
-    weights = checkpoint.backbone_weights(config.weights)
-    if old is not None and old.architecture.backbone == "stored":
+    weights = checkpoint.resolve_weights(config.weights)
+    if old is not None and old.architecture.backbone_weights != "published":
         weights = "random"  # resume.pt holds the real ones
     decoder_class = DECODERS[config.decoder]
     with process.local_main_process_first():  # what it downloads and tokenizes the others find
         data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
         val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
-        encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
+        encoder = EncoderCNN(config.embed_size, config.backbone, weights, config.fine_tune, grid=decoder_class.attends)
     dropout = 0.0 if config.objective == "cider" else config.dropout
     decoder = decoder_class(config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, dropout)
     if config.skip_unreadable or config.fine_tune:  # a pass of the frozen backbone lists them itself
@@ -396,8 +389,8 @@ def _describe(
         settings["before"] = old.training  # the settings of the epochs before it learned something else
     elif old is not None and "before" in old.training:
         settings["before"] = old.training["before"]
-    published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
-    if old is not None and old.architecture.backbone == "stored":
+    published = checkpoint.resolve_weights(config.weights) == "pretrained" and config.fine_tune == 0
+    if old is not None and old.architecture.backbone_weights != "published":
         published = False
     return Description(
         architecture=Architecture(
@@ -406,9 +399,10 @@ def _describe(
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             dropout=config.dropout,
-            backbone=PRETRAINED.name if published else "stored",
+            backbone=config.backbone,
+            backbone_weights="published" if published else "shared" if config.fine_tune == 0 else "epoch",
         ),
-        preprocessing=Preprocessing(image_size=config.image_size),
+        preprocessing=config.preprocessing,
         vocabulary=data.vocab.words,
         data={
             "folder": config.data.name,
@@ -465,26 +459,29 @@ def _train(
             raise InputError(f"{folder} is trained with --image-size {was}, which cannot change; start a new training.")
         state = checkpoint.load_resume(folder, say)
         learned_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
-        learns = sum(p.requires_grad for p in encoder.resnet.parameters())
+        learns = sum(p.requires_grad for p in encoder.network.parameters())
         if (state["objective"], learned_before) != (config.objective, learns):
             state = _begin_anew(folder, state, config.objective)
         description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
-        description.ranges = {epoch: ranges for epoch, ranges in old.ranges.items() if epoch < state["epoch"]}
+
         start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
-        named = old.architecture.backbone != "stored"
-        load_weights(encoder, state["encoder"], folder / "resume.pt", may_lack=("resnet.",) if named else ())
+        named = old.architecture.backbone_weights == "published"
+        load_weights(
+            encoder, state["encoder"], folder / "resume.pt", may_lack=(f"{encoder.module_name}.",) if named else ()
+        )
         load_weights(decoder, state["decoder"], folder / "resume.pt")
-        encoder.resnet.to(memory_format=torch.channels_last)
+        encoder.network.to(memory_format=torch.channels_last)
 
     # What the frozen backbone sees, once
     encoder.to(accelerator.device)
-    features = val_features = ranges = None
+    features = val_features = None
     if config.fine_tune == 0:
         stored = {"cache": config.cache, "workers": config.workers}
         with stop.at_once():
-            features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
-            val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
-            ranges = layer_ranges(data, encoder, config) if main else None
+            features = stored_features(encoder, data.paths, config.preprocessing, config.views, **stored)
+            val_features = stored_features(encoder, val.paths[: config.val_photos], config.preprocessing, **stored)[
+                :, 0
+            ]
 
     if state is None:
         encoder.standardise(_first_features(data, encoder, features, config))
@@ -493,7 +490,7 @@ def _train(
             decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
         decoder.linear.weight = decoder.embed.weight
 
-    backbone = [p for p in encoder.resnet.parameters() if p.requires_grad]
+    backbone = [p for p in encoder.network.parameters() if p.requires_grad]
     groups = [
         {"params": list(decoder.parameters()), "lr": config.learning_rate},
         {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_RATE},
@@ -559,7 +556,7 @@ def _train(
         checkpoint.remove_training(folder)
         save(1, 0)
     elif main and state["optimizer"] is None:
-        if description.architecture.backbone != old.architecture.backbone:
+        if description.architecture.backbone_weights != old.architecture.backbone_weights:
             checkpoint.store_backbone(folder, encoder)
         checkpoint.write_description(folder, description)  # first, so that whatever comes next, it goes on so
         save(start_epoch, 0)
@@ -650,7 +647,6 @@ def _train(
             best = description.best_epoch
             better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
             if main:
-                description.ranges[epoch] = ranges or layer_ranges(data, encoder, config)
                 if better or epoch % config.save_every == 0 or epoch == last_epoch:
                     checkpoint.save_epoch(folder, epoch, encoder, decoder, description)
                 if better:
@@ -685,8 +681,10 @@ def validate(
     size = BATCH if features is None else 64
     batches = [list(range(i, min(i + size, photos))) for i in range(0, photos, size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    if encoder.fine_tune == PARTS and accelerator.num_processes > 1:  # each has seen its own photos' statistics
-        for buffer in filter(Tensor.is_floating_point, encoder.resnet.buffers()):
+    if (
+        encoder.fine_tune == encoder.stages and accelerator.num_processes > 1
+    ):  # each has seen its own photos' statistics
+        for buffer in filter(Tensor.is_floating_point, encoder.network.buffers()):
             buffer.copy_(accelerator.reduce(buffer, "mean"))
     fast = None if features is not None else encoder.for_inference(fast_dtype(accelerator.device))
     captions_of: list[list[int]] = [[] for _ in range(photos)]
@@ -697,7 +695,7 @@ def validate(
     if features is not None:
         chunks = ((rows, features[rows]) for rows in mine)
     else:
-        reader = Photos(val.paths, build_transform(False, config.image_size, normalise=False))
+        reader = Photos(val.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
         chunks = encode(fast, reader, mine, config.workers)
     for rows, seen in chunks:
         seen = seen.to(accelerator.device).float()

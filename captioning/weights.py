@@ -53,7 +53,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, 
         if key not in expected:
             raise InputError(f"{path} has the weight {key}, which this model has not; it belongs to another model.")
         if key not in state:
-            if not key.startswith(may_lack or "/"):
+            if not key.startswith(may_lack or "/") and not key.endswith("num_batches_tracked"):
                 raise InputError(f"{path} lacks the weight {key}; it belongs to another model.")
         elif expected[key].is_floating_point() and not state[key].is_floating_point():
             raise InputError(f"{path} has {key} as {state[key].dtype}, which is no weight of this model.")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.models.resnet import Bottleneck, ResNet
 
-import model
 import scenes
 from captioning.training import TrainingConfig, train
+from model import DECODERS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -84,7 +85,7 @@ def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResNet]:
     def build(**_: object) -> ResNet:
         return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
 
-    monkeypatch.setattr(model, "resnet50", build)
+    monkeypatch.setattr(torchvision.models, "resnet50", build)
     return build
 
 
@@ -148,7 +149,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["lstm", "attention"])
+@pytest.fixture(scope="session", params=DECODERS)
 def memorised(request: pytest.FixtureRequest, eight: Path, small: Callable[..., TrainingConfig]) -> Path:
     """The folder of a model, of either decoder, trained to know the eight captions by heart."""
     config = small(

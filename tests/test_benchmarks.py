@@ -72,7 +72,7 @@ def test_drawn_captions_have_the_statistics_of_real_ones() -> None:
 
 
 def test_the_recipe_is_the_same_network(tmp_path: Path) -> None:
-    encoder, decoder = EncoderCNN(8, "random").eval(), DecoderRNN(8, 12, 20)
+    encoder, decoder = EncoderCNN(8, weights="random").eval(), DecoderRNN(8, 12, 20)
     plain_encoder, plain_decoder = recipe.Encoder(8).eval(), recipe.Decoder(8, 12, 20)
     plain_encoder.load_state_dict(encoder.state_dict())
     plain_decoder.load_state_dict(decoder.state_dict())
@@ -115,7 +115,7 @@ def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: 
 def test_the_quality_after_as_many_epochs_is_compared(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    torch.save(EncoderCNN(8, "random").state_dict(), tmp_path / "backbone.pth")
+    torch.save(EncoderCNN(8, weights="random").state_dict(), tmp_path / "backbone.pth")
     monkeypatch.chdir(tmp_path)  # where its cache is made
     monkeypatch.setattr(quality, "DEMO", {**quality.DEMO, "vocab_threshold": 2})
     settings = quality.Settings(drawn, tmp_path / "backbone.pth", 32, epochs=1, results=tmp_path / "results")

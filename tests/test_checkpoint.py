@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import model
 from captioning import checkpoint
@@ -13,7 +14,6 @@ from captioning.checkpoint import default_model, epochs_saved, load_model, read_
 from captioning.errors import InputError
 from captioning.files import write_file
 from captioning.weights import read_state_dict
-from model import PRETRAINED
 
 
 @pytest.fixture
@@ -68,6 +68,8 @@ def test_a_model_is_read_as_it_was_saved(trained: Path):
         assert not decoder.training
         for name, module in (("encoder", encoder), ("decoder", decoder)):
             state = read_state_dict(trained / f"{name}-{epoch}.pkl")
+            if name == "encoder":
+                state |= read_state_dict(trained / "backbone.pkl")
             assert set(state) == set(module.state_dict())
             assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
         assert decoder.linear.out_features == len(vocab)
@@ -84,9 +86,11 @@ def test_a_published_backbone_is_named_and_not_copied(
 ):
     torch.manual_seed(7)
     published = tiny_backbone()
-    monkeypatch.setattr(model, "resnet50", lambda weights=None, **_: published if weights else tiny_backbone())
+    monkeypatch.setattr(
+        torchvision.models, "resnet50", lambda weights=None, **_: published if weights else tiny_backbone()
+    )
     description = read_description(folder)
-    description.architecture.backbone = PRETRAINED.name
+    description.architecture.backbone_weights = "published"
     encoder = model.EncoderCNN(16)
     decoder = model.DECODERS["lstm"](16, 32, len(description.vocabulary))
     checkpoint.save_epoch(folder, 1, encoder, decoder, description)

@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A model's folder, of weights wide apart and with an `<end>` such that noise gets captions of many lengths."""
     torch.manual_seed(1)
     decoder = DECODERS[request.param](16, 24, len(WORDS), num_layers=2)
-    encoder = EncoderCNN(16, "random", grid=decoder.attends)
+    encoder = EncoderCNN(16, weights="random", grid=decoder.attends)
     encoder.eval()
     with torch.no_grad():
         seen = encoder.features(noise(13))
@@ -49,7 +49,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     description = Description(
         architecture=Architecture(
-            decoder=request.param, embed_size=16, hidden_size=24, num_layers=2, dropout=0, backbone="stored"
+            decoder=request.param,
+            embed_size=16,
+            hidden_size=24,
+            num_layers=2,
+            dropout=0,
+            backbone="resnet50",
+            backbone_weights="epoch",
         ),
         preprocessing=Preprocessing(image_size=SIZE),
         vocabulary=WORDS,

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from captioning import features
+from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.features import BATCH, Views, encode, stored_features
 from captioning.images import Photos, build_transform, read_photo
 from captioning.training import Training
 from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
+
+SIZE = Preprocessing(64)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def paths(drawn: Path) -> list[Path]:
 @pytest.fixture
 def encoder(tiny_backbone: Callable) -> EncoderCNN:
     torch.manual_seed(0)
-    return EncoderCNN(8, "random").eval()
+    return EncoderCNN(8, weights="random").eval()
 
 
 def count_seen(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
@@ -43,7 +46,7 @@ def count_seen(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -
 
 
 def test_what_is_stored_is_what_the_backbone_sees(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
-    stored = stored_features(encoder, paths, 64, cache=tmp_path)
+    stored = stored_features(encoder, paths, SIZE, cache=tmp_path)
     assert stored.shape == (len(paths), 1, 2048)
     images = torch.stack([build_transform(image_size=64)(read_photo(path)) for path in paths])
     with torch.no_grad():
@@ -52,30 +55,30 @@ def test_what_is_stored_is_what_the_backbone_sees(encoder: EncoderCNN, paths: li
 
 
 def test_the_grid_is_stored_where_the_decoder_attends(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
-    pooled = stored_features(encoder, paths, 64, cache=tmp_path)
+    pooled = stored_features(encoder, paths, SIZE, cache=tmp_path)
     encoder.grid = True
-    stored = stored_features(encoder, paths, 64, cache=tmp_path)
+    stored = stored_features(encoder, paths, SIZE, cache=tmp_path)
     assert stored.shape == (len(paths), 1, 4, 2048)
     torch.testing.assert_close(stored.float().mean(2), pooled.float(), rtol=0.03, atol=0.01)
 
 
 def test_several_views_are_the_centre_and_then_random_crops(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
-    centre = stored_features(encoder, paths, 64, cache=tmp_path)
-    stored = stored_features(encoder, paths, 64, views=3, cache=tmp_path)
+    centre = stored_features(encoder, paths, SIZE, cache=tmp_path)
+    stored = stored_features(encoder, paths, SIZE, views=3, cache=tmp_path)
     assert stored.shape == (len(paths), 3, 2048)
     torch.testing.assert_close(stored[:, 0], centre[:, 0], rtol=0.02, atol=0.02)
     assert not torch.equal(stored[:, 1], stored[:, 0])
     assert not torch.equal(stored[:, 1], stored[:, 2])
-    photos = Photos(paths, Views(64, 3))
+    photos = Photos(paths, Views(SIZE, 3))
     assert torch.equal(photos[0], photos[0])
 
 
 def test_a_second_pass_computes_nothing(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    first = stored_features(encoder, paths, 64, cache=tmp_path)
+    first = stored_features(encoder, paths, SIZE, cache=tmp_path)
     seen = count_seen(monkeypatch)
-    assert torch.equal(stored_features(encoder, paths, 64, cache=tmp_path), first)
+    assert torch.equal(stored_features(encoder, paths, SIZE, cache=tmp_path), first)
     assert seen == []
 
 
@@ -85,12 +88,12 @@ def test_an_interrupted_pass_goes_on_after_its_last_whole_batch(
     with monkeypatch.context() as patch:
         count_seen(patch, fail_after=1)
         with pytest.raises(RuntimeError, match="interrupted"):
-            stored_features(encoder, paths, 64, cache=tmp_path)
+            stored_features(encoder, paths, SIZE, cache=tmp_path)
     assert [path.suffix for path in (tmp_path / "features").iterdir() if path.is_dir()] == [".partial"]
     seen = count_seen(monkeypatch)
-    resumed = stored_features(encoder, paths, 64, cache=tmp_path)
+    resumed = stored_features(encoder, paths, SIZE, cache=tmp_path)
     assert seen == list(range(BATCH, len(paths)))
-    assert torch.equal(resumed, stored_features(encoder, paths, 64, cache=tmp_path / "other"))
+    assert torch.equal(resumed, stored_features(encoder, paths, SIZE, cache=tmp_path / "other"))
     assert [path.suffix for path in (tmp_path / "features").iterdir() if path.is_dir()] == [""]
 
 
@@ -100,18 +103,18 @@ def test_a_torn_entry_of_a_killed_pass_counts_for_nothing(
     with monkeypatch.context() as patch:
         count_seen(patch, fail_after=1)
         with pytest.raises(RuntimeError, match="interrupted"):
-            stored_features(encoder, paths, 64, cache=tmp_path)
+            stored_features(encoder, paths, SIZE, cache=tmp_path)
     log = next(tmp_path.rglob("done-*"))
     log.write_bytes(log.read_bytes() + b"\0\0\0")
-    resumed = stored_features(encoder, paths, 64, cache=tmp_path)
-    assert torch.equal(resumed, stored_features(encoder, paths, 64, cache=tmp_path / "other"))
+    resumed = stored_features(encoder, paths, SIZE, cache=tmp_path)
+    assert torch.equal(resumed, stored_features(encoder, paths, SIZE, cache=tmp_path / "other"))
 
 
 def test_other_weights_sizes_views_or_photos_never_find_a_store(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     some = paths[:2]
-    stored_features(encoder, some, 64, cache=tmp_path)
+    stored_features(encoder, some, SIZE, cache=tmp_path)
     seen = count_seen(monkeypatch)
 
     def computed(*arguments: object, **options: object) -> int:
@@ -119,14 +122,15 @@ def test_other_weights_sizes_views_or_photos_never_find_a_store(
         stored_features(*arguments, **options, cache=tmp_path)
         return len(seen)
 
-    assert computed(encoder, some, 64) == 0
-    assert computed(encoder, some, 32) == 2
-    assert computed(encoder, some, 64, views=2) == 2
-    assert computed(encoder, some[::-1], 64) == 2
+    assert computed(encoder, some, SIZE) == 0
+    assert computed(encoder, some, Preprocessing(32)) == 2
+    assert computed(encoder, some, Preprocessing(64, crop="squash")) == 2
+    assert computed(encoder, some, SIZE, views=2) == 2
+    assert computed(encoder, some[::-1], SIZE) == 2
     os.utime(some[0], ns=(0, 0))
-    assert computed(encoder, some, 64) == 2
+    assert computed(encoder, some, SIZE) == 2
     encoder.resnet[1].running_mean[0] += 1e-3
-    assert computed(encoder, some, 64) == 2
+    assert computed(encoder, some, SIZE) == 2
 
 
 def test_unreadable_photos_are_listed_after_the_whole_pass(
@@ -136,11 +140,11 @@ def test_unreadable_photos_are_listed_after_the_whole_pass(
     (tmp_path / "b.png").write_bytes(paths[0].read_bytes()[:200])
     some = [tmp_path / "a.png", *paths, tmp_path / "b.png"]
     with pytest.raises(InputError, match=r"2 of 26 photos cannot be read: .*a\.png.*; .*b\.png"):
-        stored_features(encoder, some, 64, cache=tmp_path)
+        stored_features(encoder, some, SIZE, cache=tmp_path)
     failed: dict[int, InputError] = {}
-    stored = stored_features(encoder, some, 64, cache=tmp_path, unreadable=failed.__setitem__)
+    stored = stored_features(encoder, some, SIZE, cache=tmp_path, unreadable=failed.__setitem__)
     assert sorted(failed) == [0, 25]
-    expected = stored_features(encoder, paths, 64, cache=tmp_path)
+    expected = stored_features(encoder, paths, SIZE, cache=tmp_path)
     torch.testing.assert_close(stored[1:-1], expected, rtol=0.02, atol=0.02)
     assert not stored[[0, -1]].any()
 
@@ -150,15 +154,15 @@ def test_of_many_unreadable_photos_it_says_how_many_more(encoder: EncoderCNN, tm
     for path in some:
         path.write_bytes(b"")
     with pytest.raises(InputError, match=r"12 of 12 photos cannot be read: .*9\.png.*; and 2 more$"):
-        stored_features(encoder, some, 64, cache=tmp_path)
+        stored_features(encoder, some, SIZE, cache=tmp_path)
 
 
 def test_a_damaged_store_says_what_to_delete(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
-    stored_features(encoder, paths, 64, cache=tmp_path)
+    stored_features(encoder, paths, SIZE, cache=tmp_path)
     (found,) = (tmp_path / "features").glob("*/features.npy")
     found.write_bytes(found.read_bytes()[:200])
     with pytest.raises(InputError, match=rf"{found.parent} is damaged .*; delete it"):
-        stored_features(encoder, paths, 64, cache=tmp_path)
+        stored_features(encoder, paths, SIZE, cache=tmp_path)
 
 
 def test_a_disk_too_small_is_said_before_anything_is_computed(
@@ -166,7 +170,7 @@ def test_a_disk_too_small_is_said_before_anything_is_computed(
 ):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: Free)
     with pytest.raises(InputError, match="the disk has less"):
-        stored_features(encoder, paths, 64, cache=tmp_path)
+        stored_features(encoder, paths, SIZE, cache=tmp_path)
 
 
 class Free:
@@ -180,7 +184,7 @@ def test_stored_features_and_pixels_give_the_same_loss(
     data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
     encoder.grid = DECODERS[name].attends
     model = Training(encoder, DECODERS[name](8, 16, len(data.vocab))).eval()
-    stored = stored_features(encoder, data.paths, 64, cache=tmp_path)[:, 0]
+    stored = stored_features(encoder, data.paths, SIZE, cache=tmp_path)[:, 0]
     photos = Photos(data.paths, build_transform(image_size=64, normalise=False))
     pixels = torch.stack([photos[i] for i in range(len(photos))])
     captions, lengths = data.captions(np.arange(len(data)))

@@ -10,7 +10,6 @@ from torchvision.models import resnet50
 
 from captioning.decoding import beam_search, greedy
 from captioning.errors import InputError
-from captioning.images import IMAGENET_MEAN, IMAGENET_STD
 from captioning.weights import read_state_dict
 from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN, pack
 
@@ -36,7 +35,7 @@ def make_features(name: str, batch: int) -> Tensor:
 def test_state_dict_keys_and_shapes_are_the_published_ones(shared: Path):
     published = json.loads((shared / "published_checkpoint_keys.json").read_text())
     with torch.device("meta"):
-        encoder = EncoderCNN(published["embed_size"], "random")
+        encoder = EncoderCNN(published["embed_size"], weights="random")
         decoder = DecoderRNN(published["embed_size"], published["hidden_size"], published["vocabulary_size"])
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         ours = {key: list(value.shape) for key, value in module.state_dict().items()}
@@ -46,7 +45,7 @@ def test_state_dict_keys_and_shapes_are_the_published_ones(shared: Path):
 def test_the_encoder_maps_a_photo_to_its_embedding_or_its_grid():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 96)
-    encoder = EncoderCNN(EMBED, "random")
+    encoder = EncoderCNN(EMBED, weights="random")
     assert encoder(images).shape == (2, EMBED)
     assert encoder.features(images).shape == (2, 2048)
     encoder.grid = True
@@ -54,7 +53,7 @@ def test_the_encoder_maps_a_photo_to_its_embedding_or_its_grid():
 
 
 def test_the_grid_s_mean_is_the_pooled_feature(tiny_backbone: Callable):
-    encoder = EncoderCNN(EMBED, "random").eval()
+    encoder = EncoderCNN(EMBED, weights="random").eval()
     images = torch.randn(2, 3, 64, 64)
     pooled = encoder.features(images)
     encoder.grid = True
@@ -62,14 +61,14 @@ def test_the_grid_s_mean_is_the_pooled_feature(tiny_backbone: Callable):
 
 
 def test_bytes_are_normalised_as_the_recipe_s_transform_does(tiny_backbone: Callable):
-    encoder = EncoderCNN(EMBED, "random").eval()
+    encoder = EncoderCNN(EMBED, weights="random").eval()
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(encoder(pixels), encoder((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-4)
 
 
 def test_the_copy_for_inference_sees_the_same(tiny_backbone: Callable):
-    encoder = EncoderCNN(EMBED, "random", fine_tune=5)
+    encoder = EncoderCNN(EMBED, weights="random", fine_tune=5)
     images = torch.randn(8, 3, 64, 64)
     encoder.features(images)  # moves the batch norms' statistics away from 0 and 1
     encoder.eval()
@@ -80,7 +79,7 @@ def test_the_copy_for_inference_sees_the_same(tiny_backbone: Callable):
 
 @pytest.mark.parametrize("fine_tune", range(6))
 def test_as_many_parts_learn_as_were_asked_for_counted_from_the_last(tiny_backbone: Callable, fine_tune: int):
-    encoder = EncoderCNN(EMBED, "random", fine_tune)
+    encoder = EncoderCNN(EMBED, weights="random", fine_tune=fine_tune)
     learns = [
         {parameter.requires_grad for i in part for parameter in encoder.resnet[i].parameters()}
         for part in ([0, 1], [4], [5], [6], [7])
@@ -91,7 +90,7 @@ def test_as_many_parts_learn_as_were_asked_for_counted_from_the_last(tiny_backbo
 
 @pytest.mark.parametrize("fine_tune", [0, 2])
 def test_frozen_parts_and_batch_norm_statistics_never_change(tiny_backbone: Callable, fine_tune: int):
-    encoder = EncoderCNN(EMBED, "random", fine_tune).train()
+    encoder = EncoderCNN(EMBED, weights="random", fine_tune=fine_tune).train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
@@ -106,7 +105,7 @@ def test_frozen_parts_and_batch_norm_statistics_never_change(tiny_backbone: Call
 
 
 def test_the_statistics_of_a_backbone_trained_whole_do_move(tiny_backbone: Callable):
-    encoder = EncoderCNN(EMBED, "random", fine_tune=5).train()
+    encoder = EncoderCNN(EMBED, weights="random", fine_tune=5).train()
     before = encoder.resnet[1].running_mean.clone()
     encoder(torch.randn(4, 3, 64, 64))
     assert not torch.equal(before, encoder.resnet[1].running_mean)
@@ -118,8 +117,10 @@ def test_without_network_the_error_names_the_choices(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(InputError, match=r"no route to host.*--weights random.*--weights FILE"):
-        EncoderCNN(EMBED, "pretrained")
+    with pytest.raises(
+        InputError, match=r"no route to host.*tf_efficientnet_lite2 needs no network.*--weights takes a file"
+    ):
+        EncoderCNN(EMBED, weights="pretrained")
 
 
 @pytest.mark.parametrize("form", ["torchvision", "without fc", "encoder"])
@@ -129,11 +130,11 @@ def test_the_backbone_s_weights_come_from_a_file(tiny_backbone: Callable, tmp_pa
     if form == "without fc":
         state = {key: value.half() for key, value in state.items() if not key.startswith("fc.")}
     elif form == "encoder":
-        encoder = EncoderCNN(EMBED + 1, "random")
+        encoder = EncoderCNN(EMBED + 1, weights="random")
         encoder.resnet.load_state_dict(torch.nn.Sequential(*list(original.children())[:-1]).state_dict())
         state = encoder.state_dict()
     torch.save(state, tmp_path / "weights.pth")
-    encoder = EncoderCNN(EMBED, tmp_path / "weights.pth")
+    encoder = EncoderCNN(EMBED, weights=tmp_path / "weights.pth")
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if form == "without fc" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(encoder.resnet[7][0].conv1.weight, original.layer4[0].conv1.weight, **tolerance)
     torch.testing.assert_close(encoder.resnet[0].weight, original.conv1.weight, **tolerance)
@@ -143,7 +144,7 @@ def test_the_backbone_s_weights_come_from_a_file(tiny_backbone: Callable, tmp_pa
 def test_torchvision_s_own_state_dict_fits(tmp_path: Path):
     original = resnet50(weights=None)
     torch.save(original.state_dict(), tmp_path / "resnet50.pth")
-    encoder = EncoderCNN(EMBED, tmp_path / "resnet50.pth").eval()
+    encoder = EncoderCNN(EMBED, weights=tmp_path / "resnet50.pth").eval()
     images = torch.randn(1, 3, 64, 64)
     original.fc = torch.nn.Identity()
     torch.testing.assert_close(encoder.features(images), original.eval()(images), rtol=1e-4, atol=1e-4)
@@ -152,7 +153,7 @@ def test_torchvision_s_own_state_dict_fits(tmp_path: Path):
 def test_weights_of_another_network_are_refused_by_key(tiny_backbone: Callable, tmp_path: Path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth has conv1\.weight of size \(3,\)"):
-        EncoderCNN(EMBED, tmp_path / "other.pth")
+        EncoderCNN(EMBED, weights=tmp_path / "other.pth")
 
 
 NO_STATE_DICTS = {

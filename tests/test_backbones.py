@@ -1,0 +1,206 @@
+"""Backbones by name: what they are built from, what they take, and what they give."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from captioning.backbones import PACKAGED, Preprocessing, preprocessing_of
+from captioning.captioner import Captioner
+from captioning.checkpoint import load_model, read_description
+from captioning.errors import InputError
+from captioning.images import build_transform, read_photo
+from captioning.training import TrainingConfig, train
+from model import EncoderCNN
+
+IMAGES = Path(__file__).parents[1] / "images"
+FAMILIES = {  # name: (input size, cells, channels, stages)
+    "resnet50": (64, 4, 2048, 5),
+    "resnet18": (64, 4, 512, 5),
+    "tf_efficientnet_lite0": (64, 4, 1280, 8),
+    "test_vit": (160, 100, 64, None),
+    "test_convnext": (64, 4, None, None),
+    "swin_tiny_patch4_window7_224": (224, 49, 768, 6),
+}
+
+
+def randomise_batch_norms(encoder: EncoderCNN) -> None:
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_gives_cells_or_their_mean_and_the_same_with_batch_norms_folded(name: str):
+    size, cells, channels, stages = FAMILIES[name]
+    torch.manual_seed(0)
+    encoder = EncoderCNN(8, name, weights="random", grid=True)
+    randomise_batch_norms(encoder.eval())
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        features = encoder.features(images)
+        assert features.shape == (2, cells, channels or encoder.feature_size)
+        assert encoder.stages == stages or stages is None
+        assert encoder(images).shape == (2, cells, 8)
+        folded = encoder.for_inference(torch.float32)
+        torch.testing.assert_close(folded.features(images), features, rtol=1e-3, atol=1e-3 * features.abs().max())
+        encoder.grid = False
+        torch.testing.assert_close(encoder.features(images), features.mean(1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "tf_efficientnet_lite0"])
+def test_only_the_last_stages_learn(name: str):
+    encoder = EncoderCNN(8, name, weights="random", fine_tune=1).train()
+    learns = [parameter.requires_grad for parameter in encoder.network.parameters()]
+    assert any(learns)
+    assert not all(learns)
+    assert not encoder.network.training  # batch norms of a backbone that is not trained whole stay as they are
+    whole = EncoderCNN(8, name, weights="random", fine_tune=encoder.stages).train()
+    assert all(parameter.requires_grad for parameter in whole.network.parameters())
+    assert whole.network.training
+    with pytest.raises(InputError, match=rf"of the {encoder.stages} stages of {name} are trained"):
+        EncoderCNN(8, name, weights="random", fine_tune=encoder.stages + 1)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_the_packaged_weights_have_timm_s_names_and_shapes(name: str):
+    package = PACKAGED[name][0]
+    if name != "tf_efficientnet_lite2":  # the one that the project requires
+        pytest.importorskip(package)
+    import timm
+
+    with torch.device("meta"):
+        expected = timm.create_model(name, num_classes=0).state_dict()
+    state = EncoderCNN(8, name).network.state_dict()
+    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(("image", "label"), [("cat.jpg", 285), ("coffee.jpg", 967)])  # Egyptian cat, espresso
+def test_the_packaged_weights_name_what_a_photo_shows(image: str, label: int):
+    import timm
+
+    name = "tf_efficientnet_lite2"
+    encoder = EncoderCNN(8, name, grid=True).eval()
+    classifier = timm.create_model(name).classifier
+    package = importlib.import_module(PACKAGED[name][0])
+    path = next((Path(package.__file__).parent / "models").glob("*.pth"))
+    weights = list(torch.load(path, weights_only=True).values())[-2:]
+    classifier.weight.data, classifier.bias.data = weights
+    transform = build_transform(**asdict(preprocessing_of(name)), normalise=False)
+    with torch.no_grad():
+        logits = classifier(encoder.features(transform(read_photo(IMAGES / image))[None]).mean(1))
+    assert logits.argmax().item() == label
+
+
+def test_a_damaged_package_is_refused(monkeypatch: pytest.MonkeyPatch):
+    name = "tf_efficientnet_lite2"
+    monkeypatch.setitem(PACKAGED, name, (PACKAGED[name][0], "0" * 64))
+    with pytest.raises(InputError, match="is not the file that was published"):
+        EncoderCNN(8, name)
+    monkeypatch.setitem(PACKAGED, name, ("no_such_package", "0" * 64))
+    with pytest.raises(InputError, match=r"pip install no-such-package==0\.1\.0"):
+        EncoderCNN(8, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("resnet50x", r'no backbone "resnet50x"; did you mean .*resnet50'),
+        ("resnet50.nonsense", r"did you mean .*resnet50\."),
+        ("hf-hub:some/thing", "no backbone"),
+        ("local-dir:/etc", "no backbone"),
+        ("", "no backbone"),
+    ],
+)
+def test_an_unknown_name_is_one_sentence(name: str, sentence: str):
+    with pytest.raises(InputError, match=sentence):
+        EncoderCNN(8, name)
+
+
+def test_without_a_network_the_sentence_says_what_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from huggingface_hub import HfApi, constants
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    with pytest.raises(InputError, match=r"\(no network\); --backbone tf_efficientnet_lite2 needs no network"):
+        EncoderCNN(8, "convnext_tiny.fb_in1k")
+
+
+def test_the_preprocessing_is_the_backbone_s_own():
+    assert preprocessing_of("resnet50") == Preprocessing()
+    lite = preprocessing_of("tf_efficientnet_lite2")
+    assert (lite.image_size, lite.interpolation, lite.mean, lite.std) == (260, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert preprocessing_of("tf_efficientnet_lite2", 128, "squash").image_size == 128
+    clip = preprocessing_of("vit_base_patch16_clip_224.openai")
+    assert (clip.image_size, clip.mean[0]) == (224, 0.48145466)
+    with pytest.raises(InputError, match="takes images of 224 pixels only, not of 256"):
+        preprocessing_of("vit_base_patch16_clip_224.openai", 256)
+    with pytest.raises(InputError, match="image_size must be from 32 to 2048"):
+        preprocessing_of("resnet50", 16)
+
+
+def test_squashing_shows_the_whole_image():
+    image = Image.new("RGB", (400, 100), "black")
+    image.paste("white", (0, 0, 40, 100))
+    assert build_transform(image_size=64, normalise=False)(image).max() == 0
+    squashed = build_transform(image_size=64, normalise=False, crop="squash")(image)
+    assert squashed.shape == (3, 64, 64)
+    assert squashed[:, :, :5].min() == 255
+
+
+@pytest.mark.parametrize("weights", ["random", "file"])
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "test_vit"])
+def test_any_family_trains_is_saved_loaded_and_captions(
+    name: str, weights: str, small: Callable[..., TrainingConfig], tmp_path: Path, photo: Path
+):
+    if weights == "file":
+        torch.manual_seed(3)
+        weights = str(tmp_path / "weights.pth")
+        torch.save(EncoderCNN(8, name, weights="random").network.state_dict(), weights)
+    size = FAMILIES[name][0]
+    folder = train(small(backbone=name, weights=weights, decoder="attention", image_size=size))
+    description = read_description(folder)
+    assert description.architecture.backbone == name
+    assert description.architecture.backbone_weights == "shared"
+    assert description.preprocessing == preprocessing_of(name, size)
+    assert sorted(path.name for path in folder.glob("*.pkl")) == ["backbone.pkl", "decoder-1.pkl", "encoder-1.pkl"]
+    encoder = load_model(folder)[0]
+    if weights != "random":
+        state = torch.load(weights, weights_only=True)
+        assert all(torch.equal(state[key], value) for key, value in encoder.network.state_dict().items())
+    assert encoder.mean == description.preprocessing.mean
+    assert isinstance(Captioner.load(folder)(photo)[0].text, str)
+
+
+def test_published_weights_are_named_and_not_stored(small: Callable[..., TrainingConfig], photo: Path):
+    folder = train(small(backbone="tf_efficientnet_lite2", weights="pretrained"))
+    assert read_description(folder).architecture.backbone_weights == "published"
+    assert not (folder / "backbone.pkl").exists()
+    assert set(torch.load(folder / "encoder-1.pkl", weights_only=True)) == {"embed.weight", "embed.bias"}
+    before = EncoderCNN(8, "tf_efficientnet_lite2").network.state_dict()
+    after = load_model(folder)[0].network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    Captioner.load(folder)(photo)
+
+
+@pytest.mark.parametrize(("stored", "weights"), [("IMAGENET1K_V1", "published"), ("stored", "epoch")])
+def test_a_description_of_format_1_is_read(trained: Path, tmp_path: Path, stored: str, weights: str):
+    content = json.loads((trained / "captioner.json").read_text())
+    architecture = {k: v for k, v in content["architecture"].items() if k != "backbone_weights"}
+    content |= {"format": 1, "architecture": {**architecture, "backbone": stored}, "ranges": {"1": [[-1, 1]]}}
+    content["preprocessing"] = {"image_size": 96}
+    (tmp_path / "captioner.json").write_text(json.dumps(content))
+    description = read_description(tmp_path)
+    assert description.architecture.backbone == "resnet50"
+    assert description.architecture.backbone_weights == weights
+    assert description.preprocessing == Preprocessing(96)
