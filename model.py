@@ -157,7 +157,9 @@ def _resnet50(weights: str | Path) -> nn.Module:
         state = {
             f"{names[int(i)]}.{rest}": value for (_, i, rest), value in pairs if i.isdigit() and int(i) < len(names)
         }
-    load_weights(model, {k: v for k, v in state.items() if not k.startswith("fc.")}, weights, may_lack=("fc.",))
+    load_weights(
+        model, {k: v for k, v in state.items() if not k.startswith("fc.")}, weights, optional_prefixes=("fc.",)
+    )
     return model
 
 

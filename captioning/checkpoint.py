@@ -238,7 +238,9 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
     load_weights(decoder, decoder_state, decoder_file)
     if parts.backbone != "stored":
         encoder = EncoderCNN(parts.embed_size, "pretrained", grid=grid)
-    load_weights(encoder, encoder_state, encoder_file, may_lack=() if parts.backbone == "stored" else ("resnet.",))
+    load_weights(
+        encoder, encoder_state, encoder_file, optional_prefixes=() if parts.backbone == "stored" else ("resnet.",)
+    )
     encoder.resnet.to(memory_format=torch.channels_last)
     encoder.ranges = description.ranges.get(epoch)
     return encoder.eval(), decoder.eval(), vocabulary, description

@@ -472,7 +472,7 @@ def _train(
         description.ranges = {epoch: ranges for epoch, ranges in old.ranges.items() if epoch < state["epoch"]}
         start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
         named = old.architecture.backbone != "stored"
-        load_weights(encoder, state["encoder"], folder / "resume.pt", may_lack=("resnet.",) if named else ())
+        load_weights(encoder, state["encoder"], folder / "resume.pt", optional_prefixes=("resnet.",) if named else ())
         load_weights(decoder, state["decoder"], folder / "resume.pt")
         encoder.resnet.to(memory_format=torch.channels_last)
 
