@@ -30,7 +30,7 @@ from captioning.decoding import greedy
 from captioning.distributed import fast_dtype, on_cpus, this_process
 from captioning.errors import InputError, shown
 from captioning.features import BATCH, encode, stored_features
-from captioning.files import CACHE, hash_file
+from captioning.files import CACHE, hash_file, require_writable
 from captioning.images import Photos, build_transform, find_unreadable, read_batches
 from captioning.metrics import score
 from captioning.quantized import Range, observe
@@ -319,6 +319,8 @@ def train(config: TrainingConfig) -> Path:
     if config.precision == "bf16" and fast_dtype(accelerator.device) != torch.bfloat16:
         raise InputError(f"this {accelerator.device.type.upper()} is not made for bfloat16; use --precision auto.")
     old = checkpoint.read_description(folder) if resumed else None
+    if resumed:
+        require_writable(folder)
     vocab = None
     if old is not None:
         vocab = Vocabulary(old.vocabulary)
