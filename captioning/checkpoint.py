@@ -20,6 +20,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from captioning.backbones import RESNET50, Preprocessing
 from captioning.errors import InputError
 from captioning.files import write_file
-from captioning.weights import load_weights, read_state_dict
+from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, EncoderCNN
 from vocabulary import Vocabulary
 
@@ -37,9 +38,20 @@ DESCRIPTION = "captioner.json"
 LARGEST_DESCRIPTION = 64 << 20  # bytes
 SAMPLE = "scenes"  # the folder that the sample data set is drawn into
 SHIPPED = "photos"  # the model that comes with the project
-RESUME_KEYS = {
-    *("format", "encoder", "decoder", "optimizer", "objective", "first_epoch"),
-    *("epoch", "step", "epoch_loss", "epoch_tokens", "epochs", "best_epoch", "log_bytes"),
+RESUME_TYPES = {  # of what resume.pt holds
+    "format": int,
+    "encoder": dict,
+    "decoder": dict,
+    "optimizer": dict,
+    "objective": str,
+    "first_epoch": int,
+    "epoch": int,
+    "step": int,
+    "epoch_loss": (int, float),
+    "epoch_tokens": int,
+    "epochs": list,
+    "best_epoch": (int, NoneType),
+    "log_bytes": int,
 }
 WEIGHTS = (".pkl", ".safetensors")
 
@@ -267,30 +279,45 @@ def remove_training(folder: Path) -> None:
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
     """Write resume.pt; the one before it stays as resume-previous.pt."""
-    path = folder / "resume.pt"
-    beside = path.with_name("resume-next.pt")
-    write_file(beside, lambda file: torch.save(state, file))
+    path, newest = folder / "resume.pt", folder / "resume-next.pt"
+    write_file(newest, partial(torch.save, state))
     if path.exists():
         os.replace(path, folder / "resume-previous.pt")
-    os.replace(beside, path)
+    os.replace(newest, path)
 
 
-def load_resume(folder: Path, say: Callable[[str], object]) -> dict[str, Any]:
-    """What `save_resume` wrote, or the one before where that is torn, telling `say` so."""
-    problems = []
+def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
+    """Read what `save_resume` wrote, or where that is damaged the state before it, which is said to `log`.
+
+    Raises `InputError` if neither can be read.
+    """
+    problems: list[str] = []
     for name in ("resume.pt", "resume-previous.pt"):
         path = folder / name
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, dict):  # those of before there was a second objective lack what tells of it
-                state = {"objective": "cross-entropy", "first_epoch": 1, **state}
-            if isinstance(state, dict) and state.get("format") == 2 and set(state) == RESUME_KEYS:
-                if problems:
-                    say(f"{problems[0]}; going on from {path}")
-                return state
-            problems.append(f"{path} is not a training's state")
-        except FileNotFoundError:
+        if not path.exists():
             problems.append(f"{path} is missing")
-        except Exception as error:  # a torn file makes the unpickler raise nearly anything
-            problems.append(f"{path} cannot be read ({type(error).__name__})")
+            continue
+        try:
+            state = read_saved(path)
+            if isinstance(state, dict):  # states of older trainings know one objective only
+                state = {"objective": "cross-entropy", "first_epoch": 1, **state}
+            if not _is_resume_state(state):
+                raise InputError(f"{path} is not a training's state.")
+            for part in ("encoder", "decoder"):
+                state[part] = as_state_dict(state[part], path)
+        except InputError as error:
+            problems.append(str(error).rstrip("."))
+        else:
+            if problems:
+                log(f"{problems[0]}; going on from {path}")
+            return state
     raise InputError(f"{folder} cannot be resumed: {' and '.join(problems)}; start a new training.")
+
+
+def _is_resume_state(state: object) -> bool:
+    return (
+        isinstance(state, dict)
+        and state.keys() == RESUME_TYPES.keys()
+        and all(isinstance(state[key], types) for key, types in RESUME_TYPES.items())
+        and state["format"] == 2
+    )

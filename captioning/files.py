@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -30,17 +32,29 @@ def hash_file(path: Path, before: bytes = b"") -> str:
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all: beside its target, flushed to disk, renamed over it."""
-    beside = path.with_name(path.name + ".new")
+    unfinished = path.with_name(path.name + ".new")
     try:
-        with open(beside, "wb") as file:
+        with open(unfinished, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Raise `InputError` if no file can be written into the folder, so that long work need not find out at its end."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written to ({error.strerror}); make it writable, or use a copy of it."
+        ) from None
 
 
 @cache

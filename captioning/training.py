@@ -31,7 +31,7 @@ from captioning.decoding import greedy
 from captioning.distributed import fast_dtype, on_cpus, this_process
 from captioning.errors import InputError, shown
 from captioning.features import BATCH, encode, stored_features
-from captioning.files import CACHE, hash_file
+from captioning.files import CACHE, hash_file, require_writable
 from captioning.images import Photos, build_transform, find_unreadable, read_batches
 from captioning.metrics import score
 from captioning.self_critical import DRAWS, Critic, reinforce
@@ -312,6 +312,8 @@ def train(config: TrainingConfig) -> Path:
     if config.precision == "bf16" and fast_dtype(accelerator.device) != torch.bfloat16:
         raise InputError(f"this {accelerator.device.type.upper()} is not made for bfloat16; use --precision auto.")
     old = checkpoint.read_description(folder) if resumed else None
+    if resumed:
+        require_writable(folder)
     vocab = None
     if old is not None:
         vocab = Vocabulary(old.vocabulary)
@@ -466,9 +468,8 @@ def _train(
 
         start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
         named = old.architecture.backbone_weights == "published"
-        load_weights(
-            encoder, state["encoder"], folder / "resume.pt", may_lack=(f"{encoder.module_name}.",) if named else ()
-        )
+        optional = (f"{encoder.module_name}.",) if named else ()
+        load_weights(encoder, state["encoder"], folder / "resume.pt", optional_prefixes=optional)
         load_weights(decoder, state["decoder"], folder / "resume.pt")
         encoder.network.to(memory_format=torch.channels_last)
 

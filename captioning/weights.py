@@ -1,9 +1,20 @@
-"""Weights read from files, never running what a pickle may ask for."""
+"""Weights read from files that anyone may have written: nothing in them is run, and they take no more memory than due.
+
+`torch.load(weights_only=True)` runs nothing, but it allocates what a file asks for: a pickle of a hundred bytes can
+ask for gigabytes, and so can a zip whose entries are compressed or share their bytes. Files are checked first.
+"""
 
 from __future__ import annotations
 
+import io
+import mmap
+import os
+import pickletools
+import re
 import zipfile
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
@@ -12,55 +23,181 @@ from torch import Tensor
 
 from captioning.errors import InputError
 
+LARGEST_PICKLE = 4 << 20  # bytes of names and shapes; the numbers lie outside the pickle
+MOST_ENTRIES = 50_000  # of a zip, one per tensor
+LARGEST_WEIGHT = 1e10  # a few products of larger numbers overflow float32
+STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch.nn.parameter Parameter",
+    *(f"torch {name}Storage" for name in STORAGES),
+}
+OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}  # pickle operations that torch.save never writes
+LEGACY_PICKLES = 5  # magic number, protocol, system, state dict, names of storages; then the numbers
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save a state dict
+PREFIXES = ("module.", "_orig_mod.")  # of a state dict of DistributedDataParallel or torch.compile
+
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .pkl or .safetensors file, never running what a pickle may ask for.
+    """Read a state dict from a file of torch.save or safetensors.
 
-    Raises `InputError` if it is none, or if it is compressed: torch.save never compresses, and a file that
-    does could unpack to a thousand times its size.
+    It may be wrapped as {"state_dict": ...}, and its names may begin with "module.". No two of the tensors returned
+    share memory. Raises `InputError` if the file holds no state dict or cannot be read safely.
     """
+    if Path(path).suffix == ".safetensors":
+        _require_file(path)
+        try:
+            content: Any = load_file(path)
+        except Exception as error:  # safetensors shares no base class with what the system raises
+            raise _unsafe(path, error) from None
+    else:
+        content = read_saved(path)
+    return as_state_dict(content, path)
+
+
+def read_saved(path: str | Path) -> Any:
+    """Read what torch.save wrote: tensors in dictionaries and lists, with text and numbers.
+
+    Takes at most about twice the file's size and 300 MB in memory. Raises `InputError` if the file does not exist,
+    holds anything else, or would take more memory.
+    """
+    _require_file(path)
     try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        if zipfile.is_zipfile(path) and any(x.compress_type for x in zipfile.ZipFile(path).infolist()):
+        with open(path, "rb") as file:
+            source = _checked_zip(file) if file.read(4) == b"PK\x03\x04" else _checked_legacy(file)
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickletools and torch raise nearly anything on a damaged file
+        raise _unsafe(path, error) from None
+
+
+def _require_file(path: str | Path) -> None:
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have, too
+        problem = "is not a file" if os.path.exists(path) else "does not exist"
+        raise InputError(f"{path} {problem}; check the path.")
+
+
+def _unsafe(path: str | Path, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+    return InputError(f"{path} is not a file of weights that can be read safely ({reason}).")
+
+
+def _checked_zip(file: BinaryIO) -> BinaryIO:
+    """A copy of a file of torch.save whose entries are known to be stored, apart from one another and harmless.
+
+    torch reads the copy, because its own zip reader and `zipfile` may find different entries in a forged file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if next(islice(re.finditer(rb"PK\x01\x02", content), MOST_ENTRIES, None), None):
+            raise ValueError("it has too many entries")
+    with zipfile.ZipFile(file) as source:
+        entries = source.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path.") from None
-    except Exception as error:  # a foreign or torn file makes the unpickler raise nearly anything
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a file of weights that can be read safely ({reason}).") from None
-    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_whole(state[key]) for key in state):
+        if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
+            raise ValueError("its entries are larger than the file")
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
+            raise ValueError("it has two entries of one name")
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+            raise ValueError("it is not a file of torch.save")
+        _check_pickle(io.BytesIO(source.read(pickles[0])))
+        copy = io.BytesIO()
+        with zipfile.ZipFile(copy, "w") as target:
+            for entry in entries:
+                target.writestr(entry.filename, source.read(entry))
+    copy.seek(0)
+    return copy
+
+
+def _checked_legacy(file: BinaryIO) -> BinaryIO:
+    """The file itself, at its beginning, if it is harmless and as torch.save wrote before version 1.6."""
+    file.seek(0)
+    head = io.BytesIO(file.read(LARGEST_PICKLE))
+    for _ in range(LEGACY_PICKLES):
+        _check_pickle(head)
+    file.seek(0)
+    return file
+
+
+def _check_pickle(file: BinaryIO) -> None:
+    """Refuse a pickle that names anything that is not part of a state dict; leaves the file at the pickle's end."""
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in OTHER_CALLS or (operation.name == "GLOBAL" and argument not in GLOBALS):
+            name = str(argument or operation.name).replace(" ", ".")
+            raise ValueError(f"it holds {name}; save the state dict alone: torch.save(model.state_dict(), FILE)")
+
+
+def as_state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in `content`, read from `path`: unwrapped, without prefixes, no two tensors sharing memory.
+
+    Raises `InputError` if it holds none.
+    """
+    if isinstance(content, dict):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not all(isinstance(key, str) and _is_whole(content[key]) for key in content):
         raise InputError(f"{path} holds no state dict: names with tensors.")
+    if sum(value.nbytes for value in content.values()) > 2 * os.path.getsize(path):  # tied weights are there twice
+        raise InputError(f"{path} holds no state dict: its tensors are larger than the file.")
+    state: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in content.items():
+        storage = value.untyped_storage().data_ptr()
+        state[key] = value.detach().clone() if storage in storages else value.detach()
+        storages.add(storage)
+    while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
 def _is_whole(value: object) -> bool:
-    """Whether it is a plain tensor whose numbers are all there, so that a copy takes no more memory than its file."""
+    """Whether it is a plain tensor with all its numbers in memory, so that a copy is no larger."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
         return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, may_lack: tuple[str, ...] = ()) -> None:
-    """Put `state`, read from `path`, into `module`; `InputError` names a key that does not go with it.
+def load_weights(
+    module: nn.Module, state: dict[str, Tensor], path: str | Path, optional_prefixes: tuple[str, ...] = ()
+) -> None:
+    """Load `state`, read from `path`, into a module, which may be on the meta device.
 
-    Keys that begin with one of `may_lack` may be absent. The module may stand on the meta device, so that
-    nothing is allocated before the sizes are known to agree.
+    Keys that begin with one of `optional_prefixes` may be absent, and batch norms' counts of batches, which old files
+    lack. Raises `InputError` naming a key that is missing, unknown, of another size, or not finite.
     """
     expected = module.state_dict()
+    loaded: dict[str, Tensor] = {}
     for key in [*expected, *(key for key in state if key not in expected)]:
         if key not in expected:
             raise InputError(f"{path} has the weight {key}, which this model has not; it belongs to another model.")
         if key not in state:
-            if not key.startswith(may_lack or "/") and not key.endswith("num_batches_tracked"):
+            if key.endswith("num_batches_tracked"):
+                loaded[key] = torch.zeros((), dtype=expected[key].dtype)
+            elif not key.startswith(optional_prefixes or "/"):
                 raise InputError(f"{path} lacks the weight {key}; it belongs to another model.")
-        elif expected[key].is_floating_point() and not state[key].is_floating_point():
+            continue
+        if expected[key].is_floating_point() and not state[key].is_floating_point():
             raise InputError(f"{path} has {key} as {state[key].dtype}, which is no weight of this model.")
-        elif expected[key].shape != state[key].shape:
+        if expected[key].shape != state[key].shape:
             raise InputError(
                 f"{path} has {key} of size {tuple(state[key].shape)} where the model needs "
                 f"{tuple(expected[key].shape)}; weights, vocabulary and captioner.json must come from one training."
             )
-    state = {key: value.to(expected[key].dtype) for key, value in state.items()}
-    module.load_state_dict(state, strict=False, assign=True)
+        loaded[key] = state[key].to(expected[key].dtype)
+        if (wrong := _unusable_number(loaded[key])) is not None:
+            raise InputError(
+                f"{path} has {wrong:g} in {key}, with which no caption can be computed; use the weights of an earlier "
+                f"epoch or train anew."
+            )
+    module.load_state_dict(loaded, strict=False, assign=True)
+
+
+def _unusable_number(weight: Tensor) -> float | None:
+    """A number in a weight that is not finite or so large that products of it overflow, if there is one."""
+    if not weight.is_floating_point() or not weight.numel():
+        return None
+    extremes = torch.stack(weight.aminmax()).tolist()  # both are nan where any number is
+    return next((x for x in extremes if not abs(x) <= LARGEST_WEIGHT), None)

@@ -1,7 +1,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,20 @@ import torchvision
 
 import model
 from captioning import checkpoint
-from captioning.checkpoint import default_model, epochs_saved, load_model, read_description, write_description
+from captioning.checkpoint import (
+    default_model,
+    epochs_saved,
+    load_model,
+    load_resume,
+    read_description,
+    save_resume,
+    write_description,
+)
 from captioning.errors import InputError
-from captioning.files import write_file
+from captioning.files import require_writable, write_file
+from captioning.training import train
 from captioning.weights import read_state_dict
+from train import resumed_config
 
 
 @pytest.fixture
@@ -143,6 +155,89 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
         write_file(path, fail)
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def read_only(trained: Path) -> Iterator[Path]:
+    """A copy of the trained model's folder that its user may read and not write."""
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        copy = shutil.copytree(trained, Path(parent) / "model")
+        copy.chmod(0o555)
+        yield copy
+        copy.chmod(0o755)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may write anywhere; in this context it is another user."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_read_only_folder_is_said_before_the_work(read_only: Path, monkeypatch: pytest.MonkeyPatch):
+    config = resumed_config(read_only)
+    monkeypatch.setattr("captioning.training.CaptionDataset", None)  # reading the data comes after
+    with unprivileged():
+        for act in (
+            lambda: require_writable(read_only),
+            lambda: write_file(read_only / "new", lambda file: None),
+            lambda: write_file(read_only / "captioner.json", lambda file: None),
+            lambda: train(config),
+        ):
+            with pytest.raises(
+                InputError, match=r"model(/new|/captioner\.json)? cannot be written .*Permission denied"
+            ):
+                act()
+        assert load_model(read_only)
+
+
+def test_what_is_left_of_a_failed_write_cannot_hide_the_failure(tmp_path: Path):
+    (tmp_path / "file.new").mkdir()
+    with pytest.raises(InputError, match=r"file cannot be written \(Is a directory\)"):
+        write_file(tmp_path / "file", lambda file: None)
+
+
+# The state to resume from
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"format": 3}, "is not a training's state"),
+        ({"more": 1}, "is not a training's state"),
+        ({"epoch": "2"}, "is not a training's state"),
+        ({"optimizer": None}, "is not a training's state"),
+        ({"encoder": {"embed.weight": 1}}, "holds no state dict"),
+        ({"decoder": {"embed.weight": torch.zeros(1).expand(1 << 20)}}, "holds no state dict"),
+        ({"optimizer": {"state": complex(1)}}, "__builtin__.complex"),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_named_and_the_one_before_it_resumed(
+    changes: dict, problem: str, trained: Path, folder: Path
+):
+    shutil.copy(trained / "resume.pt", folder)
+    state = load_resume(folder, print)
+    save_resume(folder, {**state, "step": 7})
+    save_resume(folder, {**state, **changes})
+    said: list[str] = []
+    assert load_resume(folder, said.append)["step"] == 7
+    [sentence] = said
+    assert problem in sentence
+    assert sentence.startswith(f"{folder}/resume.pt ")
+    assert sentence.endswith(f"; going on from {folder}/resume-previous.pt")
+    save_resume(folder, {**state, **changes})
+    with pytest.raises(
+        InputError, match=r"cannot be resumed: .*resume\.pt .* and .*resume-previous\.pt .*; start a new"
+    ):
+        load_resume(folder, print)
 
 
 # A model's folder that is not whole

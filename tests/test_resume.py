@@ -276,7 +276,7 @@ def test_the_state_before_is_used_and_said(stopped: Path, config: Make, damage: 
 def test_without_any_good_state_the_sentence_names_both(stopped: Path):
     for name in ("resume.pt", "resume-previous.pt"):
         (stopped / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"resume\.pt cannot be read .* and .*resume-previous\.pt cannot be read"):
+    with pytest.raises(InputError, match=r"resume\.pt is not a file .* and .*resume-previous\.pt is not a file"):
         load_resume(stopped, print)
 
 
