@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,20 @@ from captioning.json_stream import stream_lists
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
 
-# Captions
+
+def parse_image_id(value: object) -> int:
+    """Convert an image id from a JSON file to an integer: 7, 7.0 and "007" are all 7.
+
+    Raises `InputError` for anything else, with a sentence fragment ("has ...") that follows the name of an entry.
+    """
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53  # beyond, a float is not exact
+    if whole or (isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value)):
+        value = int(value)
+    if type(value) is not int:
+        raise InputError(f"has an image id that is not a whole number: {value!r:.80}")
+    if abs(value) >= 1 << 63:
+        raise InputError(f"has an image id of more than 64 bits: {value!r:.80}")
+    return value
 
 
 class Names(Sequence):
