@@ -336,7 +336,7 @@ def test_a_photo_that_is_missing(tmp_path: Path):
 
 
 def test_a_threshold_that_leaves_no_word(drawn: Path, cache: Path):
-    with pytest.raises(InputError, match="vocab_threshold"):
+    with pytest.raises(InputError, match="--vocab-threshold"):
         CaptionDataset(drawn, "train", vocab_threshold=10_000, cache=cache)
 
 
