@@ -1,15 +1,18 @@
-"""Photos and captions of a data set laid out as COCO is, as batches.
+"""Images and captions of a data set, as batches.
+
+A data set is a folder laid out as COCO is,
 
     <folder>/annotations/captions_{train,val,test}<year>.json, image_info_test<year>.json
     <folder>/images/{train,val,test}<year>/
 
-or as tar files of photos and captions, <folder>/{train,val,test}-*.tar (`shards.py`). A caption file is read and
-tokenized once; what comes of it, a few flat integer arrays, is kept in the cache folder under the file's hash, so
-that training on COCO starts in a second the next time.
+or as WebDataset has it, <folder>/{train,val,test}-*.tar (`captioning/shards.py`). An annotation file is tokenized
+once. The result, a few flat integer arrays, is cached under the file's hash: training on COCO starts in a second
+the next time.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from array import array
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from captioning.annotations import PhotoFiles, read_annotations
+from captioning.annotations import PhotoFiles, read_annotations, read_captions, read_images
 from captioning.errors import InputError
 from captioning.files import CACHE
 from captioning.images import Photos, build_transform
@@ -35,42 +39,51 @@ MODES = ("train", "val", "test")
 
 
 def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
-    """The annotation file and the photo folder of a data set's split ("train", "val" or "test").
+    """Find the annotation file and the image folder of a data set's split ("train", "val" or "test").
 
-    For "test" that is captions_test<year>.json where the captions are public, else image_info_test<year>.json.
-    Of a folder of tar files, <mode>-*.tar, it is an index of them in the cache folder, and the folder itself.
+    For "test" the annotation file is captions_test<year>.json or, where the captions are not public,
+    image_info_test<year>.json. For tar files, <mode>*.tar, it is an index of them in the cache, and the image folder
+    is `folder`. Raises `InputError` where the split is missing.
     """
     if mode not in MODES:
         raise InputError(f'mode "{mode}" is not one of {", ".join(MODES)}.')
-    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that no folder can have, too
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a path of any length
         raise InputError(
             f"{folder} does not exist; draw the sample data set with `python scenes.py {folder}`, or fetch "
             f"COCO with `python download.py coco --root {folder}`."
         )
-    found: list[Path] = []
-    for kind in ("captions", "image_info")[: 2 if mode == "test" else 1]:
-        pattern = re.compile(rf"{kind}_{mode}\d*\.json")
-        if not found and (folder / "annotations").is_dir():
-            found = sorted(p for p in (folder / "annotations").iterdir() if pattern.fullmatch(p.name))
-    shards = sorted(folder.glob(f"{mode}*{SUFFIX}"))
-    if not found and shards:
-        return index_shards(shards, mode, cache / "shards"), folder
-    if not found:
-        raise InputError(
-            f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}-*{SUFFIX}; a data set is laid out "
-            "as COCO or as WebDataset."
+    kinds = ("captions", "image_info") if mode == "test" else ("captions",)
+    try:
+        annotations = folder / "annotations"
+        names = sorted(os.listdir(annotations)) if os.path.isdir(annotations) else []
+        shards = sorted(folder.glob(f"{mode}*{SUFFIX}"))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
+    for kind in kinds:
+        files = [annotations / name for name in names if re.fullmatch(rf"{kind}_{mode}[0-9]*\.json", name)]
+        if len(files) > 1:
+            raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep the one to use.")
+        if files:
+            return files[0], folder / "images" / files[0].stem.split("_")[-1]
+    if shards:
+        return index_shards(shards, mode, cache), folder
+    advice = "a data set is laid out as COCO or as WebDataset."
+    if mode != "train" and (
+        list(folder.glob("train*.tar")) or any(name.startswith("captions_train") for name in names)
+    ):
+        advice = (
+            f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
+            f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
-    if len(found) > 1:
-        raise InputError(f"{folder} holds several years: {', '.join(p.name for p in found)}; keep the one to use.")
-    return found[0], folder / "images" / found[0].stem.split("_")[-1]
+    raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}-*{SUFFIX}; {advice}")
 
 
 class CaptionDataset(Dataset):
-    """A split's photos and captions; an item a caption, or in test mode a photo.
+    """A split of a data set; an item is a caption with its image or, in test mode, an image.
 
-    In "train" and "val" mode `dataset[i]` is (photo, caption): what `transform` makes of caption i's photo,
-    and its indices from `<start>` to `<end>`, (length,) int64. In "test" mode it is (image id, photo).
-    Raises `InputError` where the folder's annotations or photos are missing or cannot be used.
+    In "train" and "val" mode `dataset[i]` is (image, caption): caption i's image as `transform` returns it, and the
+    caption's indices from `<start>` to `<end>`, (length,) int64. In "test" mode it is (image id, image).
+    Raises `InputError` where the annotations or the images are missing or cannot be used.
     """
 
     def __init__(
@@ -89,7 +102,7 @@ class CaptionDataset(Dataset):
         self.paths = PhotoFiles(self.photo_folder, annotations.file_names, annotations.places)
         if annotations.places is None:
             self._check_photos_exist()
-        self.photo = annotations.photo  # (captions,) each caption's photo, a row of image_ids
+        self.photo = annotations.photo  # (captions,) each caption's image, a row of image_ids
         words = annotations.words
         if vocab is None:
             counts = np.bincount(annotations.tokens, minlength=len(words))
@@ -105,14 +118,17 @@ class CaptionDataset(Dataset):
         self.photos = Photos(self.paths, transform or build_transform(train=mode == "train"))
 
     def _check_photos_exist(self) -> None:
-        """Names are compared by their hashes, a million of which take 8 MB."""
-        names, there = self.paths.names, array("q")
-        for inner in {os.path.dirname(name) for name in names}:
-            if (self.photo_folder / inner).is_dir():
-                entries = os.scandir(self.photo_folder / inner)
-                there.extend(hash(os.path.join(inner, entry.name)) for entry in entries if entry.is_file())
+        """Raise `InputError` if images are missing; hashes of names are compared, a million of which take 8 MB."""
+        names, present = self.paths.names, array("q")
+        for folder in {os.path.dirname(name) for name in names}:
+            try:
+                for entry in os.scandir(self.photo_folder / folder):
+                    if entry.is_file():
+                        present.append(hash(os.path.join(folder, entry.name)))
+            except OSError:  # no such folder, or no way to read it: its images are missing
+                continue
         wanted = np.fromiter(map(hash, names), np.int64, len(names))
-        missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(there, np.int64)))
+        missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(present, np.int64)))
         if len(missing):
             raise InputError(
                 f"{len(missing)} of {len(names)} photos of {self.annotation_file} are missing, the first is "
@@ -120,7 +136,7 @@ class CaptionDataset(Dataset):
             )
 
     def drop(self, rows: Iterable[int]) -> None:
-        """Leave out the photos of these rows of `paths`, and their captions."""
+        """Remove the images in these rows of `paths`, and their captions."""
         keep = np.ones(len(self.paths), bool)
         keep[list(rows)] = False
         captions = keep[self.photo]
@@ -132,11 +148,11 @@ class CaptionDataset(Dataset):
         self.photos.paths = self.paths
 
     def caption(self, index: int) -> Tensor:
-        """Caption `index` as indices from `<start>` to `<end>`, (length,) int64."""
+        """Return a caption's indices from `<start>` to `<end>`: (length,) int64."""
         return torch.from_numpy(self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64))
 
     def captions(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Captions as one batch: (batch, longest) int64, padded with `<end>` on the right, and their lengths."""
+        """Return a batch of captions, (batch, longest) int64, padded with `<end>` on the right, and their lengths."""
         lengths = self.lengths[indices]
         column = np.arange(lengths.max())
         inside = column < lengths[:, None]
@@ -145,23 +161,40 @@ class CaptionDataset(Dataset):
 
     @cached_property
     def coco(self) -> COCO:
-        """The annotation file behind pycocotools' API, read when first asked for."""
-        try:
-            with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-                return COCO(str(self.annotation_file))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.annotation_file} is not a COCO annotation file ({error!r}).") from None
+        """The split behind pycocotools' API, for exploring it; all its entries are in memory."""
+        coco = COCO()
+        captions = read_captions(self.annotation_file) if len(self.photo) else ()
+        coco.dataset = {
+            "images": [{**entry, "id": i} for i, entry in read_images(self.annotation_file)],
+            "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions, 1)],
+        }
+        with redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
 
     def references(self) -> dict[int, list[str]]:
-        """The captions of each image id as they were written, for metrics."""
-        return {int(i): [a["caption"] for a in self.coco.imgToAnns[int(i)]] for i in self.image_ids}
+        """Read the captions of each image as they are written, for metrics: image id -> captions."""
+        references: dict[int, list[str]] = {int(i): [] for i in self.image_ids}
+        if len(self.photo):
+            for image_id, caption in read_captions(self.annotation_file):
+                if image_id in references:
+                    references[image_id].append(caption)
+            if not all(references.values()):
+                raise InputError(f"{self.annotation_file} has changed since it was first read; start again.")
+        return references
+
+    def scenes(self) -> dict[int, Any]:
+        """Read what the sample data set says of each image's drawn scene: image id -> scene; elsewhere empty."""
+        ids = set(self.image_ids.tolist())
+        images = read_images(self.annotation_file)
+        return {i: entry["scene"] for i, entry in images if i in ids and "scene" in entry}
 
     def __len__(self) -> int:
         return len(self.paths) if self.mode == "test" else len(self.photo)
 
     def __getitem__(self, index: int) -> tuple:
         row = index if self.mode == "test" else int(self.photo[index])
-        photo = self.photos[row, int(torch.randint(1 << 31, ()))]  # drawn anew each time, from torch's seed
+        photo = self.photos[row, int(torch.randint(1 << 31, ()))]  # another random crop each time, from torch's seed
         return (int(self.image_ids[row]), photo) if self.mode == "test" else (photo, self.caption(index))
 
 
@@ -169,10 +202,10 @@ class CaptionDataset(Dataset):
 
 
 class LengthBatches(Sampler):
-    """Batches of caption indices, each of one caption length, every caption exactly once an epoch.
+    """Sample batches of caption indices, all captions of a batch of one length, every caption once an epoch.
 
-    Captions of one length need no padding, so no step of the decoder is spent on it. The order depends on
-    the seed and the epoch alone; `set_epoch` chooses the epoch, and each whole pass goes on to the next.
+    Captions of one length need no padding, which would cost decoder steps. The order depends only on the seed and
+    the epoch; `set_epoch` chooses the epoch, and each complete pass advances it by one.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
@@ -181,7 +214,7 @@ class LengthBatches(Sampler):
         self.batches = int(np.ceil(per_length / batch_size).sum())
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Choose the epoch of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -203,19 +236,19 @@ class LengthBatches(Sampler):
 
 
 class PhotoBatches(Sampler):
-    """Batches of caption indices that hold all captions of each of their photos, every caption once an epoch.
+    """Sample batches of caption indices that hold all captions of each of their images, every caption once an epoch.
 
-    Where the backbone learns, it then sees a photo once an epoch rather than once a caption.
+    For training with the backbone, which then processes an image once an epoch and not once a caption.
     """
 
     def __init__(self, photo: np.ndarray, batch_size: int, seed: int = 0):
         self.seed, self.epoch = seed, 0
         self.captions = np.argsort(photo, kind="stable")
-        self.ends = np.cumsum(np.bincount(photo))  # photo i's are captions[ends[i - 1]:ends[i]]
+        self.ends = np.cumsum(np.bincount(photo))  # image i has captions[ends[i - 1]:ends[i]]
         self.photos = max(1, round(batch_size * len(self.ends) / len(photo)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Choose the epoch of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -224,8 +257,8 @@ class PhotoBatches(Sampler):
     def __iter__(self) -> Iterator[np.ndarray]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.ends))
         for start in range(0, len(order), self.photos):
-            some = order[start : start + self.photos]
-            yield np.concatenate([self.captions[self.ends[i - 1] if i else 0 : self.ends[i]] for i in some])
+            rows = order[start : start + self.photos]
+            yield np.concatenate([self.captions[self.ends[i - 1] if i else 0 : self.ends[i]] for i in rows])
         self.epoch += 1
 
 
@@ -239,14 +272,14 @@ def get_loader(
     num_workers: int = 0,
     cocoapi_loc: str | Path = "data/scenes",
 ) -> DataLoader:
-    """The recipe's data loader over the data set in `cocoapi_loc`.
+    """Build a data loader over the data set in the folder `cocoapi_loc`.
 
     Args:
-        transform: of a PIL photo; the recipe's own of the mode by default.
-        mode: "train" and "val" give (photos (B, 3, H, W), captions (B, length)), all captions of a batch of
-            one length and each once an epoch; "test" gives (image ids (B,), photos) in the file's order.
-        vocab_threshold: how often a word must occur to have an index of its own.
-        vocab_from_file: read the vocabulary from `vocab_file`; otherwise (training only) build it and write it.
+        transform: from a PIL image to a tensor; by default `build_transform` for the mode.
+        mode: "train" and "val" give (images (B, 3, H, W), captions (B, length)), all captions of a batch of one
+            length, every caption once an epoch; "test" gives (image ids (B,), images), in the order of the file.
+        vocab_threshold: the least number of times that a word of the vocabulary occurs.
+        vocab_from_file: read the vocabulary from `vocab_file`; otherwise (training only) build it and write it there.
 
     `loader.dataset.vocab` is the vocabulary. Raises `InputError` for what cannot be used.
     """

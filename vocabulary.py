@@ -1,10 +1,9 @@
-"""Words and their indices: how a caption becomes integers, and integers a caption."""
+"""Vocabulary: tokenizes captions, and maps words to indices and back."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.treebank import TreebankWordDetokenizer
 
 from captioning.errors import InputError
+from captioning.files import write_file
 
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
@@ -32,9 +32,9 @@ def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
 def tokenize(caption: str) -> list[str]:
     """Split a caption into lower-case tokens with NLTK's word tokenizer, without its downloaded data.
 
-    NLTK's sentence splitter needs a download, and its word tokenizer alone leaves the full stop of a
-    first sentence on its word. Tokenizing each white-space separated chunk by itself splits it there
-    too, and since most chunks recur, remembering them makes this 40 times as fast.
+    NLTK's sentence splitter needs a download, and without it the word tokenizer separates only the last full
+    stop of a caption. Tokenizing each white-space separated chunk by itself separates all of them, and caching
+    the chunks, most of which recur, makes this 40 times as fast.
 
         "A dog runs.  It's wet." -> ["a", "dog", "runs", ".", "it", "'s", "wet", "."]
     """
@@ -42,31 +42,31 @@ def tokenize(caption: str) -> list[str]:
 
 
 class Vocabulary:
-    """Words in the order of their indices; `<start>`, `<end>` and `<unk>` are 0, 1 and 2.
+    """The words that a model knows, by their indices; `<start>`, `<end>` and `<unk>` are 0, 1 and 2.
 
-    Raises `InputError` where `words` is not a list of different strings that begins with these three.
+    Raises `InputError` where `words` is not a list of distinct strings that begins with these three.
     """
 
     def __init__(self, words: list[str]):
         if not isinstance(words, list) or words[:3] != SPECIAL_WORDS:
             raise InputError("a vocabulary is a list of words that begins with <start>, <end>, <unk>.")
         if not all(isinstance(word, str) and word for word in words) or len(set(words)) != len(words):
-            raise InputError("a vocabulary's words must be strings, none empty and each of them once.")
+            raise InputError("the words of a vocabulary must be distinct strings, none of them empty.")
         self.words = words
         self.index = {word: index for index, word in enumerate(words)}
 
     @classmethod
     def build(cls, captions: Iterable[str], threshold: int) -> Vocabulary:
-        """Every word that occurs at least `threshold` times in the captions, in order of appearance."""
+        """Take every word that occurs at least `threshold` times in the captions, in order of first appearance."""
         return cls.from_counts(Counter(token for caption in captions for token in tokenize(caption)), threshold)
 
     @classmethod
     def from_counts(cls, counts: dict[str, int], threshold: int) -> Vocabulary:
-        """Every word that is counted at least `threshold` times, in the order of `counts`."""
+        """Take every word whose count is at least `threshold`, in the order of `counts`."""
         words = [word for word, count in counts.items() if count >= threshold and word not in SPECIAL_WORDS]
         if not words:
             raise InputError(
-                f"no word occurs {threshold} times in the captions; lower vocab_threshold (the commonest "
+                f"no word occurs {threshold} times in the captions; lower --vocab-threshold (the commonest "
                 f"occurs {max(counts.values(), default=0)} times)."
             )
         return cls(SPECIAL_WORDS + words)
@@ -75,15 +75,15 @@ class Vocabulary:
         return len(self.words)
 
     def __getitem__(self, word: str) -> int:
-        """The word's index, `<unk>`'s for a word that is not in the vocabulary."""
+        """Return the word's index, or `UNK` for a word that is not in the vocabulary."""
         return self.index.get(word, UNK)
 
     def encode(self, caption: str) -> list[int]:
-        """The caption's indices, between `<start>` and `<end>`."""
+        """Convert a caption to indices, with `<start>` before them and `<end>` after them."""
         return [START, *(self[token] for token in tokenize(caption)), END]
 
     def tokens(self, indices: Iterable[int]) -> list[str]:
-        """The words of the indices up to the first `<end>`, without special words."""
+        """Convert indices to words, up to the first `<end>` and without special words."""
         tokens = []
         for index in indices:
             if index == END:
@@ -93,22 +93,24 @@ class Vocabulary:
         return tokens
 
     def decode(self, indices: Iterable[int]) -> str:
-        """The sentence of the indices up to the first `<end>`: no special words, punctuation closed up."""
+        """Convert indices to a sentence, up to the first `<end>`; punctuation joins the word before it."""
         return _DETOKENIZER.detokenize(self.tokens(indices))
 
     def save(self, path: str | Path) -> None:
-        """Write the words as a JSON list, whole or not at all."""
+        """Write the words as a JSON list, whole or not at all; raises `InputError` where that is impossible."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".new")
-        beside.write_text(json.dumps(self.words, ensure_ascii=False, indent=0), encoding="utf-8")
-        os.replace(beside, path)
+        content = json.dumps(self.words, ensure_ascii=False, indent=0).encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent} cannot be made ({error.strerror}).") from None
+        write_file(path, lambda file: file.write(content))
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read what `save` wrote; raises `InputError` where the file is missing or something else."""
+        """Read a vocabulary that `save` has written; raises `InputError` where it is missing or not one."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls(json.loads(Path(path).read_bytes()))
         except InputError as error:
             raise InputError(f"{path} is not a vocabulary: {error}") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -1,28 +1,207 @@
-"""COCO annotation files as flat arrays, cached."""
+"""COCO annotation files: read entry by entry, and kept in flat arrays.
+
+This is the only reader of annotation files. It takes any Unicode encoding, with a byte order mark or without, and
+ignores whatever captioning does not need, such as "categories".
+"""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import ijson
 import numpy as np
 
-from captioning.errors import InputError
-from captioning.files import CACHE, hash_file
-from captioning.json_stream import stream_lists
+from captioning.errors import InputError, Skipped, warn_once
+from captioning.files import CACHE, hash_file, write_cache
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
 
-# Captions
+MAX_DEPTH = 100  # of nested lists and objects in an annotation file
+
+# The entries of a JSON file
+
+# yajl, which ijson calls, would turn the first half of a surrogate pair that lacks its second half into "?".
+_LONE_SURROGATE = re.compile(
+    rb"""
+    (?<!\\)(?:\\\\)*                                                        # whose backslash is not itself escaped
+    (?: \\u[dD][89abAB]..(?!\\u[dD][c-fC-F])(?=[^\\]|\\[^u]|\\u....)
+      | (?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F] )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+class _Utf8:
+    """A JSON file's bytes as ijson takes them: in UTF-8, without a byte order mark or lone surrogates."""
+
+    def __init__(self, file: BinaryIO):
+        encoding = json.detect_encoding(file.read(4))
+        file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+        self.file = file if encoding.startswith("utf-8") else codecs.EncodedFile(file, "utf-8", encoding)
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        """Read about `size` bytes."""
+        data = self.file.read(size)
+        text = self.tail + data
+        if (b"\\ud" in text or b"\\uD" in text) and _LONE_SURROGATE.search(text, 7):
+            raise UnicodeError("half of a surrogate pair")
+        self.tail = text[-64:]
+        return data
+
+
+def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+    """Yield the entries of the lists with these names in a JSON object: name, index, entry.
+
+    Takes the memory of one entry. Raises `InputError` where the file is not JSON or does not have each list once.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from _entries(ijson.basic_parse(_Utf8(file)), names)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    except InputError as error:
+        raise InputError(f"{path} is not a COCO annotation file: it {error}.") from None
+    except UnicodeError as error:
+        raise InputError(f"{path} is not valid Unicode text ({error}); write it again in UTF-8.") from None
+    except (ijson.JSONError, ValueError) as error:
+        text = error.args[0] if error.args else ""
+        reason, *near = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split("\n")
+        where = f", near {near[0].strip()!r}" if near and near[0].strip() else ""
+        raise InputError(f"{path} is not JSON ({reason}{where}).") from None
+
+
+def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+    """Build the entries of the named lists from ijson's events; all else is passed over without being built."""
+    depth, name, key = 0, "", ""
+    counts: dict[str, int] = {}
+    containers: list[Any] = []  # the list, and what is open within its current entry
+    for event, value in events:
+        if event == "map_key":
+            key = value
+            if depth == 1:
+                name = value
+            continue
+        if event in ("end_map", "end_array"):
+            depth -= 1
+            if containers:
+                containers.pop()
+        else:
+            opens = event in ("start_map", "start_array")
+            if opens:
+                depth += 1
+                if depth > MAX_DEPTH:
+                    raise InputError(f"is nested more than {MAX_DEPTH} deep")
+                value = {} if event == "start_map" else []
+            elif type(value) is Decimal:
+                value = float(value)
+            if containers and type(containers[-1]) is dict:
+                containers[-1][key] = value
+            elif containers:
+                containers[-1].append(value)
+            if opens and not containers and depth == 2 and event == "start_array" and name in names:
+                if name in counts:
+                    raise InputError(f'has two lists of "{name}"')
+                counts[name] = 0
+                containers.append(value)
+            elif opens and containers:
+                containers.append(value)
+        if len(containers) == 1 and containers[0]:
+            yield name, counts[name], containers[0].pop()
+            counts[name] += 1
+    for missing in (name for name in names if name not in counts):
+        raise InputError(f'has no list of "{missing}"')
+
+
+# COCO's entries
+
+
+def parse_image_id(value: object) -> int:
+    """Convert an image id from a JSON file to an integer: 7, 7.0 and "007" are all 7.
+
+    Raises `InputError` for anything else, with a sentence fragment ("has ...") that follows the name of an entry.
+    """
+    if type(value) is not int:
+        exact = isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53  # larger floats are rounded
+        if not exact and not (isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value)):
+            raise InputError(f"has an image id that is not a whole number: {value!r:.80}")
+        value = int(value)
+    if abs(value) >= 1 << 63:
+        raise InputError(f"has an image id of more than 64 bits: {value!r:.80}")
+    return value
+
+
+def _field(entry: Any, key: str) -> Any:
+    if not isinstance(entry, dict):
+        raise InputError("is not a JSON object")
+    if key not in entry:
+        raise InputError(f'lacks "{key}"')
+    return entry[key]
+
+
+def _parse_image(entry: Any) -> tuple[int, dict[str, Any]]:
+    image_id, name = parse_image_id(_field(entry, "id")), _field(entry, "file_name")
+    if not isinstance(name, str) or not name:
+        raise InputError(f'has a "file_name" that is no name: {name!r:.80}')
+    if "\n" in name or "\0" in name:
+        raise InputError(f'has a "file_name" with a line break or a zero byte: {name!r:.80}')
+    if os.path.isabs(name) or (".." in name and ".." in Path(name).parts):
+        raise InputError(f'has a "file_name" outside the image folder: {name!r:.80}')
+    return image_id, entry
+
+
+def _parse_caption(entry: Any) -> tuple[int, list[str]]:
+    image_id, caption = parse_image_id(_field(entry, "image_id")), _field(entry, "caption")
+    if isinstance(caption, str):
+        return image_id, [caption]
+    if not isinstance(caption, list) or not all(isinstance(text, str) for text in caption):
+        raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
+    return image_id, caption
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "skipped": str}
+
+
+def _read_entries(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+    """Yield the entries of the lists with these names, each as the list's parser returns it."""
+    for name, number, entry in _stream_lists(path, names):
+        try:
+            parsed = _PARSERS[name](entry)
+        except InputError as error:
+            raise InputError(f"{path}: {name}[{number}] {error}.") from None
+        yield name, number, parsed
+
+
+def read_images(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the images of an annotation file: image id, and the entry with all its fields."""
+    for _, _, image in _read_entries(path, ["images"]):
+        yield image
+
+
+def read_captions(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the captions of an annotation file as they are written: image id, caption. Empty ones are skipped."""
+    for _, _, (image_id, captions) in _read_entries(path, ["annotations"]):
+        for caption in captions:
+            if caption.strip():
+                yield image_id, caption
+
+
+# Flat arrays
 
 
 class Names(Sequence):
     """File names in one block of bytes: a million take some 30 MB, as strings they would take 80.
 
-    block: uint8, the names in UTF-8 with newlines between them. starts, ends: (names,) where each lies in it.
+    block: uint8, the names in UTF-8 with newlines between them. starts, ends: (names,) each name's place in it.
     """
 
     def __init__(self, block: np.ndarray, starts: np.ndarray | None = None, ends: np.ndarray | None = None):
@@ -43,9 +222,9 @@ class Names(Sequence):
 
 
 class PhotoFiles(Sequence):
-    """Where the photos of a data set lie, made when asked for: paths in a folder, or members of its tar files.
+    """The image files of a data set: paths in a folder, or members of tar files, built when they are indexed.
 
-    places: (photos, 2) where in its tar file a photo begins and how long it is, or None.
+    places: (images, 2) each image's offset and size in its tar file, or None.
     """
 
     def __init__(self, folder: Path, names: Names, places: np.ndarray | None = None):
@@ -67,124 +246,135 @@ class PhotoFiles(Sequence):
 
 @dataclass
 class Annotations:
-    """A caption file as flat arrays.
+    """An annotation file as flat arrays.
 
-    `tokens[offsets[i]:offsets[i + 1]]` are caption i's indices into `words`, all the file's words in the
-    order of their first appearance; `photo[i]` is its row in `image_ids` and `file_names`.
+    `tokens[offsets[i]:offsets[i + 1]]` are caption i's indices into `words`, which holds all words of the file in
+    order of first appearance; `photo[i]` is the caption's image, a row of `image_ids` and `file_names`.
     """
 
-    image_ids: np.ndarray  # (photos,) int64
+    image_ids: np.ndarray  # (images,) int64
     file_names: Names
     words: list[str]
     tokens: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (captions + 1,) int64
     photo: np.ndarray  # (captions,) int32
-    places: np.ndarray | None  # (photos, 2) int64 offset and size, where the photos are in tar files
+    places: np.ndarray | None  # (images, 2) int64 offset and size, where the images are in tar files
+    skipped: list[str]  # one sentence for each kind of entry that was left out
 
 
 def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
-    """Read and tokenize a COCO captions or image_info file, or take the arrays kept from the last time.
+    """Read and tokenize a COCO captions or image_info file, or load the arrays that an earlier call has cached.
 
-    Photos without a caption are left out where the file has captions. Raises `InputError` where it is
-    missing, not JSON, not COCO's, or empty.
+    Skips empty captions and, where the file has captions, images without any, and says so on stderr. Raises
+    `InputError` where the file is missing, not JSON, not COCO's, or empty.
     """
-    kept = cache / "captions" / f"{hash_file(path, b'2')[:32]}.npz"
-    if kept.exists():
-        try:
-            with np.load(kept) as arrays:
-                found = {key: arrays[key] for key in arrays.files}
-            found["file_names"] = Names(found["file_names"])
-            found["words"] = found["words"].tobytes().decode().split("\n")
-            return Annotations(**{"places": None, **found})
-        except Exception:  # torn, which makes its reader raise nearly anything: made anew below
-            pass
-    annotations = _parse_annotations(path)
-    arrays = {**vars(annotations), "file_names": annotations.file_names.block}
-    arrays["words"] = np.frombuffer("\n".join(annotations.words).encode(), np.uint8)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_name(f"{kept.stem}.{os.getpid()}.new")
-    with open(beside, "wb") as file:
-        np.savez(file, **{key: array for key, array in arrays.items() if array is not None})
-    os.replace(beside, kept)
+    name = f"captions/{hash_file(path, b'3' + path.name[:8].encode())[:32]}.npz"
+    annotations = _load(cache / name)
+    if annotations is None:
+        annotations = _parse_annotations(path)
+        write_cache(cache, name, lambda file: _save(annotations, file))
+    where = "" if path.name.endswith(INDEX) else f"{path}: "  # an index names the tar files itself
+    for sentence in annotations.skipped:
+        warn_once(where + sentence)
     return annotations
 
 
+def _save(annotations: Annotations, file: BinaryIO) -> None:
+    arrays = {**vars(annotations), "file_names": annotations.file_names.block}
+    for key in ("words", "skipped"):
+        arrays[key] = np.frombuffer("\n".join(arrays[key]).encode(), np.uint8)
+    np.savez(file, **{key: array for key, array in arrays.items() if array is not None})
+
+
+def _load(path: Path) -> Annotations | None:
+    try:
+        with np.load(path) as file:
+            arrays: dict[str, Any] = {"places": None, **file}
+        arrays["file_names"] = Names(arrays["file_names"])
+        for key in ("words", "skipped"):
+            text = arrays[key].tobytes().decode()
+            arrays[key] = text.split("\n") if text else []
+        return Annotations(**arrays)
+    except Exception:  # missing, or torn, for which numpy raises nearly anything
+        return None
+
+
 def _parse_annotations(path: Path) -> Annotations:
-    """The file's entries are read one by one: all at once they would take ten times the memory of the arrays."""
-    not_coco = f"{path} is not a COCO annotation file"
-    lists = ["images", "annotations"] if path.name.startswith("captions") else ["images"]
-    found: set[str] = set()
+    """Append the file's entries to flat arrays, one by one: all at once they would take ten times the memory."""
+    is_index = path.name.endswith(INDEX)
+    lists = ["images"]
+    if path.name.startswith("captions"):
+        lists.append("annotations")
+    if is_index:
+        lists.append("skipped")
     image_ids, names, places = array("q"), bytearray(), array("q")
     tokens, offsets, image_of = array("i"), array("q", [0]), array("q")
     index: dict[str, int] = {}
-    try:
-        for list_name, number, entry in stream_lists(path, lists):
-            if number < 0:
-                if list_name in found:
-                    raise InputError(f'{not_coco}: it has two lists of "{list_name}".')
-                found.add(list_name)
-            elif list_name == "images":
-                name = entry.get("file_name") if isinstance(entry, dict) else None
-                if not isinstance(name, str) or type(entry.get("id")) is not int:
-                    raise InputError(f'{not_coco}: an entry of "images" lacks a whole-number "id" or a "file_name".')
-                if not name or "\n" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-                    raise InputError(f"{path} names a photo outside its folder: {name!r}.")
-                if abs(entry["id"]) >= 1 << 63:
-                    raise InputError(f"{not_coco}: the image id {entry['id']} occurs twice or is too large.")
-                image_ids.append(entry["id"])
-                names += name.encode() + b"\n"
-                if path.name.endswith(INDEX):
-                    places.extend((entry["offset"], entry["size"]))
-            else:
-                if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
-                    raise InputError(f'{not_coco}: an entry of "annotations" lacks a "caption".')
-                if type(entry.get("id")) not in (int, str):
-                    raise InputError(f'{not_coco}: an entry of "annotations" lacks an "id".')
-                image_id = entry.get("image_id")
-                if type(image_id) is not int or abs(image_id) >= 1 << 63:
-                    raise InputError(f'{path} has a caption of image {image_id}, which is not in its "images".')
-                words = tokenize(entry["caption"])
+    skipped, sentences = Skipped(), []
+    for name, number, entry in _read_entries(path, lists):
+        if name == "images":
+            image_id, fields = entry
+            image_ids.append(image_id)
+            names += fields["file_name"].encode() + b"\n"
+            if is_index:
+                places.extend((fields["offset"], fields["size"]))
+        elif name == "annotations":
+            image_id, captions = entry
+            if not captions:
+                skipped.add("empty captions", f"annotations[{number}]")
+            for caption in captions:
+                words = tokenize(caption)
                 if not words:
-                    raise InputError(f"{path} has an empty caption for image {image_id}; remove it.")
+                    skipped.add("empty captions", f"annotations[{number}]")
+                    continue
                 tokens.extend([index.setdefault(word, len(index)) for word in words])
                 offsets.append(len(tokens))
                 image_of.append(image_id)
-        "\n".join(index).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path} holds characters that are none ({error}).") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}).") from None
-    for list_name in lists:
-        if list_name not in found:
-            raise InputError(f'{not_coco}: it has no list of "{list_name}".')
+        else:
+            sentences.append(entry)
     if not image_ids:
         raise InputError(f'{path} holds no photos: its list of "images" is empty.')
     if "annotations" in lists and not image_of:
-        raise InputError(f'{path} holds no captions: its list of "annotations" is empty.')
-
-    image_ids, image_of = np.frombuffer(image_ids, np.int64), np.frombuffer(image_of, np.int64)
-    file_names = Names(np.frombuffer(names, np.uint8)[:-1])
-    order = np.argsort(image_ids, kind="stable")
-    twice = np.flatnonzero(np.diff(image_ids[order]) == 0)
-    if len(twice):
-        raise InputError(f"{not_coco}: the image id {image_ids[order[twice[0]]]} occurs twice or is too large.")
-    photo = order[np.searchsorted(image_ids, image_of, sorter=order).clip(max=len(order) - 1)]
-    unknown = np.flatnonzero(image_ids[photo] != image_of)
-    if len(unknown):
-        raise InputError(f'{path} has a caption of image {image_of[unknown[0]]}, which is not in its "images".')
-    if len(photo):  # photos without a caption have nothing to teach
-        used, photo = np.unique(photo, return_inverse=True)
-        if len(used) < len(image_ids):
-            image_ids = image_ids[used]
-            file_names = Names(np.frombuffer("\n".join(file_names[used]).encode(), np.uint8))
-    return Annotations(
-        image_ids,
-        file_names,
+        reason = "each of them is empty" if skipped.kinds else 'its list of "annotations" is empty'
+        raise InputError(f"{path} holds no captions: {reason}.")
+    annotations = Annotations(
+        np.frombuffer(image_ids, np.int64),
+        Names(np.frombuffer(names, np.uint8)[:-1]),
         list(index),
         np.frombuffer(tokens, np.int32),
         np.frombuffer(offsets, np.int64),
-        photo.astype(np.int32),
-        np.frombuffer(places, np.int64).reshape(-1, 2) if places else None,
+        _find_rows(path, np.frombuffer(image_ids, np.int64), np.frombuffer(image_of, np.int64)),
+        np.frombuffer(places, np.int64).reshape(-1, 2) if is_index else None,
+        sentences,
     )
+    if image_of:
+        _drop_images_without_captions(annotations, skipped)
+    annotations.skipped += skipped.sentences()
+    return annotations
+
+
+def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.ndarray:
+    """Find each caption's row in `image_ids`: (captions,) int32. Raises `InputError` for ids that repeat or miss."""
+    order = np.argsort(image_ids, kind="stable")
+    repeated = np.flatnonzero(np.diff(image_ids[order]) == 0)
+    if len(repeated):
+        first, second = order[repeated[0]], order[repeated[0] + 1]
+        raise InputError(f"{path}: images[{first}] and images[{second}] have the same id, {image_ids[first]}.")
+    rows = order[np.searchsorted(image_ids, image_of, sorter=order).clip(max=len(order) - 1)]
+    unknown = image_of[image_ids[rows] != image_of]
+    if len(unknown):
+        raise InputError(f'{path} has a caption of image {unknown[0]}, which is not in its "images".')
+    return rows.astype(np.int32)
+
+
+def _drop_images_without_captions(annotations: Annotations, skipped: Skipped) -> None:
+    """Keep the images that have captions: the others have nothing to teach."""
+    used, photo = np.unique(annotations.photo, return_inverse=True)
+    names = annotations.file_names
+    unused = np.setdiff1d(np.arange(len(names)), used)
+    if not len(unused):
+        return
+    for row in unused:
+        skipped.add("images without captions", repr(names[row]))
+    annotations.image_ids, annotations.photo = annotations.image_ids[used], photo.astype(np.int32)
+    annotations.file_names = Names(np.frombuffer("\n".join(names[used]).encode(), np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +11,27 @@ from datetime import timedelta
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message is one sentence that says what and what to do."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Print a warning on stderr, a message that was printed before not again."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Skipped:
+    """Counts what is skipped while a data set is read, and keeps the first of each kind."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, list] = {}
+
+    def add(self, kind: str, entry: str) -> None:
+        """Count one more; `kind` is a plural noun, `entry` says which one this is."""
+        self.kinds.setdefault(kind, [0, entry])[0] += 1
+
+    def sentences(self) -> list[str]:
+        """One sentence for each kind."""
+        return [f"{kind} skipped: {count}, the first is {entry}." for kind, (count, entry) in self.kinds.items()]
 
 
 def shown(errors: Iterable[InputError], at_most: int = 10) -> str:

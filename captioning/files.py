@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from captioning.errors import InputError
+from captioning.errors import InputError, warn_once
 
 CACHE = Path("cache")
 
@@ -31,19 +31,41 @@ def hash_file(path: Path, before: bytes = b"") -> str:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its target, flushed to disk, renamed over it."""
-    unfinished = path.with_name(path.name + ".new")
+    """Write a file whole or not at all: to a temporary name, flushed to disk, renamed to `path`."""
     try:
-        with open(unfinished, "wb") as file:
+        _write_whole(path, path.with_name(path.name + ".new"), write)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
+
+
+def write_cache(cache: Path, name: str, write: Callable[[BinaryIO], object]) -> bool:
+    """Write the file `name` in the cache folder, whole or not at all; returns whether that was possible.
+
+    A cache that cannot be written costs time and nothing else, so it is a warning on stderr, printed once.
+    """
+    path = cache / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may write the same file: each has a temporary name of its own.
+        _write_whole(path, path.with_name(f"{path.name}.{os.getpid()}.new"), write)
+    except OSError as error:
+        warn_once(f"the cache folder {cache} cannot be written ({error.strerror}); what it would hold is not kept.")
+        return False
+    return True
+
+
+def _write_whole(path: Path, temporary: Path, write: Callable[[BinaryIO], object]) -> None:
+    try:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        os.replace(temporary, path)
+    except BaseException:
         with suppress(OSError):
-            unfinished.unlink()
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
+            temporary.unlink()
+        raise
 
 
 def require_writable(folder: Path) -> None:

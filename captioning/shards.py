@@ -1,38 +1,40 @@
-"""Photos and captions in tar files laid out as WebDataset has them, read where they lie.
+"""Images and captions in tar files laid out as WebDataset has them, read in place.
 
-A sample is the files of a shard whose names are alike up to the first dot, one after the other:
+A sample is the files of a tar file whose names differ in their suffixes only:
 
-    000017.jpg   the photo
+    000017.jpg   the image
     000017.txt   its captions, one a line; or 000017.json with "caption" or "captions"
 
-What makes a sample is up to the webdataset library. It reads shards from their beginning to their end; so that
-photos can be drawn at random, and passed over where another process reads them, only the headers are read here, and
-a photo where it is wanted. For training an index in COCO's form is written once, which says where they are.
+WebDataset reads a tar file from its beginning to its end. Here only the headers are read, and an image when it is
+wanted, so that images can be drawn at random. For training, an index in COCO's form says where each image is.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import io
 import json
 import os
 import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile, mkdtemp
+from typing import Any, BinaryIO
 
-from captioning.errors import InputError
-from captioning.files import photo_suffixes
+from captioning.errors import InputError, Skipped, warn_once
+from captioning.files import photo_suffixes, write_cache, write_file
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # how the name of an index ends
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several, the first that holds a caption counts
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file within a tar file: where its bytes are."""
+    """A file within a tar file, by the place of its bytes."""
 
     shard: Path
     name: str
@@ -43,120 +45,202 @@ class Member:
         return f"{self.shard}/{self.name}"
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """Read its bytes."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
     def stat(self) -> os.stat_result:
-        """The tar file's size and dates, as `Path.stat` gives a file's."""
+        """Return the tar file's size and dates, as `Path.stat` does for a file."""
         return self.shard.stat()
 
     def absolute(self) -> Member:
-        """The same from the root of the file system, as `Path.absolute`."""
+        """Return the same member with the tar file's absolute path, as `Path.absolute` does."""
         return Member(self.shard.absolute(), self.name, self.offset, self.size)
 
     def resolve(self) -> Member:
-        """The same where no link leads to it, as `Path.resolve`."""
+        """Return the same member with all links of the tar file's path resolved, as `Path.resolve` does."""
         return Member(self.shard.resolve(), self.name, self.offset, self.size)
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a path is a tar file's."""
+    """Return whether a path is a tar file's."""
     return path.suffix.lower() == SUFFIX
 
 
-def read_samples(shard: Path) -> Iterator[dict[str, str | Member]]:
-    """The samples of a shard, in its order: "__key__", and each file by what follows the first dot of its name.
+def read_samples(shard: Path, skipped: Skipped) -> Iterator[tuple[Member | None, dict[str, Member]]]:
+    """Yield each image of a tar file with the files that may hold its captions, by suffix; None for no image.
 
-    Raises `InputError` where it cannot be read, or webdataset is not installed.
+    Files belong together whose names are equal without the suffix. Where that finds an image no captions, it takes
+    those of its WebDataset key, the name up to the first dot, if no other image has the key. Files need not be
+    adjacent. What cannot be used is counted in `skipped`. Raises `InputError` where the tar file cannot be read.
     """
+    groups: dict[str, list[Member]] = {}
     try:
-        from webdataset.tariterators import group_by_keys
-    except ImportError:
-        raise InputError(f"{shard} needs the library webdataset; install it with `pip install webdataset`.") from None
-    try:
-        yield from group_by_keys(_members(shard))
-    except (OSError, ValueError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or error.args[0]
+        for member in _members(shard, skipped):
+            folder, slash, name = member.name.rpartition("/")
+            if not name.startswith("._"):  # in which macOS keeps a file's attributes
+                groups.setdefault(folder + slash + name.split(".", 1)[0], []).append(member)
+    except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"{shard} cannot be read as a tar file ({reason}).") from None
+    for key, members in groups.items():
+        images: dict[str, Member] = {}  # stem -> image
+        texts: dict[str, dict[str, Member]] = {}  # stem -> suffix -> file
+        for member in members:
+            path = PurePosixPath(member.name)
+            stem, suffix = str(path.with_suffix("")), path.suffix.lower()
+            if suffix in CAPTION_SUFFIXES:
+                texts.setdefault(stem, {}).setdefault(suffix, member)
+            elif suffix in photo_suffixes():
+                images.setdefault(stem, member)
+            else:
+                continue
+            if member not in (images.get(stem), *texts.get(stem, {}).values()):
+                skipped.add("files with the name of another", repr(str(member)))
+        for stem in [stem for stem in images if key in images and stem != key and stem not in texts]:
+            skipped.add("further images of a sample", repr(str(images.pop(stem))))
+        for stem, image in images.items():
+            own = texts.pop(stem, {})
+            if not own and len(images) == 1:
+                own = {suffix: text for files in texts.values() for suffix, text in files.items()}
+                texts.clear()
+            yield image, own
+        yield from ((None, files) for files in texts.values())
 
 
-def _members(shard: Path) -> Iterator[dict[str, Any]]:
+def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
+    """Yield the files of a tar file; raises `tarfile.ReadError` where it is cut off or damaged."""
     size = os.stat(shard).st_size
-    with tarfile.open(shard, "r:") as tar:
+    with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # or it keeps a million headers
+            tar.members.clear()  # tarfile would keep every header
             if info.offset_data + info.size > size:
-                raise tarfile.ReadError(f"it ends within {info.name}")
-            if info.isreg():
-                name = info.name.removeprefix("./")
-                yield {"fname": name, "data": Member(shard, name, info.offset_data, info.size), "__url__": str(shard)}
+                raise tarfile.ReadError(f"it ends within {info.name!r}")
+            path = PurePosixPath(info.name)
+            where = repr(f"{shard}/{info.name}")
+            if info.isdir():
+                continue
+            if not info.isreg() or info.issparse():
+                skipped.add("links and special files", where)
+            elif path.is_absolute() or ".." in path.parts or "\n" in info.name or "\0" in info.name:
+                skipped.add("files whose name leads out of the tar file or has a line break", where)
+            else:
+                yield Member(shard, str(path), info.offset_data, info.size)
+        end = tar.offset
+    with open(shard, "rb") as file:  # a header that is cut off or damaged ends the loop above, too
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"it is cut off or damaged at byte {end}")
+        while padding := file.read(1 << 20):
+            if padding.count(0) < len(padding):
+                raise tarfile.ReadError(f"other data follows its end at byte {end}; were several tar files joined?")
 
 
-def photo_of(sample: dict[str, str | Member]) -> Member | None:
-    """The photo of a sample, the first where it holds several."""
-    return next((file for suffix, file in sample.items() if f".{suffix}" in photo_suffixes()), None)
+def read_captions_of(files: dict[str, Member]) -> list[str]:
+    """Read the captions of a sample: the lines of its .txt, or "captions" or "caption" of its .json.
+
+    Of several files the first that holds any counts. White space becomes single spaces.
+    """
+    for suffix in CAPTION_SUFFIXES:
+        if suffix in files:
+            read = _read_json_captions if suffix == ".json" else _read_lines
+            captions = [" ".join(text.split()) for text in read(files[suffix])]
+            if any(captions):
+                return [caption for caption in captions if caption]
+    return []
 
 
-def captions_of(sample: dict[str, str | Member]) -> list[str]:
-    """The captions of a sample: the lines of its .txt, or what its .json has as "captions" or "caption"."""
-    lines: Any = []
-    if "txt" in sample:
-        lines = sample["txt"].read().decode("utf-8", "replace").splitlines()
-    elif "json" in sample:
-        try:
-            content = json.loads(sample["json"].read())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{sample['json']} is not JSON ({error}).") from None
-        found = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
-        lines = found if isinstance(found, list) else [found]
-    return [" ".join(line.split()) for line in lines if isinstance(line, str) and line.strip()]
+def _read_text(file: Member) -> str:
+    data = file.read()
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8 and pack the tar file again."
+        ) from None
+
+
+def _read_lines(file: Member) -> Iterator[str]:
+    return io.StringIO(_read_text(file), newline=None)
+
+
+def _read_json_captions(file: Member) -> list[str]:
+    try:
+        content = json.loads(_read_text(file))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}).") from None
+    value: Any = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
+    captions = value if isinstance(value, list) else [] if value is None else [value]
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise InputError(f"{file} has a caption that is not text: {caption!r:.80}.")
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise InputError(f"{file} has a caption that is not valid Unicode text: {caption!r:.80}.")
+    return captions
 
 
 def read_photos(shard: Path) -> Iterator[Member]:
-    """The photos of a shard, in its order."""
-    for sample in read_samples(shard):
-        photo = photo_of(sample)
+    """Yield the images of a tar file, in its order; says on stderr which kinds of members it has skipped."""
+    skipped = Skipped()
+    for photo, _ in read_samples(shard, skipped):
         if photo is not None:
             yield photo
+    for sentence in skipped.sentences():
+        warn_once(f"{shard}: {sentence}")
 
 
-def index_shards(shards: list[Path], mode: str, folder: Path) -> Path:
-    """Write what is in shards as a COCO captions file, or find what was written before; returns its path.
+def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
+    """Write a COCO captions file of what tar files hold, or find the one that an earlier call has cached.
 
-    A photo's "file_name" is that of its shard and its own, and "offset" and "size" say where it is in there.
-    Samples without a photo or without captions are left out. What is kept in `folder` is found by the shards' names,
-    sizes and dates.
+    An image's "file_name" is that of its tar file and its own; "offset" and "size" say where it is in there; the
+    list "skipped" says what was left out. The cache finds an index by the tar files' names, sizes and dates.
+    Returns its path.
     """
-    about = "".join(f"{p.resolve()}\n{p.stat().st_size}\n{p.stat().st_mtime_ns}\n" for p in shards)
-    kept = folder / hashlib.sha256(about.encode()).hexdigest()[:32] / f"captions_{mode}{INDEX}"
-    if kept.exists():
-        return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_name(f"{kept.name}.{os.getpid()}.new")
+    try:
+        about = "".join(f"{p.resolve()}\n{p.stat().st_size}\n{p.stat().st_mtime_ns}\n" for p in shards)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
+    name = f"shards/{hashlib.sha256(f'2{about}'.encode()).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    path = cache / name
+    if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
+        return path
+    folder = mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, path.name)
+    write_file(path, lambda file: _write_index(shards, mode, file))
+    return path
+
+
+def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
+    skipped = Skipped()
     photos = captions = 0
-    with open(beside, "w") as file, TemporaryFile("w+") as images:  # the photos, until all captions are written
-        file.write('{"annotations": [')
+    with TemporaryFile() as images:  # the list of images, until all captions are written
+        file.write(b'{"annotations": [')
         for shard in shards:
-            for sample in read_samples(shard):
-                photo, texts = photo_of(sample), captions_of(sample)
+            for photo, files in read_samples(shard, skipped):
+                texts = read_captions_of(files)
                 if photo is None or not texts:
+                    if photo is not None:
+                        skipped.add("images without captions", repr(str(photo)))
+                    elif texts:
+                        skipped.add("captions without an image", repr(str(next(iter(files.values())))))
                     continue
                 photos += 1
-                where = {"file_name": f"{shard.name}/{photo.name}", "offset": photo.offset, "size": photo.size}
-                images.write((", " if photos > 1 else "") + json.dumps({"id": photos, **where}))
+                image = {"id": photos, "file_name": f"{shard.name}/{photo.name}"}
+                image |= {"offset": photo.offset, "size": photo.size}
+                images.write(b", " * (photos > 1) + json.dumps(image).encode())
                 for text in texts:
                     captions += 1
                     row = {"id": captions, "image_id": photos, "caption": text}
-                    file.write((", " if captions > 1 else "") + json.dumps(row))
-        file.write('], "images": [')
+                    file.write(b", " * (captions > 1) + json.dumps(row).encode())
+        where = f"{shards[0].parent}/{mode}*{SUFFIX}"
+        if not photos:
+            about = f" ({' '.join(skipped.sentences()).rstrip('.')})" if skipped.kinds else ""
+            raise InputError(f"{where} hold no photos with captions, in a .txt or .json of the same name{about}.")
+        file.write(b'], "images": [')
         images.seek(0)
         shutil.copyfileobj(images, file)
-        file.write("]}")
-    if not photos:
-        beside.unlink()
-        where = f"{shards[0].parent}/{mode}*{SUFFIX}"
-        raise InputError(f"{where} hold no photos with captions, in a .txt or .json of the same name.")
-    os.replace(beside, kept)
-    return kept
+        file.write(f'], "skipped": {json.dumps([f"{where}: {text}" for text in skipped.sentences()])}}}'.encode())

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from captioning import annotations
-from captioning.annotations import read_annotations
+from captioning.annotations import parse_image_id, read_annotations
 from captioning.errors import InputError
 from captioning.images import Photos, build_transform, read_batches
 from data_loader import CaptionDataset, LengthBatches, PhotoBatches, find_split, get_loader
@@ -70,6 +70,43 @@ def test_an_image_that_was_given_is_left_as_it_is(tmp_path: Path):
 
 
 # Annotations
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (7, 7),
+        (-7, -7),
+        (7.0, 7),
+        ("7", 7),
+        ("000000391895", 391895),
+        (" 7\n", 7),
+        ((1 << 63) - 1, (1 << 63) - 1),
+        (True, None),
+        (None, None),
+        (7.5, None),
+        (2.0**53, None),  # might be 2**53 + 1
+        (float("inf"), None),
+        (float("nan"), None),
+        (1 << 63, None),
+        ("9" * 19, None),
+        ("9" * 9999, None),
+        ("7.0", None),
+        ("7_0", None),
+        ("٧", None),
+        ("a7", None),
+        ("", None),
+        ([7], None),
+    ],
+    ids=lambda value: f"{value!r:.30}",
+)
+def test_an_image_id_is_read_where_its_meaning_is_plain(value: object, expected: int | None):
+    if expected is not None:
+        assert parse_image_id(value) == expected
+        assert type(parse_image_id(value)) is int
+    else:
+        with pytest.raises(InputError, match="has an image id"):
+            parse_image_id(value)
 
 
 def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
@@ -299,7 +336,7 @@ def test_a_photo_that_is_missing(tmp_path: Path):
 
 
 def test_a_threshold_that_leaves_no_word(drawn: Path, cache: Path):
-    with pytest.raises(InputError, match="vocab_threshold"):
+    with pytest.raises(InputError, match="--vocab-threshold"):
         CaptionDataset(drawn, "train", vocab_threshold=10_000, cache=cache)
 
 

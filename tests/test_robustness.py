@@ -305,6 +305,14 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: CaptionDataset("a" * 999),
         r"a{999} does not exist",
     ),
+    "a data folder with a path longer than any": (
+        lambda k: CaptionDataset("a/" * 3000),
+        r"a does not exist",
+    ),
+    "no validation split": (
+        lambda k: CaptionDataset(k.data, "val"),
+        r"no val-\*\.tar; move some images .*images/val and annotations/captions_val\.json",
+    ),
     "two years": (
         lambda k: (write_split(k.data, "train2017", {"a.png": ["a"]}), CaptionDataset(k.folder / "data")),
         r"several years: captions_train\.json, captions_train2017\.json",
@@ -321,47 +329,98 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "annotations: torn": (lambda k: k.read_data(b'{"images": [{"id"'), r"captions_train\.json is not JSON"),
     "annotations: not UTF-8": (
         lambda k: k.read_data(b'{"images": "\xff"}'),
-        r"captions_train\.json is not JSON",
+        r"captions_train\.json is not JSON .*UTF8",
+    ),
+    "annotations: half a UTF-16 character": (
+        lambda k: k.read_data('{"images": [], "annotations": ["\ud800 "]}'.encode("utf-16", "surrogatepass")),
+        r"captions_train\.json is not valid Unicode",
     ),
     "annotations: nested deeply": (
         lambda k: k.read_data(b"[" * 100_000),
-        r"captions_train\.json is not JSON",
+        r"captions_train\.json .*nested more than 100 deep",
+    ),
+    "annotations: nested 990 deep": (
+        lambda k: k.read_data(b'{"images": ' + b"[" * 990 + b"]" * 990 + b"}"),
+        r"captions_train\.json .*nested more than 100 deep",
+    ),
+    "annotations: an object in objects": (
+        lambda k: k.read_data(b'{"info": ' + b'{"a": ' * 100_000),
+        r"captions_train\.json .*nested more than 100 deep",
+    ),
+    "annotations: a comma too many": (
+        lambda k: k.read_data(b'{"images": [1, ]}'),
+        r"captions_train\.json: images\[0\] is not a JSON object",
+    ),
+    "annotations: a comma too few": (
+        lambda k: k.read_data(b'{"images": [], "annotations": [] "info": 0}'),
+        r"captions_train\.json is not JSON \(parse error: .* near '.* \[\] \"info\": 0\}'",
+    ),
+    "annotations: more after the end": (
+        lambda k: k.read_data(b'{"images": [], "annotations": []} {}'),
+        r"captions_train\.json is not JSON \(parse error: trailing garbage",
+    ),
+    "annotations: two lists of images": (
+        lambda k: k.read_data(b'{"images": [], "images": []}'),
+        r'has two lists of "images"',
     ),
     "annotations: a list": (lambda k: k.read_data([1, 2]), r'has no list of "images"'),
     "annotations: images a number": (lambda k: k.read_data({"images": 5}), r'has no list of "images"'),
     "annotations: no images": (lambda k: k.read_data({"images": [], "annotations": []}), r"holds no photos"),
     "annotations: an image is null": (
         lambda k: k.read_data(append("images", None)),
-        r'entry of "images" lacks',
+        r"captions_train\.json: images\[1\] is not a JSON object\.",
     ),
     "annotations: an image without id": (
         lambda k: k.read_data(append("images", {"file_name": "b.png"})),
-        r'entry of "images" lacks',
+        r'captions_train\.json: images\[1\] lacks "id"\.',
     ),
-    "annotations: an id in quotes": (lambda k: k.read_data(append("images", image(id="1"))), r"whole-number"),
+    "annotations: an image without a name": (
+        lambda k: k.read_data(append("images", {"id": 2})),
+        r'captions_train\.json: images\[1\] lacks "file_name"\.',
+    ),
+    "annotations: an image with a number for a name": (
+        lambda k: k.read_data(append("images", image(id=2, file_name=7))),
+        r'images\[1\] has a "file_name" that is no name: 7\.',
+    ),
+    "annotations: an id that is a name": (
+        lambda k: k.read_data(append("images", image(id="a1"))),
+        r"images\[1\] has an image id that is not a whole number: 'a1'\.",
+    ),
+    "annotations: an id with a fraction": (
+        lambda k: k.read_data(append("images", image(id=1.5))),
+        r"images\[1\] has an image id that is not a whole number: 1\.5\.",
+    ),
     "annotations: an id that is true": (
         lambda k: k.read_data(append("images", image(id=True))),
-        r"whole-number",
+        r"images\[1\] has an image id that is not a whole number: True\.",
     ),
     "annotations: an id twice": (
-        lambda k: k.read_data(append("images", image())),
-        r"image id 1 occurs twice",
+        lambda k: k.read_data(append("images", image(id="1"))),
+        r"captions_train\.json: images\[0\] and images\[1\] have the same id, 1\.",
     ),
     "annotations: an id of 20 digits": (
         lambda k: k.read_data(append("images", image(id=10**20))),
-        r"occurs twice or is too large",
+        r"images\[1\] has an image id of more than 64 bits",
     ),
     "annotations: a photo above the folder": (
         lambda k: k.read_data(append("images", image(id=2, file_name="../../a.png"))),
-        r"outside its folder: '\.\./\.\./a\.png'",
+        r"images\[1\] .*outside the image folder: '\.\./\.\./a\.png'",
     ),
     "annotations: a photo at the root": (
         lambda k: k.read_data(append("images", image(id=2, file_name="/etc/passwd"))),
-        r"outside its folder",
+        r"images\[1\] .*outside the image folder",
     ),
     "annotations: a photo with a zero byte": (
         lambda k: k.read_data(append("images", image(id=2, file_name="a\0.png"))),
-        r"outside its folder",
+        r"images\[1\] has a \"file_name\" with a line break or a zero byte: 'a\\x00\.png'",
+    ),
+    "annotations: a photo with a line break": (
+        lambda k: k.read_data(append("images", image(id=2, file_name="a\n.png"))),
+        r"images\[1\] has a \"file_name\" with a line break or a zero byte: 'a\\n\.png'",
+    ),
+    "annotations: a photo with a name longer than any": (
+        lambda k: k.read_data(change("images", 0, "file_name", to=f"{'a' * 999}/{'b' * 5000}")),
+        r"1 of 1 photos .* are missing",
     ),
     "annotations: no captions list": (
         lambda k: k.read_data(lambda content: content.pop("annotations")),
@@ -369,16 +428,28 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: no captions": (lambda k: k.read_data(change("annotations", to=[])), r"holds no captions"),
     "annotations: a caption is null": (
-        lambda k: k.read_data(change("annotations", 0, "caption", to=None)),
-        r'lacks a "caption"',
+        lambda k: k.read_data(change("annotations", 2, "caption", to=None)),
+        r'captions_train\.json: annotations\[2\] has a "caption" that is not text: None\.',
     ),
-    "annotations: a caption is empty": (
-        lambda k: k.read_data(change("annotations", 0, "caption", to=" \n")),
-        r"empty caption for image 1",
+    "annotations: a caption is missing": (
+        lambda k: k.read_data(change("annotations", 2, to={"image_id": 1})),
+        r'captions_train\.json: annotations\[2\] lacks "caption"\.',
     ),
-    "annotations: a caption without id": (
-        lambda k: k.read_data(append("annotations", {"image_id": 1, "caption": "a"})),
-        r'lacks an "id"',
+    "annotations: a caption is a list of numbers": (
+        lambda k: k.read_data(change("annotations", 2, "caption", to=["a", 1])),
+        r"captions_train\.json: annotations\[2\] has a \"caption\" that is not text: \['a', 1\]\.",
+    ),
+    "annotations: an annotation is null": (
+        lambda k: k.read_data(append("annotations", None)),
+        r"captions_train\.json: annotations\[5\] is not a JSON object\.",
+    ),
+    "annotations: each caption is empty": (
+        lambda k: k.read_data(change("annotations", to=[{"image_id": 1, "caption": " \n"}])),
+        r"captions_train\.json holds no captions: each of them is empty\.",
+    ),
+    "annotations: a caption with a name for its image": (
+        lambda k: k.read_data(change("annotations", 0, "image_id", to="a.png")),
+        r"captions_train\.json: annotations\[0\] has an image id that is not a whole number: 'a\.png'\.",
     ),
     "annotations: a caption of no image": (
         lambda k: k.read_data(change("annotations", 0, "image_id", to=7)),
@@ -386,7 +457,11 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: half a character": (
         lambda k: k.read_data(change("annotations", 0, "caption", to="a \ud800 dog")),
-        r"captions_train\.json holds characters",
+        r"captions_train\.json is not valid Unicode text",
+    ),
+    "annotations: the other half of a character": (
+        lambda k: k.read_data(change("annotations", 0, "caption", to="a \udc00 dog")),
+        r"captions_train\.json is not valid Unicode text",
     ),
     "annotations: a photo that is not there": (
         lambda k: k.read_data(change("images", 0, "file_name", to="b.png")),
@@ -401,7 +476,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "a threshold that leaves no word": (
         lambda k: CaptionDataset(k.data, vocab_threshold=6, cache=k.folder),
-        r"lower vocab_threshold",
+        r"lower --vocab-threshold",
     ),
     # a vocabulary
     "vocabulary: missing": (
@@ -416,11 +491,11 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "vocabulary: a word twice": (
         lambda k: k.read_vocabulary('["<start>", "<end>", "<unk>", "a", "a"]'),
-        r"each of them once",
+        r"distinct strings",
     ),
     "vocabulary: a number": (
         lambda k: k.read_vocabulary('["<start>", "<end>", "<unk>", 5]'),
-        r"must be strings",
+        r"must be distinct strings",
     ),
     "vocabulary: for building one of validation": (
         lambda k: get_loader(mode="val", vocab_from_file=False, cocoapi_loc=k.data),

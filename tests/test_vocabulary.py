@@ -70,8 +70,21 @@ def test_a_saved_vocabulary_is_json_and_loads_the_same(vocab: Vocabulary, tmp_pa
     assert [p.name for p in path.parent.iterdir()] == ["vocab.json"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_vocabulary_in_another_unicode_encoding_is_read(vocab: Vocabulary, tmp_path: Path, encoding: str):
+    (tmp_path / "vocab.json").write_text(json.dumps([*vocab.words, "café"], ensure_ascii=False), encoding=encoding)
+    assert Vocabulary.load(tmp_path / "vocab.json").words == [*vocab.words, "café"]
+
+
+@pytest.mark.parametrize("name", ["file/vocab.json", "a" * 300, f"{'a' * 300}/vocab.json"])
+def test_a_vocabulary_that_cannot_be_written(vocab: Vocabulary, tmp_path: Path, name: str):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be (written|made) \("):
+        vocab.save(tmp_path / name)
+
+
 def test_a_threshold_that_leaves_no_word_is_a_mistake_that_names_the_highest_useful_one():
-    with pytest.raises(InputError, match=r"vocab_threshold .*occurs 5 times"):
+    with pytest.raises(InputError, match=r"lower --vocab-threshold .*occurs 5 times"):
         Vocabulary.build(CAPTIONS, threshold=6)
 
 
