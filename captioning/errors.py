@@ -12,6 +12,11 @@ class InputError(ValueError):
     """Something that the user gave cannot be used; the message is one sentence that says what and what to do."""
 
 
+def printable(text: str) -> str:
+    """The text with escapes for control characters, so that a file's name cannot steer the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
     """The first of many errors in a sentence, and how many more there are."""
     errors = list(errors)
@@ -39,7 +44,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _end(message: str, code: int) -> None:
     if _ended(1) <= 1:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
