@@ -34,6 +34,11 @@ class Skipped:
         return [f"{kind} skipped: {count}, the first is {entry}." for kind, (count, entry) in self.kinds.items()]
 
 
+def printable(text: str) -> str:
+    """The text with escapes for control characters, so that a file's name cannot steer the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
     """The first of many errors in a sentence, and how many more there are."""
     errors = list(errors)
@@ -61,7 +66,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _end(message: str, code: int) -> None:
     if _ended(1) <= 1:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

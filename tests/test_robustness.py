@@ -29,11 +29,12 @@ from captioning.errors import InputError
 from captioning.features import stored_features
 from captioning.images import find_unreadable, read_photo
 from captioning.metrics import score_results
+from captioning.original_weights import read_vocab_pickle
 from captioning.training import TrainingConfig, train
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset, get_loader
 from download import extract
-from importers import import_flickr, import_folder, import_karpathy, read_vocab_pickle
+from importers import import_flickr, import_folder, import_karpathy
 from model import EncoderCNN
 from train import resumed_config
 from vocabulary import Vocabulary

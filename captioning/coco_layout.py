@@ -1,0 +1,129 @@
+"""Data sets written in COCO's layout: linked images, and annotation files for each split."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from captioning.errors import InputError, printable
+from captioning.files import require_new_folder
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class SourceImage:
+    """An image of a data set that is to be written.
+
+    path: where it is now. name: its path below images/<split>/. id: None for any that is free. size: its width and
+    height, None to read them from the file.
+    """
+
+    path: Path
+    name: str
+    split: str
+    captions: list[str] = field(default_factory=list)
+    id: int | None = None
+    size: tuple[Any, Any] | None = None
+
+
+def write_dataset(images: list[SourceImage], destination: Path) -> None:
+    """Write images/{split}/ and annotations/captions_{split}.json, and print how much that is.
+
+    A test split gets an image_info_test.json too, as COCO has one, with the images that have no captions among it.
+    Images are hard links where the file system allows it, else copies. All is written beside `destination` and
+    renamed at the end, so an interrupted run leaves nothing that looks whole.
+
+    Raises:
+        InputError: `destination` holds something already or cannot be written; an image cannot be read; two images
+            have one name or id; a name cannot be one.
+    """
+    require_new_folder(destination)
+    target = Path(os.path.abspath(destination))  # so that "." has a name
+    images = sorted(images, key=lambda image: SPLITS.index(image.split))
+    _check_names(images)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_into(partial, images, target.name)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    except OSError as error:
+        raise InputError(f"{destination} cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sizes = Counter(image.split for image in images)
+    captions = sum(len(image.captions) for image in images)
+    counts = ", ".join(f"{sizes[split]:,} {split}" for split in SPLITS)
+    print(printable(f"{destination}: {counts} images, {captions:,} captions"))
+
+
+def _check_names(images: list[SourceImage]) -> None:
+    by_name: dict[tuple[str, str], Path] = {}
+    by_id: dict[int, Path] = {}
+    for image in images:
+        parts = PurePosixPath(image.name).parts
+        printed = not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in image.name)
+        if not parts or parts[0] == "/" or ".." in parts or not printed:
+            raise InputError(f"{image.path} would be called {image.name!r}, which a data set cannot hold; rename it.")
+        if (image.split, image.name) in by_name:
+            other = by_name[image.split, image.name]
+            raise InputError(f"{other} and {image.path} would both be {image.name} of the {image.split} split.")
+        if image.id in by_id:
+            raise InputError(f"{by_id[image.id]} and {image.path} both have the image id {image.id}.")
+        by_name[image.split, image.name] = image.path
+        if image.id is not None:
+            by_id[image.id] = image.path
+
+
+def _write_into(folder: Path, images: list[SourceImage], description: str) -> None:
+    taken = {image.id for image in images}
+    free_ids = (number for number in count(1) if number not in taken)
+    caption_ids = count(1)
+    documents = {split: {"images": [], "annotations": []} for split in SPLITS}
+    (folder / "annotations").mkdir(parents=True)
+    for image in tqdm(images, desc="images", unit="image", disable=None):
+        width, height = image.size or _read_size(image.path)
+        _link(image.path, folder / "images" / image.split / image.name)
+        image_id = next(free_ids) if image.id is None else image.id
+        document = documents[image.split]
+        document["images"].append({"id": image_id, "file_name": image.name, "width": width, "height": height})
+        for caption in image.captions:
+            document["annotations"].append({"id": next(caption_ids), "image_id": image_id, "caption": caption})
+    for split, document in documents.items():
+        head = {"info": {"description": description}, "licenses": []}
+        path = folder / "annotations" / f"captions_{split}.json"
+        if document["annotations"]:
+            captioned = {annotation["image_id"] for annotation in document["annotations"]}
+            rows = [row for row in document["images"] if row["id"] in captioned]
+            path.write_text(json.dumps({**head, "images": rows, "annotations": document["annotations"]}))
+        if split == "test" and document["images"]:
+            path.with_name("image_info_test.json").write_text(json.dumps({**head, "images": document["images"]}))
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # a broken file makes Pillow raise nearly anything
+        raise InputError(f"{path} cannot be read as an image; replace or remove it.") from None
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except FileExistsError:  # on a file system that takes "A.jpg" and "a.jpg" for one name
+        raise InputError(f"{source} would take the place of another image, {target.name}; rename it.") from None
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

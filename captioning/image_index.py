@@ -1,0 +1,109 @@
+"""The images under a folder, looked up by the names that tables of captions give them."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import unicodedata
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from captioning.errors import InputError
+from captioning.files import photo_suffixes
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """All that is under `folder` and no folder itself, in name order and shallow folders first.
+
+    Hidden names and what macOS adds to archives are left out. Links to folders are followed, after all folders
+    that are none, and no folder is visited twice. Raises `InputError` where a folder cannot be read.
+    """
+    folders, links, visited = deque([folder]), deque[Path](), set()
+    while folders or links:
+        here = (folders or links).popleft()
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"{here} cannot be read ({error.strerror}).") from None
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                is_folder = False
+            if is_folder:
+                (links if entry.is_symlink() else folders).append(here / entry.name)
+            else:
+                yield here / entry.name
+
+
+class ImageIndex:
+    """The images under a folder by their paths below it, with "/" between folders and in Unicode's composed form.
+
+    Raises `InputError` where there are none. `option` names what the user may give in the folder's place.
+    """
+
+    def __init__(self, folder: Path, option: str = "--images"):
+        self.folder = folder
+        self.paths: dict[str, list[Path]] = defaultdict(list)
+        self.by_name: dict[str, set[str]] = defaultdict(set)  # file name -> keys of `paths`
+        self.by_stem: dict[str, set[str]] = defaultdict(set)  # file name without its suffix -> keys
+        for path in walk_files(folder):
+            if path.suffix.lower() in photo_suffixes():
+                key = _normalize(path.relative_to(folder).as_posix())
+                self.paths[key].append(path)
+                name = posixpath.basename(key)
+                self.by_name[name].add(key)
+                self.by_stem[posixpath.splitext(name)[0]].add(key)
+        if not self.paths:
+            raise InputError(f"{folder} holds no images; name the folder that does with {option}.")
+
+    def holds_any(self, names: Iterable[str]) -> bool:
+        """Whether one of the names is an image's path below the folder."""
+        return any(self._matches(name, anywhere=False) for name in names)
+
+    def find(self, name: str, where: str, anywhere: bool = False) -> str | None:
+        """The key in `paths` of the image that row `where` calls `name`, or None where there is none.
+
+        The name is a path below the folder, or with `anywhere` the end of such a path; its suffix may be missing.
+        Raises `InputError` where several images match, and where the one that does is a broken link or a pipe.
+        """
+        keys = self._matches(name, anywhere)
+        paths = [path for key in keys for path in self.paths[key]]
+        if len(paths) > 1:
+            raise InputError(
+                f"{where}: {name} may be {paths[0]} or {paths[1]}; name the folder of the right one with --images, "
+                "or give the image's path in the captions."
+            )
+        if paths and not os.path.isfile(paths[0]):
+            raise InputError(f"{where}: {paths[0]} is a link that leads nowhere, or is no regular file.")
+        return keys[0] if keys else None
+
+    def _matches(self, name: str, anywhere: bool) -> list[str]:
+        for variant in (name, name.replace("\\", "/")):
+            key = _normalize(variant)
+            if posixpath.isabs(key):
+                key = posixpath.relpath(key, os.path.abspath(self.folder))
+            folder, base = posixpath.split(key)
+            candidates = self.by_name.get(base, set())
+            if not candidates and posixpath.splitext(base)[1].lower() not in photo_suffixes():
+                candidates = self.by_stem.get(base, set())
+            folders = {candidate: posixpath.dirname(candidate) for candidate in sorted(candidates)}
+            keys = [
+                candidate
+                for candidate, inside in folders.items()
+                if inside == folder or (anywhere and (not folder or inside.endswith("/" + folder)))
+            ]
+            if keys:
+                return keys
+        return []
+
+
+def _normalize(name: str) -> str:
+    return posixpath.normpath(unicodedata.normalize("NFC", name))

@@ -1,0 +1,144 @@
+"""Data sets in COCO's layout, merged into one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from captioning.coco_layout import SPLITS, SourceImage, write_dataset
+from captioning.errors import InputError
+from captioning.files import read_text, require_new_folder
+from captioning.reports import Report
+from captioning.tables import read_json
+
+
+def merge_datasets(sources: list[Path], destination: Path) -> None:
+    """Write the images and captions of several data sets as one, split by split.
+
+    An image's name begins with the name of its source's folder; its id changes only where an image of another source
+    or split has it. Captions stay as they are. Where the val or test split has an image by name and size that another
+    source trains on, how many there are is said on standard error.
+
+    Raises:
+        InputError: Less than two sources, one given twice, one that is not in COCO's layout, or what
+            `write_dataset` raises.
+    """
+    require_new_folder(destination)
+    folders = [source.resolve() for source in sources]
+    if len(folders) < 2:
+        raise InputError("name at least two data sets to merge, and the folder to write.")
+    for folder, times in Counter(folders).items():
+        if times > 1:
+            raise InputError(f"{folder} is named {times} times; name each data set once.")
+    report = Report()
+    images: list[SourceImage] = []
+    prefixes: set[str] = set()
+    for folder in folders:
+        names = (f"{folder.name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1 + len(folders)))))
+        prefix = next(name for name in names if name not in prefixes)
+        prefixes.add(prefix)
+        for split in SPLITS:
+            images += _read_split(folder, prefix, split, report)
+        if not any(_annotation_file(folder, split) for split in SPLITS):
+            raise InputError(
+                f"{folder} holds no annotations/captions_train<year>.json, nor one of val or test; "
+                "only data sets in COCO's layout can be merged."
+            )
+    _make_ids_unique(images)
+    _report_leaks(images, report)
+    write_dataset(images, destination)
+    report.print()
+
+
+def _annotation_file(folder: Path, split: str) -> Path | None:
+    """The split's captions; for "test" its image_info where those are secret."""
+    for kind in ("captions", "image_info") if split == "test" else ("captions",):
+        files = sorted((folder / "annotations").glob(f"{kind}_{split}*.json"))
+        files = [path for path in files if re.fullmatch(rf"{kind}_{split}\d*\.json", path.name)]
+        if len(files) > 1:
+            raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep one of them.")
+        if files:
+            return files[0]
+    return None
+
+
+def _read_split(folder: Path, prefix: str, split: str, report: Report) -> Iterator[SourceImage]:
+    path = _annotation_file(folder, split)
+    if path is None:
+        return
+    document = read_json(path, read_text(path))
+    has_captions = path.name.startswith("captions")
+    images: dict[int, SourceImage] = {}
+    for where, entry in _entries(path, document, "images"):
+        image_id, name = _whole_number(entry.get("id"), where), entry.get("file_name")
+        if not isinstance(name, str):
+            raise InputError(f"{where} has no file_name.")
+        if image_id in images:
+            raise InputError(f"{where} has the id {image_id}, which an image before it has.")
+        image_path = folder / "images" / path.stem.split("_")[-1] / name
+        size = entry.get("width"), entry.get("height")
+        images[image_id] = SourceImage(
+            image_path, f"{prefix}/{name}", split, id=image_id, size=size if all(map(_is_int, size)) else None
+        )
+    for where, entry in _entries(path, document, "annotations") if has_captions else ():
+        image_id, caption = _whole_number(entry.get("image_id"), where), entry.get("caption")
+        if image_id not in images or not isinstance(caption, str):
+            raise InputError(f"{where} has no caption, or is of image {image_id}, which is not in the file's images.")
+        images[image_id].captions.append(caption)
+    for image in images.values():
+        if has_captions and not image.captions:
+            report.add("image{s} without a caption", str(image.path))
+        elif not os.path.isfile(image.path):
+            raise InputError(f"{image.path} is missing, but {path} names it.")
+        else:
+            yield image
+
+
+def _entries(path: Path, document: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    entries = document.get(key) if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise InputError(f'{path} is not a COCO annotation file: it has no list of "{key}".')
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}, {key}[{number}] is not an object.")
+        yield f"{path}, {key}[{number}]", entry
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _whole_number(value: Any, where: str) -> int:
+    """An id as a whole number, also where it is written as "12" or 12.0."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not _is_int(value) or abs(value) >= 1 << 63:
+        raise InputError(f"{where} has the image id {value!r}, which is not a whole number of 64 bits.")
+    return value
+
+
+def _make_ids_unique(images: list[SourceImage]) -> None:
+    taken = {image.id for image in images}
+    free_ids = (number for number in count(1) if number not in taken)
+    used: set[int] = set()
+    for image in images:
+        if image.id in used:
+            image.id = next(free_ids)
+        used.add(image.id)
+
+
+def _report_leaks(images: list[SourceImage], report: Report) -> None:
+    def key(image: SourceImage) -> tuple[str, int]:
+        return image.path.name, image.path.stat().st_size
+
+    trained_on = {key(image) for image in images if image.split == "train"}
+    for image in images:
+        if image.split != "train" and key(image) in trained_on:
+            report.add("image{s} of val or test that train has by name and size", str(image.path), "found")

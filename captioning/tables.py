@@ -1,0 +1,284 @@
+"""Captions in tables (CSV, TSV, JSON, JSON Lines) and in Flickr's token files, read row by row."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from captioning.errors import InputError
+from captioning.files import photo_suffixes, read_text
+
+SPLITS = {  # a split's name in other data sets -> its name here
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
+CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # the first that a table has
+DELIMITERS = ",|;\t"
+MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # how tables spell a cell without a value
+ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
+
+
+@dataclass
+class Row:
+    """An image with some of its captions, as a table has them.
+
+    where: the row, as messages name it. captions: one line each, "" where the table has none. split: "" where the
+    table gives none.
+    """
+
+    where: str
+    image: str
+    captions: list[str]
+    split: str
+
+
+def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
+    """The rows of a table of captions; files other than .json, .jsonl and .ndjson are CSV with a header.
+
+    One column of `IMAGE_COLUMNS` names the image. Every column of the first kind in `CAPTION_COLUMNS` that the table
+    has holds captions (caption, captions, caption_1, caption2), as text or as a list of texts; split is optional.
+    A JSON object may also map the names of images to their captions. Raises `InputError` with the file and the line
+    where the table cannot be read.
+    """
+    text = read_text(path, encoding, ENCODING_ADVICE)
+    read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
+    for where, record in read_records(path, text):
+        record = {str(key).strip().lower(): value for key, value in record.items()}
+        if not all(map(_is_missing, record.values())):
+            yield Row(where, _image(record, where), _captions(record, where), _split(record, where))
+
+
+def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
+    """The captions of a file in Flickr's own format, a line `NAME.jpg#0<tab>CAPTION` each."""
+    for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        key, tab, caption = line.partition("\t")
+        name, hash_sign, _ = key.rpartition("#")
+        if not tab or not hash_sign:
+            raise InputError(f"{where}, is not of the form NAME.jpg#0<tab>CAPTION.")
+        yield Row(where, name.strip(), [clean_caption(caption, where)], "")
+
+
+def clean_caption(caption: str, where: str) -> str:
+    """The caption in one line with single spaces; "" where it holds no letter or digit, or spells a missing value."""
+    caption = " ".join(caption.split())
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}, has a caption with half of a surrogate pair; write the whole character.") from None
+    return caption if caption.lower() not in MISSING and any(map(str.isalnum, caption)) else ""
+
+
+def read_json(path: Path, text: str) -> Any:
+    """The value that a JSON text of this file holds; `InputError` names the line where it is not JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}, is not JSON: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists within lists
+        raise InputError(f"{path} is not JSON that can be read: {error}.") from None
+
+
+# Columns
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _caption_columns(columns: list[str]) -> list[str]:
+    """All columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
+    for kind in CAPTION_COLUMNS:
+        matching = [name for name in columns if re.fullmatch(rf"{kind}s?[ _.-]?\d*", name)]
+        if matching:
+            return matching
+    return []
+
+
+def _image(record: dict[str, Any], where: str) -> str:
+    names = {column: record[column] for column in IMAGE_COLUMNS if not _is_missing(record.get(column))}
+    if not names:
+        raise InputError(f"{where}, has no image (a column called {', '.join(IMAGE_COLUMNS[:-1])} or image_path).")
+    if not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{where}, must give the image's file name as text.")
+    if len(set(names.values())) > 1:
+        raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
+    return next(iter(names.values())).strip()
+
+
+def _captions(record: dict[str, Any], where: str) -> list[str]:
+    columns = _caption_columns(list(record))
+    if not columns:
+        raise InputError(f"{where}, has no caption (a column called {', '.join(CAPTION_COLUMNS[:-1])} or raw).")
+    captions = []
+    for column in columns:
+        value = record[column]
+        for caption in value if isinstance(value, list) else _listed(value):
+            if _is_missing(caption):
+                caption = ""
+            if not isinstance(caption, str):
+                raise InputError(f"{where}, must give its captions as text or a list of texts.")
+            captions.append(clean_caption(caption, where))
+    return captions or [""]
+
+
+def _listed(value: Any) -> list[Any]:
+    """A cell's captions: CSV files of Flickr30k and of pandas write a list of them as text."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                texts = parse(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+                return texts
+    return [value]
+
+
+def _split(record: dict[str, Any], where: str) -> str:
+    split = record.get("split")
+    if _is_missing(split):
+        return ""
+    if str(split).strip().lower() not in SPLITS:
+        raise InputError(f"{where}: the split {split!r} is none of train, val and test.")
+    return SPLITS[str(split).strip().lower()]
+
+
+# JSON
+
+
+def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if _is_json_lines(path, text):
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{path}, line {number}, is not a JSON object.")
+            yield f"{path}, line {number}", record
+        return
+    document = read_json(path, text)
+    if isinstance(document, dict) and isinstance(document.get("images"), list):
+        raise InputError(
+            f"{path} is an annotation file of COCO or Karpathy; lay it out as annotations/captions_train.json "
+            "beside images/train/, or use `importers.py karpathy`."
+        )
+    if isinstance(document, dict) and not set(map(str.lower, document)) & set(IMAGE_COLUMNS):
+        document = [{"image": name, "caption": captions} for name, captions in document.items()]
+    for number, record in enumerate(document if isinstance(document, list) else [document], 1):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, entry {number}, is not a JSON object with an image and a caption.")
+        yield f"{path}, entry {number}", record
+
+
+def _is_json_lines(path: Path, text: str) -> bool:
+    """Whether each line is a JSON object: in .jsonl files unless they hold an array, in .json files that need it."""
+    if path.suffix.lower() != ".json":
+        return not text.lstrip().startswith("[")
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# CSV
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = text.split("\n")
+    start = next((at for at, line in enumerate(lines) if line.strip() and not re.fullmatch("sep=.", line)), 0)
+    delimiter, columns = _read_header(path, start + 1, lines[start])
+    image = next(index for index, name in enumerate(columns) if name in IMAGE_COLUMNS)
+    last_needed = max(image, min(map(columns.index, _caption_columns(columns))))
+    for number, cells in _read_cells(path, lines, start + 1, delimiter, columns):
+        where = f"{path}, line {number}"
+        if any(cells[len(columns) :]):
+            raise InputError(
+                f"{where}, has more columns than the header's {len(columns)}; "
+                "put a caption that contains the separator in double quotes."
+            )
+        # One row of the Flickr30k CSV in circulation lacks the separator between its last two columns.
+        glued = re.fullmatch(r"(\d+)\s+(.+)", cells[-1]) if columns[-2:] == ["comment_number", "comment"] else None
+        if glued and len(cells) == len(columns) - 1:
+            cells = [*cells[:-1], *glued.groups()]
+        if any(cells) and len(cells) <= last_needed:
+            raise InputError(f"{where}, has {len(cells)} of the header's {len(columns)} columns; write the others too.")
+        suffix = Path(cells[image]).suffix.lower() if len(cells) > image else ""
+        if any(_holds_rows(cell, delimiter, suffix) for cell in cells):
+            raise InputError(
+                f"{where}, opens a quotation mark and closes it lines later, with other rows between; "
+                "write a quotation mark within a quoted cell twice, and close every cell in its own row."
+            )
+        yield where, dict(zip(columns, cells, strict=False))
+
+
+def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
+    """The delimiter and the columns' names, those that occur twice told apart."""
+    delimiters = "\t" if path.suffix.lower() == ".tsv" else DELIMITERS
+    for delimiter in delimiters:
+        columns: list[str] = []
+        for name in line.split(delimiter):
+            name = _unquote(name.strip()).strip().lower()
+            columns.append(f"{name}.{len(columns)}" if name in columns else name)
+        if set(columns) & set(IMAGE_COLUMNS) and _caption_columns(columns):
+            return delimiter, columns
+    raise InputError(
+        f"{path}, line {number}, should name a column for the image ({', '.join(IMAGE_COLUMNS)}) and one for the "
+        f"caption ({', '.join(CAPTION_COLUMNS)}), but reads {line[:80]!r}; put such a header first."
+    )
+
+
+def _read_cells(
+    path: Path, lines: list[str], start: int, delimiter: str, columns: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """The number of the first line and the cells of every row after the header, without surrounding space."""
+    tabs = len(columns) - 1
+    # Without quotation marks that span lines a row is a line: then a mark that is not closed is only text.
+    if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
+        for number, line in enumerate(lines[start:], start + 1):
+            if line.strip():
+                yield number, [_unquote(cell.strip()) for cell in line.split(delimiter)]
+        return
+    reader = csv.reader((line + "\n" for line in lines[start:]), delimiter=delimiter, strict=True)
+    number = start + 1
+    try:
+        for cells in reader:
+            if cells:
+                yield number, [cell.strip() for cell in cells]
+            number = start + reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {number}, is not CSV: {error}; write a quotation mark within a quoted cell twice."
+        ) from None
+
+
+def _unquote(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    return (
+        cell[1:-1].replace('""', '"') if cell[:1] == cell[-1:] == '"' and len(cell) > 1 and '"' not in inner else cell
+    )
+
+
+def _holds_rows(cell: str, delimiter: str, suffix: str) -> bool:
+    """Whether a cell of several lines looks like rows, which an unbalanced quotation mark has joined.
+
+    `suffix` is how the row's own image ends: a line that names another such image is a row.
+    """
+    lines = [line.split(delimiter) for line in cell.split("\n") if delimiter in line] if "\n" in cell else []
+    if suffix not in photo_suffixes():
+        return bool(lines)
+    return any(part.strip(' "').lower().endswith(suffix) for parts in lines for part in parts)
