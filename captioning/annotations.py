@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,49 @@ from captioning.json_stream import stream_lists
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
 
-# Captions
+
+def parse_image_id(value: object) -> int:
+    """Convert an image id from a JSON file to an integer: 7, 7.0 and "007" are all 7.
+
+    Raises `InputError` for anything else, with a sentence fragment ("has ...") that follows the name of an entry.
+    """
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53  # beyond, a float is not exact
+    if whole or (isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value)):
+        value = int(value)
+    if type(value) is not int:
+        raise InputError(f"has an image id that is not a whole number: {value!r:.80}")
+    if abs(value) >= 1 << 63:
+        raise InputError(f"has an image id of more than 64 bits: {value!r:.80}")
+    return value
+
+
+def read_captions(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the captions of an annotation file as they are written: image id, caption. Empty ones are skipped."""
+    has_list = False
+    try:
+        for _, number, entry in stream_lists(path, ["annotations"]):
+            has_list = True
+            if number < 0:
+                continue
+            try:
+                for key in ("image_id", "caption"):
+                    if not isinstance(entry, dict) or key not in entry:
+                        raise InputError(f'lacks "{key}"')
+                image_id, caption = parse_image_id(entry["image_id"]), entry["caption"]
+                captions = caption if isinstance(caption, list) else [caption]
+                if not all(isinstance(text, str) for text in captions):
+                    raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
+            except InputError as error:
+                raise InputError(f"{path}: annotations[{number}] {error}.") from None
+            yield from ((image_id, text) for text in captions if text.strip())
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}).") from None
+    if not has_list:
+        raise InputError(f'{path} is not a COCO annotation file: it has no list of "annotations".')
 
 
 class Names(Sequence):
