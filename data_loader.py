@@ -70,7 +70,8 @@ class CaptionDataset(Dataset):
 
     In "train" and "val" mode `dataset[i]` is (photo, caption): what `transform` makes of caption i's photo,
     and its indices from `<start>` to `<end>`, (length,) int64. In "test" mode it is (image id, photo).
-    Raises `InputError` where the folder's annotations or photos are missing or cannot be used.
+    Raises `InputError` where the folder's annotations or photos are missing or cannot be used; without
+    `must_exist`, a missing photo only when it is read.
     """
 
     def __init__(
@@ -81,13 +82,14 @@ class CaptionDataset(Dataset):
         vocab: Vocabulary | None = None,
         vocab_threshold: int = 5,
         cache: Path = CACHE,
+        must_exist: bool = True,
     ):
         self.mode = mode
         self.annotation_file, self.photo_folder = find_split(Path(folder), mode, cache)
         annotations = read_annotations(self.annotation_file, cache)
         self.image_ids = annotations.image_ids
         self.paths = PhotoFiles(self.photo_folder, annotations.file_names, annotations.places)
-        if annotations.places is None:
+        if annotations.places is None and must_exist:
             self._check_photos_exist()
         self.photo = annotations.photo  # (captions,) each caption's photo, a row of image_ids
         words = annotations.words

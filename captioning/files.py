@@ -43,6 +43,22 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
 
 
+def check_output(path: Path) -> None:
+    """Check, before long work, that its output can be written to `path`, and create the folder that it is in.
+
+    Raises `InputError` where `write_file` would.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a file; name another one to write.")
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
+
+
 @cache
 def photo_suffixes() -> frozenset[str]:
     """How the names of files end that look like photos."""
