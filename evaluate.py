@@ -1,4 +1,4 @@
-"""Caption a split with a trained model and score the captions.
+"""Caption a split of a data set with a trained model and score the captions.
 
 python evaluate.py --model models/scenes --data data/scenes --split test --beam-size 3
 torchrun --nproc_per_node 2 evaluate.py --model models/scenes --data data/scenes
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,13 +22,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import scenes
-from captioning.annotations import read_annotations
 from captioning.captioner import Caption, Captioner, Decoding
-from captioning.checkpoint import default_model
+from captioning.checkpoint import choose_epoch, default_model, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, run_command
-from captioning.files import write_file
-from captioning.metrics import Scores, diversity, format_table, score, score_results
+from captioning.files import check_output, write_file
+from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
 from data_loader import CaptionDataset, find_split
 
 
@@ -38,18 +37,24 @@ class Evaluation:
 
     captions: image id -> its `Caption`. seconds: for captioning all of them, from file to sentence.
     scores: against the references, or None where the split has none.
-    scenes: on the sample data set, the share of captions that pass each part of `scenes.check`, of those to
-        which it applies; elsewhere empty.
+    scenes: attribute accuracy on the sample data set: each attribute that `scenes.check` examines -> the share of
+        correct captions, of those to which it applies; empty on other data sets.
+    unreadable: one sentence for each image that was skipped because it cannot be read.
     """
 
     captions: dict[int, Caption]
     seconds: float
     scores: Scores | None
     scenes: dict[str, float]
+    unreadable: list[str] = field(default_factory=list)
+
+    def hypotheses(self) -> dict[int, str]:
+        """Return the captions as text, by image id."""
+        return {i: caption.text for i, caption in self.captions.items()}
 
     def results(self) -> list[dict[str, Any]]:
-        """The captions in the form that the COCO evaluation server takes."""
-        return [{"image_id": i, "caption": caption.text} for i, caption in self.captions.items()]
+        """Return the captions in the form that the COCO evaluation server takes."""
+        return [{"image_id": i, "caption": text} for i, text in self.hypotheses().items()]
 
 
 def evaluate(
@@ -59,47 +64,66 @@ def evaluate(
     limit: int | None = None,
     workers: int = 0,
     java: bool | None = None,
+    skip_unreadable: bool = False,
+    results: Path | None = None,
 ) -> Evaluation | None:
-    """Caption a split's photos, the first `limit` of them, and score them where the references are there.
+    """Caption the first `limit` images of a split, and score the captions if the split has references.
 
-    Several processes share the photos, and the captions are the same for any number of them; the main process has
-    the result, the others None.
+    Several processes share the images; the captions do not depend on their number. The main process returns the
+    evaluation, the others None.
+
+    workers: processes that read images. java: as in `metrics.score`.
+    skip_unreadable: leave out images that cannot be read instead of raising InputError for the first.
+    results: where to write the captions, before they are scored, for the COCO evaluation server.
     """
     process = this_process()
-    main = process.is_main_process
+    is_main = process.is_main_process
     paths = dataset.paths[:limit]
     ids = [int(i) for i in dataset.image_ids[:limit]]
+    share: list[tuple[int, Caption | str]] = []  # this process's images: index, and its caption or the error
+
+    def skip(index: int, error: InputError) -> None:
+        if not skip_unreadable:
+            raise InputError(f"{str(error).rstrip('.')} (--skip-unreadable evaluates without it).")
+        share.append((index, str(error)))
+
     start = time.perf_counter()
-    found = captioner.stream(paths, how or Decoding(), workers, shared=True)
+    stream = captioner.stream(paths, how or Decoding(), workers, skip, shared=True)
     total = -(-len(paths) // process.num_processes)
-    share = list(tqdm(found, total=total, unit="photo", delay=2, disable=None if main else True))
-    captions = {ids[i]: caption for i, caption in sorted(gather_object(share), key=itemgetter(0))}
-    if not main:
+    share.extend(tqdm(stream, total=total, unit="image", delay=2, disable=None if is_main else True))
+    outcomes = sorted(gather_object(share), key=itemgetter(0))
+    if not is_main:
         return None
-    seconds = time.perf_counter() - start
-    hypotheses = {i: caption.text for i, caption in captions.items()}
-    scores = None
+    captions = {ids[i]: caption for i, caption in outcomes if isinstance(caption, Caption)}
+    unreadable = [error for _, error in outcomes if isinstance(error, str)]
+    if not captions:
+        raise InputError(f"none of the {len(paths)} images can be read, the first for this reason: {unreadable[0]}")
+    evaluation = Evaluation(captions, time.perf_counter() - start, None, {}, unreadable)
+    if results is not None:
+        write_file(results, lambda file: file.write(json.dumps(evaluation.results()).encode()))
+    hypotheses = evaluation.hypotheses()
     if len(dataset.photo):
         references = dataset.references()
-        scores = score(hypotheses, {i: references[i] for i in ids}, java=java)
-    return Evaluation(captions, seconds, scores, check_scenes(dataset, hypotheses))
+        evaluation.scores = score(hypotheses, {i: references[i] for i in hypotheses}, java=java)
+    evaluation.scenes = check_scenes(dataset, hypotheses)
+    return evaluation
 
 
 def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[str, float]:
-    """The share of captions right about each part of the drawn scenes; empty for photos."""
-    right: dict[str, list[bool]] = defaultdict(list)
+    """Compute the attribute accuracy of captions (image id -> caption) of drawn scenes; empty for photos."""
+    correct: dict[str, list[bool]] = defaultdict(list)
     for i, text in hypotheses.items():
         scene = dataset.coco.imgs[i].get("scene")
         if scene is not None:
             try:
-                found = scenes.check(text, scene)
+                checked = scenes.check(text, scene)
             except (KeyError, TypeError, AttributeError, IndexError):
                 raise InputError(
-                    f"{dataset.annotation_file} says of image {i} what no drawn scene is; draw the scenes again."
+                    f"{dataset.annotation_file} describes image {i} as no drawn scene is; draw the scenes again."
                 ) from None
-            for part, correct in found.items():
-                right[part].append(correct)
-    return {part: sum(values) / len(values) for part, values in right.items()}
+            for attribute, is_correct in checked.items():
+                correct[attribute].append(is_correct)
+    return {attribute: sum(values) / len(values) for attribute, values in correct.items()}
 
 
 def main(
@@ -111,81 +135,158 @@ def main(
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     results: Path | None = None,
     references: Path | None = None,
+    skip_unreadable: bool = False,
     workers: int = min(4, os.cpu_count() or 1),
 ) -> None:
-    """Caption a split with a trained model and score the captions.
+    """Caption a split of a data set with a trained model and score the captions.
+
+    After `make demo`:  python evaluate.py --model models/scenes --data data/scenes
+
+    Captions of any other program:  python evaluate.py --references captions_val2017.json --results results.json
 
     Args:
         decoding: how words are chosen.
-        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
+        model: folder of the model, or user/name on the Hugging Face Hub; by default the newest in models/ that was
             trained on this data set.
-        data: the data set's folder.
-        split: which of its splits.
-        limit: only so many photos, the first ones.
+        data: folder of the data set.
+        split: split of the data set.
+        limit: evaluate the first LIMIT images only.
         json_: print one JSON document.
-        results: write the captions here, in the form that the COCO evaluation server takes; with --references
-            read them from here instead.
-        references: only score the captions in --results against this COCO captions file.
-        workers: processes that read photos.
+        results: write the captions to this file, in the form that the COCO evaluation server takes; with --references,
+            read them from this file.
+        references: caption nothing; score the captions in --results against this COCO captions file.
+        skip_unreadable: evaluate without the images that are missing or cannot be read, and say how many they are.
+        workers: processes that read images.
     """
     if references is not None:
-        if not this_process().is_main_process:
-            return
-        if results is None:
-            raise InputError("--references needs --results, the file with the captions to score.")
-        scores = score_results(references, results)
-        print(json.dumps({**scores.metrics, "tokenizer": scores.tokenizer}) if json_ else format_table(scores))
+        ignored = {"model": model, "limit": limit, "skip-unreadable": skip_unreadable or None}
+        for name in (name for name, value in ignored.items() if value is not None):
+            raise InputError(f"--{name} has no effect with --references, which captions nothing; leave it out.")
+        if decoding != Decoding():
+            raise InputError("options of decoding have no effect with --references, which captions nothing.")
+        if this_process().is_main_process:
+            _score_file(references, results, json_)
         return
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
-    with this_process().local_main_process_first():  # what it downloads and tokenizes the others find
-        captioner = Captioner.load(model or default_model(data=data.resolve().name))
-        dataset = CaptionDataset(data, split, vocab=captioner.vocab)
-    found = evaluate(captioner, dataset, decoding, limit, workers)
-    if found is None:
-        return
-    if results is not None or found.scores is None:
-        results = results or Path(f"captions_{split}_results.json")
-        write_file(results, lambda file: file.write(json.dumps(found.results()).encode()))
-        print(f"wrote {results}", file=sys.stderr)
-    train_captions = _training_captions(data)
-    variety = diversity({i: c.text for i, c in found.captions.items()}, train_captions)
-    different = len({c.text for c in found.captions.values()})
-    speed = len(found.captions) / found.seconds
-    if json_:
+    with this_process().local_main_process_first():  # the others use the files that it downloads and caches
+        find_split(data, split)
+        model = model or _choose_model(data)
+        captioner = Captioner.load(model)
+        dataset = CaptionDataset(data, split, vocab=captioner.vocab, must_exist=not skip_unreadable)
+    about = _describe(captioner, model, data, split)
+    training_captions = None
+    if this_process().is_main_process:
+        _log("{model}, epoch {epoch}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
+        results = _choose_output(results, dataset)
+        training_captions = _read_training_captions(data)
+    evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
+    if evaluation is not None:
+        _report(evaluation, about, diversity(evaluation.hypotheses(), training_captions), json_)
+        if results is not None:
+            _log(f"wrote {results}")
+
+
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _score_file(references: Path, results: Path | None, as_json: bool) -> None:
+    """Score the captions in a file and print the scores."""
+    if results is None:
+        raise InputError("--references needs --results, the file with the captions to score.")
+    scores = score_results(references, results)
+    images = len(scores.per_caption)
+    if scores.uncaptioned:
+        total = images + scores.uncaptioned
+        _log(f"{results} captions {images} of the {total} images of {references}; only those are scored")
+    if as_json:
+        print(json.dumps({**scores.metrics, "tokenizer": scores.tokenizer, "photos": images}))
+    else:
+        print(format_table(scores))
+    if scores.without_meteor:
+        _log(scores.without_meteor)
+
+
+def _choose_model(data: Path) -> Path:
+    """The newest model in models/ that was trained on the data set; any other is only used where it is named."""
+    for name in (data.name, data.resolve().name):
+        model = default_model(data=name)
+        trained_on = read_description(model).data.get("folder")
+        if trained_on == name:
+            return model
+    raise InputError(
+        f"no model in models/ was trained on {data}; train one with `python train.py --data {data}`, or name one "
+        f"with --model ({model} was trained on {trained_on})."
+    )
+
+
+def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None:
+    """The file for the captions, which can be written; one is needed where they cannot be scored."""
+    if results is None and not len(dataset.photo):
+        results = Path(f"captions_{dataset.mode}_results.json")
+        _log(f"{dataset.annotation_file} has no captions to score against; the model's are written to {results}")
+    if results is not None:
+        check_output(results)
+    return results
+
+
+def _describe(captioner: Captioner, model: Path, data: Path, split: str) -> dict[str, Any]:
+    """What is evaluated, as the first keys of the JSON document."""
+    description = captioner.description
+    return {
+        "model": str(model),
+        "epoch": choose_epoch(captioner.folder, description, captioner.epoch),
+        "trained_on": description.data.get("folder", "an unknown data set"),
+        "data": str(data),
+        "split": split,
+    }
+
+
+def _read_training_captions(data: Path) -> list[str] | None:
+    """The captions that a model may have memorised; None where the data set has no training split."""
+    try:
+        references = read_references(find_split(data, "train")[0])
+    except InputError as error:
+        _log(f"the share of new captions is not measured: {error}")
+        return None
+    return [caption for captions in references.values() for caption in captions]
+
+
+def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, float | None], as_json: bool) -> None:
+    """Print the evaluation, as one JSON document or as tables."""
+    scores, images, unreadable = evaluation.scores, len(evaluation.captions), len(evaluation.unreadable)
+    different, speed = len(set(evaluation.hypotheses().values())), images / evaluation.seconds
+    for error in evaluation.unreadable:
+        _log(f"skipped: {error}")
+    if as_json:
         document = {
-            **(found.scores.metrics if found.scores else {}),
-            "tokenizer": found.scores.tokenizer if found.scores else None,
-            **({"scenes": found.scenes} if found.scenes else {}),
+            **about,
+            **(scores.metrics if scores else {}),
+            "tokenizer": scores.tokenizer if scores else None,
+            **({"scenes": evaluation.scenes} if evaluation.scenes else {}),
             "different_captions": different,
             **variety,
-            "photos": len(found.captions),
+            "photos": images,
+            "unreadable": unreadable,
             "photos_per_second": speed,
         }
         print(json.dumps(document, indent=1))
-        return
-    if found.scores is not None:
-        print(format_table(found.scores))
-    if found.scenes:
-        print("\ncaptions right about")
-        for part, share in found.scenes.items():
-            print(f"    {part:<10} {share:6.1%}")
-    print(
-        f"\n{len(found.captions)} photos, {different} different captions, {variety['vocabulary']} words used, "
-        f"{variety['novel']:.0%} not among the training captions; {speed:.1f} photos/s"
-    )
-    if found.scores is not None and found.scores.metrics["METEOR"] is None:
-        print("METEOR is missing because Java is; captions were tokenized by the plain tokenizer.")
-
-
-def _training_captions(data: Path) -> list[str]:
-    """The captions that a model may have learned by heart; none where the data set has no training split."""
-    try:
-        path, _ = find_split(data, "train")
-        read_annotations(path)  # says what is wrong with it
-        return [annotation["caption"] for annotation in json.loads(path.read_bytes())["annotations"]]
-    except InputError:
-        return []
+    else:
+        if scores is not None:
+            print(format_table(scores))
+        if evaluation.scenes:
+            print("\nattribute accuracy")
+            for attribute, accuracy in evaluation.scenes.items():
+                print(f"    {attribute:<10} {accuracy:6.1%}")
+        skipped = f" ({unreadable} skipped, which cannot be read)" if unreadable else ""
+        novel = "" if variety["novel"] is None else f", {variety['novel']:.0%} not among the training captions"
+        print(
+            f"\n{images} images{skipped}, {different} different captions, {variety['vocabulary']} words used{novel}; "
+            f"{speed:.1f} images/s"
+        )
+    if scores is not None and scores.without_meteor:
+        _log(scores.without_meteor)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,22 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
+def check_output(path: Path) -> None:
+    """Check, before long work, that its output can be written to `path`, and create the folder that it is in.
+
+    Raises `InputError` where `write_file` would.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a file; name another one to write.")
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
+
+
 @cache
 def photo_suffixes() -> frozenset[str]:
     """How the names of files end that look like photos."""

@@ -8,67 +8,80 @@ Where Java is missing or not wanted, a tokenizer in Python takes the first one's
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import threading
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
+import regex
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as meteor_package
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+from captioning.annotations import parse_image_id, read_captions
 from captioning.errors import InputError
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
+METEOR_WORDS = 1000  # METEOR's aligner takes seconds for a caption of 1,000 words and minutes for one of 9,000
 
 # METEOR reads numbers in the user's locale, and before Java 18 text is read in the locale's encoding.
 _JAVA = ("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 
-_ASCII = str.maketrans(
+_REPLACEMENTS = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "`": "'", "–": "--", "—": "--", "…": "..."}
     | {"½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$"}
+    | dict.fromkeys(["\N{SOFT HYPHEN}", *map(chr, range(0xFE00, 0xFE10))])  # the latter choose how an emoji looks
 )
 # The brackets' names are lower case by the time pycocoevalcap drops punctuation, so it keeps them as words.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, '"'}
-_TOKEN = re.compile(
+# In `regex`, unlike in `re`, \w holds the combining marks and joiners within the words of many scripts.
+_STRAY_JOINERS = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Join_Control}+|\p{Join_Control}+(?![\p{L}\p{M}\p{N}])")
+_TOKEN = regex.compile(
     r"""
       \.?\d+(?:[:.,/]\d+)+ | \.\d+                          # 12:30, 1,000, 1/2, .5
-    | (?<!\w)(?:[^\W\d_]\.)+(?:[^\W\d_](?!\w))?             # t.v., u.s.a, j. crew
+    | (?<!\w)(?:\p{L}\.)+(?:\p{L}(?!\w))?                  # t.v., u.s.a, j. crew
     | (?:st|ave|blvd|rd|dr|mr|mrs|ms|jr|ft|vs|etc|inc|co)\.  # abbreviations keep their full stop
     | [^\W\d_]+(?=n't\b) | n't\b | can(?=not\b)              # do n't, can not
     | 'n' | '(?:s|m|d|ll|re|ve)\b                            # rock 'n' roll, dog 's
     | \w+(?:[-/.'](?!(?:s|m|d|ll|re|ve)\b)\w+)*              # dog, wide-eyed, and/or, o'clock
-    | <\w+> | [?!]{2,} | [^\s\w]
+    | <\w+> | [?!]{2,}
+    | [^\s\w\p{C}\U00010000-\U0010FFFF]                     # punctuation; PTB drops emoji and control characters
     """,
-    re.VERBOSE,
+    regex.VERBOSE,
 )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` found.
+    """The metrics of a set of captions.
 
     metrics: the corpus value of each of METRICS, 0 to 1 (CIDEr: 0 to 10); METEOR is None if it was not run.
     per_caption: image id -> the same for that caption alone (without METEOR if it was not run). ROUGE_L and
         CIDEr of the corpus are the means of these; BLEU and METEOR pool their counts over the corpus.
     tokenizer: "PTB" (pycocoevalcap's, in Java) or "plain" (this module's).
+    without_meteor: why METEOR was not run, a sentence; None if it was run or not wanted.
+    uncaptioned: how many images have references but no caption; they do not count.
     """
 
     metrics: dict[str, float | None]
     per_caption: dict[int, dict[str, float]]
     tokenizer: str
+    without_meteor: str | None = None
+    uncaptioned: int = 0
 
 
 def tokenize_plain(caption: str) -> list[str]:
-    """Lower-case words without punctuation, as pycocoevalcap's PTB tokenizer cuts them, without its Java."""
-    tokens = _TOKEN.findall(" ".join(caption.translate(_ASCII).lower().split()))
+    """Split a caption into lower-case words without punctuation, as pycocoevalcap's PTB tokenizer does in Java."""
+    text = unicodedata.normalize("NFC", caption.translate(_REPLACEMENTS)).lower()
+    tokens = _TOKEN.findall(_STRAY_JOINERS.sub("", " ".join(text.split())))
     return [_BRACKETS.get(token, token) for token in tokens if token not in _PUNCTUATION]
 
 
@@ -130,15 +143,17 @@ def score(
     meteor: bool = True,
     java: bool | None = None,
 ) -> Scores:
-    """Score one caption an image (image id -> caption) against its references (image id -> captions).
+    """Score one caption per image (image id -> caption) against its references (image id -> captions).
 
     Images that are only in `references` are left out, as in pycocoevalcap's COCOEvalCap, and CIDEr takes its
-    document frequencies from the references of those that are scored.
+    document frequencies from the references of those that are scored. A caption or reference without a word
+    for the tokenizer counts as empty.
 
-    meteor: run METEOR where Java runs (seconds to start).
-    java: None uses Java where it runs; False never does, for a quick score between epochs; True insists.
+    meteor: run METEOR where Java runs (seconds to start) and no caption has more than METEOR_WORDS words.
+    java: None uses Java where it runs; False never does, for a quick score between epochs; True insists on
+        Java and METEOR.
 
-    Raises InputError for no captions, an image without references, and where Java is insisted on and missing.
+    Raises InputError for no captions, an image without references, and where Java is insisted on and fails.
     """
     if not hypotheses:
         raise InputError("there are no captions to score.")
@@ -155,30 +170,101 @@ def score(
     next(words)
     result = {i: [next(words)] for i in ids}
 
-    use_meteor = meteor and tokenizer == "PTB"
+    meteor = meteor and java is not False
+    without_meteor = _refuse_meteor(truth, result, tokenizer) if meteor else None
+    if without_meteor and java:
+        raise InputError(without_meteor)
+    run_meteor = meteor and not without_meteor
     # Its Java takes seconds to start, while the others compute.
-    with closing(_Meteor()) if use_meteor else nullcontext() as meteor_scorer:
-        corpus, each = Bleu(4).compute_score(truth, result, verbose=0)
-        found = {f"Bleu_{n}": pair for n, pair in enumerate(zip(corpus, each, strict=True), start=1)}
-        found["ROUGE_L"] = Rouge().compute_score(truth, result)
-        found["CIDEr"] = Cider().compute_score(truth, result)
-        if use_meteor:
-            found["METEOR"] = meteor_scorer.compute_score(truth, result)
-    names = [name for name in METRICS if name in found]
+    with closing(_Meteor()) if run_meteor else nullcontext() as meteor_scorer:
+        values = _score_in_python(truth, result)
+        if meteor_scorer is not None:
+            try:
+                values["METEOR"] = meteor_scorer.compute_score(truth, result)
+            except InputError as error:
+                if java:
+                    raise
+                without_meteor = str(error)
+    names = [name for name in METRICS if name in values]
     return Scores(
-        metrics={name: float(found[name][0]) if name in found else None for name in METRICS},
-        per_caption={i: {name: float(found[name][1][row]) for name in names} for row, i in enumerate(ids)},
+        metrics={name: float(values[name][0]) if name in values else None for name in METRICS},
+        per_caption={i: {name: float(values[name][1][row]) for name in names} for row, i in enumerate(ids)},
         tokenizer=tokenizer,
+        without_meteor=without_meteor,
+        uncaptioned=sum(map(bool, references.values())) - len(ids),
     )
 
 
-def _read_json(path: str | Path) -> object:
+Tokenized = dict[int, list[str]]  # image id -> captions, each as words with spaces between them
+
+
+def _refuse_meteor(truth: Tokenized, result: Tokenized, tokenizer: str) -> str | None:
+    if tokenizer != "PTB":
+        return "METEOR is missing because Java is; captions were split by the plain tokenizer."
+    for image, captions in truth.items():
+        if any(caption.count(" ") >= METEOR_WORDS for caption in [*captions, *result[image]]):
+            return f"METEOR is missing because a caption of image {image} has more than {METEOR_WORDS:,} words."
+    return None
+
+
+def _score_in_python(truth: Tokenized, result: Tokenized) -> dict[str, tuple[float, Sequence[float]]]:
+    """Compute all metrics but METEOR: name -> value of the corpus, values of the captions."""
+    corpus, each = Bleu(4).compute_score(truth, result, verbose=0)
+    values = {f"Bleu_{n}": pair for n, pair in enumerate(zip(corpus, each, strict=True), start=1)}
+    _, rouge = Rouge().compute_score(truth, result)
+    rouge = rouge * [bool(caption) for (caption,) in result.values()]  # it finds two empty captions equal
+    values["ROUGE_L"] = rouge.mean(), rouge
+    if any(chain.from_iterable(truth.values())):
+        values["CIDEr"] = Cider().compute_score(truth, result)
+    else:  # it needs an n-gram in the references
+        values["CIDEr"] = 0.0, np.zeros(len(truth))
+    return values
+
+
+def read_references(path: str | Path) -> dict[int, list[str]]:
+    """Read a COCO captions file: image id -> its captions as written. `InputError` names the entry that is wrong."""
+    references: dict[int, list[str]] = {}
+    for image, caption in read_captions(Path(path)):
+        references.setdefault(image, []).append(caption)
+    return references
+
+
+def _read_results(path: str | Path) -> dict[int, str]:
+    """Read a COCO results file: image id -> its one caption."""
+    form = '[{"image_id": 1, "caption": "..."}, ...]'
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a file that is there.") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a results file, {form}.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); give a COCO file.") from error
+        raise InputError(f"{path} is not JSON ({error}); give a results file, {form}.") from error
+    if not isinstance(entries, list) or not entries:
+        held = "an empty list" if entries == [] else f"a JSON value of another type, {entries!r:.60}"
+        raise InputError(f"{path} must be a list, {form}; it holds {held}.")
+    hypotheses: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        try:
+            image, caption = _parse_result(entry)
+        except InputError as error:
+            raise InputError(f"{path}: entry {number} {error}.") from None
+        if image in hypotheses:
+            raise InputError(f"{path}: entry {number} captions image {image} again; keep one caption per image.")
+        hypotheses[image] = caption
+    return hypotheses
+
+
+def _parse_result(entry: object) -> tuple[int, str]:
+    """Parse an entry of a results file; `InputError` with a fragment ("has ...") that follows the entry's name."""
+    for key in ("image_id", "caption"):
+        if not isinstance(entry, dict) or key not in entry:
+            raise InputError(f'lacks "{key}": {entry!r:.80}')
+    image, caption = parse_image_id(entry["image_id"]), entry["caption"]
+    captions = caption if isinstance(caption, list) else [caption]
+    if len(captions) != 1:
+        raise InputError(f"has {len(captions)} captions of image {image}; keep one caption per image")
+    if not isinstance(captions[0], str):
+        raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
+    return image, captions[0]
 
 
 def score_results(
@@ -187,32 +273,12 @@ def score_results(
     """Score a COCO results file, `[{"image_id": 1, "caption": "..."}, ...]`, against a COCO captions file.
 
     Only the images in the results count; `meteor` and `java` are those of `score`. Raises InputError, naming
-    the file, when one is missing or not what it should be, for an unknown image and for one captioned twice.
+    the file and the entry, when one is missing or wrong, for an unknown image and for one captioned twice.
     """
-    annotations, results = _read_json(references_file), _read_json(results_file)
-    references: dict[int, list[str]] = {}
-    try:
-        for image in annotations.get("images", []):
-            references[image["id"]] = []
-        for annotation in annotations["annotations"]:
-            if not isinstance(annotation["caption"], str):
-                raise TypeError
-            references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    except (AttributeError, KeyError, TypeError) as error:
-        message = f"{references_file} is not a COCO captions file; its annotations need image_id and caption, a string."
-        raise InputError(message) from error
-    if not isinstance(results, list) or not results:
-        raise InputError(f'{results_file} must be a list of {{"image_id": ..., "caption": ...}}, not empty.')
-    hypotheses: dict[int, str] = {}
-    for row, entry in enumerate(results):
-        image = entry.get("image_id") if isinstance(entry, dict) else None
-        if not isinstance(image, int | str) or not isinstance(entry.get("caption"), str):
-            raise InputError(f"{results_file}: entry {row} lacks an image_id or a caption; give it both.")
-        if image in hypotheses:
-            raise InputError(f"{results_file}: image {image} is captioned twice; keep one caption an image.")
+    references, hypotheses = read_references(references_file), _read_results(results_file)
+    for image in hypotheses:
         if not references.get(image):
             raise InputError(f"{results_file}: image {image} has no caption in {references_file}; remove it.")
-        hypotheses[image] = entry["caption"]
     return score(hypotheses, references, meteor=meteor, java=java)
 
 
@@ -223,23 +289,26 @@ def format_table(scores: Scores) -> str:
     return "\n".join([*lines, "", f"{len(scores.per_caption)} captions, {scores.tokenizer} tokenizer"])
 
 
-def diversity(hypotheses: Mapping[int, str], training_captions: Iterable[str]) -> dict[str, float]:
-    """How varied captions are (image id -> caption), which the metrics against references do not see.
+def diversity(hypotheses: Mapping[int, str], training_captions: Iterable[str] | None) -> dict[str, float | None]:
+    """Measure how varied captions are (image id -> caption), which the metrics against references do not see.
 
-    Returns `vocabulary` (different words used), `novel` (share of captions not among the training captions),
-    `distinct_captions` (different captions / captions), `distinct_1` and `distinct_2` (different n-grams /
-    n-grams, arXiv 1510.03055), and `mean_length` (words a caption). Case and punctuation do not count.
+    Returns `vocabulary` (different words used), `novel` (share of captions not among the training captions, None
+    without those), `distinct_captions` (different captions / captions), `distinct_1` and `distinct_2` (different
+    n-grams / n-grams, arXiv 1510.03055), and `mean_length` (words per caption). Case and punctuation do not count.
     """
     if not hypotheses:
         raise InputError("there are no captions to measure.")
     captions = [tuple(tokenize_plain(caption)) for caption in hypotheses.values()]
     different = set(captions)
-    known = {words for caption in training_captions if (words := tuple(tokenize_plain(caption))) in different}
+    novel = None
+    if training_captions is not None:
+        known = {words for caption in training_captions if (words := tuple(tokenize_plain(caption))) in different}
+        novel = sum(caption not in known for caption in captions) / len(captions)
     words = list(chain.from_iterable(captions))
     bigrams = [pair for caption in captions for pair in pairwise(caption)]
     return {
         "vocabulary": len(set(words)),
-        "novel": sum(caption not in known for caption in captions) / len(captions),
+        "novel": novel,
         "distinct_captions": len(different) / len(captions),
         "distinct_1": len(set(words)) / max(len(words), 1),
         "distinct_2": len(set(bigrams)) / max(len(bigrams), 1),

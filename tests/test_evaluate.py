@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from conftest import EIGHT, draw_noise, write_split
 
 from captioning import metrics
 from captioning.captioner import Captioner
+from captioning.checkpoint import read_description
 from captioning.errors import InputError, run_command
+from captioning.files import check_output
 from data_loader import CaptionDataset, find_split
 from evaluate import check_scenes, evaluate, main
 
@@ -35,20 +38,20 @@ def command(
 
 def test_captions_known_by_heart_score_highest(memorised: Path, eight: Path, cache: Path):
     captioner = Captioner.load(memorised)
-    found = evaluate(captioner, CaptionDataset(eight, "val", vocab=captioner.vocab, cache=cache), java=False)
-    assert [found.captions[i].text for i in sorted(found.captions)] == list(EIGHT.values())
-    assert found.scores.metrics["Bleu_4"] == pytest.approx(1, abs=1e-3)
-    assert found.scores.metrics["ROUGE_L"] == pytest.approx(1)
-    assert found.scenes == {}
-    assert found.seconds > 0
-    assert found.results() == [{"image_id": i, "caption": c.text} for i, c in found.captions.items()]
+    evaluation = evaluate(captioner, CaptionDataset(eight, "val", vocab=captioner.vocab, cache=cache), java=False)
+    assert [evaluation.captions[i].text for i in sorted(evaluation.captions)] == list(EIGHT.values())
+    assert evaluation.scores.metrics["Bleu_4"] == pytest.approx(1, abs=1e-3)
+    assert evaluation.scores.metrics["ROUGE_L"] == pytest.approx(1)
+    assert evaluation.scenes == {}
+    assert evaluation.seconds > 0
+    assert evaluation.results() == [{"image_id": i, "caption": c.text} for i, c in evaluation.captions.items()]
 
 
 def test_scenes_are_checked_against_what_was_drawn(trained: Path, drawn: Path, cache: Path):
     captioner = Captioner.load(trained)
-    found = evaluate(captioner, CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache), java=False)
-    assert {"thing", "colour", "setting"} <= set(found.scenes)
-    assert all(0 <= share <= 1 for share in found.scenes.values())
+    evaluation = evaluate(captioner, CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache), java=False)
+    assert {"thing", "colour", "setting"} <= set(evaluation.scenes)
+    assert all(0 <= accuracy <= 1 for accuracy in evaluation.scenes.values())
 
 
 def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path):
@@ -56,15 +59,15 @@ def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path):
     first = int(data.image_ids[0])
     for scene in (5, {}, {"kind": "dog", "count": 1, "others": 7, "colour": None}, {"kind": []}):
         data.coco.imgs[first]["scene"] = scene
-        with pytest.raises(InputError, match=rf"captions_test\.json says of image {first} what no drawn scene is"):
+        with pytest.raises(InputError, match=rf"captions_test\.json describes image {first} as no drawn scene is"):
             check_scenes(data, {first: "a dog"})
 
 
 def test_only_the_first_photos_with_a_limit(trained: Path, drawn: Path, cache: Path):
     captioner = Captioner.load(trained)
     data = CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache)
-    found = evaluate(captioner, data, limit=3, java=False)
-    assert list(found.captions) == data.image_ids[:3].tolist()
+    evaluation = evaluate(captioner, data, limit=3, java=False)
+    assert list(evaluation.captions) == data.image_ids[:3].tolist()
 
 
 def test_json_is_one_document_with_what_was_promised(command: Callable, trained: Path, drawn: Path):
@@ -74,6 +77,9 @@ def test_json_is_one_document_with_what_was_promised(command: Callable, trained:
     metrics = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR"}
     assert metrics | {"photos", "photos_per_second"} <= set(document)
     assert document["photos"] == 8
+    assert document["unreadable"] == 0
+    epoch = read_description(trained).best_epoch
+    assert [document[key] for key in ("model", "epoch", "data", "split")] == [str(trained), epoch, str(drawn), "test"]
     assert document["photos_per_second"] > 0
 
 
@@ -81,8 +87,8 @@ def test_the_table_is_for_people(command: Callable, trained: Path, drawn: Path):
     code, output, _ = command("--model", trained, "--data", drawn, "--split", "val")
     assert code == 0
     assert "CIDEr" in output
-    assert "captions right about" in output
-    assert "8 photos" in output
+    assert "attribute accuracy" in output
+    assert "8 images" in output
 
 
 def test_results_are_written_and_scored_again(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
@@ -113,8 +119,10 @@ def test_a_data_set_of_one_split_can_be_measured(command: Callable, trained: Pat
     for name in "ab":
         draw_noise(3).save(tmp_path / "data" / "images" / "val" / f"{name}.png")
     code, output, errors = command("--model", trained, "--data", tmp_path / "data", "--split", "val", "--json")
-    assert (code, errors) == (0, "")
-    assert json.loads(output)["photos"] == 2
+    assert code == 0
+    assert "the share of new captions is not measured" in errors
+    document = json.loads(output)
+    assert (document["photos"], document["novel"]) == (2, None)
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -122,3 +130,142 @@ def test_a_limit_below_one_is_a_mistake(command: Callable, trained: Path, drawn:
     code, _, errors = command("--model", trained, "--data", drawn, "--limit", limit)
     assert code == 2
     assert "limit" in errors
+
+
+def test_what_is_evaluated_is_said_first(command: Callable, trained: Path, drawn: Path):
+    _, _, errors = command("--model", trained, "--data", drawn, "--split", "val", "--limit", 1)
+    epoch = read_description(trained).best_epoch
+    first = f"{trained}, epoch {epoch}, trained on scenes; evaluated on {drawn}, val split"
+    assert errors.splitlines()[0] == first
+
+
+def test_without_a_model_of_the_data_set_none_is_taken(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").symlink_to(trained)
+    other = tmp_path / "drawings"
+    other.symlink_to(drawn)
+    assert command("--data", other)[0] == 0  # a link's name is not the data set's
+    shutil.copytree(drawn / "annotations", tmp_path / "other" / "annotations")
+    code, output, errors = command("--data", "other")
+    assert (code, output) == (2, "")
+    assert "no model in models/ was trained on other" in errors
+    assert "--model (models/mine was trained on scenes)" in errors
+
+
+def test_a_missing_data_set_is_named_before_a_missing_model(command: Callable):
+    code, _, errors = command("--data", "absent")
+    assert code == 2
+    assert "absent does not exist" in errors
+
+
+@pytest.mark.parametrize("place", ["file/r.json", "folder", "/dev/null", "x" * 300])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    place: str, command: Callable, trained: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(Captioner, "stream", None)
+    code, _, errors = command("--model", trained, "--data", drawn, "--results", place)
+    assert code == 2
+    assert f"error: {place} " in errors
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_the_folder_of_an_output_is_created(tmp_path: Path):
+    check_output(tmp_path / "out" / "x.json")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+def test_captions_are_written_before_they_are_scored(
+    command: Callable, trained: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("scoring fails")
+
+    monkeypatch.setattr("evaluate.score", fail)
+    code, _, errors = command("--model", trained, "--data", drawn, "--results", "out/r.json")
+    assert (code, errors.splitlines()[-1]) == (2, "error: scoring fails")
+    assert len(json.loads((tmp_path / "out" / "r.json").read_text())) == 8
+
+
+@pytest.fixture
+def damaged(drawn: Path, tmp_path: Path) -> Path:
+    """The drawn data set with one of its test images broken and another one missing."""
+    data = shutil.copytree(drawn, tmp_path / "damaged")
+    first, second, *_ = sorted((data / "images" / "test").iterdir())
+    first.write_bytes(b"no image")
+    second.unlink()
+    return data
+
+
+def test_images_that_cannot_be_read_are_skipped_and_counted(command: Callable, trained: Path, damaged: Path):
+    options = ("--model", trained, "--data", damaged, "--results", "r.json", "--skip-unreadable")
+    code, output, errors = command(*options, "--json")
+    document = json.loads(output)
+    assert (code, document["photos"], document["unreadable"]) == (0, 6, 2)
+    assert document["CIDEr"] is not None
+    assert len(json.loads(Path("r.json").read_text())) == 6
+    assert errors.count("skipped: ") == 2
+    assert "6 images (2 skipped, which cannot be read)" in command(*options)[1]
+
+
+def test_an_image_that_cannot_be_read_is_an_error_that_names_the_option(
+    command: Callable, trained: Path, drawn: Path, damaged: Path
+):
+    code, _, errors = command("--model", trained, "--data", damaged)
+    assert code == 2
+    assert "1 of 8 photos" in errors
+    folder = damaged / "images" / "test"
+    for name in {path.name for path in (drawn / "images" / "test").iterdir()} - {
+        path.name for path in folder.iterdir()
+    }:
+        shutil.copy(drawn / "images" / "test" / name, folder / name)
+    code, _, errors = command("--model", trained, "--data", damaged)
+    assert code == 2
+    assert "(--skip-unreadable evaluates without it)" in errors
+
+
+def test_no_readable_image_is_an_error(command: Callable, trained: Path, damaged: Path):
+    shutil.rmtree(damaged / "images" / "test")
+    code, _, errors = command("--model", trained, "--data", damaged, "--skip-unreadable")
+    assert code == 2
+    assert "none of the 8 images can be read" in errors
+
+
+def write_json(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_results_file_of_a_part_of_the_images_says_so(command: Callable, tmp_path: Path):
+    rows = [{"image_id": i, "caption": "a dog runs"} for i in (1, 2, 3)]
+    references = write_json(tmp_path / "references.json", {"annotations": rows})
+    results = write_json(tmp_path / "results.json", rows[:1])
+    code, output, errors = command("--references", references, "--results", results, "--json")
+    assert (code, json.loads(output)["photos"]) == (0, 1)
+    assert "captions 1 of the 3 images" in errors
+    assert "METEOR is missing because Java is" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "--references needs --results"),
+        (("--results", "r.json", "--limit", "3"), "--limit has no effect"),
+        (("--results", "r.json", "--model", "m"), "--model has no effect"),
+        (("--results", "r.json", "--skip-unreadable"), "--skip-unreadable has no effect"),
+        (("--results", "r.json", "--beam-size", "3"), "options of decoding have no effect"),
+        (("--results", "r.json"), "references.json cannot be read"),
+    ],
+)
+def test_scoring_a_file_refuses_what_it_does_not_use(command: Callable, options: tuple[str, ...], says: str):
+    code, output, errors = command("--references", "references.json", *options)
+    assert (code, output) == (2, "")
+    assert says in errors
+
+
+def test_help_is_for_newcomers(command: Callable):
+    code, output, _ = command("--help")
+    assert code == 0
+    assert output.count("python evaluate.py") == 2
+    assert "metrics.score" not in output

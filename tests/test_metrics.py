@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,10 @@ def first_against_rest(images):
     """The first photos: the first caption of each as its result, its other captions as its references."""
     dataset = coco_captions()
     dataset["images"] = dataset["images"][:images]
-    kept = {image["id"] for image in dataset["images"]}
+    ids = {image["id"] for image in dataset["images"]}
     hypotheses, others = {}, []
     for annotation in dataset["annotations"]:
-        if annotation["image_id"] in kept:
+        if annotation["image_id"] in ids:
             if annotation["image_id"] in hypotheses:
                 others.append(annotation)
             else:
@@ -154,17 +155,85 @@ def test_plain_tokenizer_splits_as_the_treebank_does():
     assert tokenize_plain(caption) == words.split()
 
 
+# Words with combining marks and joiners, and characters that are no words, split by spaces and "।" alone.
+SCRIPTS = {
+    "hindi": ("एक कुत्ता समुद्र तट पर दौड़ता है।", "एक कुत्ता समुद्र तट पर दौड़ता है ।"),
+    "bengali": ("একটি কুকুর ঘাসের উপর দৌড়াচ্ছে", "একটি কুকুর ঘাসের উপর দৌড়াচ্ছে"),
+    "thai": ("สุนัขสีแดง วิ่งบนชายหาด", "สุนัขสีแดง วิ่งบนชายหาด"),
+    "vowelled arabic": ("اَلْكَلْبُ يَجْرِي", "اَلْكَلْبُ يَجْرِي"),
+    "stressed russian": ("Соба́ка бежи́т.", "соба́ка бежи́т"),
+    "decomposed french": ("Une cre\u0300me bru\u0302le\u0301e", "une crème brûlée"),
+    "turkish": ("İki köpek", "i̇ki köpek"),
+    "soft hyphen": ("a won\u00adderful dog", "a wonderful dog"),
+    "invisible": ("\ufeffa\u200bdog\x00 \x1bruns\u200c", "a dog runs"),
+    "emoji": ("a ❤️ dog 👨\u200d👩\u200d👧 🇩🇪 👍🏽", "a ❤ dog"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_plain_tokenizer_keeps_words_of_other_scripts_whole(name):
+    caption, words = SCRIPTS[name]
+    assert tokenize_plain(caption) == unicodedata.normalize("NFC", words).split()
+
+
+@needs_java
+def test_plain_tokenizer_agrees_with_ptb_in_other_scripts():
+    captions = [caption for caption, _ in SCRIPTS.values()]
+    for mine, theirs in zip(captions, metrics._tokenize_ptb(captions), strict=True):
+        assert tokenize_plain(mine) == [unicodedata.normalize("NFC", word) for word in theirs.split()]
+
+
+@pytest.mark.parametrize("word", ["می\u200cخواهم", "क्\u200dष"])
+def test_joiners_stay_within_words_and_vanish_around_them(word):
+    assert tokenize_plain(f"\u200c{word}\u200d . \u200d {word}") == [word, word]
+
+
+def test_words_with_other_marks_are_other_words():
+    references = {i: ["एक कुत्ता समुद्र तट पर दौड़ता है"] for i in (1, 2)}
+    wrong = score(dict.fromkeys(references, "ऐक कितो समिद्रि तेट पुर दोड़ती हो"), references, java=False)
+    assert wrong.metrics["Bleu_1"] == pytest.approx(0, abs=1e-3)
+    right = score({i: captions[0] for i, captions in references.items()}, references, java=False)
+    assert right.metrics["Bleu_4"] == pytest.approx(1)
+
+
 @needs_java
 def test_ptb_keeps_every_caption_on_its_line():
-    captions = ["", "a\u2028dog\r\nruns\n", "\n", "...", "a cat.", "", ""]
-    assert metrics._tokenize_ptb(captions) == ["", "a dog runs", "", "", "a cat", "", ""]
+    captions = ["", "a\u2028dog\r\nruns\n", "\n", "...", "a cat.", "a *NL* b", "", ""]
+    assert metrics._tokenize_ptb(captions) == ["", "a dog runs", "", "", "a cat", "a * nl * b", "", ""]
 
 
 @needs_java
-def test_a_dead_meteor_is_one_sentence_and_does_not_hang(monkeypatch):
+def test_a_dead_meteor_costs_no_other_metric_and_does_not_hang(monkeypatch):
     monkeypatch.setattr(meteor_package, "METEOR_JAR", "absent.jar")
-    with pytest.raises(InputError, match="METEOR"):
-        score(HYPOTHESES, REFERENCES)
+    scores = score(HYPOTHESES, REFERENCES)
+    assert scores.metrics["METEOR"] is None
+    assert scores.metrics["CIDEr"] > 0
+    assert "METEOR's Java stopped" in scores.without_meteor
+    with pytest.raises(InputError, match="METEOR's Java stopped"):
+        score(HYPOTHESES, REFERENCES, java=True)
+
+
+@needs_java
+@pytest.mark.parametrize("long_one", ["hypothesis", "reference"])
+def test_a_caption_too_long_for_meteor_costs_no_other_metric(long_one, monkeypatch):
+    monkeypatch.setattr(metrics, "_Meteor", None)
+    words = "a red ball " * 3000
+    hypotheses = HYPOTHESES | ({5: words} if long_one == "hypothesis" else {})
+    references = REFERENCES | ({5: [words]} if long_one == "reference" else {})
+    scores = score(hypotheses, references)
+    assert scores.metrics["METEOR"] is None
+    assert "a caption of image 5 has more than 1,000 words" in scores.without_meteor
+    assert scores.metrics["ROUGE_L"] > 0
+    with pytest.raises(InputError, match="image 5"):
+        score(hypotheses, references, java=True)
+
+
+@needs_java
+def test_meteor_of_empty_captions_and_references():
+    references = {1: ["..."], 2: ["", "a dog runs on the grass"], 3: ["a cat | sleeps ||| here"], 4: ["..."]}
+    scores = score({1: "a dog", 2: "a dog runs on the grass", 3: "a cat | sleeps ||| here", 4: "!"}, references)
+    meteor = {i: row["METEOR"] for i, row in scores.per_caption.items()}
+    assert meteor == pytest.approx({1: 0, 2: 1, 3: 1, 4: 0})
 
 
 def test_without_java_the_plain_tokenizer_scores_and_meteor_is_none(monkeypatch, tmp_path):
@@ -172,6 +241,7 @@ def test_without_java_the_plain_tokenizer_scores_and_meteor_is_none(monkeypatch,
     scores = score(HYPOTHESES, REFERENCES)
     assert scores.tokenizer == "plain"
     assert scores.metrics["METEOR"] is None
+    assert "Java" in scores.without_meteor
     assert all("METEOR" not in row for row in scores.per_caption.values())
     with pytest.raises(InputError, match="Java"):
         score(HYPOTHESES, REFERENCES, java=True)
@@ -192,7 +262,8 @@ def test_plain_and_ptb_scores_are_nearly_the_same():
 
 def test_java_can_be_left_out_for_speed(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert score(HYPOTHESES, REFERENCES, java=False).tokenizer == "plain"
+    scores = score(HYPOTHESES, REFERENCES, java=False)
+    assert (scores.tokenizer, scores.without_meteor) == ("plain", None)
 
 
 def test_scores_are_pycocoevalcaps():
@@ -232,6 +303,14 @@ def test_empty_captions_score_nothing_and_do_not_crash(java):
     assert measured == pytest.approx([0] * len(measured), abs=1e-6)
 
 
+@pytest.mark.parametrize("java", [False, pytest.param(None, marks=needs_java)])
+def test_references_without_a_word_score_nothing_and_do_not_crash(java):
+    scores = score({1: "a dog", 2: "..."}, {1: ["..."], 2: ["\N{RABBIT}", "!"]}, meteor=False, java=java)
+    values = [value for row in scores.per_caption.values() for value in row.values()]
+    values += [value for value in scores.metrics.values() if value is not None]
+    assert values == pytest.approx([0] * len(values), abs=1e-3)
+
+
 def test_an_image_without_references_is_an_input_error():
     with pytest.raises(InputError, match="image 4"):
         score({4: "a dog"}, REFERENCES, java=False)
@@ -245,6 +324,7 @@ def test_no_captions_is_an_input_error():
 
 
 RESULT = {"image_id": 7, "caption": "a dog"}
+ANNOTATIONS = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() for c in group]
 
 
 @pytest.mark.parametrize(
@@ -252,23 +332,30 @@ RESULT = {"image_id": 7, "caption": "a dog"}
     [
         (None, "results.json cannot be read"),
         ("[{", "results.json is not JSON"),
-        (RESULT, "results.json must be a list"),
-        ([], "results.json must be a list"),
-        (
-            [RESULT, {"image_id": 8, "caption": "a"}],
-            "results.json: image 8 has no caption in .*captions.json",
-        ),
-        ([RESULT, RESULT], "results.json: image 7 is captioned twice"),
-        ([RESULT, {"image_id": 3}], "results.json: entry 1 lacks"),
-        ([{"image_id": [7], "caption": "a dog"}], "results.json: entry 0 lacks"),
-        (["a dog"], "results.json: entry 0 lacks"),
+        ('{"image_id": 7, "caption": "a"}\n{"image_id": 3, "caption": "b"}\n', r"is not JSON \(Extra data: line 2"),
+        (b'[{"image_id": 7, "caption": "caf\xe9"}]', "results.json is not JSON .*utf-8"),
+        (RESULT, r"results.json must be a list, .*; it holds a JSON value of another type, \{'image_id': 7"),
+        ([], "results.json must be a list, .*; it holds an empty list"),
+        ([RESULT, {"image_id": 8, "caption": "a"}], "results.json: image 8 has no caption in .*captions.json"),
+        ([RESULT, RESULT], "results.json: entry 1 captions image 7 again"),
+        ([RESULT, {"image_id": "7", "caption": "a"}], "results.json: entry 1 captions image 7 again"),
+        ([RESULT, {"image_id": 3}], 'results.json: entry 1 lacks "caption"'),
+        ([{"id": 7, "caption": "a dog"}], 'results.json: entry 0 lacks "image_id"'),
+        ([{"image_id": [7], "caption": "a dog"}], r"entry 0 has an image id that is not a whole number: \[7\]"),
+        ([{"image_id": 7.5, "caption": "a dog"}], "entry 0 has an image id that is not a whole number: 7.5"),
+        ([{"image_id": True, "caption": "a dog"}], "entry 0 has an image id that is not a whole number: True"),
+        ([{"image_id": 7, "caption": None}], 'entry 0 has a "caption" that is not text: None'),
+        ([{"image_id": 7, "caption": ["a", "b"]}], "entry 0 has 2 captions of image 7"),
+        ([{"image_id": 7, "caption": []}], "entry 0 has 0 captions of image 7"),
+        (["a dog"], "entry 0 lacks \"image_id\": 'a dog'"),
     ],
 )
 def test_a_wrong_results_file_is_named(tmp_path, results, says):
-    annotations = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() for c in group]
-    references_file = write(tmp_path / "captions.json", {"annotations": annotations})
+    references_file = write(tmp_path / "captions.json", {"annotations": ANNOTATIONS})
     results_file = tmp_path / "results.json"
-    if isinstance(results, str):
+    if isinstance(results, bytes):
+        results_file.write_bytes(results)
+    elif isinstance(results, str):
         results_file.write_text(results)
     elif results is not None:
         write(results_file, results)
@@ -276,23 +363,46 @@ def test_a_wrong_results_file_is_named(tmp_path, results, says):
         score_results(references_file, results_file, java=False)
 
 
-WRONG_REFERENCES = [[], {"images": []}, {"annotations": [{"id": 1}]}, {"annotations": 3}]
-WRONG_REFERENCES += [{"annotations": [{"image_id": 1, "caption": 3}]}]
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_ids_and_captions_whose_meaning_is_plain_are_read_in_any_encoding(tmp_path, encoding):
+    entries = [{"image_id": float(i), "caption": list(group)} for i, group in REFERENCES.items()]
+    references_file, results_file = tmp_path / "captions.json", tmp_path / "results.json"
+    references_file.write_text(json.dumps({"annotations": entries}, ensure_ascii=False), encoding=encoding)
+    rows = [{"image_id": str(i), "caption": [caption]} for i, caption in HYPOTHESES.items()]
+    results_file.write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
+    assert score_results(references_file, results_file, java=False) == score(HYPOTHESES, REFERENCES, java=False)
 
 
-@pytest.mark.parametrize("document", WRONG_REFERENCES)
-def test_a_wrong_references_file_is_named(tmp_path, document):
-    with pytest.raises(InputError, match=r"captions.json is not a COCO captions file"):
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ([], 'captions.json is not a COCO .* no list of "annotations"'),
+        ({"images": []}, 'captions.json is not a COCO .* no list of "annotations"'),
+        ({"annotations": 3}, 'captions.json is not a COCO .* no list of "annotations"'),
+        ({"annotations": [{"id": 1}]}, r'captions.json: annotations\[0\] lacks "image_id"'),
+        (
+            {"annotations": [{"image_id": 1, "caption": 3}]},
+            r'captions.json: annotations\[0\] has a "caption" that is not',
+        ),
+        (
+            {"annotations": [{"image_id": "x", "caption": "a"}]},
+            r"captions.json: annotations\[0\] has an image id that is",
+        ),
+        ({"annotations": [{"image_id": 7, "caption": " "}]}, "results.json: image 7 has no caption in .*captions.json"),
+    ],
+)
+def test_a_wrong_references_file_is_named(tmp_path, document, says):
+    with pytest.raises(InputError, match=says):
         score_results(write(tmp_path / "captions.json", document), write(tmp_path / "results.json", [RESULT]))
 
 
 def test_only_the_images_in_the_results_count(tmp_path):
-    annotations = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() for c in group]
-    references_file = write(tmp_path / "captions.json", {"annotations": annotations})
+    references_file = write(tmp_path / "captions.json", {"annotations": ANNOTATIONS})
     some = {i: HYPOTHESES[i] for i in (7, 9)}
     results_file = write(tmp_path / "r.json", [{"image_id": i, "caption": c} for i, c in some.items()])
-    expected = score(some, {i: REFERENCES[i] for i in some}, java=False)
-    assert score_results(references_file, results_file, java=False) == expected
+    scores = score_results(references_file, results_file, java=False)
+    assert scores.uncaptioned == 2
+    assert scores.metrics == score(some, {i: REFERENCES[i] for i in some}, java=False).metrics
 
 
 def test_table_is_markdown_with_three_decimals():
@@ -305,8 +415,8 @@ def test_table_is_markdown_with_three_decimals():
 
 
 def test_diversity_counts_what_it_says():
-    found = diversity({1: "A dog runs.", 2: "a dog runs", 3: "a cat"}, ["A dog runs!", "two cats"])
-    assert found == pytest.approx(
+    variety = diversity({1: "A dog runs.", 2: "a dog runs", 3: "a cat"}, ["A dog runs!", "two cats"])
+    assert variety == pytest.approx(
         {
             "vocabulary": 4,
             "novel": 1 / 3,
@@ -316,6 +426,10 @@ def test_diversity_counts_what_it_says():
             "mean_length": 8 / 3,
         }
     )
+
+
+def test_novelty_is_unknown_without_training_captions():
+    assert diversity({1: "a dog"}, None)["novel"] is None
 
 
 def test_diversity_of_empty_captions_is_nothing():
