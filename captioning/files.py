@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +27,10 @@ BYTE_ORDER_MARKS = {  # the longest first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
+# Formats that Pillow has another program draw, only recognises, or embeds others in without bounds.
+NOT_DECODED = {"BLP", "BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
 
 
 def hash_file(path: Path, before: bytes = b"") -> str:
@@ -138,17 +144,43 @@ def check_output(path: Path) -> None:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is not a file; name another one to write.")
-    beside = path.with_name(path.name + ".new")
+    temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.touch()
-        beside.unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
 
 
+def missing_file(path: object) -> InputError:
+    """The sentence on a file that is not there; of a web address, that nothing is fetched."""
+    address = WEB_ADDRESS.match(str(path))
+    if address is None:
+        return InputError(f"{path} does not exist; check the path.")
+    address = f"{address[1]}://{str(path)[address.end() :]}"  # pathlib drops a slash
+    return InputError(f"{address} is a web address, and nothing is fetched; download the file and name it.")
+
+
+def image_formats() -> list[str]:
+    """The names of the formats that Pillow itself decodes, within bounds."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in NOT_DECODED]
+
+
+def register_heif() -> bool:
+    """Have Pillow read HEIC, with pillow-heif; whether that is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
 @cache
 def photo_suffixes() -> frozenset[str]:
-    """How the names of files end that look like photos."""
-    extensions = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in extensions if kind in Image.OPEN and kind != "EPS")
+    """The suffixes of images' file names, in lower case."""
+    formats = set(image_formats())
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(suffixes | HEIF_SUFFIXES if find_spec("pillow_heif") else suffixes - HEIF_SUFFIXES)

@@ -1,28 +1,31 @@
-"""Images as people see them, and as a network takes them: read, transformed, in batches."""
+"""Images as a network takes them: read, transformed, in batches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import signal
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from captioning.errors import InputError
 from captioning.files import CACHE
+from captioning.image_files import read_photo
 from captioning.shards import Member
+
+__all__ = ["Photos", "build_transform", "find_unreadable", "read_batches", "read_photo"]
 
 
 def build_transform(
@@ -55,43 +58,8 @@ def build_transform(
     return T.Compose([*resize, *cut, *flip, *tensor])
 
 
-def read_photo(source: str | Path | Member | Image.Image, shorter_side: int | None = None) -> Image.Image:
-    """A photo as people see it: upright, in 8-bit RGB, transparency over white, the first frame of many.
-
-    A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves `shorter_side` at
-    least two times over, which saves most of the time and changes nothing that a resize would keep.
-    Raises `InputError` with the file's name for whatever cannot be read.
-    """
-    name = "the image" if isinstance(source, Image.Image) else source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = source
-            if not isinstance(source, Image.Image):
-                image = Image.open(BytesIO(source.read()) if isinstance(source, Member) else source)
-            if image.format == "EPS":  # which Pillow has another program run
-                raise ValueError("EPS is a program that draws a picture")
-            if shorter_side and image is not source:
-                image.draft("RGB", (2 * shorter_side, 2 * shorter_side))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's own conversion would clip
-                pixels = np.asarray(image, dtype=np.float64)
-                white = 65535 if image.mode != "F" else max(float(pixels.max()), 1e-9)
-                image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist; check the path.") from None
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise InputError(f"{name} cannot be read as a photo ({reason}).") from None
-
-
 class Photos(Dataset):
-    """The photos at `paths` (or PIL images), transformed; `photos[index]` or, for another draw, `photos[index, seed]`.
+    """The images at `paths` (or PIL images), transformed; `photos[index]` or, for another draw, `photos[index, seed]`.
 
     A random transform draws from the seed and the index alone, so that what a worker returns depends on
     neither the number of workers nor on what was read before.
@@ -100,9 +68,7 @@ class Photos(Dataset):
     def __init__(self, paths: Sequence[str | Path | Member | Image.Image], transform: Callable):
         self.paths = paths
         self.transform = transform
-        steps = getattr(transform, "transforms", [])
-        sizes = [step.size for step in steps if isinstance(step, T.Resize)]
-        self.shorter_side = sizes[0] if sizes and isinstance(sizes[0], int) else None
+        self.shorter_side = _resized_side(transform)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -111,11 +77,27 @@ class Photos(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]))
-            return self.transform(read_photo(self.paths[index], self.shorter_side))
+            try:
+                return self.transform(read_photo(self.paths[index], self.shorter_side))
+            except MemoryError:
+                raise InputError(f"{self.paths[index]} takes more memory than there is; make it smaller.") from None
+
+
+def _resized_side(transform: Callable) -> int | None:
+    """The side that an image of any size is resized to before anything else is done with it, or None.
+
+    Only then may it be decoded at a reduced size: a crop, for one, would cut out something else.
+    """
+    first = next(iter(getattr(transform, "transforms", [])), None)
+    if not isinstance(first, T.Resize | v2.Resize) or first.interpolation == T.InterpolationMode.NEAREST:
+        return None
+    if first.size is None:  # v2 resizes to a longer side, too
+        return None
+    return first.size if isinstance(first.size, int) else max(first.size)
 
 
 class _Attempts(Dataset):
-    """The photos of `keys`, or in the place of one that cannot be read, its `InputError`."""
+    """The images of `keys`, or in the place of one that cannot be read, its `InputError`."""
 
     def __init__(self, photos: Photos):
         self.photos = photos
@@ -139,11 +121,13 @@ def read_batches(
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
 ) -> Iterator[tuple[list, Tensor]]:
-    """Read batches of photos ahead in `workers` processes: yields each batch's keys and its photos, stacked.
+    """Read batches of images ahead in `workers` processes: yields each batch's keys and its images, stacked.
 
-    A photo that cannot be read is passed to `unreadable` and left out of its batch (which may leave it
+    An image that cannot be read is passed to `unreadable` and left out of its batch (which may leave it
     empty); without that, its `InputError` is raised.
     """
+    if workers < 0:
+        raise InputError(f"workers must be at least 0, not {workers}.")
     pin = torch.cuda.is_available()
     batches = list(batches)
     loader = DataLoader(
@@ -153,21 +137,34 @@ def read_batches(
         collate_fn=list,
         worker_init_fn=_ignore_signals,
     )
-    for keys, items in zip(batches, loader, strict=True):
-        kept = []
+    for keys, items in zip(batches, _name_lost_workers(loader), strict=True):
+        readable = []
         for key, item in zip(keys, items, strict=True):
             if not isinstance(item, InputError):
-                kept.append(key)
+                readable.append(key)
             elif unreadable is None:
                 raise item
             else:
                 unreadable(key[0] if isinstance(key, tuple) else key, item)
-        stacked = torch.stack([item for item in items if not isinstance(item, InputError)]) if kept else torch.empty(0)
-        yield kept, stacked.pin_memory() if pin else stacked
+        images = [item for item in items if not isinstance(item, InputError)]
+        stacked = torch.stack(images) if images else torch.empty(0)
+        yield readable, stacked.pin_memory() if pin else stacked
 
 
-class _Attempted(Photos):
-    """Photos read at an eighth of their size where their format allows it, which still reads every byte of them."""
+def _name_lost_workers(loader: DataLoader) -> Iterator[list]:
+    """The loader's batches; `InputError` where the system has ended a process that reads them."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", str(error)):
+            raise
+        raise InputError(
+            "a process that reads images was ended, perhaps for want of memory; use fewer --workers."
+        ) from None
+
+
+class _Checks(Photos):
+    """Images read at an eighth of their size where their format allows it, which still reads every byte of them."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
         read_photo(self.paths[int(key)], shorter_side=1)
@@ -175,30 +172,34 @@ class _Attempted(Photos):
 
 
 def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
-    """Read every photo once, in `workers` processes: the indices of those that cannot be read, and why.
+    """Read every image once, in `workers` processes: the indices of those that cannot be read, and why.
 
-    Of the same photos, by their names, sizes and dates, the next time only these are read again.
+    Of the same images, by their names, sizes and dates, the next time only these are read again.
     """
-    about = hashlib.sha256()
+    key = hashlib.sha256()
     for path in paths:
-        stat = path.stat()
-        about.update(f"{path.absolute()}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
-    kept = cache / "unreadable" / f"{about.hexdigest()[:32]}.json"
+        with suppress(OSError):  # whose reason is found below
+            status = path.stat()
+            key.update(
+                f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+            )
+    known = cache / "unreadable" / f"{key.hexdigest()[:32]}.json"
     rows: Sequence[int] = range(len(paths))
     with suppress(OSError, ValueError):
-        rows = json.loads(kept.read_bytes())
+        rows = json.loads(known.read_bytes())
     failed: dict[int, InputError] = {}
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for _ in tqdm(
-        read_batches(_Attempted(paths, None), batches, workers, failed.__setitem__),
+        read_batches(_Checks(paths, None), batches, workers, failed.__setitem__),
         total=len(batches),
-        desc="checking photos",
+        desc="checking images",
         delay=2,
         disable=None,
     ):
         pass
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_name(f"{kept.stem}.{os.getpid()}.new")
-    beside.write_text(json.dumps(sorted(failed)))
-    os.replace(beside, kept)
+    with suppress(OSError):  # without a cache they are all read again
+        known.parent.mkdir(parents=True, exist_ok=True)
+        new = known.with_name(f"{known.stem}.{os.getpid()}.new")
+        new.write_text(json.dumps(sorted(failed)))
+        os.replace(new, known)
     return failed

@@ -1,0 +1,283 @@
+"""An image file becomes RGB pixels, within limits.
+
+Whatever a file says of itself, reading it takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES`
+bounds what its decoder allocates, and so how many pixels it may have (50 million of a JPEG 2000, 62 million of a WebP,
+83 million of an AVIF or HEIC, 125 million of a PNG or TIFF). A JPEG may have 4,000 million, since it is decoded at a
+reduced size. An image of 12 megapixels takes 6 MB as a JPEG that is reduced to 256 pixels, and 100 MB as a PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import stat
+import time
+import warnings
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL.JpegImagePlugin import jpeg_factory
+
+from captioning.errors import InputError
+from captioning.files import image_formats, missing_file, register_heif
+from captioning.shards import Member
+
+MAX_BYTES = 1_000_000_000  # that decoding an image may take
+MAX_FILE_BYTES = 512 << 20
+MAX_SECONDS = 60  # of reading one file
+MAX_SCANS = 100  # of a JPEG; encoders write about 10
+MAX_SCANNED_PIXELS = 4_000_000_000  # in all scans together, some 3 seconds
+MAX_ASPECT = 32  # of an image's longer side to its shorter one; of a longer image only the middle is kept
+BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 20}  # that the decoder allocates, measured
+DEFAULT_BYTES_PER_PIXEL = 8  # 4 in Pillow's memory and 4 in the decoder's or the RGB copy's
+BAND_PIXELS = 1 << 20  # that are converted at once
+WHITES = (1, 255, 4095, 65535)  # the levels of white in images of more than 8 bits a channel
+NO_DATA = 1e30  # geographers mark missing cells by numbers beyond it
+
+TURNS = {  # of EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+# A JPEG's marker that a length follows, or the end of the image; 00 and D0 to D7 stand within the data of a scan.
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
+
+
+def read_photo(
+    source: str | Path | Member | Image.Image,
+    shorter_side: int | None = None,
+    formats: Collection[str] | None = None,
+) -> Image.Image:
+    """Read an image as people see it: upright, in 8-bit RGB, transparency over white, the first frame of many.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves `shorter_side` at least two
+    times over, which saves most of the time and changes nothing that a resize to `shorter_side` keeps; a JPEG of more
+    than 125 million pixels always is. An image that is more than 32 times as long as it is wide is cut to its middle.
+    `formats` are the names of the formats to accept, as Pillow has them; by default all that Pillow decodes.
+    Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
+    """
+    name = "the image" if isinstance(source, Image.Image) else source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(source, Image.Image):
+                return _upright_rgb(source)
+            with _open_file(source) as file:
+                image = _open_image(file, formats)
+                _draft(image, shorter_side)
+                _check_size(image)
+                image.load()
+                _check_size(image)  # an icon's true size is in the PNG within
+                return _upright_rgb(image)
+    except FileNotFoundError:
+        raise missing_file(name) from None
+    except UnidentifiedImageError:
+        reason = "its content is of no image format that can be read"
+    except MemoryError:
+        reason = "it takes more memory than there is"
+    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+    raise InputError(f"{name} cannot be read as a photo ({reason}).")
+
+
+class _TimedFile(io.BufferedReader):
+    """A file that can be read for `MAX_SECONDS`; Pillow's decoders read it block by block."""
+
+    def __init__(self, raw: Any):
+        super().__init__(raw)
+        self.deadline = time.monotonic() + MAX_SECONDS
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.monotonic() > self.deadline:
+            raise ValueError(f"decoding it takes more than {MAX_SECONDS} seconds")
+        return super().read(size)
+
+
+def _open_file(source: str | Path | Member) -> _TimedFile:
+    if isinstance(source, Member):
+        size = source.size
+    else:
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
+        size = status.st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"it has {size >> 20:,} MB, and a photo may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
+    return _TimedFile(io.BytesIO(source.read()) if isinstance(source, Member) else io.FileIO(source))
+
+
+def _open_image(file: _TimedFile, formats: Collection[str] | None) -> Image.Image:
+    start = file.read(12)
+    file.seek(0)
+    if start.startswith(b"\xff\xd8\xff") and (formats is None or "JPEG" in formats):
+        scans = _count_scans(file.read())
+        file.seek(0)
+        image = jpeg_factory(file)  # unlike Image.open it sets no limit to the size before `_draft`
+        _check_scans(image, scans)
+        return image
+    try:
+        return Image.open(file, formats=image_formats() if formats is None else list(formats))
+    except UnidentifiedImageError:
+        if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS or formats is not None:
+            raise
+    if not register_heif():
+        raise ValueError("it is a HEIC image; `pip install pillow-heif` makes them readable")
+    file.seek(0)
+    return Image.open(file, formats=["HEIF"])
+
+
+def _count_scans(jpeg: bytes) -> int:
+    """The number of scans of a JPEG's first image; its thumbnails, other images and trailing video do not count."""
+    scans, at = 0, 2
+    if jpeg.count(b"\xff\xda") == 1:
+        return 1
+    while (marker := JPEG_MARKER.search(jpeg, at)) and marker[1][0] != END_OF_IMAGE:
+        scans += marker[1][0] == START_OF_SCAN
+        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def _check_scans(image: Any, scans: int) -> None:
+    """Refuse a JPEG whose scans take too long, or too much memory: of several all coefficients are held."""
+    pixels = image.width * image.height
+    if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
+        raise ValueError(f"it has {scans:,} progressive scans, too many for its size; save it anew")
+    if scans > 1:
+        widest, highest = (max(layer[i] for layer in image.layer) for i in (1, 2))
+        planes = sum(layer[1] * layer[2] for layer in image.layer) / (widest * highest)
+        if 2 * planes * pixels > MAX_BYTES:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, too many for a progressive JPEG")
+
+
+def _draft(image: Image.Image, shorter_side: int | None) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth of its size."""
+    width, height = image.size
+    scale = 1
+    while scale < 8 and (
+        (shorter_side is not None and min(width, height) >= 2 * scale * 2 * shorter_side)
+        or width * height * DEFAULT_BYTES_PER_PIXEL > MAX_BYTES * scale**2
+    ):
+        scale *= 2
+    if scale > 1:
+        image.draft(None, (max(1, width // scale), max(1, height // scale)))
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    most = MAX_BYTES // BYTES_PER_PIXEL.get(image.format, DEFAULT_BYTES_PER_PIXEL)
+    if width * height > most:
+        raise ValueError(f"it has {width} x {height} pixels, more than {most // 10**6} million; save it smaller")
+
+
+def _bound_tags(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Pillow's reader of TIFF and EXIF tags, with a limit.
+
+    It reads the data of every tag, and thousands of tags may refer to the same megabyte.
+    """
+
+    class Bounded:
+        def __init__(self, file: Any):
+            self.file, self.seek, self.tell = file, file.seek, file.tell
+            at = file.tell()
+            file.seek(0, os.SEEK_END)
+            self.left = file.tell() + (1 << 16)
+            file.seek(at)
+
+        def read(self, size: int = -1) -> bytes:
+            content = self.file.read(size)
+            self.left -= len(content)
+            if self.left < 0:
+                raise ValueError("its tags refer to the same bytes again and again")
+            return content
+
+    return lambda directory, file: load(directory, Bounded(file))
+
+
+TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFileDirectory_v2.load)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    turn = None
+    with suppress(Exception):  # a broken EXIF costs the turn and not the image
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    upright = _to_rgb(_cut_long(image))
+    upright.info.clear()  # what it says of the orientation, of transparency and of colours is no longer so
+    return upright if turn is None else upright.transpose(turn)
+
+
+def _cut_long(image: Image.Image) -> Image.Image:
+    """The middle of an image whose resize to a given shorter side would take memory without bound."""
+    shorter = min(image.size)
+    excess = [max(0, side - MAX_ASPECT * shorter) // 2 for side in image.size]  # at either end
+    if not any(excess):
+        return image
+    left, top = excess
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        low, high = _black_and_white(image)
+        scale = 255 / (high - low) if high > low else 0.0
+        return _convert_bands(image, lambda band: Image.fromarray(_to_8_bits(band, low, scale)))
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        return _convert_bands(image, _over_white)
+    return image.convert("RGB")
+
+
+def _convert_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image to RGB band by band, so that no more than the result is added to the memory it takes."""
+    rgb = Image.new("RGB", image.size)
+    for box in _bands(image):
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def _bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    rows = max(1, BAND_PIXELS // image.width)
+    return [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+
+def _over_white(band: Image.Image) -> Image.Image:
+    band = band.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+
+
+def _levels(band: Image.Image) -> np.ndarray:
+    """The levels of an image of 16 or 32 bits, float64, NaN where there is none."""
+    levels = np.asarray(band, dtype=np.float64)
+    return np.where(np.abs(levels) < NO_DATA, levels, np.nan)
+
+
+def _black_and_white(image: Image.Image) -> tuple[float, float]:
+    """The levels that are black and white.
+
+    Formats of 16 or 32 bits do not say how many of them are used. White is the lowest of `WHITES` that no level
+    exceeds; where there is none, or a level is negative, the lowest level is black and the highest white.
+    """
+    ranges = [
+        (np.fmin.reduce(levels, axis=None), np.fmax.reduce(levels, axis=None))
+        for levels in (_levels(image.crop(box)) for box in _bands(image))
+    ]
+    lows, highs = np.array(ranges).T
+    low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
+    if math.isnan(low) or low < 0 or high > WHITES[-1]:
+        return low, high
+    return 0.0, float(next(white for white in WHITES if high <= white))
+
+
+def _to_8_bits(band: Image.Image, low: float, scale: float) -> np.ndarray:
+    return np.nan_to_num((_levels(band) - low) * scale).round().clip(0, 255).astype(np.uint8)

@@ -1,0 +1,396 @@
+"""Images of every kind become RGB within limits; only a transform that resizes first has a JPEG decoded smaller."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_noise
+from PIL import Image
+from torchvision import transforms as T
+from torchvision.transforms import v2
+
+from captioning import files, image_files, images
+from captioning.errors import InputError
+from captioning.image_files import read_photo
+from captioning.images import Photos, build_transform, find_unreadable, read_batches
+
+ROOT = Path(__file__).parents[1]
+
+
+def encode(image: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def smooth(size: tuple[int, int]) -> Image.Image:
+    """A picture without edges, of which every crop looks different."""
+    return draw_noise(0, (32, 24)).resize(size, Image.Resampling.BICUBIC)
+
+
+# Drafts
+
+
+@pytest.mark.parametrize(
+    ("steps", "drafted"),
+    [
+        ([T.Resize(32), T.CenterCrop(28)], True),
+        ([v2.Resize(32), v2.CenterCrop(28)], True),
+        ([T.Resize((32, 48))], True),
+        ([T.Resize([32])], True),
+        ([T.CenterCrop(400), T.Resize(32)], False),
+        ([T.RandomCrop(200), T.Resize(32)], False),
+        ([T.RandomResizedCrop(32)], False),
+        ([T.Pad(100), T.Resize(32)], False),
+        ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST)], False),
+        ([T.Compose([T.CenterCrop(400), T.Resize(32)])], False),
+        ([], False),
+    ],
+)
+def test_a_jpeg_is_decoded_smaller_only_for_a_resize_that_comes_first(tmp_path: Path, steps: list, drafted: bool):
+    path = tmp_path / "a.jpg"
+    smooth((800, 600)).save(path, quality=95)
+    sizes: list[tuple[int, int]] = []
+
+    def note(image: Image.Image) -> Image.Image:
+        sizes.append(image.size)
+        return image
+
+    transform = T.Compose([*steps, T.PILToTensor()])
+    photos = Photos([path], transform)
+    read = photos[0].float()
+    torch.manual_seed(int(np.random.SeedSequence((0, 0)).generate_state(1, np.uint64)[0]))
+    expected = transform(Image.open(path).convert("RGB")).float()
+    assert (read - expected).abs().mean() < 2
+    Photos.__getitem__(_with(photos, note), 0)
+    assert (sizes[0] != (800, 600)) == drafted
+
+
+def _with(photos: Photos, note: Callable) -> Photos:
+    """The same images read for the same size, of which `note` learns before they are transformed."""
+    other = Photos(photos.paths, lambda image: T.PILToTensor()(note(image)))
+    other.shorter_side = photos.shorter_side
+    return other
+
+
+# Limits
+
+
+def progressive_bomb(side: int, scans: int) -> bytes:
+    """A grey progressive JPEG of a few bytes a scan, each of which goes over all its blocks."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+    start = b"\xff\xd8" + segment(0xDB, b"\0" + bytes([16] * 64))
+    start += segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0]))
+    start += segment(0xC4, b"\x00" + bytes([1] + [0] * 15) + b"\x00")
+    start += segment(0xC4, b"\x10" + bytes([1, 1] + [0] * 14) + b"\xe0\x00")
+    start += segment(0xDA, bytes([1, 1, 0x00, 0, 0, 0]))
+    return start + segment(0xDA, bytes([1, 1, 0x00, 1, 63, 0])) * scans + b"\xff\xd9"
+
+
+def tag_bomb(tags: int, size: int) -> bytes:
+    """EXIF or a TIFF of which every tag refers to the same bytes."""
+    start = 8 + 2 + 12 * tags + 4
+    entries = b"".join(struct.pack("<HHLL", tag + 1, 7, size, start) for tag in range(tags))
+    return b"II*\0" + struct.pack("<LH", 8, tags) + entries + bytes(4) + bytes(size)
+
+
+def with_exif(jpeg: bytes, exif: bytes) -> bytes:
+    parts = [b"Exif\0\0" + exif[i : i + 65000] for i in range(0, len(exif), 65000)]
+    return jpeg[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(p) + 2) + p for p in parts) + jpeg[2:]
+
+
+def png_header(width: int, height: int, colours: int) -> bytes:
+    """A PNG of a few bytes that says it is enormous; 0 is grey, 6 is RGBA."""
+    header = b"IHDR" + struct.pack(">LLBBBBB", width, height, 8, colours, 0, 0, 0)
+    chunk = struct.pack(">L", 13) + header + struct.pack(">L", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT"
+
+
+def plain(width: int, height: int, form: str, mode: str = "RGB", **options: object) -> bytes:
+    return encode(Image.new(mode, (width, height)), form, **options)
+
+
+RED = Image.new("RGB", (64, 64), "red")
+EXIF = tag_bomb(2000, 1 << 20)
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, and what is said of it
+    "scans": (lambda: progressive_bomb(4000, 2000), "2,001 progressive scans"),
+    "scans of a huge image": (lambda: progressive_bomb(16000, 60), "61 progressive scans"),
+    "coefficients": (lambda: progressive_bomb(40000, 1), "too many for a progressive JPEG"),
+    "tags of a TIFF": (lambda: EXIF, "refer to the same bytes"),
+    "tags of a JPEG": (lambda: with_exif(encode(RED, "JPEG"), EXIF), "(64, 64)"),
+    "tags of a PNG": (lambda: encode(RED, "PNG", exif=EXIF), "(64, 64)"),
+    "tags of a WebP": (lambda: encode(RED, "WEBP", exif=EXIF), "(64, 64)"),
+    "pixels of a grey PNG": (lambda: png_header(13000, 12000, 0), "more than 125 million"),
+    "pixels of an RGBA PNG": (lambda: png_header(13000, 12000, 6), "more than 125 million"),
+    "pixels of a GIF": (lambda: plain(13000, 12000, "GIF", "P"), "more than 125 million"),
+    "pixels of a WebP": (lambda: plain(9000, 8000, "WEBP", lossless=True, method=0), "more than 62 million"),
+    "pixels of a JPEG 2000": (lambda: plain(8000, 7000, "JPEG2000", "L"), "more than 50 million"),
+}
+
+
+def read_alone(path: Path, shorter_side: int | None = None) -> tuple[str, int]:
+    """What reading a file gives, a size or a sentence, and its peak memory in MB, in a process that may take 3 GB."""
+    script = (
+        "import resource, sys\n"
+        "from captioning.errors import InputError\n"
+        "from captioning.image_files import read_photo\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: print(read_photo(sys.argv[1], int(sys.argv[2]) or None).size)\n"
+        "except InputError as error: print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    command = [sys.executable, "-c", script, str(path), str(shorter_side or 0)]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100).stdout
+    said, peak = lines.splitlines()
+    return said, int(peak)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, name: str):
+    content, expected = BOMBS[name]
+    (tmp_path / "bomb").write_bytes(content())
+    said, peak = read_alone(tmp_path / "bomb")
+    assert expected in said
+    assert peak < 100
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("RGB", "WEBP"), ("RGB", "AVIF"), ("RGB", "JPEG2000")],
+)
+def test_reading_takes_no_more_memory_than_is_said(tmp_path: Path, mode: str, form: str):
+    options = {"compress_level": 1} if form == "PNG" else {"method": 0} if form == "WEBP" else {}
+    (tmp_path / "large").write_bytes(plain(2500, 2500, form, mode, **options))
+    each = image_files.BYTES_PER_PIXEL.get(form, image_files.DEFAULT_BYTES_PER_PIXEL)
+    assert read_alone(tmp_path / "large")[1] < 2500**2 * each / 1e6 * 1.1 + 20
+
+
+@pytest.mark.parametrize("size", [(12000, 9000), (16320, 12240)], ids=["108 megapixels", "200 megapixels"])
+def test_a_jpeg_of_a_phone_is_reduced_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]):
+    Image.new("L", size, 99).save(tmp_path / "phone.jpg")
+    said, peak = read_alone(tmp_path / "phone.jpg", 256)
+    assert said == str((size[0] // 8, size[1] // 8))
+    assert peak < 100
+    with pytest.MonkeyPatch.context() as patch:  # and where nothing is said of the size that is needed
+        patch.setattr(image_files, "MAX_BYTES", 40_000_000)
+        assert read_photo(tmp_path / "phone.jpg").size[0] in (size[0] // 8, size[0] // 4)
+
+
+def test_progressive_photos_are_read(tmp_path: Path):
+    smooth((1200, 900)).save(tmp_path / "a.jpg", progressive=True, quality=95)
+    assert (tmp_path / "a.jpg").read_bytes().count(b"\xff\xda") > 5
+    assert read_photo(tmp_path / "a.jpg").size == (1200, 900)
+
+
+def test_only_the_scans_of_the_photo_itself_count(tmp_path: Path):
+    jpeg = encode(smooth((1200, 900)), "JPEG")
+    thumbnail = with_exif(jpeg, b"II*\0\x08\0\0\0\0\0\0\0\0\0" + b"\xff\xda\0\x08" * 5000)
+    (tmp_path / "phone.jpg").write_bytes(thumbnail + b"\xff\xda video" * 5000)
+    assert read_photo(tmp_path / "phone.jpg").size == (1200, 900)
+
+
+def test_a_slow_decoder_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw_noise(0).save(tmp_path / "a.png")
+    monkeypatch.setattr(image_files, "MAX_SECONDS", -1)
+    with pytest.raises(InputError, match=r"a\.png .*more than -1 seconds"):
+        read_photo(tmp_path / "a.png")
+
+
+def test_a_file_too_large_for_a_photo_is_not_read(tmp_path: Path):
+    with open(tmp_path / "a.webp", "wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
+        file.truncate(100 << 30)
+    with pytest.raises(InputError, match=r"a\.webp .*102,400 MB"):
+        read_photo(tmp_path / "a.webp")
+
+
+def test_an_icon_that_is_larger_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    png = plain(300, 300, "PNG")
+    entry = struct.pack("<BBBBHHLL", 16, 16, 0, 0, 1, 32, len(png), 22)
+    (tmp_path / "a.ico").write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + png)
+    assert read_photo(tmp_path / "a.ico").size == (300, 300)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 8 * 299 * 300)
+    with pytest.raises(InputError, match="300 x 300"):
+        read_photo(tmp_path / "a.ico")
+
+
+@pytest.mark.parametrize("size", [(65000, 1), (1, 65000), (30000, 1), (16000, 40), (999, 10)])
+@pytest.mark.parametrize("train", [False, True])
+def test_thin_images_are_resized_from_their_middle(tmp_path: Path, size: tuple[int, int], train: bool):
+    Image.new("RGB", size, (40, 160, 60)).save(tmp_path / "thin.png")
+    image = read_photo(tmp_path / "thin.png")
+    assert max(image.size) in (32 * min(size), 32 * min(size) + 1)
+    pixels = Photos([tmp_path / "thin.png"], build_transform(train, 64, normalise=False))[0]
+    assert pixels.flatten(1).float().mean(1).tolist() == [40, 160, 60]
+
+
+def test_a_cut_leaves_what_the_centre_crop_takes():
+    image = smooth((4001, 40))
+    transform = build_transform(False, 64, normalise=False)
+    assert (transform(read_photo(image)).float() - transform(image).float()).abs().mean() < 1
+
+
+def test_want_of_memory_loses_only_the_image_itself(tmp_path: Path):
+    def transform(image: Image.Image) -> torch.Tensor:
+        if image.width > 100:
+            raise MemoryError
+        return T.PILToTensor()(image)
+
+    for i, width in enumerate((80, 800, 80)):
+        draw_noise(i, (width, 60)).save(tmp_path / f"{i}.png")
+    failed: dict[int, InputError] = {}
+    photos = Photos(sorted(tmp_path.iterdir()), transform)
+    for workers in (0, 1):
+        ((keys, pixels),) = read_batches(photos, [[0, 1, 2]], workers, failed.__setitem__)
+        assert keys == [0, 2]
+        assert len(pixels) == 2
+        assert "1.png takes more memory than there is" in str(failed[1])
+
+
+def test_a_worker_that_the_system_ends_is_a_sentence(tmp_path: Path):
+    photos = Photos([tmp_path / "a.png"], lambda _: os._exit(9))
+    draw_noise(0).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="use fewer --workers"):
+        list(read_batches(photos, [[0]], 1))
+    with pytest.raises(InputError, match="workers must be at least 0, not -1"):
+        list(read_batches(photos, [[0]], -1))
+
+
+# Levels
+
+
+GREY = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
+SPOILT = GREY.astype(np.float32) / 255
+SPOILT[3, 3] = np.nan
+LEVELS = {  # what a file holds, and what is read, 0 to 255
+    "int32 of 0 to 255": (GREY.astype(np.int32), GREY),
+    "int32 of 16 bits": (GREY.astype(np.int32) * 257, GREY),
+    "int32 of 24 bits": (GREY.astype(np.int32) * 65793, GREY),
+    "int32, signed": ((GREY.astype(np.int32) - 128) * 8, GREY),
+    "int32, a mask": ((GREY > 127).astype(np.int32), (GREY > 127) * 255),
+    "uint16 of 8 bits": (GREY.astype(np.uint16), GREY),
+    "uint16 of 12 bits": (GREY.astype(np.uint16) * 16, GREY / 255 * 4080 / 4095 * 255),
+    "uint16": (GREY.astype(np.uint16) * 257, GREY),
+    "float of 0 to 1": (GREY.astype(np.float32) / 255, GREY),
+    "float of 0 to 0.5": (GREY.astype(np.float32) / 510, GREY / 2),
+    "float of 0 to 255": (GREY.astype(np.float32), GREY),
+    "float of -1 to 1": (GREY.astype(np.float32) / 127.5 - 1, GREY),
+    "float with a NaN": (SPOILT, np.nan_to_num(SPOILT) * 255),
+    "float with infinities": (
+        np.where(np.isnan(SPOILT), np.inf, SPOILT).astype(np.float32),
+        np.nan_to_num(SPOILT) * 255,
+    ),
+    "float with a mark for no data": (
+        np.where(np.isnan(SPOILT), -3.4e38, SPOILT).astype(np.float32),
+        np.nan_to_num(SPOILT) * 255,
+    ),
+    "nothing but NaN": (np.full((16, 256), np.nan, np.float32), np.zeros((16, 256))),
+    "nothing but zeros": (np.zeros((16, 256), np.int32), np.zeros((16, 256))),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("band", [1 << 20, 1000], ids=["whole", "in bands"])
+def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(image_files, "BAND_PIXELS", band)
+    levels, expected = LEVELS[name]
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    read = np.asarray(read_photo(tmp_path / "a.tif")).astype(float)
+    assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
+
+
+def test_transparency_over_white_in_bands(monkeypatch: pytest.MonkeyPatch):
+    image = smooth((80, 60)).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((80, 60)))
+    whole = np.asarray(read_photo(image))
+    monkeypatch.setattr(image_files, "BAND_PIXELS", 333)
+    assert (np.asarray(read_photo(image)) == whole).all()
+
+
+# Formats
+
+
+def test_avif_is_read(tmp_path: Path):
+    RED.save(tmp_path / "a.avif")
+    assert np.abs(np.asarray(read_photo(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a"])
+def test_heic_is_read_whatever_its_name(tmp_path: Path, name: str):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(RED).save(tmp_path / "a.heif", quality=90)
+    (tmp_path / "a.heif").rename(tmp_path / name)
+    assert np.abs(np.asarray(read_photo(tmp_path / name), int) - (255, 0, 0)).max() < 9
+
+
+def test_heic_without_pillow_heif_is_a_sentence_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(InputError, match=r"a\.heic .*pip install pillow-heif"):
+        read_photo(tmp_path / "a.heic")
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
+    assert ".heic" not in files.photo_suffixes.__wrapped__()
+    monkeypatch.setattr(files, "find_spec", lambda _: True)
+    assert {".heic", ".jpg"} <= files.photo_suffixes.__wrapped__()
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".pdf", ".grib"])
+def test_files_that_are_no_images_are_not_taken_for_such(suffix: str):
+    assert suffix not in files.photo_suffixes()
+
+
+def test_only_the_formats_that_are_allowed(tmp_path: Path):
+    RED.save(tmp_path / "a.bmp")
+    RED.save(tmp_path / "a.jpg")
+    assert read_photo(tmp_path / "a.bmp", formats=("BMP",)).size == (64, 64)
+    for name in ("a.bmp", "a.jpg"):
+        with pytest.raises(InputError, match="of no image format"):
+            read_photo(tmp_path / name, formats=("PNG",))
+
+
+# Paths
+
+
+def test_what_is_no_file_is_a_sentence(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "dangling.jpg").symlink_to("gone.jpg")
+    for path, expected in (
+        (tmp_path / "pipe.jpg", "not a regular file"),
+        (tmp_path / "loop.jpg", "symbolic links"),
+        (tmp_path / "dangling.jpg", "does not exist"),
+        (tmp_path, "it is a folder"),
+        (tmp_path / ("a" * 300), r"name too long"),
+        (Path("/".join(["a" * 200] * 30)), r"name too long"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            read_photo(path)
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a/b.jpg", "http://example.org/b.jpg", "s3://bucket/b.jpg"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_web_address_is_not_fetched(address: str, kind: type):
+    with pytest.raises(InputError) as error:
+        read_photo(kind(address))
+    assert str(error.value) == f"{address} is a web address, and nothing is fetched; download the file and name it."
+
+
+def test_a_photo_that_is_missing_is_found_with_the_others(tmp_path: Path):
+    draw_noise(0).save(tmp_path / "a.png")
+    failed = find_unreadable([tmp_path / "a.png", tmp_path / "gone.png"], cache=tmp_path / "cache")
+    assert list(failed) == [1]
+    (tmp_path / "file").touch()
+    assert list(find_unreadable([tmp_path / "gone.png"], cache=tmp_path / "file")) == [0]
+    assert images.read_photo is read_photo
