@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 import scenes
 from captioning.annotations import read_annotations
-from captioning.captioner import Caption, Captioner, Decoding
+from captioning.captioner import Caption, Captioner, Decoding, Precision
 from captioning.checkpoint import default_model
 from captioning.distributed import this_process
 from captioning.errors import InputError, run_command
@@ -103,8 +103,8 @@ def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[st
 
 
 def main(
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")],
-    model: Path | None = None,
+    decoding: Annotated[Decoding, tyro.conf.arg(name=""), tyro.conf.DisallowNone],
+    model: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     data: Path = Path("data/scenes"),
     split: Literal["train", "val", "test"] = "test",
     limit: int | None = None,
@@ -112,13 +112,14 @@ def main(
     results: Path | None = None,
     references: Path | None = None,
     workers: int = min(4, os.cpu_count() or 1),
+    precision: Precision = "auto",
 ) -> None:
     """Caption a split with a trained model and score the captions.
 
     Args:
-        decoding: how words are chosen.
+        decoding: how words are chosen; by default greedily.
         model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
-            trained on this data set.
+            trained on this data set. Given several times, the models' probabilities are averaged.
         data: the data set's folder.
         split: which of its splits.
         limit: only so many photos, the first ones.
@@ -127,6 +128,7 @@ def main(
             read them from here instead.
         references: only score the captions in --results against this COCO captions file.
         workers: processes that read photos.
+        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32.
     """
     if references is not None:
         if not this_process().is_main_process:
@@ -138,8 +140,11 @@ def main(
         return
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
+    decoding.check()
+    if decoding.alternatives:
+        raise InputError("--alternatives has no effect on an evaluation, which scores one caption per image.")
     with this_process().local_main_process_first():  # what it downloads and tokenizes the others find
-        captioner = Captioner.load(model or default_model(data=data.resolve().name))
+        captioner = Captioner.load(model or default_model(data=data.resolve().name), precision=precision)
         dataset = CaptionDataset(data, split, vocab=captioner.vocab)
     found = evaluate(captioner, dataset, decoding, limit, workers)
     if found is None:
@@ -161,6 +166,7 @@ def main(
             **variety,
             "photos": len(found.captions),
             "photos_per_second": speed,
+            "precision": captioner.precision,
         }
         print(json.dumps(document, indent=1))
         return
@@ -172,7 +178,8 @@ def main(
             print(f"    {part:<10} {share:6.1%}")
     print(
         f"\n{len(found.captions)} photos, {different} different captions, {variety['vocabulary']} words used, "
-        f"{variety['novel']:.0%} not among the training captions; {speed:.1f} photos/s"
+        f"{variety['novel']:.0%} not among the training captions; {speed:.1f} photos/s "
+        f"with a backbone in {captioner.precision}"
     )
     if found.scores is not None and found.scores.metrics["METEOR"] is None:
         print("METEOR is missing because Java is; captions were tokenized by the plain tokenizer.")
