@@ -19,7 +19,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from captioning.bulk import as_json, find_photos, write_captions
-from captioning.captioner import Caption, Captioner, Decoding
+from captioning.captioner import Caption, Captioner, Decoding, Precision
 from captioning.checkpoint import default_model
 from captioning.distributed import this_process
 from captioning.errors import InputError, run_command
@@ -29,8 +29,9 @@ from captioning.figures import draw_attention, draw_sheet, save_figure
 
 def main(
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO_OR_FOLDER")],
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")],
-    model: Path | None = None,
+    decoding: Annotated[Decoding, tyro.conf.arg(name=""), tyro.conf.DisallowNone],
+    model: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    precision: Precision = "auto",
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     output: Path | None = None,
     strict: bool = False,
@@ -43,9 +44,10 @@ def main(
 
     Args:
         photos: photos, folders of photos, and tar files of photos as WebDataset has them.
-        decoding: how words are chosen.
+        decoding: how words are chosen; by default with a beam of 3 that never repeats three words.
         model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
-            trained on photos.
+            trained on photos. Given several times, the models' probabilities are averaged.
+        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32.
         json_: print one JSON list of objects with photo, caption and log_probability.
         output: instead write such objects here, one a line, however many and with several processes if so launched;
             run again, it goes on where it was stopped.
@@ -56,12 +58,14 @@ def main(
         workers: processes that read photos.
     """
     if export is not None:
-        if photos or decoding != Decoding(max_length=decoding.max_length):
-            raise InputError("--export takes no photos, and of the options of decoding only --max-length.")
+        if photos or decoding != Decoding(max_length=decoding.max_length) or precision != "auto" or len(model) > 1:
+            raise InputError("--export takes one --model, no photos, and of the options of decoding only --max-length.")
         from captioning.export import export_onnx
 
-        export_onnx(model or default_model(), export, decoding.max_length)
+        export_onnx(model[0] if model else default_model(), export, decoding.max_length)
         return
+    decoding = decoding.for_photos()
+    decoding.check()
     if not photos:
         raise InputError("no photo was named; name photos or folders of photos.")
     if output is not None:
@@ -70,7 +74,7 @@ def main(
         if decoding.temperature is not None and decoding.seed is None:
             raise InputError("--output with --temperature needs a --seed, so that what is written can be gone on with.")
         with this_process().local_main_process_first():  # what it downloads the others find
-            captioner = Captioner.load(model or default_model())
+            captioner = Captioner.load(model or default_model(), precision=precision)
         try:
             found, unread = write_captions(captioner, photos, decoding, output, workers, strict)
         except OSError as error:
@@ -83,7 +87,7 @@ def main(
     if this_process().num_processes > 1:
         raise InputError("several processes caption into one file; add --output captions.jsonl.")
     sources = find_photos(photos)
-    captioner = Captioner.load(model or default_model())
+    captioner = Captioner.load(model or default_model(), precision=precision)
     failed: list[InputError] = []
     unreadable = None if strict else lambda _, error: failed.append(error)
     captions: dict[int, Caption] = {}

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import scenes
-from captioning.captioner import Caption, Captioner, Decoding
+from captioning.captioner import Caption, Captioner, Decoding, Precision
 from captioning.checkpoint import choose_epoch, default_model, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, run_command
@@ -127,8 +127,8 @@ def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[st
 
 
 def main(
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")],
-    model: Path | None = None,
+    decoding: Annotated[Decoding, tyro.conf.arg(name=""), tyro.conf.DisallowNone],
+    model: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     data: Path = Path("data/scenes"),
     split: Literal["train", "val", "test"] = "test",
     limit: int | None = None,
@@ -137,6 +137,7 @@ def main(
     references: Path | None = None,
     skip_unreadable: bool = False,
     workers: int = min(4, os.cpu_count() or 1),
+    precision: Precision = "auto",
 ) -> None:
     """Caption a split of a data set with a trained model and score the captions.
 
@@ -147,7 +148,7 @@ def main(
     Args:
         decoding: how words are chosen.
         model: folder of the model, or user/name on the Hugging Face Hub; by default the newest in models/ that was
-            trained on this data set.
+            trained on this data set. Given several times, the models' probabilities are averaged.
         data: folder of the data set.
         split: split of the data set.
         limit: evaluate the first LIMIT images only.
@@ -157,9 +158,10 @@ def main(
         references: caption nothing; score the captions in --results against this COCO captions file.
         skip_unreadable: evaluate without the images that are missing or cannot be read, and say how many they are.
         workers: processes that read images.
+        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32.
     """
     if references is not None:
-        ignored = {"model": model, "limit": limit, "skip-unreadable": skip_unreadable or None}
+        ignored = {"model": model or None, "limit": limit, "skip-unreadable": skip_unreadable or None}
         for name in (name for name, value in ignored.items() if value is not None):
             raise InputError(f"--{name} has no effect with --references, which captions nothing; leave it out.")
         if decoding != Decoding():
@@ -169,15 +171,22 @@ def main(
         return
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
+    decoding.check()
+    if decoding.alternatives:
+        raise InputError("--alternatives has no effect on an evaluation, which scores one caption per image.")
     with this_process().local_main_process_first():  # the others use the files that it downloads and caches
         find_split(data, split)
-        model = model or _choose_model(data)
-        captioner = Captioner.load(model)
+        models = list(model) or [_choose_model(data)]
+        captioner = Captioner.load(models, precision=precision)
         dataset = CaptionDataset(data, split, vocab=captioner.vocab, must_exist=not skip_unreadable)
-    about = _describe(captioner, model, data, split)
+    about = _describe(captioner, models, data, split)
     training_captions = None
     if this_process().is_main_process:
-        _log("{model}, epoch {epoch}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
+        _log(
+            "{model}, epoch {epoch}, trained on {trained_on}; evaluated on {data}, {split} split, backbone in {precision}".format(
+                **about
+            )
+        )
         results = _choose_output(results, dataset)
         training_captions = _read_training_captions(data)
     evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
@@ -231,15 +240,16 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
     return results
 
 
-def _describe(captioner: Captioner, model: Path, data: Path, split: str) -> dict[str, Any]:
+def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
     """What is evaluated, as the first keys of the JSON document."""
     description = captioner.description
     return {
-        "model": str(model),
-        "epoch": choose_epoch(captioner.folder, description, captioner.epoch),
+        "model": " + ".join(map(str, models)),
+        "epoch": choose_epoch(captioner.folder, description, captioner.epoch) if captioner.folder else None,
         "trained_on": description.data.get("folder", "an unknown data set"),
         "data": str(data),
         "split": split,
+        "precision": captioner.precision,
     }
 
 

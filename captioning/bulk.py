@@ -84,7 +84,7 @@ def write_captions(
     """
     process = this_process()
     main = process.is_main_process
-    done = failed = 0
+    done = failed = first_index = 0
     with ExitStack() as stack:
         if main:  # which alone looks for the photos and reads and writes the file
             photos = stream_photos(paths)
@@ -92,15 +92,17 @@ def write_captions(
             file = stack.enter_context(open(output, "a+b"))
             done, failed, again = _read_rows(file, photos)
             photos = chain([photo for photo, _ in again], photos)  # in whole batches, as if never stopped
+            first_index = done - len(again)
         progress = stack.enter_context(
             tqdm(desc="captions", initial=done, unit="photo", delay=2, disable=None if main else True)
         )
         while True:
             few = list(islice(photos, CHUNK * process.num_processes)) if main else []
-            (few,) = broadcast_object_list([few])
+            few, first_index = broadcast_object_list([few, first_index])
             if not few:
                 break
-            rows = gather_object(_caption_share(captioner, few, how, workers, strict))
+            rows = gather_object(_caption_share(captioner, few, how, workers, strict, first_index))
+            first_index += len(few)
             if not main:
                 continue
             rows = [row for _, row in sorted(rows, key=itemgetter(0))]
@@ -171,14 +173,14 @@ def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, in
 
 
 def _caption_share(
-    captioner: Captioner, photos: list[Path | Member], how: Decoding, workers: int, strict: bool
+    captioner: Captioner, photos: list[Path | Member], how: Decoding, workers: int, strict: bool, first_index: int
 ) -> list[tuple[int, dict[str, Any]]]:
     """This process's share of the photos as rows, with their indices, in any order."""
     rows: list[tuple[int, dict[str, Any]]] = []
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(photos[i], error)))
     if len(photos) <= 2 * BATCH * this_process().num_processes:
         workers = 0
-    for i, caption in captioner.stream(photos, how, workers, unreadable, shared=True):
+    for i, caption in captioner.stream(photos, how, workers, unreadable, shared=True, first_index=first_index):
         rows.append((i, as_json(photos[i], caption)))
     return rows
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -23,57 +24,114 @@ from model import EncoderCNN
 from vocabulary import UNK, UNK_WORD, Vocabulary
 
 Source = str | Path | Member | Image.Image
+Precision = Literal["auto", "fp32", "bf16"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
+BEAM_OPTIONS = ("beam_size", "length_penalty", "groups", "diversity", "block_trigrams")
+LARGEST_BEAM = 100  # and number of alternatives; memory grows with it
+LONGEST = 1000  # tokens
 
 
 @dataclass
 class Decoding:
-    """How words are chosen: greedy by default, a beam with `beam_size`, drawn with `temperature`."""
+    """How words are chosen: greedily, with `beam_size` by beam search, with `temperature` by sampling.
 
-    beam_size: int = 1  # hypotheses kept at every step; 1 is greedy
-    temperature: float | None = None  # draw words at random at this temperature rather than choose the best
-    top_k: int = 0  # draw from the k most probable words only; 0 is all
-    top_p: float = 1.0  # draw from the most probable words that hold this share of the probability
-    seed: int | None = None  # of the draw
-    alternatives: int = 0  # further captions of each photo, after the first
-    max_length: int = 20  # tokens at most
-    min_length: int = 0  # words at least
-    length_penalty: float = 1.0  # a beam ranks by log p / length ** this; 0 prefers short captions
-    block_trigrams: bool = False  # a beam never repeats three words
-    groups: int = 1  # of the beam, kept different from one another
-    diversity: float = 0.5  # how different
+    None stands for an option that was not given. One that was given and has no effect, because it belongs to
+    another way of choosing, is refused by `check`.
+    """
 
-    def __call__(self, decoder: torch.nn.Module, features: Tensor) -> list[list[decoding.Hypothesis]]:
-        """Decode embedded features: for each photo its hypotheses, best first, 1 + `alternatives` at most."""
+    beam_size: int | None = (
+        None  # hypotheses kept at every step; 1 is greedy, the default of evaluate.py; that of caption.py is 3
+    )
+    temperature: float | None = None  # sample words at this temperature instead of choosing the best
+    top_k: int | None = None  # sample from the k most probable words only
+    top_p: float | None = None  # sample from the most probable words that hold this share of the probability
+    seed: int | None = None  # random seed of sampling
+    alternatives: int = 0  # further captions of each image, after the first
+    max_length: int = 20  # maximum number of tokens
+    min_length: int = 0  # minimum number of words
+    length_penalty: float | None = None  # a beam ranks by log p / length ** this; 0 prefers short captions, 1 is usual
+    block_trigrams: bool | None = None  # a beam never repeats three words, by default in caption.py
+    groups: int | None = None  # groups of the beam that are kept different from one another
+    diversity: float | None = None  # how different the groups are kept; 0.5 is usual
+
+    def for_photos(self) -> Decoding:
+        """These options, completed by those of `PHOTO_DECODING` that were not given.
+
+        Greedy decoding and sampling, where asked for, stay as they are.
+        """
+        if self.temperature is not None or self.beam_size == 1:
+            return self
+        return replace(PHOTO_DECODING, **self._given(vars(self)))
+
+    def check(self) -> None:
+        """Raise `InputError` if an option is out of range or has no effect."""
+        decoding.check_lengths(self.max_length, self.min_length)
+        _check_at_most("max_length", self.max_length, LONGEST)
+        _check_at_most("alternatives", self.alternatives, LARGEST_BEAM)
+        if self.alternatives < 0:
+            raise InputError(f"alternatives is {self.alternatives}, but it has to be at least 0.")
+        if self.temperature is not None:
+            self._refuse(BEAM_OPTIONS, "with --temperature, which samples instead of searching with a beam")
+            decoding.check_sampling(**self._given(SAMPLING_OPTIONS), n=1 + self.alternatives)
+            return
+        self._refuse(SAMPLING_OPTIONS, "without --temperature, as nothing is sampled")
+        beam_size = 1 if self.beam_size is None else self.beam_size
+        _check_at_most("beam_size", beam_size, LARGEST_BEAM)
+        if beam_size == 1:
+            self._refuse(BEAM_OPTIONS[1:], "without a beam; add --beam-size 3, for example")
+        if (self.groups or 1) == 1:
+            self._refuse(("diversity",), "without --groups")
+        decoding.check_beam(beam_size, **self._given(("length_penalty", "groups", "diversity")))
+        if self.alternatives >= beam_size:
+            raise InputError(
+                f"{self.alternatives} alternatives need a beam of {self.alternatives + 1} or more: add "
+                f"--beam-size {self.alternatives + 1}, or --temperature to sample them."
+            )
+
+    def __call__(
+        self, decoder: decoding.Decoder, features: Any, indices: Sequence[int] | None = None
+    ) -> list[list[decoding.Hypothesis]]:
+        """Decode embedded features (B, ...): for each image its hypotheses, best first, 1 + `alternatives` at most.
+
+        indices: (B,) of the images, on which with `seed` their samples depend; by default 0 to B - 1.
+        """
+        self.check()
         lengths = {"max_length": self.max_length, "min_length": self.min_length}
         wanted = 1 + self.alternatives
         if self.temperature is not None:
-            drawn = decoding.sample(
-                decoder, features, self.temperature, self.top_k, self.top_p, self.seed, n=wanted, **lengths
-            )
+            options = self._given(SAMPLING_OPTIONS)
+            drawn = decoding.sample(decoder, features, **options, **lengths, n=wanted, indices=indices)
             return [drawn[i : i + wanted] for i in range(0, len(drawn), wanted)]
-        if self.beam_size == 1 and wanted == 1:
+        if self.beam_size in (None, 1):
             return [[hypothesis] for hypothesis in decoding.greedy(decoder, features, **lengths)]
-        return decoding.beam_search(
-            decoder,
-            features,
-            self.beam_size,
-            length_penalty=self.length_penalty,
-            n_best=wanted,
-            block_trigrams=self.block_trigrams,
-            groups=self.groups,
-            diversity=self.diversity,
-            **lengths,
-        )
+        return decoding.beam_search(decoder, features, **self._given(BEAM_OPTIONS), **lengths, n_best=wanted)
+
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _refuse(self, names: Iterable[str], reason: str) -> None:
+        """Raise `InputError` if one of the options was given; False asks for nothing and is accepted."""
+        for name, value in self._given(names).items():
+            if value is not False:
+                raise InputError(f"--{name.replace('_', '-')} has no effect {reason}.")
+
+
+# What `caption.py`, the page and `Captioner` choose words by unless told otherwise.
+PHOTO_DECODING = Decoding(beam_size=3, block_trigrams=True)
 
 
 @dataclass
 class Caption:
-    """A photo's caption.
+    """An image's caption.
 
-    text: the sentence. tokens: its words, `<end>` left out.
-    log_probability: the natural logarithm of the sentence's probability under the model, `<end>` included.
-    attention: (len(tokens), cells) where the decoder looked for each token, or None where it does not attend.
-    alternatives: further captions of the photo, the next ones in rank where they come from a beam.
+    text: the sentence. tokens: its words, without `<end>`.
+    log_probability: natural logarithm of the sentence's probability under the model, `<end>` included.
+    attention: (len(tokens), cells), where the decoder looked for each token; None where it does not attend.
+    alternatives: further captions of the image; from a beam, the next ones in rank.
+    score: mean log-probability per token, `<end>` included, by which captions are ranked. With a length penalty
+        other than 1, log_probability / tokens ** length_penalty.
     """
 
     text: str
@@ -81,54 +139,78 @@ class Caption:
     log_probability: float
     attention: Tensor | None = None
     alternatives: list[Caption] = field(default_factory=list)
+    score: float = math.nan
 
 
 class Captioner:
-    """A trained model that captions photos: `Captioner.load(folder)(images)`."""
+    """A trained model that captions images: `Captioner.load(folder)(images)`.
 
-    def __init__(self, encoder: EncoderCNN, decoder: torch.nn.Module, vocab: Vocabulary, description: Description):
+    precision: of the backbone, "fp32" or "bf16". "auto" is bfloat16 where the processor or GPU has it, else
+        float32; the attribute `precision` says which.
+
+    Raises `InputError` for another precision.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderCNN,
+        decoder: torch.nn.Module,
+        vocab: Vocabulary,
+        description: Description,
+        precision: Precision = "auto",
+    ):
         self.device = this_process().device
-        dtype = fast_dtype(self.device)
-        self.encoder = encoder.for_inference(dtype).to(self.device)
-        self.decoder = decoder.to(self.device).eval()
+        self.precision = _choose_precision(precision, self.device)
+        self.encoder = encoder.for_inference(DTYPES[self.precision]).to(self.device)
+        self.decoder: Any = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
         self.transform = build_transform(False, **asdict(description.preprocessing), normalise=False)
         self.folder: Path | None = None  # and its epoch, where it comes from one
         self.epoch: int | None = None
 
     @classmethod
-    def load(cls, folder: str | Path, epoch: int | None = None) -> Captioner:
+    def load(
+        cls, folder: str | Path | Sequence[str | Path], epoch: int | None = None, precision: Precision = "auto"
+    ) -> Captioner:
         """The model in a folder as `train.py` writes it, its best epoch unless `epoch` is given.
 
-        `folder` may be a model's name on the Hugging Face Hub instead, user/name: it is downloaded once.
-        Raises `InputError` where the folder is incomplete, its files do not go together, or the Hub has no
-        such model.
+        `folder` may be a model's name on the Hugging Face Hub instead, user/name: it is downloaded once. Several
+        folders or names make an `Ensemble`.
+        Raises `InputError` where a folder is incomplete, its files do not go together, the Hub has no such model, or
+        several models differ in their vocabularies.
         """
-        folder = find_model(folder)
-        captioner = cls(*load_model(folder, epoch))
-        captioner.folder, captioner.epoch = folder, epoch
+        if not isinstance(folder, (str, Path)):
+            members = [Captioner.load(one, epoch, precision) for one in folder]
+            return members[0] if len(members) == 1 else Ensemble(members)
+        path = find_model(folder)
+        captioner = cls(*load_model(path, epoch), precision)
+        captioner.folder, captioner.epoch = path, epoch
         return captioner
 
     def push_to_hub(self, name: str, licence: str, private: bool = False) -> str:
         """Share the epoch that was loaded as user/name on the Hugging Face Hub; returns its address.
 
         With it goes a model card, README.md, that gives the licence, the data, the metrics and how to use it.
-        `licence` is one of the Hub's identifiers, like mit or cc-by-4.0, that the training data allows. Sharing
+        `licence` is one of the Hub's identifiers, such as mit or cc-by-4.0, that the training data allows. Sharing
         again replaces what was there. Raises `InputError` where you are not logged in, may not write there, or the
         Hub knows no such licence.
         """
         if self.folder is None:
-            raise InputError("only a model that was loaded from a folder can be shared; use Captioner.load.")
+            raise InputError("only a single model that was loaded from a folder can be shared; use Captioner.load.")
         return push(self.folder, name, licence, private, self.epoch)
 
     def __call__(self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any) -> list[Caption]:
-        """One `Caption` an image, in their order; images are PIL images or paths, one or many.
+        """One `Caption` per image, in their order; images are PIL images or paths, one or many.
 
-        `how`, or its fields by name, choose the decoding: `captioner(image, beam_size=3)`. Raises `InputError`
-        naming the first image that cannot be read.
+        Words are chosen as `PHOTO_DECODING` says. Its fields can be given by name: `captioner(image, beam_size=5)`;
+        or all of it as `how`. Raises `InputError` naming the first image that cannot be read, or an option that
+        has no effect.
         """
+        if how is not None and options:
+            raise InputError(f"{next(iter(options))} has no effect beside a whole Decoding; set it there.")
         sources = [images] if isinstance(images, Source) else list(images)
-        return [caption for _, caption in self.stream(sources, how or Decoding(**options))]
+        how = how or Decoding(**options).for_photos()
+        return [caption for _, caption in self.stream(sources, how)]
 
     def stream(
         self,
@@ -137,25 +219,133 @@ class Captioner:
         workers: int = 0,
         unreadable: Callable[[int, InputError], object] | None = None,
         shared: bool = False,
+        first_index: int = 0,
     ) -> Iterator[tuple[int, Caption]]:
-        """Caption photos batch by batch: yields each one's index in `sources` and its caption, in order.
+        """Caption images batch by batch: yields each one's index in `sources` and its caption, in order.
 
-        `workers` processes read ahead. A photo that cannot be read is passed to `unreadable` and left out;
+        `workers` processes read ahead. An image that cannot be read is passed to `unreadable` and left out;
         without that, its `InputError` is raised. If `shared`, each of several processes captions its share of the
-        batches, which are the same for any number of processes, and so are the captions.
+        batches, which are the same for any number of processes, and so are the captions. `first_index` is the
+        number of images before these, where they are a part of more: samples depend on the seed and on an image's
+        index among all.
         """
+        how.check()
         batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
-        for indices, seen in encode(self.encoder, Photos(sources, self.transform), batches, workers, unreadable):
-            found = how(self.decoder, self.encoder.embed(seen))
-            for index, hypotheses in zip(indices, found, strict=True):
+        for indices, features in self._embed(sources, batches, workers, unreadable):
+            decoded = how(self.decoder, features, [first_index + i for i in indices])
+            for index, hypotheses in zip(indices, decoded, strict=True):
                 first, *others = [self._caption(hypothesis) for hypothesis in hypotheses]
                 first.alternatives = others
                 yield index, first
 
+    def _embed(
+        self,
+        sources: Sequence[Source],
+        batches: Sequence[Sequence[int]],
+        workers: int,
+        unreadable: Callable[[int, InputError], object] | None,
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Read and encode batches of images: yields their indices and what the decoder takes."""
+        photos = Photos(sources, self.transform)
+        for indices, features in encode(self.encoder, photos, batches, workers, unreadable):
+            yield indices, self.encoder.embed(features)
+
     def _caption(self, hypothesis: decoding.Hypothesis) -> Caption:
-        words = [i for i in hypothesis.tokens if i > UNK or i == UNK]
+        words = [i for i in hypothesis.tokens if i >= UNK]
         tokens = [UNK_WORD if i == UNK else self.vocab.words[i] for i in words]
         attention = None if hypothesis.attention is None else hypothesis.attention[: len(tokens)]
-        return Caption(self.vocab.decode(hypothesis.tokens), tokens, hypothesis.log_probability, attention)
+        text = self.vocab.decode(hypothesis.tokens)
+        return Caption(text, tokens, hypothesis.log_probability, attention, score=hypothesis.score)
+
+
+class EnsembleDecoder:
+    """Several decoders of one vocabulary as one: at every step their probabilities are averaged.
+
+    Its features are a tuple, one element for each decoder; its state is the concatenation of theirs and, where any
+    of them attends, the attention of the first that does.
+    """
+
+    def __init__(self, decoders: Sequence[decoding.Decoder]):
+        self.decoders = list(decoders)
+        self.attending = next((i for i, decoder in enumerate(self.decoders) if decoder.attends), None)
+        self.attends = self.attending is not None
+        self.state_sizes: list[int] = []  # tensors in the state of each decoder
+
+    def init_state(self, features: Sequence[Any]) -> decoding.State:
+        """The state after reading the features of B images, one element (B, ...) for each decoder."""
+        states = [decoder.init_state(x) for decoder, x in zip(self.decoders, features, strict=True)]
+        self.state_sizes = [len(state) for state in states]
+        return self._join(states)
+
+    def step(self, tokens: Tensor, state: decoding.State) -> tuple[Tensor, decoding.State]:
+        """Log of the mean of the decoders' probabilities (B, V) of the next token, and the next state."""
+        log_p, states, start = [], [], 0
+        for decoder, size in zip(self.decoders, self.state_sizes, strict=True):
+            logits, after = decoder.step(tokens, state[start : start + size])
+            log_p.append(logits.float().log_softmax(1))
+            states.append(after)
+            start += size
+        return torch.stack(log_p).logsumexp(0) - math.log(len(log_p)), self._join(states)
+
+    def _join(self, states: list[decoding.State]) -> decoding.State:
+        attention = () if self.attending is None else (states[self.attending][-1],)
+        return (*(x for state in states for x in state), *attention)
+
+
+class Ensemble(Captioner):
+    """Several models of one vocabulary that caption together: at every step their probabilities are averaged.
+
+    Each model has its own encoder and preprocessing. Attention and description are those of the first model that
+    attends, else of the first. Raises `InputError` for no models and for different vocabularies.
+    """
+
+    def __init__(self, members: Sequence[Captioner]):
+        if not members:
+            raise InputError("an ensemble needs at least one model; name its folder.")
+        for other in members[1:]:
+            if other.vocab.words != members[0].vocab.words:
+                raise InputError(
+                    f"{members[0].folder} and {other.folder} have different vocabularies, so that their words cannot "
+                    "be averaged; name models that were trained with one vocabulary."
+                )
+        shown = next((member for member in members if member.decoder.attends), members[0])
+        self.device, self.precision = shown.device, shown.precision
+        self.vocab, self.description = shown.vocab, shown.description
+        self.encoder, self.transform = shown.encoder, shown.transform
+        self.decoder = EnsembleDecoder([member.decoder for member in members])
+        self.folder = self.epoch = None
+        self.members = list(members)
+
+    def _embed(
+        self,
+        sources: Sequence[Source],
+        batches: Sequence[Sequence[int]],
+        workers: int,
+        unreadable: Callable[[int, InputError], object] | None,
+    ) -> Iterator[tuple[list[int], Any]]:
+        """As a single model's, for each member in turn; the features are a tuple, one element per member."""
+        ignore = None if unreadable is None else lambda *_: None  # reported once, by the first member
+        streams = [
+            member._embed(sources, batches, workers, ignore if i else unreadable)
+            for i, member in enumerate(self.members)
+        ]
+        for batch in zip(*streams, strict=True):
+            indices, features = zip(*batch, strict=True)
+            if any(others != indices[0] for others in indices):
+                raise InputError("an image changed while the models read it; run again.")
+            yield indices[0], features
+
+
+def _choose_precision(precision: Precision, device: torch.device) -> str:
+    if precision not in get_args(Precision):
+        raise InputError(f"precision is {precision!r}, but it has to be one of {', '.join(get_args(Precision))}.")
+    if precision == "auto":
+        return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
+    return precision
+
+
+def _check_at_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise InputError(f"{name} is {value}, but it has to be at most {most}.")

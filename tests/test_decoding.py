@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from captioning import decoding
+from captioning.captioner import EnsembleDecoder
 from captioning.decoding import Hypothesis, beam_search, greedy, sample
 from captioning.errors import InputError
 from model import AttentionDecoder, DecoderRNN
@@ -48,6 +49,31 @@ class AttendingToy(Toy):
         return logits, (hidden, features, (hidden @ self.look).softmax(1))
 
 
+class GrowingToy(AttendingToy):
+    """Its state holds the embeddings of all tokens so far, as the cache of a transformer does."""
+
+    def init_state(self, features):
+        return torch.zeros(len(features), 0, 8), features, torch.zeros(len(features), REGIONS)
+
+    def step(self, tokens, state):
+        self.rows.append(len(tokens))
+        cache = torch.cat([state[0], self.embed[tokens][:, None]], 1)  # (B, t + 1, 8)
+        decay = 0.7 ** torch.arange(cache.size(1)).flip(0)
+        hidden = torch.tanh((decay[:, None] * cache).sum(1))
+        return hidden @ self.out + state[1], (cache, state[1], (hidden @ self.look).softmax(1))
+
+
+class ToyEnsemble(EnsembleDecoder):
+    """Three toys, of which the second and the third attend, on the same features."""
+
+    def __init__(self, vocab_size: int, seed: int = 0, scale: float = 2.0):
+        kinds = (Toy, GrowingToy, AttendingToy)
+        super().__init__([kind(vocab_size, seed + i, scale) for i, kind in enumerate(kinds)])
+
+    def init_state(self, features):
+        return super().init_state((features, features, features))
+
+
 def features_of(images: int, vocab_size: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(images, vocab_size, generator=torch.Generator().manual_seed(seed))
 
@@ -63,6 +89,8 @@ def real_decoder(kind):
 def some_decoders():
     yield Toy(12), features_of(7, 12)
     yield AttendingToy(12), features_of(7, 12)
+    yield GrowingToy(12), features_of(7, 12)
+    yield ToyEnsemble(12), features_of(7, 12)
     yield real_decoder(DecoderRNN)
     yield real_decoder(AttentionDecoder)
 
@@ -218,13 +246,15 @@ def test_beam_search_finds_what_a_plain_search_finds(setting):
         diversity=0.5,
     )
     setting = {**defaults, **setting}
-    for seed in range(3):
-        decoder, features = Toy(9, seed, scale=1.0), features_of(4, 9, seed)
+    for seed, kind in enumerate((Toy, GrowingToy, ToyEnsemble)):
+        decoder, features = kind(9, seed, scale=1.0), features_of(4, 9, seed)
         features[:, END] += 1
         for feature, found in zip(features, beam_search(decoder, features, **setting), strict=True):
             expected = plain_beam_search(decoder, feature, **setting)
             assert [h.tokens for h in found] == [tokens for tokens, _ in expected]
             assert [h.log_probability for h in found] == pytest.approx([p for _, p in expected], abs=1e-4)
+            scores = [p / len(tokens) ** setting["length_penalty"] for tokens, p in expected]
+            assert [h.score for h in found] == pytest.approx(scores, abs=1e-4)
 
 
 def all_ways(decoder, features):
@@ -385,7 +415,7 @@ def test_computing_in_parts_changes_nothing(monkeypatch):
     for decoder, features in some_decoders():
         whole = beam_search(decoder, features, 5, n_best=5, block_trigrams=True)
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "PART", 4 * max(x[0].numel() for x in decoder.init_state(features)))
+            patch.setattr(decoding, "CHUNK_ELEMENTS", 4 * max(x[0].numel() for x in decoder.init_state(features)))
             parts = beam_search(decoder, features, 5, n_best=5, block_trigrams=True)
         for one, other in zip(flat(whole), flat(parts), strict=True):
             assert_same(one, other)
@@ -414,6 +444,22 @@ def test_a_sample_does_not_depend_on_the_images_after_it():
             together = sample(decoder, features, seed=5, n=n, top_p=0.9)
             for one, other in zip(sample(decoder, features[:2], seed=5, n=n, top_p=0.9), together, strict=False):
                 assert_same(one, other)
+
+
+def test_a_sample_depends_on_the_seed_and_the_image_s_index_alone():
+    decoder, features = Toy(12, scale=0.5), features_of(1, 12).expand(9, 12)
+    whole = sample(decoder, features, seed=5, n=2)
+    assert len({tuple(h.tokens) for h in whole}) > 9
+    for indices in ([0, 1, 2, 3], [7, 8], [4], [6, 5, 2]):
+        part = sample(decoder, features[: len(indices)], seed=5, n=2, indices=indices)
+        assert [h.tokens for h in part] == [whole[2 * i + j].tokens for i in indices for j in range(2)]
+    assert [h.tokens for h in sample(decoder, features, seed=5)] == [h.tokens for h in whole[::2]]  # whatever n is
+
+
+def test_every_seed_of_64_bits_is_another():
+    decoder, features = Toy(12, scale=0.5), features_of(8, 12)
+    seeds = [0, 1, 2**31, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    assert len({str([h.tokens for h in sample(decoder, features, seed=seed)]) for seed in seeds}) == len(seeds)
 
 
 def test_a_sample_does_not_depend_on_when_other_captions_end():
@@ -467,6 +513,39 @@ def test_samples_are_as_frequent_as_they_are_probable(temperature, top_k, top_p)
             assert counts[caption] / n == pytest.approx(p, abs=0.012)
 
 
+def test_the_score_of_a_caption_is_its_mean_log_probability_per_token():
+    decoder, features = Toy(12), features_of(7, 12)
+    for h in greedy(decoder, features) + sample(decoder, features, seed=0):
+        assert h.score == pytest.approx(h.log_probability / len(h.tokens))
+
+
+def test_an_ensemble_averages_probabilities():
+    decoder, features = ToyEnsemble(9), features_of(5, 9)
+    tokens = torch.tensor([START, 3, 4, 5, 6])
+    logits, state = decoder.step(tokens, decoder.init_state(features))
+    mean = torch.stack([m.step(tokens, m.init_state(features))[0].softmax(1) for m in decoder.decoders]).mean(0)
+    torch.testing.assert_close(logits.exp(), mean)
+    torch.testing.assert_close(logits.logsumexp(1), torch.zeros(5), rtol=0, atol=1e-5)
+    looked = decoder.decoders[1].step(tokens, decoder.decoders[1].init_state(features))[1][-1]
+    torch.testing.assert_close(state[-1], looked)  # of the first that attends
+    alone = EnsembleDecoder([Toy(9)])
+    assert not alone.attends
+    for one, other in zip(beam_search(alone, (features,)), beam_search(Toy(9), features), strict=True):
+        assert_same(one[0], other[0])
+
+
+def test_decoding_works_in_inference_mode_and_on_what_it_leaves():
+    for decoder, features in some_decoders():
+        expected = str(beam_search(decoder, features, 4, n_best=4)), str(sample(decoder, features, seed=0))
+        with torch.inference_mode():
+            features = features.clone()
+            assert (
+                str(beam_search(decoder, features, 4, n_best=4)),
+                str(sample(decoder, features, seed=0)),
+            ) == expected
+        assert (str(beam_search(decoder, features, 4, n_best=4)), str(sample(decoder, features, seed=0))) == expected
+
+
 def test_decoding_builds_no_graph():
     decoder, features = real_decoder(AttentionDecoder)
     features.requires_grad_()
@@ -484,6 +563,11 @@ def test_decoding_builds_no_graph():
         (sample, {"max_length": 5, "min_length": 6}),
         (sample, {"temperature": 0.0}),
         (sample, {"temperature": -1.0}),
+        (sample, {"temperature": math.nan}),
+        (sample, {"temperature": math.inf}),
+        (sample, {"top_p": math.nan}),
+        (sample, {"seed": -1}),
+        (sample, {"seed": 2**64}),
         (sample, {"top_k": -1}),
         (sample, {"top_p": 0.0}),
         (sample, {"top_p": 1.1}),
@@ -497,6 +581,11 @@ def test_decoding_builds_no_graph():
         (beam_search, {"groups": 6}),
         (beam_search, {"groups": 0}),
         (beam_search, {"length_penalty": -0.1}),
+        (beam_search, {"length_penalty": math.nan}),
+        (beam_search, {"length_penalty": math.inf}),
+        (beam_search, {"length_penalty": 1000.0}),
+        (beam_search, {"groups": 3, "diversity": math.nan}),
+        (beam_search, {"groups": 3, "diversity": math.inf}),
         (beam_search, {"groups": 3, "diversity": -1.0}),
     ],
 )

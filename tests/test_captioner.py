@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from conftest import EIGHT
+
+import caption as caption_command
+import evaluate as evaluate_command
+from captioning import bulk
+from captioning import captioner as captioner_module
+from captioning.captioner import PHOTO_DECODING, Captioner, Decoding, Ensemble
+from captioning.errors import InputError
+from vocabulary import END
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Captioner:
+    return Captioner.load(trained)
+
+
+@pytest.fixture
+def photos(eight: Path) -> list[Path]:
+    return [eight / "images" / "val" / name for name in EIGHT]
+
+
+# Options
+
+
+NO_EFFECT = [
+    ({"block_trigrams": True}, "--block-trigrams has no effect without a beam"),
+    ({"groups": 2}, "--groups has no effect without a beam"),
+    ({"diversity": 3.0}, "--diversity has no effect without a beam"),
+    ({"length_penalty": 0.0}, "--length-penalty has no effect without a beam"),
+    ({"length_penalty": 1.0}, "--length-penalty has no effect without a beam"),
+    ({"beam_size": 3, "diversity": 3.0}, "--diversity has no effect without --groups"),
+    ({"top_k": 3}, "--top-k has no effect without --temperature"),
+    ({"top_p": 0.5}, "--top-p has no effect without --temperature"),
+    ({"seed": 3}, "--seed has no effect without --temperature"),
+    ({"seed": 0}, "--seed has no effect without --temperature"),
+    ({"beam_size": 3, "top_k": 3}, "--top-k has no effect without --temperature"),
+    ({"beam_size": 3, "temperature": 0.7}, "--beam-size has no effect with --temperature"),
+    ({"beam_size": 1, "temperature": 0.7}, "--beam-size has no effect with --temperature"),
+    ({"block_trigrams": True, "temperature": 0.7}, "--block-trigrams has no effect with --temperature"),
+    ({"groups": 2, "temperature": 0.7}, "--groups has no effect with --temperature"),
+    ({"length_penalty": 0.5, "temperature": 0.7}, "--length-penalty has no effect with --temperature"),
+]
+OUT_OF_RANGE = [
+    ({"alternatives": 3}, "3 alternatives need a beam of 4 or more: add --beam-size 4, or --temperature"),
+    ({"beam_size": 3, "alternatives": 3}, "3 alternatives need a beam of 4 or more"),
+    ({"alternatives": -1}, "alternatives is -1"),
+    ({"alternatives": -1, "temperature": 1.0}, "alternatives is -1"),
+    ({"alternatives": 101, "temperature": 1.0}, "alternatives is 101, but it has to be at most 100"),
+    ({"beam_size": 0}, "beam_size is 0"),
+    ({"beam_size": 5000}, "beam_size is 5000, but it has to be at most 100"),
+    ({"beam_size": 4, "groups": 3}, "groups is 3"),
+    ({"max_length": 0}, "max_length is 0"),
+    ({"max_length": 10**12}, "max_length is 1000000000000, but it has to be at most 1000"),
+    ({"min_length": 30}, "min_length is 30"),
+    ({"temperature": 0.0}, "temperature is 0.0"),
+    ({"temperature": math.nan}, "temperature is nan"),
+    ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
+    ({"temperature": 1.0, "seed": 99999999999999999999}, "seed is out of range: it has to be from 0 to 2"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), NO_EFFECT + OUT_OF_RANGE, ids=str)
+def test_an_option_that_is_wrong_or_without_effect_is_refused(options: dict, sentence: str):
+    with pytest.raises(InputError, match=rf"^{re.escape(sentence)}.*\.$"):
+        Decoding(**options).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beam_size": 1},
+        {"block_trigrams": False},
+        {"beam_size": 4, "groups": 2, "diversity": 3.0, "length_penalty": 0.0, "block_trigrams": True},
+        {"beam_size": 4, "alternatives": 3},
+        {"temperature": 1.0, "alternatives": 3, "top_k": 0, "top_p": 1.0, "seed": 2**64 - 1},
+        {"temperature": 1.0, "block_trigrams": False},
+        {"min_length": 20},
+    ],
+    ids=str,
+)
+def test_an_option_with_effect_is_accepted(options: dict):
+    Decoding(**options).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"beam_size": 3, "block_trigrams": True}),
+        ({"beam_size": 5}, {"beam_size": 5, "block_trigrams": True}),
+        ({"block_trigrams": False}, {"beam_size": 3, "block_trigrams": False}),
+        ({"length_penalty": 0.0, "max_length": 9}, {"beam_size": 3, "block_trigrams": True, "length_penalty": 0.0}),
+        ({"beam_size": 1}, {"beam_size": 1}),
+        ({"temperature": 0.7, "seed": 1}, {"temperature": 0.7, "seed": 1}),
+        ({"beam_size": 1, "block_trigrams": True}, {"beam_size": 1, "block_trigrams": True}),
+        ({"beam_size": 3, "temperature": 0.7}, {"beam_size": 3, "temperature": 0.7}),
+    ],
+    ids=str,
+)
+def test_a_beam_of_three_without_repetition_is_the_default_for_photos(given: dict, expected: dict):
+    assert Decoding(**given).for_photos() == Decoding(**{**given, **expected})
+
+
+def arguments_of(options: dict) -> list[str]:
+    flags = {name: f"--{name.replace('_', '-')}" for name in options}
+    return [x for name, value in options.items() for x in [flags[name]] + ([] if value is True else [str(value)])]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(options, sentence) for options, sentence in NO_EFFECT if "temperature" in options or "top" in sentence],
+    ids=str,
+)
+def test_the_command_line_says_so_before_any_work(options: dict, sentence: str):
+    for command in (caption_command.main, evaluate_command.main):
+        photo = ["no.jpg"] if command is caption_command.main else ["--data", "no"]
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            tyro.cli(command, args=[*photo, "--model", "none", *arguments_of(options)])
+
+
+def test_the_command_line_tells_given_options_from_defaults():
+    for arguments, sentence in (
+        (["--beam-size", "1", "--block-trigrams"], "--block-trigrams has no effect without a beam"),
+        (["--alternatives", "3"], "3 alternatives need a beam of 4"),
+        (["--beam-size", "1"], "none is not a trained model's folder"),
+        (["--no-block-trigrams"], "none is not a trained model's folder"),
+        (["--temperature", "0.7"], "none is not a trained model's folder"),
+    ):
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            tyro.cli(caption_command.main, args=["no.jpg", "--model", "none", *arguments])
+    with pytest.raises(InputError, match="--block-trigrams has no effect without a beam"):
+        tyro.cli(evaluate_command.main, args=["--block-trigrams"])
+    with pytest.raises(InputError, match="--alternatives has no effect on an evaluation"):
+        tyro.cli(evaluate_command.main, args=["--beam-size", "3", "--alternatives", "2"])
+
+
+# Captioner
+
+
+def test_a_captioner_chooses_words_as_the_command_does(model: Captioner, trained: Path, photos: list[Path], capsys):
+    texts = [caption.text for caption in model(photos)]
+    assert texts == [caption.text for caption in model(photos, PHOTO_DECODING)]
+    assert texts == [caption.text for caption in model(photos, beam_size=3)]
+    caption_command.main(tuple(photos), Decoding(), (trained,), json_=True, workers=0)
+    assert [row["caption"] for row in json.loads(capsys.readouterr().out)] == texts
+    assert model(photos, Decoding())[0].text == model(photos, beam_size=1)[0].text
+    with pytest.raises(InputError, match="--top-k has no effect"):
+        model(photos, top_k=3)
+    with pytest.raises(InputError, match="beam_size has no effect beside a whole Decoding"):
+        model(photos, Decoding(), beam_size=3)
+
+
+def test_a_caption_has_the_score_that_it_was_ranked_by(model: Captioner, photos: list[Path]):
+    for options, penalty in (({}, 1), ({"length_penalty": 0.5}, 0.5), ({"beam_size": 1}, 1), ({"temperature": 1.0}, 1)):
+        for caption in model(photos, max_length=50, **options):
+            # A caption of fewer than max_length tokens has ended with <end>.
+            length = len(caption.tokens) + (len(caption.tokens) < 50)
+            assert caption.score == pytest.approx(caption.log_probability / length**penalty)
+    best, *others = (lambda c: [c, *c.alternatives])(model(photos[0], beam_size=4, alternatives=3)[0])
+    scores = [caption.score for caption in (best, *others)]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_sample_depends_on_the_seed_and_the_index_alone(
+    model: Captioner, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    how = Decoding(temperature=1.5, seed=3, max_length=8)
+    copies = photos[:1] * 40
+    texts = [caption.text for caption in model(copies, how)]
+    assert len(set(texts)) > 30  # and none of another batch's
+    monkeypatch.setattr(captioner_module, "BATCH", 7)
+    assert [caption.text for caption in model(copies, how)] == texts
+    later = [caption.text for _, caption in model.stream(copies[:9], how, first_index=31)]
+    assert later == texts[31:]
+
+
+def test_samples_written_to_a_file_are_those_of_one_pass(
+    model: Captioner, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    how = Decoding(temperature=1.5, seed=3)
+    copies = [tmp_path / f"{i:02}.png" for i in range(20)]
+    for path in copies:
+        shutil.copy(photos[0], path)
+    texts = [caption.text for caption in model(copies, how)]
+    monkeypatch.setattr(bulk, "CHUNK", 6)
+    output = tmp_path / "captions.jsonl"
+    bulk.write_captions(model, copies, how, output)
+    written = output.read_bytes()
+    assert [json.loads(line)["caption"] for line in written.splitlines()] == texts
+    output.write_bytes(b"".join(written.splitlines(keepends=True)[:17]))
+    bulk.write_captions(model, copies, how, output)
+    assert output.read_bytes() == written
+
+
+# Precision
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_auto_is_bfloat16_where_the_processor_has_it_and_never_integers(
+    trained: Path, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(captioner_module, "fast_dtype", lambda _: torch.bfloat16 if bfloat16 else torch.float32)
+    for precision in ("auto", "fp32", "bf16"):
+        captioner = Captioner.load(trained, precision=precision)
+        expected = ("bf16" if bfloat16 else "fp32") if precision == "auto" else precision
+        assert captioner.precision == expected
+        dtypes = {parameter.dtype for parameter in captioner.encoder.resnet.parameters()}
+        assert dtypes == {{"fp32": torch.float32, "bf16": torch.bfloat16}[expected]}
+
+
+def test_a_precision_that_there_is_not_is_a_sentence(trained: Path):
+    with pytest.raises(InputError, match="precision is 'fp16', but it has to be one of auto, fp32, bf16"):
+        Captioner.load(trained, precision="fp16")
+
+
+def test_evaluation_says_in_which_precision(trained: Path, drawn: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
+    options = ["--model", str(trained), "--data", str(drawn), "--limit", "2", "--workers", "0"]
+    tyro.cli(evaluate_command.main, args=[*options, "--precision", "bf16", "--json"])
+    assert json.loads(capsys.readouterr().out)["precision"] == "bf16"
+    tyro.cli(evaluate_command.main, args=[*options, "--precision", "fp32"])
+    assert "with a backbone in fp32" in capsys.readouterr().out
+
+
+# Ensembles
+
+
+def test_a_model_twice_captions_as_once(model: Captioner, trained: Path, photos: list[Path]):
+    assert type(Captioner.load([trained])) is Captioner
+    twice = Captioner.load([trained, str(trained)])
+    assert isinstance(twice, Ensemble)
+    for how in (Decoding(), PHOTO_DECODING, Decoding(temperature=1.0, seed=2)):
+        for one, other in zip(model(photos, how), twice(photos, how), strict=True):
+            assert one.text == other.text
+            assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+            assert other.attention is None
+
+
+def test_models_of_different_decoders_average_their_probabilities(
+    model: Captioner, trained: Path, attending: Path, photos: list[Path]
+):
+    ensemble, other = Captioner.load([trained, attending], precision="fp32"), Captioner.load(attending)
+    first = ensemble(photos[0], Decoding(max_length=1))[0]
+    together = first.log_probability
+    word = ensemble.vocab[first.tokens[0]] if first.tokens else END
+
+    def probability(one: Captioner) -> float:
+        _, features = next(one._embed(photos[:1], [[0]], 0, None))
+        logits, _ = one.decoder.step(torch.tensor([0], device=one.device), one.decoder.init_state(features))
+        return logits.softmax(1)[0, word].item()
+
+    assert math.exp(together) == pytest.approx((probability(model) + probability(other)) / 2, rel=0.05)
+    for how in (Decoding(), PHOTO_DECODING, Decoding(temperature=1.0, seed=2)):
+        for caption in ensemble(photos, how):
+            assert caption.attention.shape == (len(caption.tokens), 4)
+            torch.testing.assert_close(caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02)
+    assert ensemble.description.architecture.decoder == "attention"
+
+
+def test_an_image_that_cannot_be_read_is_reported_once(trained: Path, attending: Path, photos: list[Path], tmp_path):
+    (tmp_path / "bad.jpg").write_text("no photo")
+    sources, reported = [photos[0], tmp_path / "bad.jpg", photos[1]], []
+    captions = Captioner.load([trained, attending]).stream(sources, Decoding(), 0, lambda i, _: reported.append(i))
+    assert [i for i, _ in captions] == [0, 2]
+    assert reported == [1]
+
+
+def test_several_models_on_the_command_line(trained: Path, attending: Path, photos: list[Path], capsys):
+    expected = Captioner.load([trained, attending])(photos[0])[0].text
+    arguments = [str(photos[0]), "--model", str(trained), "--model", str(attending)]
+    tyro.cli(caption_command.main, args=arguments)
+    assert capsys.readouterr().out == f"{expected}\n"
+    with pytest.raises(InputError, match="--export takes one --model"):
+        tyro.cli(caption_command.main, args=[*arguments[1:], "--export", "x.onnx"])
+
+
+def test_models_that_cannot_be_averaged_are_a_sentence(trained: Path, tmp_path: Path):
+    folder = shutil.copytree(trained, tmp_path / "other")
+    description = json.loads((folder / "captioner.json").read_text())
+    words = description["vocabulary"]
+    words[3], words[4] = words[4], words[3]
+    (folder / "captioner.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=rf"^{trained} and {folder} have different vocabularies, .*\.$"):
+        Captioner.load([trained, folder])
+    with pytest.raises(InputError, match="at least one model"):
+        Captioner.load([])
+    with pytest.raises(InputError, match="only a single model"):
+        Captioner.load([trained, trained]).push_to_hub("user/name", "mit")
