@@ -182,11 +182,8 @@ def main(
     about = _describe(captioner, models, data, split)
     training_captions = None
     if this_process().is_main_process:
-        _log(
-            "{model}, epoch {epoch}, trained on {trained_on}; evaluated on {data}, {split} split, backbone in {precision}".format(
-                **about
-            )
-        )
+        _log("{model}, epoch {epoch}, trained on {trained_on}, backbone in {precision}".format(**about))
+        _log(f"evaluated on {data}, {split} split")
         results = _choose_output(results, dataset)
         training_captions = _read_training_captions(data)
     evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)

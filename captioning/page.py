@@ -1,0 +1,231 @@
+"""What of the web page is Gradio's: its inputs, which let nothing in but uploads, and what answers them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import gradio.component_meta
+import matplotlib
+from gradio.data_classes import FileData
+from gradio.utils import sanitize_value_for_csv
+from gradio_client import handle_file
+from PIL import Image
+
+from captioning.bulk import as_json
+from captioning.captioner import Caption, Decoding
+from captioning.errors import InputError
+from captioning.web import Server, Upload
+
+FILE = "/gradio_api/file="  # the address of an uploaded file ends in this and its path
+
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi beside this file
+
+
+# Inputs
+
+
+def locate(component: gr.components.Component, file: FileData) -> Upload:
+    """Where an upload is, and its own name; refuses any other path."""
+    path = Path(file.path or "").resolve()
+    if not path.is_relative_to(Path(component.GRADIO_CACHE).resolve()):
+        raise gr.Error("Upload the photo first.")
+    return Upload(path, Path(file.orig_name or path.name).name)
+
+
+def to_path(component: gr.components.Component, url_or_path: str | Path | None) -> str | Path | None:
+    """A path, or that of an upload whose address on this server it is; the server fetches nothing."""
+    if not str(url_or_path).startswith(("http://", "https://")):
+        return url_or_path
+    _, is_here, path = str(url_or_path).partition(FILE)
+    if not is_here:
+        raise gr.Error("Upload the photo itself, not its address.")
+    return locate(component, FileData(path=path)).path
+
+
+class Photo(gr.Image):
+    """Gradio's image input, which decodes nothing."""
+
+    is_template = True  # Gradio shows it as its base class
+    sample = ""  # address of a photo, for the examples of "Use via API"
+
+    def preprocess(self, payload: FileData | None) -> Upload | None:
+        """The uploaded file."""
+        return None if payload is None else locate(self, payload)
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """As Gradio's, of uploads only."""
+        return await super().async_move_resource_to_block_cache(to_path(self, url_or_file_path))
+
+    def example_payload(self) -> dict[str, Any]:
+        """The photo that the examples of "Use via API" send."""
+        return handle_file(self.sample)
+
+
+class Files(gr.File):
+    """Gradio's input of several files, which reads nothing."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> list[Upload]:
+        """The uploaded files."""
+        return [locate(self, file) for file in (payload.root if payload else [])]
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """As Gradio's, of uploads only."""
+        return await super().async_move_resource_to_block_cache(to_path(self, url_or_file_path))
+
+
+class Page(gr.Blocks):
+    """Gradio's page, which answers a request whose values cannot be used with a sentence."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list, *arguments: Any, **options: Any) -> list:
+        """As Gradio's; values that are missing are those that the page begins with."""
+        inputs = [*inputs, *(block.value for block in block_fn.inputs[len(inputs) :])]
+        try:
+            for block, value in zip(block_fn.inputs, inputs, strict=False):
+                if sentence := explain_unusable(block, value):
+                    raise gr.Error(sentence)
+            return await super().preprocess_data(block_fn, inputs, *arguments, **options)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception:  # what Gradio meets in values that no page sends
+            raise gr.Error(
+                "Upload the photo first, and send what the upload returned.", print_exception=False
+            ) from None
+
+
+def explain_unusable(block: gr.components.Component, value: object) -> str | None:
+    """Why a value from a request cannot be an input's, in a sentence; None where it can."""
+    if isinstance(block, gr.Slider):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not block.minimum <= value <= block.maximum or (block.step == 1 and value != int(value)):
+            kind = "a whole number" if block.step == 1 else "a number"
+            return (
+                f"{block.label} must be {kind} from {block.minimum} to {block.maximum}, not {json.dumps(value)[:40]}."
+            )
+    if isinstance(block, gr.Radio | gr.Dropdown):
+        names = [name for _, name in block.choices]
+        if value not in names:
+            return f"{block.label} must be one of {', '.join(names)}, not {json.dumps(value)[:40]}."
+    if isinstance(block, Photo | Files) and value is not None:
+        for file in value if isinstance(block, Files) and isinstance(value, list) else [value]:
+            if not isinstance(file, dict) or not isinstance(file.get("path"), str):
+                return 'The photo must be an uploaded file, {"path": what the upload returned}; upload the photo first.'
+            locate(block, FileData(path=str(to_path(block, file["path"]))))  # Gradio checks it only for some requests
+    return None
+
+
+# Answers
+
+
+class Answers:
+    """What the page's controls and its API call."""
+
+    def __init__(self, server: Server, folder: Path):
+        self.server, self.folder = server, folder
+
+    def caption(
+        self, photo: Upload | None, method: str, beam_size: float, temperature: float, model: str
+    ) -> tuple[str, list[list[str | float]], list[tuple[Image.Image, str]], float]:
+        """Caption a photo.
+
+        photo: the uploaded file. method: "beam", "greedy" or "sampling". beam_size: hypotheses that the beam
+        keeps. temperature: of the sampling; near 0 the best words win, above 1 unlikely ones appear. model: the name
+        of one that the page serves.
+        Returns the caption, its alternatives with their probabilities per word in percent, for every word a picture
+        of where the model looked (none where the model does not attend), and the caption's own probability per word.
+        """
+        if photo is None:
+            raise gr.Error("Upload a photo first.", print_exception=False)
+        try:
+            caption, view = self.server.caption(photo, model, decoding_of(method, int(beam_size), temperature))
+        except InputError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
+        alternatives = [[other.text, per_word(other)] for other in caption.alternatives if other.text != caption.text]
+        return caption.text, alternatives, attention_maps(view, caption), per_word(caption)
+
+    def show(self, photo: Upload | None, *options: Any) -> tuple:
+        """As `caption`, for the page, which shows no empty tables and pictures."""
+        if photo is None:
+            hidden = gr.update(visible=False)
+            return "", hidden, "", hidden, hidden, None
+        text, alternatives, maps, percent = self.caption(photo, *options)
+        return (
+            text,
+            gr.update(visible=True),
+            f"The model gives its words a probability of **{percent}%** on average.",
+            gr.update(value=alternatives, visible=bool(alternatives)),
+            gr.update(visible=bool(maps)),
+            maps,
+        )
+
+    def show_all(
+        self, files: list[Upload], method: str, beam_size: float, temperature: float, model: str
+    ) -> Iterator[tuple]:
+        """Caption photos and those in zip files: yields how far it is, a table, and at the end its two files."""
+        how = decoding_of(method, int(beam_size), temperature)
+        how.alternatives = 0
+        table: list[list[object]] = []
+        try:
+            for progress in self.server.caption_all(files, model, how, self.folder):
+                name, caption = progress.rows[-1]
+                failed = isinstance(caption, InputError)
+                table.append([name, str(caption), None] if failed else [name, caption.text, per_word(caption)])
+                counted = f"{len(table)} of {progress.total} photos"
+                yield counted, gr.update(value=table, visible=True), *[gr.update(visible=False)] * 2
+        except InputError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
+        failures = sum(isinstance(caption, InputError) for _, caption in progress.rows)
+        summary = f"Captioned {len(table) - failures} of {len(table)} photos."
+        if progress.left_out:
+            summary += f" Files in zip files that are no photos, and were left out: {progress.left_out}."
+        files = write_tables([as_json(name, caption) for name, caption in progress.rows], self.folder)
+        yield summary, gr.update(value=table), *[gr.update(value=str(file), visible=True) for file in files]
+
+
+def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
+    """The decoding that the page's controls choose."""
+    if method == "greedy" or (method == "beam" and beam_size == 1):
+        return Decoding()
+    if method == "sampling":
+        return Decoding(temperature=temperature, alternatives=4)
+    return Decoding(beam_size=beam_size, alternatives=min(beam_size, 5) - 1, block_trigrams=True)
+
+
+def per_word(caption: Caption) -> float:
+    """The geometric mean of the probabilities of a caption's words, by which a beam ranks, in percent."""
+    return round(100 * math.exp(caption.log_probability / (len(caption.tokens) + 1)), 1)
+
+
+def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
+    """For every word where the model looked, over the part of the photo that it saw; or nothing."""
+    if caption.attention is None:
+        return []
+    cells = math.isqrt(caption.attention.shape[1])
+    maps = []
+    for word, weights in zip(caption.tokens, caption.attention.float().numpy(), strict=True):
+        weights = (weights - weights.min()) / max(weights.max() - weights.min(), 1e-9)
+        colours = matplotlib.colormaps["magma"](weights.reshape(cells, cells), bytes=True)
+        heat = Image.fromarray(colours[..., :3]).resize(view.size, Image.Resampling.BICUBIC)
+        maps.append((Image.blend(view, heat, 0.6), word))
+    return maps
+
+
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> tuple[Path, Path]:
+    """Write captions as CSV and as JSON Lines into a new folder in `folder`; returns the two files."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    with open(folder / "captions.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["photo", "caption", "log_probability", "error"])
+        writer.writeheader()
+        writer.writerows({key: sanitize_value_for_csv(value) for key, value in row.items()} for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+    return folder / "captions.csv", folder / "captions.jsonl"

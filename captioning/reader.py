@@ -1,0 +1,181 @@
+"""Read files that strangers send in processes of their own.
+
+A file may be made so that it takes minutes or gigabytes to decode, and a thread that decodes it cannot be stopped.
+A process can: it is killed when its time is up, its memory is bounded, and it ends with the server.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+from torchvision import transforms as T
+
+from captioning.errors import InputError
+from captioning.files import photo_suffixes
+from captioning.images import read_photo
+
+MOST_MEMORY = 2 << 30  # bytes of a process's data
+START_SECONDS = 120
+
+
+class Reader:
+    """A few processes that call functions: `reader(function, arguments, seconds)` returns what the function returns.
+
+    The function must be one of a module's, and what it takes and returns picklable. Raises `InputError` where the
+    function does, or where it takes more than the seconds or more than `MOST_MEMORY`.
+    """
+
+    def __init__(self, processes: int = 2):
+        self.processes = [_Process() for _ in range(processes)]
+        self.idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        for process in self.processes:
+            self.idle.put(process)
+        self.closed = False
+
+    def __call__(self, function: Callable, arguments: tuple, seconds: float) -> Any:
+        """Call a function in the first process that is idle."""
+        process = self.idle.get()
+        try:
+            if self.closed:
+                raise InputError("The server is being stopped; try again later.")
+            return process.call(function, arguments, seconds)
+        finally:
+            self.idle.put(process)
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        self.closed = True
+        for process in self.processes:
+            process.stop()
+
+
+class _Process:
+    def __init__(self):
+        self._start()
+
+    def _start(self) -> None:
+        code = f"import sys; sys.path[:] = {sys.path!r}; from captioning.reader import serve; serve()"
+        self.popen = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def call(self, function: Callable, arguments: tuple, seconds: float) -> Any:
+        if self.popen.poll() is not None:
+            self._start()
+        try:
+            pickle.dump((function, arguments), self.popen.stdin)
+            self.popen.stdin.flush()
+            self._receive(START_SECONDS)
+            result = self._receive(seconds)
+        except (EOFError, OSError, pickle.UnpicklingError):  # it was killed
+            self.stop()
+            raise InputError("This file takes too much time or memory to read; make it smaller.") from None
+        if isinstance(result, InputError):
+            raise result
+        return result
+
+    def _receive(self, seconds: float) -> Any:
+        timer = threading.Timer(seconds, self.popen.kill)
+        timer.start()
+        try:
+            return pickle.load(self.popen.stdout)
+        finally:
+            timer.cancel()
+
+    def stop(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+
+
+def serve() -> None:
+    """Answer a `Reader` through standard input and output until it closes them.
+
+    There are two answers to a call: None when it begins, and then its result.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides what an interruption means
+    with suppress(ImportError, OSError, ValueError):  # a system without this bound
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    while True:
+        try:
+            function, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(None, answers)
+        answers.flush()
+        try:
+            result = function(*arguments)
+        except InputError as error:
+            result = error
+        except MemoryError:
+            result = InputError("This file takes too much memory to read; make it smaller.")
+        pickle.dump(result, answers)
+        answers.flush()
+
+
+def prepare_photo(path: Path, name: str, transform: T.Compose, view_size: int) -> tuple[Image.Image, Image.Image]:
+    """A photo resized as a model's transform begins, and the part of it that the model sees, for people to look at.
+
+    The second is a square of `view_size` pixels. Raises `InputError`, which calls the file `name`, where it cannot be
+    read.
+    """
+    resize, crop = transform.transforms[:2]
+    enlarge = T.Resize(round(resize.size * view_size / crop.size[0]))
+    if not path.exists():
+        raise InputError(f"{name} is no longer on the server; upload it again.")
+    try:
+        photo = read_photo(path, resize.size)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), name)) from None
+    width, height = photo.size  # only the centre is looked at, so a long strip is not enlarged whole
+    photo = T.CenterCrop((min(height, 2 * width), min(width, 2 * height)))(photo)
+    return resize(photo), T.CenterCrop(view_size)(enlarge(photo))
+
+
+def unpack_photos(
+    path: Path, folder: Path, most_photos: int, most_bytes: int
+) -> tuple[list[tuple[str, Path | InputError]], int]:
+    """Unpack a zip file's photos into a folder: each one's name and where it is, or why it cannot be unpacked.
+
+    With them comes the number of other files, which are left out. Raises `InputError` where the zip file cannot be
+    read, or has more than `most_photos`, or they have more than `most_bytes` in all.
+    """
+    photos: list[tuple[str, Path | InputError]] = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [PurePosixPath(info.filename) for info in archive.infolist()]
+            files = [
+                (name, info)
+                for name, info in zip(names, archive.infolist(), strict=True)
+                if not info.is_dir() and not name.name.startswith(".") and "__MACOSX" not in name.parts
+            ]
+            members = [(name, info) for name, info in files if name.suffix.lower() in photo_suffixes()]
+            if len(members) > most_photos:
+                raise InputError(f"{path.name} holds {len(members):,} photos; send at most {most_photos} at once.")
+            if sum(info.file_size for _, info in members) > most_bytes:  # of none more is read than it says
+                raise InputError(f"The photos in {path.name} are more than {most_bytes >> 20} MB; send fewer at once.")
+            for i, (name, info) in enumerate(members):
+                target = folder / f"{i:04}{name.suffix.lower()}"
+                try:
+                    target.write_bytes(archive.read(info))
+                    photos.append((str(name), target))
+                except Exception as error:  # a broken archive makes its decoders raise nearly anything
+                    photos.append((str(name), InputError(f"{name} cannot be unpacked ({error}).")))
+    except InputError:
+        raise
+    except Exception:
+        raise InputError(f"{path.name} is not a zip file that can be read; make it anew.") from None
+    return photos, len(files) - len(members)

@@ -1,0 +1,242 @@
+"""What stands between the web page and its visitors: which requests are let in, and who captions their photos."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from traceback import print_exception
+from urllib.parse import urlsplit
+
+import uvicorn
+from PIL import Image
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from captioning.captioner import Caption, Captioner, Decoding
+from captioning.errors import InputError
+from captioning.features import BATCH
+from captioning.reader import Reader, prepare_photo, unpack_photos
+
+MOST_UPLOADED = 100 << 20  # bytes of an upload
+MOST_BODY = 1 << 20  # bytes of any other request
+MOST_PHOTOS = 200  # captioned at once for one visitor
+MOST_UNPACKED = 400 << 20  # bytes of the photos in a zip file
+PHOTO_SECONDS = 10  # to read a photo
+ZIP_SECONDS = 30  # to unpack a zip file
+STOP_SECONDS = 2  # for the last batch, once the server is being stopped
+VIEW_SIZE = 224  # pixels of the part of the photo that the model sees, as it is drawn under attention maps
+UPLOAD = "/gradio_api/upload"
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+# Requests
+
+
+class Gate:
+    """Refuses what the page itself never asks for, before Gradio reads it.
+
+    That is a request that another website's script makes in a visitor's browser, one that names another host where
+    only this computer is served, one to fetch an address on the caller's behalf, and a body that is too large.
+
+    `hosts` are the names that the server answers to; None is any. `origins` are hosts whose pages may call it though
+    requests name another host: a tunnel's.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: set[str] | None = None):
+        self.app, self.hosts = app, hosts
+        self.origins: set[str] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 403 or 413."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = MOST_UPLOADED if scope["path"] == UPLOAD else MOST_BODY
+        sentence = self._refusal(scope["path"], Headers(scope=scope))
+        app = PlainTextResponse(sentence, 403) if sentence else self.app
+        await app(scope, _counted(receive, limit), send)
+
+    def _refusal(self, path: str, headers: Headers) -> str | None:
+        if "/file=http" in path or "/proxy=" in path:
+            return "This server fetches nothing from other hosts."
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
+        except ValueError:
+            return "This request's Host or Origin is no address."
+        if self.hosts is not None and name not in self.hosts:
+            return f"This server answers to {', '.join(sorted(self.hosts))} only; start it with --host to serve others."
+        if origin is not None and site not in {host, headers.get("x-forwarded-host"), *self.origins}:
+            return "This server answers to its own pages and to programs, not to other websites."
+        return None
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    total = 0
+
+    async def receive_counted() -> Message:
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > limit:
+            raise HTTPException(413, f"This request has more than {limit >> 20} MB, the most that is allowed.")
+        return message
+
+    return receive_counted
+
+
+class StoppableServer(uvicorn.Server):
+    """Uvicorn, which calls functions when it is to stop, before it waits for the requests in hand."""
+
+    def __init__(self, config: uvicorn.Config, *on_stop: Callable[[], None]):
+        super().__init__(config)
+        self.on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop."""
+        for function in self.on_stop:
+            function()
+        await super().shutdown(sockets)
+
+
+# Captions
+
+
+@dataclass
+class Upload:
+    """An uploaded file: where it is, and what its owner calls it."""
+
+    path: Path
+    name: str
+
+
+@dataclass
+class Progress:
+    """How far the captioning of several photos is."""
+
+    total: int
+    left_out: int  # files in zip files that are no photos
+    rows: list[tuple[str, Caption | InputError]]  # each photo's name, and its caption or why it has none
+
+
+class Server:
+    """Captions what requests bring, those that arrive together in one batch.
+
+    Every request has its photo read in a process, waits for it in its own thread, and one thread captions. (Gradio's
+    `batch=True` would fail all requests of a batch when it refuses the file of one.)
+    """
+
+    def __init__(self, captioners: dict[str, Captioner]):
+        self.captioners = captioners
+        self.reader = Reader()
+        self.closed = False
+        self.waiting: SimpleQueue[_Job | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def caption(self, photo: Upload, model: str, how: Decoding) -> tuple[Caption, Image.Image]:
+        """A photo's caption and the part of it that the model saw, as a square of `VIEW_SIZE` pixels.
+
+        Raises `InputError` for what is no photo, and for one that takes more than `PHOTO_SECONDS` to read.
+        """
+        transform = self.captioners[model].transform
+        small, view = self.reader(prepare_photo, (photo.path, photo.name, transform, VIEW_SIZE), PHOTO_SECONDS)
+        answer: Future[Caption] = Future()
+        self.waiting.put(_Job(small, model, how, answer))
+        while not self.closed:
+            with suppress(TimeoutError):
+                return answer.result(timeout=1), view
+        raise InputError("The server is being stopped; try again later.")
+
+    def caption_all(self, uploads: list[Upload], model: str, how: Decoding, folder: Path) -> Iterator[Progress]:
+        """Caption photos, and those in zip files, in order; one that cannot be read does not end it.
+
+        Yields, after each, all that is done. Zip files are unpacked into `folder` meanwhile. Raises `InputError` where
+        there are no photos or too many.
+        """
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+            photos, left_out = self._unpack(uploads, Path(unpacked))
+            if not photos:
+                raise InputError("There is no photo among these files; send photos or a zip file of them.")
+            if len(photos) > MOST_PHOTOS:
+                raise InputError(f"These are {len(photos):,} photos; send at most {MOST_PHOTOS} at once.")
+            progress = Progress(len(photos), left_out, [])
+            pool = ThreadPoolExecutor(8)  # some wait for captions while others are read
+            try:
+                for row in pool.map(lambda photo: self._caption_one(photo, model, how), photos):
+                    progress.rows.append(row)
+                    yield progress
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _unpack(self, uploads: list[Upload], folder: Path) -> tuple[list[Upload | tuple[str, InputError]], int]:
+        photos: list[Upload | tuple[str, InputError]] = []
+        others = 0
+        for i, upload in enumerate(uploads):
+            if not upload.name.lower().endswith(".zip"):
+                photos.append(upload)
+                continue
+            inside = folder / str(i)
+            inside.mkdir()
+            limits = (MOST_PHOTOS, MOST_UNPACKED)
+            members, left_out = self.reader(unpack_photos, (upload.path, inside, *limits), ZIP_SECONDS)
+            others += left_out
+            photos += [(name, at) if isinstance(at, InputError) else Upload(at, name) for name, at in members]
+        return photos, others
+
+    def _caption_one(
+        self, photo: Upload | tuple[str, InputError], model: str, how: Decoding
+    ) -> tuple[str, Caption | InputError]:
+        if isinstance(photo, tuple):
+            return photo
+        try:
+            return photo.name, self.caption(photo, model, how)[0]
+        except InputError as error:
+            return photo.name, error
+
+    def _work(self) -> None:
+        while True:
+            jobs = [self.waiting.get()]
+            while len(jobs) < BATCH and not self.waiting.empty():
+                jobs.append(self.waiting.get())
+            groups: dict[str, list[_Job]] = {}
+            for job in jobs:
+                if job is None:
+                    return
+                groups.setdefault(f"{job.model} {job.how}", []).append(job)
+            for group in groups.values():
+                self._caption_group(group)
+
+    def _caption_group(self, jobs: list[_Job]) -> None:
+        captioner, how = self.captioners[jobs[0].model], jobs[0].how
+        try:
+            for job, caption in zip(jobs, captioner([job.photo for job in jobs], how), strict=True):
+                job.answer.set_result(caption)
+        except Exception as error:  # it belongs to these requests; the next ones go on
+            print_exception(error)
+            for job in jobs:
+                job.answer.set_exception(InputError("The model failed on this photo; the server's log says why."))
+
+    def close(self) -> None:
+        """End the processes that read, and give the batch in hand a moment to end."""
+        self.closed = True
+        self.reader.close()
+        self.waiting.put(None)
+        self.thread.join(STOP_SECONDS)
+
+
+@dataclass
+class _Job:
+    photo: Image.Image
+    model: str
+    how: Decoding
+    answer: Future[Caption]

@@ -1,0 +1,185 @@
+"""Files of strangers, read in processes that can be stopped."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioning.errors import InputError
+from captioning.images import build_transform
+from captioning.reader import MOST_MEMORY, Reader, prepare_photo, unpack_photos
+
+EXIF_ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    reader = Reader()
+    reader(abs, (-1,), 60)  # both have started
+    yield reader
+    reader.close()
+
+
+def test_it_returns_what_the_function_returns_or_raises(reader: Reader):
+    assert reader(pow, (2, 10), 5) == 1024
+    with pytest.raises(InputError, match="no longer on the server"):
+        reader(prepare_photo, (Path("none.jpg"), "none.jpg", build_transform(normalise=False), 224), 5)
+
+
+def test_two_that_take_too_long_are_stopped_and_do_not_stop_the_next(reader: Reader):
+    start = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        slow = [pool.submit(reader, time.sleep, (600,), 1) for _ in range(2)]
+        time.sleep(0.1)
+        quick = pool.submit(reader, abs, (-7,), 60)
+        for call in slow:
+            with pytest.raises(InputError, match="takes too much time or memory"):
+                call.result()
+        assert quick.result() == 7
+    assert time.monotonic() - start < 100
+
+
+def test_memory_is_bounded_and_the_process_goes_on(reader: Reader):
+    with pytest.raises(InputError, match="memory"):
+        reader(bytes, (MOST_MEMORY,), 60)
+    assert reader(len, ("abc",), 60) == 3
+
+
+def test_a_process_that_dies_is_replaced(reader: Reader):
+    with pytest.raises(InputError):
+        reader(os._exit, (3,), 60)
+    assert [reader(abs, (-i,), 60) for i in range(3)] == [0, 1, 2]
+
+
+def test_closing_ends_a_call_at_once():
+    reader = Reader(1)
+    reader(abs, (1,), 60)
+    call: list[InputError] = []
+
+    def wait() -> None:
+        with pytest.raises(InputError) as caught:
+            reader(time.sleep, (600,), 600)
+        call.append(caught.value)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    reader.close()
+    thread.join(5)
+    assert call
+    with pytest.raises(InputError, match="being stopped"):
+        reader(abs, (1,), 60)
+
+
+def test_a_photo_is_read_upright_and_as_its_owner_calls_it(photo: Path, tmp_path: Path):
+    transform = build_transform(image_size=64, normalise=False)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    turned = Image.open(photo).transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    small, view = prepare_photo(tmp_path / "turned.jpg", "mine.jpg", transform, 224)
+    expected, _ = prepare_photo(photo, "mine.png", transform, 224)
+    assert np.abs(np.asarray(small, int) - np.asarray(expected, int)).mean() < 5
+    assert min(small.size) == round(64 * 256 / 224)
+    assert view.size == (224, 224)
+    (tmp_path / "broken.jpg").write_text("no photo")
+    with pytest.raises(InputError, match=r"^mine\.jpg cannot be read as a photo") as caught:
+        prepare_photo(tmp_path / "broken.jpg", "mine.jpg", transform, 224)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_the_view_is_what_the_model_sees(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    Image.fromarray(pixels).resize((900, 600), Image.Resampling.NEAREST).save(tmp_path / "a.png")
+    transform = build_transform(image_size=64, normalise=False)
+    small, view = prepare_photo(tmp_path / "a.png", "a.png", transform, 224)
+    seen = Image.fromarray(transform(small).permute(1, 2, 0).numpy()).resize((224, 224))
+    assert np.abs(np.asarray(seen, int) - np.asarray(view, int)).mean() < 10
+
+
+# Zip files
+
+
+def encoded(kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
+    def pack(members: dict[str, bytes]) -> Path:
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        return tmp_path / "photos.zip"
+
+    return pack
+
+
+def unpack(path: Path, most_photos: int = 10, most_bytes: int = 1 << 20) -> tuple[list, int]:
+    folder = path.parent / "unpacked"
+    folder.mkdir(exist_ok=True)
+    return unpack_photos(path, folder, most_photos, most_bytes)
+
+
+def test_photos_of_any_folder_are_unpacked_into_one_and_others_are_counted(pack, tmp_path: Path):
+    data = encoded()
+    names = ["a.png", "sub/a.PNG", "../../escape.png", "/etc/absolute.png", "ü\x1b[31m.png"]
+    others = {"notes.txt": b"x", "sub/more.pdf": b"x", "__MACOSX/._a.png": b"x", ".hidden.png": b"x", "folder/": b""}
+    photos, left_out = unpack(pack({**dict.fromkeys(names, data), **others}))
+    assert [name for name, _ in photos] == names
+    assert left_out == 2
+    assert {path.parent for _, path in photos} == {tmp_path / "unpacked"}
+    assert all(path.read_bytes() == data for _, path in photos)
+    assert not (tmp_path.parent / "escape.png").exists()
+
+
+def test_one_damaged_photo_costs_itself_alone(pack):
+    path = pack({"a.png": bytes(range(256)) * 9, "b.png": encoded()})
+    content = bytearray(path.read_bytes())
+    content[60] ^= 255
+    path.write_bytes(content)
+    (_, damaged), (_, whole) = unpack(path)[0]
+    assert isinstance(damaged, InputError)
+    assert str(damaged).startswith("a.png cannot be unpacked (")
+    assert whole.read_bytes() == encoded()
+
+
+def test_an_encrypted_photo_says_so(pack):
+    path = pack({"a.png": encoded()})
+    content = bytearray(path.read_bytes())
+    content[6] |= 1
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    [(_, error)], _ = unpack(path)
+    assert "encrypted" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("members", "limits", "sentence"),
+    [
+        ({f"{i}.png": b"x" for i in range(11)}, (10, 1 << 20), r"photos\.zip holds 11 photos; send at most 10"),
+        ({"a.png": bytes(1 << 20), "b.png": b"x"}, (10, 1 << 20), r"photos in photos\.zip are more than 1 MB"),
+    ],
+)
+def test_too_many_and_too_large_are_refused_before_they_are_unpacked(pack, members, limits, sentence):
+    with pytest.raises(InputError, match=sentence):
+        unpack(pack(members), *limits)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no zip file at all", b"PK\x05\x06" + bytes(17)])
+def test_what_is_no_zip_file_is_a_sentence(tmp_path: Path, content: bytes):
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(InputError, match=r"^a\.zip is not a zip file that can be read"):
+        unpack(tmp_path / "a.zip")

@@ -1,0 +1,267 @@
+"""Which requests are let in, and how photos are captioned together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from captioning import web
+from captioning.captioner import Caption, Decoding
+from captioning.errors import InputError
+from captioning.images import build_transform
+from captioning.web import LOOPBACK, MOST_BODY, MOST_UPLOADED, Gate, Server, Upload
+
+# Requests
+
+
+async def _measure(request: Request) -> PlainTextResponse:
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+    return PlainTextResponse(str(size), headers={"access-control-allow-credentials": "true"})
+
+
+def ask(method: str, path: str, gate: Gate | None = None, **options: object) -> httpx.Response:
+    app = Starlette(routes=[Route("/{path:path}", _measure, methods=["GET", "POST", "OPTIONS"])])
+    gate = gate or Gate(app, LOOPBACK)
+    gate.app = app
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(gate)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7860") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
+
+
+PATHS = ("/", "/gradio_api/upload", "/gradio_api/call/caption", "/gradio_api/queue/join")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "captions.example"},
+        {"Host": "localhost.example:7860"},
+        {"Host": "127.0.0.1.example"},
+        {"Host": "127.0.0.1@example.org"},
+        {"Host": ""},
+        {"Host": "["},
+        {"Origin": "https://example.org"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Origin": "http://localhost:7860"},  # another host than the request's own
+        {"Origin": "http://127.0.0.1:7860.example.org"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://["},
+        {"Host": "evil.example:7860", "Origin": "http://evil.example:7860"},  # by a name that leads here
+    ],
+)
+def test_another_websites_requests_are_refused_without_credentials(path: str, headers: dict[str, str]):
+    preflight = {**headers, "Access-Control-Request-Method": "POST"}
+    for method, sent in (("GET", headers), ("POST", headers), ("OPTIONS", preflight)):
+        reply = ask(method, path, headers=sent)
+        assert reply.status_code == 403
+        assert reply.text.count(".") >= 1
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Origin": "http://127.0.0.1:7860"},
+        {"Host": "localhost:7860", "Origin": "http://localhost:7860"},
+        {"Host": "LOCALHOST"},
+        {"Host": "[::1]:7860", "Origin": "http://[::1]:7860"},
+        {"Host": "localhost:8000", "Origin": "http://localhost:8000"},  # through a forwarded port
+        {"Origin": "https://captions.example", "X-Forwarded-Host": "captions.example"},  # through a proxy
+    ],
+)
+def test_the_pages_own_requests_and_programs_are_answered(headers: dict[str, str]):
+    assert ask("POST", "/gradio_api/call/caption", headers=headers, content=b"abc").text == "3"
+
+
+def test_a_server_of_many_names_refuses_only_foreign_origins():
+    headers = {"Host": "captions.example", "Origin": "https://captions.example"}
+    assert ask("POST", "/", Gate(None), headers=headers).status_code == 200
+    assert ask("POST", "/", Gate(None), headers={**headers, "Origin": "https://example.org"}).status_code == 403
+    tunnel = Gate(None)
+    tunnel.origins = {"abc.tunnel.example"}
+    assert ask("POST", "/", tunnel, headers={"Origin": "https://abc.tunnel.example"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/file=https://example.org/a.jpg", "/gradio_api/proxy=http://10.0.0.1/"])
+def test_nothing_is_fetched_for_a_caller(path: str):
+    assert ask("GET", path).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("/gradio_api/call/caption", MOST_BODY),
+        ("/gradio_api/upload", MOST_UPLOADED),
+        ("/x/gradio_api/upload", MOST_BODY),
+    ],
+)
+def test_a_body_is_read_up_to_its_limit(path: str, limit: int):
+    sent = 0
+
+    async def body(size: int) -> object:
+        nonlocal sent
+        for _ in range(size >> 16):
+            sent += 1 << 16
+            yield bytes(1 << 16)
+
+    assert ask("POST", path, content=body(limit)).text == str(limit)
+    sent = 0
+    reply = ask("POST", path, content=body(limit + (9 << 16)))  # chunked: without a length
+    assert reply.status_code == 413
+    assert f"more than {limit >> 20} MB" in reply.text
+
+
+# Captions
+
+
+class SlowCaptioner:
+    """Captions with how many photos it was given at once, when it is let."""
+
+    transform = build_transform(image_size=32, normalise=False)
+
+    def __init__(self):
+        self.sizes: list[int] = []
+        self.go = threading.Event()
+
+    def __call__(self, photos: list, how: Decoding) -> list[Caption]:
+        self.go.wait(30)
+        self.sizes.append(len(photos))
+        if photos[0].getpixel((0, 0)) == (0, 255, 0):
+            raise RuntimeError("broken")
+        return [Caption(f"caption {how.beam_size}", ["a"], 0.0)] * len(photos)
+
+
+@pytest.fixture
+def slow() -> SlowCaptioner:
+    return SlowCaptioner()
+
+
+@pytest.fixture
+def server(slow: SlowCaptioner, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(web, "Reader", FakeReader)
+    server = Server({"slow": slow, "other": slow})
+    yield server
+    slow.go.set()
+    server.close()
+
+
+class FakeReader:
+    """Reads in this process."""
+
+    def __call__(self, function: object, arguments: tuple, seconds: float) -> object:
+        return function(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
+BEAM = [Decoding(beam_size=size) for size in range(5)]
+
+
+def test_requests_that_wait_together_are_captioned_together(server: Server, slow: SlowCaptioner, photo: Path):
+    upload = Upload(photo, "photo.png")
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(server.caption, upload, "slow", BEAM[3])
+        while not server.waiting.empty() or first.running() is False:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        models = ["slow", "slow", "other", "other"]
+        rest = [pool.submit(server.caption, upload, models[i % 4], BEAM[2 + i % 2]) for i in range(8)]
+        while server.waiting.qsize() < 8:
+            time.sleep(0.01)
+        slow.go.set()
+        assert [answer.result()[0].text for answer in rest] == ["caption 2", "caption 3"] * 4
+    assert slow.sizes == [1, 2, 2, 2, 2]
+
+
+def test_a_failure_belongs_to_its_requests_alone(
+    server: Server, slow: SlowCaptioner, photo: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    slow.go.set()
+    Image.new("RGB", (40, 40), (0, 255, 0)).save(tmp_path / "bad.png")
+    with pytest.raises(InputError, match="The model failed on this photo"):
+        server.caption(Upload(tmp_path / "bad.png", "bad.png"), "slow", BEAM[3])
+    assert "RuntimeError: broken" in capfd.readouterr().err
+    assert server.caption(Upload(photo, "good.png"), "slow", BEAM[3])[0].text == "caption 3"
+
+
+def test_closing_ends_requests_that_wait_for_a_caption(server: Server, photo: Path):
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(server.caption, Upload(photo, "a.png"), "slow", BEAM[1]) for _ in range(3)]
+        time.sleep(0.3)
+        start = time.monotonic()
+        server.close()
+        for answer in waiting:
+            with pytest.raises(InputError, match="being stopped"):
+                answer.result()
+    assert time.monotonic() - start < 8
+
+
+def test_several_photos_and_zip_files_are_captioned_in_order(
+    server: Server, slow: SlowCaptioner, photo: Path, tmp_path: Path
+):
+    slow.go.set()
+    (tmp_path / "broken.jpg").write_text("no photo")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        archive.write(photo, "sub/b.png")
+        archive.writestr("notes.txt", "")
+        archive.write(photo, "sub/c.png")
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    uploads = [
+        Upload(photo, "a.png"),
+        Upload(tmp_path / "broken.jpg", "broken.jpg"),
+        Upload(tmp_path / "more.zip", "More.ZIP"),
+    ]
+    sizes = []
+    for progress in server.caption_all(uploads, "slow", BEAM[3], folder):
+        sizes.append(len(progress.rows))
+    assert sizes == [1, 2, 3, 4]
+    assert progress.total == 4
+    assert progress.left_out == 1
+    assert [name for name, _ in progress.rows] == ["a.png", "broken.jpg", "sub/b.png", "sub/c.png"]
+    assert [getattr(caption, "text", None) for _, caption in progress.rows] == ["caption 3", None, *["caption 3"] * 2]
+    assert str(progress.rows[1][1]).startswith("broken.jpg cannot be read")
+    assert list(folder.iterdir()) == []
+
+
+def test_none_and_too_many_photos_are_sentences(server: Server, photo: Path, tmp_path: Path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("notes.txt", "")
+    for uploads in ([], [Upload(tmp_path / "none.zip", "none.zip")]):
+        with pytest.raises(InputError, match="There is no photo among these files"):
+            next(server.caption_all(uploads, "slow", BEAM[3], tmp_path))
+    monkeypatch.setattr(web, "MOST_PHOTOS", 2)
+    with pytest.raises(InputError, match="These are 3 photos; send at most 2 at once"):
+        next(server.caption_all([Upload(photo, "a.png")] * 3, "slow", BEAM[3], tmp_path))
+
+
+def test_a_visitor_who_leaves_ends_the_captioning(server: Server, slow: SlowCaptioner, photo: Path, tmp_path: Path):
+    slow.go.set()
+    rows = server.caption_all([Upload(photo, "a.png")] * 100, "slow", BEAM[3], tmp_path)
+    next(rows)
+    rows.close()
+    assert sum(slow.sizes) < 100
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
