@@ -360,11 +360,11 @@ def test_gradio_client_captions_as_the_command_line_does(
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/caption"]
 
 
-def test_the_readmes_examples_do_what_they_say(page: Page, scene: Image.Image, tmp_path: Path, monkeypatch, capfd):
+def test_the_examples_of_docs_web_md_do_what_they_say(page: Page, scene: Image.Image, tmp_path: Path, monkeypatch, capfd):
     scene.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     _, (expected, table, *_) = page.caption((tmp_path / "photo.jpg").read_bytes(), "photo.jpg", "beam", 3)
-    readme = (ROOT / "README.md").read_text().replace("http://127.0.0.1:7860", page.url)
+    readme = (ROOT / "docs" / "web.md").read_text().replace("http://127.0.0.1:7860", page.url)
     [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "gradio_client" in block]
     exec(code, {})
     assert f"{expected} {table['data']}\n" in capfd.readouterr().out
