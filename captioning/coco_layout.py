@@ -80,7 +80,8 @@ def _check_names(images: list[SourceImage]) -> None:
             other = by_name[image.split, image.name]
             raise InputError(f"{other} and {image.path} would both be {image.name} of the {image.split} split.")
         if image.id in by_id:
-            raise InputError(f"{by_id[image.id]} and {image.path} both have the image id {image.id}.")
+            other = by_id[image.id]
+            raise InputError(f"{other} and {image.path} both have the image id {image.id}; give each its own.")
         by_name[image.split, image.name] = image.path
         if image.id is not None:
             by_id[image.id] = image.path

@@ -37,6 +37,8 @@ def hash_file(path: Path, before: bytes = b"") -> str:
     """The SHA-256 of a file, in hexadecimal, as if these bytes stood before it."""
     digest = hashlib.sha256(before)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path} is not a regular file.")
         with open(path, "rb") as file:
             while part := file.read(1 << 20):
                 digest.update(part)

@@ -21,8 +21,8 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     """Write the images and captions of several data sets as one, split by split.
 
     An image's name begins with the name of its source's folder; its id changes only where an image of another source
-    or split has it. Captions stay as they are. Where the val or test split has an image by name and size that another
-    source trains on, how many there are is said on standard error.
+    or split has it. Captions stay as they are. Where the val or test split has an image whose name and sizes are those of
+    an image that another source trains on, how many there are is said on standard error.
 
     Raises:
         InputError: Less than two sources, one given twice, one that is not in COCO's layout, or what
@@ -135,10 +135,13 @@ def _make_ids_unique(images: list[SourceImage]) -> None:
 
 
 def _report_leaks(images: list[SourceImage], report: Report) -> None:
-    def key(image: SourceImage) -> tuple[str, int]:
-        return image.path.name, image.path.stat().st_size
+    """Count held-out images that have the name and sizes of an image which another source trains on."""
 
-    trained_on = {key(image) for image in images if image.split == "train"}
+    def key(image: SourceImage) -> tuple:
+        return image.path.name, image.size, image.path.stat().st_size
+
+    trained_on = {key(image): image.name.partition("/")[0] for image in images if image.split == "train"}
     for image in images:
-        if image.split != "train" and key(image) in trained_on:
-            report.add("image{s} of val or test that train has by name and size", str(image.path), "found")
+        prefix = image.name.partition("/")[0]
+        if image.split != "train" and trained_on.get(key(image), prefix) != prefix:
+            report.add("image{s} of val or test that another source seems to train on", str(image.path), "found")

@@ -439,3 +439,311 @@ def test_the_real_flickr8k_imports_and_trains(tmp_path, small, tiny_backbone):
     description = checkpoint.read_description(train(small(data=out, batch_size=32, learning_rate=5e-3)))
     assert (description.data["train_photos"], description.data["train_captions"]) == (300, 1500)
     assert description.epochs[0]["val_loss"] < 0.8 * math.log(len(description.vocabulary))
+
+
+# Six images, and their captions in many forms
+
+
+def six(folder: Path, **tables: str | bytes) -> Path:
+    for i in range(6):
+        photo(folder / f"{i}.jpg", (8 + i, 6))
+    for name, content in tables.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def all_captions(destination: Path) -> dict[str, list[str]]:
+    splits = [path.stem.split("_")[1] for path in (destination / "annotations").glob("captions_*.json")]
+    return {name: texts for split in splits for name, texts in captions(destination, split).items()}
+
+
+def csv_rows(header: str, row: str = "{}.jpg,a red ball", end: str = "\n") -> str:
+    return header + end + "".join(row.format(i) + end for i in range(6))
+
+
+def json_rows(**fields) -> list[dict]:
+    return [
+        {key: value.format(i) if isinstance(value, str) else value for key, value in fields.items()} for i in range(6)
+    ]
+
+
+def lines(rows: list) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_an_empty_caption_of_a_token_file_is_left_out_and_counted(flickr8k, tmp_path, capsys):
+    tokens = flickr8k / "Flickr8k_text" / "Flickr8k.token.txt"
+    tokens.write_text(tokens.read_text().replace("3_c.jpg#2\tA dog number 2 runs .", "3_c.jpg#2\t"))
+    importers.import_flickr(flickr8k, tmp_path / "out")
+    assert len(captions(tmp_path / "out", "val")["3_c.jpg"]) == 4
+    assert "left out 1 empty caption: " in capsys.readouterr().err
+
+
+# .txt files beside images, and folders that are splits
+
+
+def test_captions_in_txt_files_beside_the_images(tmp_path, capsys):
+    source = six(tmp_path / "in")
+    for i in range(5):
+        text(source / f"{i}.txt", f"\ufeffa red ball\u2028{i}\r\n\r\none ball\r\n")
+    text(source / "9.txt", "a lost caption")
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": [f"a red ball {i}", "one ball"] for i in range(5)}
+    error = capsys.readouterr().err
+    assert f"left out 1 image without a .txt file: {source}/5.jpg\n" in error
+    assert f"left out 1 .txt file without an image: {source}/9.txt\n" in error
+
+
+def test_two_images_of_one_txt_file_are_refused(tmp_path):
+    source = six(tmp_path / "in", **{f"{i}__txt": "a red ball" for i in range(6)})
+    Image.new("RGB", (8, 6)).save(source / "0.png")
+    with pytest.raises(InputError, match=r"0\.txt may be of .*/0\.jpg or of .*/0\.png"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv", "sidecars"])
+def test_folders_called_like_splits_are_splits(tmp_path, form):
+    for folder in ("train", "validation", "test"):
+        source = six(
+            tmp_path / "in" / folder, **{f"{i}__txt": f"a red {folder}" for i in range(6 * (form == "sidecars"))}
+        )
+        if form == "metadata.jsonl":
+            text(source / form, lines(json_rows(file_name="{}.jpg", text=f"a red {folder}")))
+        if form == "metadata.csv":
+            text(source / form, csv_rows("file_name,text", "{}.jpg,a red " + folder))
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    for split, folder in (("train", "train"), ("val", "validation"), ("test", "test")):
+        expected = {f"{folder}/{i}.jpg": [f"a red {folder}"] for i in range(6)}
+        assert captions(tmp_path / "out", split) == expected
+
+
+def test_several_tables_are_refused_with_their_names(tmp_path):
+    source = six(tmp_path / "in", a__csv=csv_rows("image,caption"), b__csv=csv_rows("image,caption"))
+    with pytest.raises(InputError, match=r"a\.csv and .*/b\.csv may both hold the captions"):
+        importers.import_folder(source, tmp_path / "out")
+    importers.import_folder(source / "b.csv", tmp_path / "out")
+    source = six(
+        tmp_path / "hf",
+        metadata__csv=csv_rows("file_name,text"),
+        metadata__jsonl=lines(json_rows(file_name="{}.jpg", text="a red ball")),
+    )
+    with pytest.raises(InputError, match="may both hold"):
+        importers.import_folder(source, tmp_path / "out2")
+    tokens = "".join(f"{i}.jpg#0\ta red ball\n" for i in range(6))
+    source = six(tmp_path / "flickr", x__token=tokens, captions__txt=csv_rows("image,caption"))
+    with pytest.raises(InputError, match=r"captions in .*x\.token and in .*captions\.txt; name the file"):
+        importers.import_flickr(source, tmp_path / "out3")
+    importers.import_flickr(source / "x.token", tmp_path / "out3")
+
+
+# Splits
+
+
+def test_names_of_splits(tmp_path):
+    names = ("training", "Train", "TEST", "valid", "eval", "validation")
+    table = "image,caption,split\n" + "".join(f"{i}.jpg,a red ball,{name}\n" for i, name in enumerate(names))
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "train")) == {"0.jpg", "1.jpg"}
+    assert set(captions(tmp_path / "out", "test")) == {"2.jpg"}
+    assert set(captions(tmp_path / "out", "val")) == {"3.jpg", "4.jpg", "5.jpg"}
+
+
+def test_a_validation_split_is_made_from_the_training_split_and_said(tmp_path, capsys):
+    for i in range(45):
+        photo(tmp_path / "in" / f"{i}.jpg")
+    table = "image,caption,split\n" + "".join(
+        f"{i}.jpg,a red ball,{'test' if i > 40 else 'train'}\n" for i in range(45)
+    )
+    text(tmp_path / "in" / "c.csv", table)
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert [len(captions(tmp_path / "out", split)) for split in ("train", "val", "test")] == [39, 2, 4]
+    assert "moved 2 images of train to val, since there was no validation split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["trainImages", "devImages", "testImages"])
+def test_flickr8k_with_one_split_file_only(flickr8k, tmp_path, capsys, split):
+    for path in (flickr8k / "Flickr8k_text").glob("*Images.txt"):
+        if split not in path.name:
+            path.unlink()
+    importers.import_flickr(flickr8k, tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == {"trainImages": 2, "devImages": 1, "testImages": 1}[split]
+    assert ("moved 1 image of train to val" in capsys.readouterr().err) == (split == "trainImages")
+
+
+# Images of one name
+
+
+def test_karpathys_filepath_tells_images_of_one_name_apart(tmp_path):
+    entries = []
+    for width, (folder, split) in enumerate(
+        [("cats", "train"), ("dogs", "train"), ("cats", "val"), ("birds", "val")], 10
+    ):
+        name = f"{split}.jpg"
+        photo(tmp_path / "in" / folder / name, (width, 6))
+        photo(tmp_path / "in" / "a_small" / folder / name, (2, 2))
+        sentences = [{"raw": f"{folder} {width}"}]
+        entries.append({"filepath": folder, "filename": name, "split": split, "sentences": sentences})
+    text(tmp_path / "in" / "dataset_x.json", json.dumps({"images": entries}))
+    before = {path: path.read_bytes() for path in (tmp_path / "in").rglob("*.jpg")}
+    importers.import_karpathy(tmp_path / "in", tmp_path / "out")
+    for split in ("train", "val"):
+        for name, [caption] in captions(tmp_path / "out", split).items():
+            with Image.open(tmp_path / "out" / "images" / split / name) as image:
+                assert caption.split()[1] == str(image.width)
+                assert caption.split()[0] in ("cats", "dogs", "birds")
+    assert set(captions(tmp_path / "out", "train")) == {"cats/train.jpg", "dogs/train.jpg"}
+    assert {path: path.read_bytes() for path in (tmp_path / "in").rglob("*.jpg")} == before
+
+
+@pytest.mark.parametrize("where", [".", "extra/train2014", "images"])
+def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, where):
+    for i in range(3):
+        photo(tmp_path / "in" / where / f"{i}.jpg")
+    sentences = [{"tokens": ["a", "cat"]}]
+    entries = [
+        {"filepath": "train2014", "filename": f"{i}.jpg", "split": "train", "sentences": sentences} for i in range(3)
+    ]
+    text(tmp_path / "in" / "dataset_x.json", json.dumps({"images": entries}))
+    if where == "images":
+        with pytest.raises(InputError, match=r"images\[0\]: train2014/0\.jpg is not under .*--images"):
+            importers.import_karpathy(tmp_path / "in", tmp_path / "out")
+    importers.import_karpathy(tmp_path / "in", tmp_path / "out", images=tmp_path / "in" / where.split("/")[0])
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a cat"] for i in range(3)}
+
+
+def test_karpathys_entries_that_share_an_image_or_an_id_are_refused(tmp_path):
+    photo(tmp_path / "in" / "0.jpg")
+    photo(tmp_path / "in" / "1.jpg")
+    rows = [
+        {"filename": name, "split": "train", "cocoid": 7, "sentences": [{"raw": "a"}]} for name in ("0.jpg", "1.jpg")
+    ]
+    text(tmp_path / "in" / "dataset_x.json", json.dumps({"images": rows}))
+    with pytest.raises(InputError, match=r"[01]\.jpg and .*[01]\.jpg both have the image id 7"):
+        importers.import_karpathy(tmp_path / "in", tmp_path / "out")
+    text(tmp_path / "in" / "dataset_x.json", json.dumps({"images": [rows[0], rows[0]]}))
+    with pytest.raises(InputError, match=r"images\[1\]: .*0\.jpg is the image of .*images\[0\] already"):
+        importers.import_karpathy(tmp_path / "in", tmp_path / "out")
+
+
+def test_flickrs_images_of_one_name_in_several_folders_are_refused(flickr8k, tmp_path):
+    photo(flickr8k / "resized" / "1_a.jpg")
+    with pytest.raises(
+        InputError, match=r"1_a\.jpg may be .*/Flicker8k_Dataset/1_a\.jpg or .*/resized/1_a\.jpg; .*--images"
+    ):
+        importers.import_flickr(flickr8k, tmp_path / "out")
+    importers.import_flickr(flickr8k, tmp_path / "out", images=flickr8k / "Flicker8k_Dataset")
+    photo(flickr8k / "Flicker8k_Dataset" / "resized" / "2_b.jpg")
+    importers.import_flickr(flickr8k, tmp_path / "out2", images=flickr8k / "Flicker8k_Dataset")
+    linked = tmp_path / "out2" / "images" / "train" / "2_b.jpg"
+    assert os.path.samefile(linked, flickr8k / "Flicker8k_Dataset" / "2_b.jpg")
+
+
+def test_a_tables_images_in_a_subfolder(tmp_path):
+    source = six(tmp_path / "in" / "images").parent
+    text(source / "c.csv", csv_rows("image,caption"))
+    importers.import_folder(source, tmp_path / "out")
+    assert set(all_captions(tmp_path / "out")) == {f"images/{i}.jpg" for i in range(6)}
+    six(source / "thumbs")
+    with pytest.raises(InputError, match=r"line 2: 0\.jpg may be .*/images/0\.jpg or .*/thumbs/0\.jpg"):
+        importers.import_folder(source, tmp_path / "out2")
+    text(source / "c.csv", csv_rows("image,caption", "thumbs/{}.jpg,a red ball"))
+    importers.import_folder(source, tmp_path / "out2")
+    assert set(all_captions(tmp_path / "out2")) == {f"thumbs/{i}.jpg" for i in range(6)}
+
+
+def test_a_missing_image_is_not_taken_from_a_subfolder(tmp_path):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    six(source / "thumbs")
+    (source / "3.jpg").unlink()
+    with pytest.raises(InputError, match=r"line 5: 3\.jpg is not under"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path):
+    photo(tmp_path / "in" / "cafe\u0301.jpg")
+    text(tmp_path / "in" / "c.csv", "image,caption,split\ncaf\u00e9.jpg,a café,train\n")
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {"caf\u00e9.jpg": ["a café"]}
+
+
+# Links, pipes, names
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(flickr8k, tmp_path):
+    (flickr8k / "Flicker8k_Dataset").rename(tmp_path / "disk")
+    (flickr8k / "Images").symlink_to(tmp_path / "disk")
+    (flickr8k / "loop").symlink_to(flickr8k)
+    (tmp_path / "disk" / "self.jpg").symlink_to(tmp_path / "disk" / "self.jpg")
+    importers.import_flickr(flickr8k, tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "folder"])
+def test_an_image_that_is_no_file_is_named(flickr8k, tmp_path, kind):
+    path = flickr8k / "Flicker8k_Dataset" / "3_c.jpg"
+    path.unlink()
+    {"dangling": lambda: path.symlink_to("nowhere.jpg"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    with pytest.raises(
+        InputError, match=r"devImages\.txt, line 1: .*3_c\.jpg is (a link that leads nowhere|not under)"
+    ):
+        importers.import_flickr(flickr8k, tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)], ids=["pipe", "loop"])
+def test_captions_that_are_no_file_are_one_sentence(tmp_path, make):
+    make(tmp_path / "captions.csv")
+    make(tmp_path / "dataset_x.json")
+    make(tmp_path / "x.token.txt")
+    photo(tmp_path / "a.jpg")
+    for act in (importers.import_folder, importers.import_karpathy, importers.import_flickr):
+        with pytest.raises(
+            InputError, match=r"(captions\.csv|dataset_x\.json|x\.token\.txt) (is not a|cannot be read)"
+        ):
+            act(tmp_path, tmp_path / "out")
+
+
+def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path):
+    source = tmp_path / "in\x1b[31m"
+    six(source, **{f"{i}__txt": "a red ball" for i in range(6)})
+    photo(source / "new\nline.jpg")
+    text(source / "new\nline.txt", "a red ball")
+    command = [sys.executable, Path(importers.__file__), "folder", source, tmp_path / "out\x1b[2J"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert r"new\nline.jpg" in refused.stderr
+    (source / "new\nline.jpg").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    for output in (refused.stderr, done.stdout, done.stderr):
+        assert output.replace("\n", "").isprintable()
+        assert output.count("\n") == 1
+
+
+def test_a_name_that_is_not_text_is_one_sentence(tmp_path):
+    photo(tmp_path / "in" / os.fsdecode(b"caf\xe9.jpg"))
+    text(tmp_path / "in" / os.fsdecode(b"caf\xe9.txt"), "a red ball")
+    with pytest.raises(InputError, match="which a data set cannot hold; rename it"):
+        importers.import_folder(six(tmp_path / "in", **{f"{i}__txt": "a" for i in range(6)}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("destination", ["a" * 300, "file.txt/out", ".", "", "/proc/none/out"])
+def test_destinations_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch, destination):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    text(tmp_path / "work" / "file.txt", "precious")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(InputError, match=r"cannot be (written|read)|is not empty"):
+        importers.import_folder(source, Path(destination))
+    with pytest.raises(InputError, match="does not exist"):
+        importers.import_folder(Path("b" * 300), tmp_path / "out")
+    assert (tmp_path / "work" / "file.txt").read_text() == "precious"
+
+
+def test_a_read_only_destination_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_args, **_keywords):
+        raise PermissionError(13, "Permission denied")
+
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match="out cannot be written: Permission denied"):
+        importers.import_folder(source, tmp_path / "out")

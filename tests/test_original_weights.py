@@ -90,6 +90,7 @@ def test_a_huge_vocab_pickle_is_not_even_read(tmp_path):
         ({"<start>": 0, "<end>": 1, "<unk>": 2, "dog": 4}, "indices are not 0 to 3"),
         ({"<start>": 0, "<end>": 1, "<unk>": 2, "dog": "3"}, "indices are not 0 to 3"),
         ({"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}, "begins with"),
+        ({"<start>": 0, "<end>": 1, "<unk>": 2, "": 3}, "word 3 is empty"),
         ("not a dict", "holds no vocabulary"),
     ],
 )
@@ -97,6 +98,12 @@ def test_an_incomplete_vocabulary_is_one_sentence(tmp_path, indices, message):
     path = vocabulary_pickle(tmp_path / "vocab.pkl", {"word2idx": indices})
     with pytest.raises(InputError, match=message):
         read_vocab_pickle(path)
+
+
+def test_a_pipe_is_no_vocabulary(tmp_path):
+    os.mkfifo(tmp_path / "vocab.pkl")
+    with pytest.raises(InputError, match=r"vocab\.pkl is not a regular file"):
+        read_vocab_pickle(tmp_path / "vocab.pkl")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x03", b"not a pickle", pickle.dumps([1, 2])])
@@ -286,6 +293,24 @@ def test_weights_that_lack_a_part_are_refused(original, triple, tmp_path):
     torch.save({}, triple[1])
     with pytest.raises(InputError, match=r"decoder-3.pkl is not of the original recipe: .* embed.weight"):
         import_weights(*triple, tmp_path / "model")
+
+
+def test_weights_without_numbers_are_refused(original, triple, tmp_path):
+    state = {**original[1].state_dict(), "linear.weight": torch.zeros(len(WORDS), 0)}
+    torch.save(state, triple[1])
+    with pytest.raises(InputError, match=r"decoder-3.pkl is not of the original recipe: .* linear.weight"):
+        import_weights(*triple, tmp_path / "model")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_weights_that_cannot_be_written_leave_nothing(triple, tmp_path, monkeypatch, error):
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_description", fail)
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        import_weights(*triple, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

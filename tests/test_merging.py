@@ -1,0 +1,155 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from test_importers import captions, photo, text
+
+import importers
+from captioning.errors import InputError
+from data_loader import CaptionDataset
+
+
+def data_set(folder: Path, year: str = "", splits: dict[str, list[int]] | None = None, width: int = 8) -> Path:
+    """A data set in COCO's layout: images of these ids, called 0.jpg, 1.jpg and so on in each split."""
+    for split, ids in (splits or {"train": [1, 2], "val": [3], "test": [4]}).items():
+        images, annotations = [], []
+        for number, image_id in enumerate(ids):
+            name = f"{number}.jpg"
+            photo(folder / "images" / f"{split}{year}" / name, (width + image_id, 6))
+            images.append({"id": image_id, "file_name": name, "width": width + image_id, "height": 6})
+            caption = f"A  {folder.name} {split},\n{image_id}."
+            annotations.append({"id": number, "image_id": image_id, "caption": caption})
+        document = json.dumps({"images": images, "annotations": annotations})
+        text(folder / "annotations" / f"captions_{split}{year}.json", document)
+    return folder
+
+
+def ids(destination: Path) -> list[int]:
+    documents = [json.loads(path.read_text()) for path in sorted((destination / "annotations").glob("captions_*.json"))]
+    return [image["id"] for document in documents for image in document["images"]]
+
+
+def test_two_data_sets_become_one(tmp_path, capsys):
+    a = data_set(tmp_path / "a", "2014")
+    b = data_set(tmp_path / "b", splits={"train": [2, 7], "val": [3]}, width=20)
+    importers.merge((a, b), tmp_path / "out")
+    assert captions(tmp_path / "out", "train") == {
+        "a/0.jpg": ["A  a train,\n1."],
+        "a/1.jpg": ["A  a train,\n2."],
+        "b/0.jpg": ["A  b train,\n2."],
+        "b/1.jpg": ["A  b train,\n7."],
+    }
+    assert captions(tmp_path / "out", "val") == {"a/0.jpg": ["A  a val,\n3."], "b/0.jpg": ["A  b val,\n3."]}
+    assert captions(tmp_path / "out", "test") == {"a/0.jpg": ["A  a test,\n4."]}
+    assert len(set(ids(tmp_path / "out"))) == 7
+    assert {1, 2, 3, 4, 7} < set(ids(tmp_path / "out"))
+    assert os.path.samefile(tmp_path / "out/images/train/b/1.jpg", b / "images/train/1.jpg")
+    assert os.path.samefile(tmp_path / "out/images/val/a/0.jpg", a / "images/val2014/0.jpg")
+    output = capsys.readouterr()
+    assert "4 train, 2 val, 1 test images, 7 captions" in output.out
+    assert output.err == ""
+    assert len(CaptionDataset(tmp_path / "out", "train", vocab_threshold=1, cache=tmp_path / "cache")) == 4
+
+
+def test_data_sets_of_one_name_are_kept_apart(tmp_path):
+    sources = tuple(
+        data_set(tmp_path / folder / "set", width=width) for folder, width in (("x", 8), ("y", 30), ("z", 60))
+    )
+    importers.merge(sources, tmp_path / "out")
+    assert set(captions(tmp_path / "out", "val")) == {"set/0.jpg", "set-2/0.jpg", "set-3/0.jpg"}
+
+
+def test_test_images_without_public_captions_are_kept(tmp_path):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", "2017", width=20)
+    secret = b / "annotations" / "captions_test2017.json"
+    document = json.loads(secret.read_text())
+    secret.unlink()
+    text(secret.with_name("image_info_test2017.json"), json.dumps({"images": document["images"]}))
+    importers.merge((a, b), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"a/0.jpg"}
+    info = json.loads((tmp_path / "out/annotations/image_info_test.json").read_text())
+    assert [image["file_name"] for image in info["images"]] == ["a/0.jpg", "b/0.jpg"]
+    assert (tmp_path / "out/images/test/b/0.jpg").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotations_in_other_encodings_and_with_ids_as_text(tmp_path, encoding):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    path = b / "annotations" / "captions_train.json"
+    document = json.loads(path.read_text())
+    document["images"][0]["id"], document["images"][1]["id"] = "1", 2.0
+    path.write_text(json.dumps(document), encoding=encoding)
+    importers.merge((a, b), tmp_path / "out")
+    assert captions(tmp_path / "out", "train")["b/1.jpg"] == ["A  b train,\n2."]
+
+
+def test_images_that_one_set_trains_on_and_another_tests_on_are_counted(tmp_path, capsys):
+    a = data_set(tmp_path / "a", splits={"train": [1, 2]})
+    b = data_set(tmp_path / "b", splits={"val": [1]})
+    importers.merge((a, b), tmp_path / "out")
+    error = capsys.readouterr().err
+    assert error == f"found 1 image of val or test that another source seems to train on: {b}/images/val/0.jpg\n"
+
+
+def change(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+MISTAKES = {
+    "no such folder": (lambda a, b: [a, b / "none"], r"none holds no annotations/captions_train<year>\.json"),
+    "one alone": (lambda a, b: [a], "at least two data sets"),
+    "none": (lambda a, b: [], "at least two data sets"),
+    "one twice": (lambda a, b: [a, b, a / ".." / "a"], r"/a is named 2 times"),
+    "several years": (
+        lambda a, b: [a, data_set(data_set(b, "2014"), "2017")],
+        r"several years: captions_train\.json, captions_train2014\.json",
+    ),
+    "a missing image": (
+        lambda a, b: (b / "images/val/0.jpg").unlink(),
+        r"val/0\.jpg is missing, but .*captions_val\.json",
+    ),
+    "an image outside": (
+        lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "../train/0.jpg"}]),
+        "which a data set cannot hold",
+    ),
+    "an id twice": (
+        lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "0.jpg"}] * 2),
+        r"captions_val\.json, images\[1\] has the id 3, which an image before it has",
+    ),
+    "no id": (
+        lambda a, b: change(b / "annotations/captions_val.json", images=[{"file_name": "0.jpg"}]),
+        r"images\[0\] has the image id None",
+    ),
+    "no name": (lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3}]), "has no file_name"),
+    "no images": (lambda a, b: change(b / "annotations/captions_val.json", images={}), 'no list of "images"'),
+    "another image": (
+        lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 9, "caption": "a"}]),
+        r"annotations\[0\] has no caption, or is of image 9",
+    ),
+    "not JSON": (
+        lambda a, b: text(b / "annotations/captions_val.json", "{"),
+        r"captions_val\.json, line 1, is not JSON",
+    ),
+    "a destination with files": (
+        lambda a, b: text(b.with_name("out") / "mine.txt", "precious") and None,
+        "is not empty",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, act, message):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    sources = act(a, b)
+    with pytest.raises(InputError, match=message) as caught:
+        importers.merge(tuple(sources if isinstance(sources, list) else [a, b]), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.glob("out*/*")] in ([], ["mine.txt"])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    monkeypatch.setattr("sys.argv", ["importers.py", "merge", str(a), str(b), str(tmp_path / "out")])
+    importers.main()
+    assert "4 train, 2 val, 2 test images" in capsys.readouterr().out

@@ -1,0 +1,173 @@
+"""Tables of captions in many forms, imported: images 0.jpg to 5.jpg, captioned "a red ball" unless a row says more."""
+
+import json
+
+import pytest
+from test_importers import all_captions, csv_rows, json_rows, lines, six
+
+import importers
+from captioning.errors import InputError
+
+HUGGING_FACE = json_rows(file_name="{}.jpg", text="a red ball")
+PHOTOS = json_rows(photo="{}.jpg", caption="a red ball")
+SEVERAL = json_rows(photo="{}.jpg", caption=["a red ball", "one ball"])
+WIDE = csv_rows("image,caption_1,caption_2,caption3", "{}.jpg,a red ball,one ball,the ball")
+
+ONE, TWO, THREE = ["a red ball"], ["a red ball", "one ball"], ["a red ball", "one ball", "the ball"]
+FORMS = {
+    "Hugging Face's metadata.jsonl": ("metadata__jsonl", lines(HUGGING_FACE), ONE),
+    "Hugging Face's metadata.csv": ("metadata__csv", csv_rows("file_name,text"), ONE),
+    "JSON array": ("c__json", json.dumps(PHOTOS), ONE),
+    "indented JSON array": ("c__json", json.dumps(PHOTOS, indent=1), ONE),
+    "array in .jsonl": ("c__jsonl", json.dumps(PHOTOS), ONE),
+    "JSON Lines in .json": ("c__json", lines(PHOTOS), ONE),
+    "JSON object from names to captions": ("c__json", json.dumps({f"{i}.jpg": TWO for i in range(6)}), TWO),
+    "list of captions": ("c__jsonl", lines(SEVERAL), TWO),
+    "captions": ("c__jsonl", lines(json_rows(photo="{}.jpg", captions=TWO)), TWO),
+    "caption_1, caption_2, caption3": ("c__csv", WIDE, THREE),
+    "caption, caption, caption": ("c__csv", WIDE.replace("_1", "").replace("_2", "").replace("n3", "n"), THREE),
+    "a list in a cell": ("c__csv", csv_rows("filename,raw", '{}.jpg,"[""a red ball"", ""one ball""]"'), TWO),
+    "a Python list in a cell": ("c__csv", csv_rows("filename,raw", "{}.jpg,\"['a red ball', 'one ball']\""), TWO),
+    "brackets are no list": ("c__csv", csv_rows("filename,caption", "{}.jpg,[a red ball]"), ["[a red ball]"]),
+    "filename": ("c__csv", csv_rows("filename,caption"), ONE),
+    "image, after pandas' index": ("c__csv", csv_rows(",image,caption", "7,{}.jpg,a red ball"), ONE),
+    "two columns with the same image": ("c__csv", csv_rows("image,file_name,text", "{0}.jpg,{0}.jpg,a red ball"), ONE),
+    "caption before text": ("c__csv", csv_rows("image,text,caption", "{}.jpg,OCR,a red ball"), ONE),
+    "names without suffix": ("c__csv", csv_rows("image,caption", "{},a red ball"), ONE),
+    "names from Windows": ("c__csv", csv_rows("image,caption", ".\\{}.jpg,a red ball"), ONE),
+    "spaces": ("c__csv", csv_rows("image , caption", " {}.jpg ,  a red   ball "), ONE),
+    "blank lines": ("c__csv", csv_rows("image,caption", "\r\n{}.jpg,a red ball\r\n,"), ONE),
+    "lines of old Macs": ("c__csv", csv_rows("image,caption", end="\r"), ONE),
+    "sep=; of Excel": ("c__csv", "sep=;\n" + csv_rows("image;caption", "{}.jpg;a red ball"), ONE),
+    "TSV with a comma in its header": ("c__tsv", csv_rows("image\tcaption\tx,y", "{}.jpg\ta red ball\t1"), ONE),
+    "a pipe and quotation marks": ("c__csv", csv_rows("image| caption", '{}.jpg| "a red ball"'), ONE),
+    "doubled quotation marks": ("c__csv", csv_rows("image,caption", '{}.jpg,"a ""red"", ball"'), ['a "red", ball']),
+    "doubled quotation marks in TSV": (
+        "c__tsv",
+        csv_rows("image\tcaption", '{}.jpg\t"a ""red"" ball"'),
+        ['a "red" ball'],
+    ),
+    "marks within a cell": ("c__csv", csv_rows("image,caption", '{}.jpg,a "red" ball'), ['a "red" ball']),
+    "an open mark in TSV": ("c__tsv", csv_rows("image\tcaption", '{}.jpg\t"a red ball'), ['"a red ball']),
+    "a caption of two lines": (
+        "c__csv",
+        csv_rows("image,caption", '{}.jpg,"a red\nball, on grass"'),
+        ["a red ball, on grass"],
+    ),
+    "a caption of two lines first": ("c__csv", csv_rows("caption,image", '"a red\nball",{}.jpg'), ONE),
+    "UTF-8 with a mark": ("c__csv", csv_rows("image,caption").encode("utf-8-sig"), ONE),
+    "UTF-16": ("c__csv", csv_rows("image,caption").encode("utf-16"), ONE),
+    "UTF-16, big end first": ("c__jsonl", b"\xfe\xff" + lines(PHOTOS).encode("utf-16-be"), ONE),
+    "UTF-32": ("c__csv", csv_rows("image,caption").encode("utf-32"), ONE),
+}
+for mark in "\u2028\u2029\x85\x0b\x0c\x1c":
+    FORMS[f"CSV with U+{ord(mark):04X}"] = ("c__csv", csv_rows("image,caption", f"{{}}.jpg,a red{mark}ball"), ONE)
+    rows = json_rows(photo="{}.jpg", caption=f"a red{mark}ball")
+    FORMS[f"JSON Lines with U+{ord(mark):04X}"] = (
+        "c__jsonl",
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).replace("\\u001c", mark),
+        ONE,
+    )
+    FORMS.pop("JSON Lines with U+001C", None)  # JSON allows none of these as they are
+    FORMS.pop("JSON Lines with U+000B", None)
+    FORMS.pop("JSON Lines with U+000C", None)
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), FORMS.values(), ids=FORMS)
+def test_tables_of_many_forms_are_read(tmp_path, capsys, name, content, expected):
+    importers.import_folder(six(tmp_path / "in", **{name: content}), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": expected for i in range(6)}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mark", "\u2028\u2029\x85\x0b\x0c\x1c")
+def test_only_line_feeds_and_carriage_returns_end_the_line_of_a_token_file(tmp_path, mark):
+    tokens = "".join(f"{i}.jpg#0\ta red{mark}ball\r\n" for i in range(6))
+    importers.import_flickr(six(tmp_path / "in", x__token__txt=tokens), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+
+
+def test_an_encoding_can_be_named(tmp_path):
+    table = csv_rows("image,caption", "{}.jpg,a café").encode("cp1252")
+    source = six(tmp_path / "in", c__csv=table)
+    with pytest.raises(InputError, match=r"c\.csv, line 2, is not UTF-8 text .* --encoding"):
+        importers.import_folder(source, tmp_path / "out")
+    with pytest.raises(InputError, match="cp125 is not a text encoding"):
+        importers.import_folder(source, tmp_path / "out", encoding="cp125")
+    importers.import_folder(source, tmp_path / "out", encoding="cp1252")
+    assert all_captions(tmp_path / "out")["0.jpg"] == ["a café"]
+    tokens = "".join(f"{i}.jpg#0\ta café\n" for i in range(6)).encode("cp1252")
+    importers.import_flickr(six(tmp_path / "in", x__token=tokens), tmp_path / "flickr", encoding="cp1252")
+    assert all_captions(tmp_path / "flickr")["0.jpg"] == ["a café"]
+
+
+REFUSED = {
+    "no header": ("c__csv", csv_rows("0.jpg,a red ball"), r"c\.csv, line 1, should name .* '0\.jpg,a red ball'"),
+    "marks that join rows": (
+        "c__csv",
+        'image,caption\n0.jpg,a ball\n1.jpg,"stop is on the sign\n2.jpg,a cat\n3.jpg,a sign with stop"\n4.jpg,a dog\n',
+        r"c\.csv, line 3, opens a quotation mark",
+    ),
+    "marks that join rows without suffixes": (
+        "c__csv",
+        'caption,image\n"stop is on the sign,1\na sign with stop",2\n',
+        r"c\.csv, line 2, opens a quotation mark",
+    ),
+    "a quoted word first": (
+        "c__csv",
+        csv_rows("image,caption", '{}.jpg,"stop" on a sign'),
+        r"line 2, is not CSV: .*twice",
+    ),
+    "a row in the middle": ("c__csv", csv_rows("image,caption") + '6.jpg,"a\n', r"c\.csv, line 8, is not CSV"),
+    "two images in a row": (
+        "c__csv",
+        csv_rows("image,file_name,text", "{}.jpg,1.jpg,a"),
+        r"line 2, names different images",
+    ),
+    "no such image": ("c__csv", csv_rows("image,caption") + "7.jpg,a ball\n", r"line 8: 7\.jpg is not under"),
+    "an image as a number": (
+        "c__json",
+        json.dumps([{"image": 3, "caption": "a"}]),
+        r"c\.json, entry 1, must give the image",
+    ),
+    "a caption as a number": ("c__jsonl", lines([{"image": "0.jpg", "caption": 3}]), r"line 1, must give its captions"),
+    "no caption": ("c__jsonl", lines([{"image": "0.jpg"}]), r"line 1, has no caption \(a column called caption"),
+    "no image": ("c__jsonl", lines([{"caption": "a ball"}]), r"line 1, has no image \(a column called photo"),
+    "half a character": (
+        "c__jsonl",
+        '{"image": "0.jpg", "caption": "a \\ud83d ball"}',
+        r"line 1, has .* half of a surrogate",
+    ),
+    "COCO's own": ("c__json", json.dumps({"images": [], "annotations": []}), r"annotation file of COCO"),
+    "not JSON": ("c__json", '[{"image": "0.jpg",\n"caption": }]', r"c\.json, line 2, is not JSON"),
+    "an empty file": ("c__csv", "", r"c\.csv, line 1, should name"),
+    "UTF-16 without a mark": ("c__csv", csv_rows("image,caption").encode("utf-16-le"), r"c\.csv holds zero bytes"),
+    "a name outside": ("c__csv", csv_rows("image,caption", "../{}.jpg,a"), r"line 2: \.\./0\.jpg is not under"),
+    "a name too long": ("c__csv", csv_rows("image,caption", "a" * 9999 + "{}.jpg,a"), r"line 2: a+0\.jpg is not under"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED.values(), ids=REFUSED)
+def test_tables_that_cannot_be_used_are_refused_with_file_and_entry(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message) as caught:
+        importers.import_folder(six(tmp_path / "in", **{name: content}), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600"])
+def test_empty_captions_are_left_out_and_counted(tmp_path, capsys, empty):
+    table = csv_rows("image,caption") + f"3.jpg,{empty}\n4.jpg,{empty}\n"
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    assert capsys.readouterr().err == f"left out 2 empty captions, the first is {tmp_path}/in/c.csv, line 8\n"
+
+
+@pytest.mark.parametrize("nothing", ['""', "null", "NaN", "[]", '[""]'])
+def test_an_image_whose_captions_are_empty_is_left_out_and_named(tmp_path, capsys, nothing):
+    rows = lines(PHOTOS[:5]) + f'{{"photo": "5.jpg", "caption": {nothing}}}\n'
+    importers.import_folder(six(tmp_path / "in", c__jsonl=rows), tmp_path / "out")
+    assert set(all_captions(tmp_path / "out")) == {f"{i}.jpg" for i in range(5)}
+    error = capsys.readouterr().err
+    assert f"left out 1 empty caption: {tmp_path}/in/c.jsonl, line 6\n" in error
+    assert f"left out 1 image without a caption: {tmp_path}/in/5.jpg\n" in error
