@@ -11,8 +11,6 @@ from conftest import draw_noise, write_split
 from PIL import Image
 from torchvision import transforms as T
 
-from captioning import annotations
-from captioning.annotations import parse_image_id, read_annotations
 from captioning.errors import InputError
 from captioning.images import Photos, build_transform, read_batches
 from data_loader import CaptionDataset, LengthBatches, PhotoBatches, find_split, get_loader
@@ -67,102 +65,6 @@ def test_an_image_that_was_given_is_left_as_it_is(tmp_path: Path):
     image = Image.open(tmp_path / "large.jpg")
     Photos([image], build_transform(image_size=64))[0]
     assert image.size == (1600, 1200)
-
-
-# Annotations
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (7, 7),
-        (-7, -7),
-        (7.0, 7),
-        ("7", 7),
-        ("000000391895", 391895),
-        (" 7\n", 7),
-        ((1 << 63) - 1, (1 << 63) - 1),
-        (True, None),
-        (None, None),
-        (7.5, None),
-        (2.0**53, None),  # might be 2**53 + 1
-        (float("inf"), None),
-        (float("nan"), None),
-        (1 << 63, None),
-        ("9" * 19, None),
-        ("9" * 9999, None),
-        ("7.0", None),
-        ("7_0", None),
-        ("٧", None),
-        ("a7", None),
-        ("", None),
-        ([7], None),
-    ],
-    ids=lambda value: f"{value!r:.30}",
-)
-def test_an_image_id_is_read_where_its_meaning_is_plain(value: object, expected: int | None):
-    if expected is not None:
-        assert parse_image_id(value) == expected
-        assert type(parse_image_id(value)) is int
-    else:
-        with pytest.raises(InputError, match="has an image id"):
-            parse_image_id(value)
-
-
-def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
-    path = write_split(tmp_path, "train", {"a.png": ["A dog.", "The dog\n runs"], "b.png": [], "c.png": ["a cat"]})
-    found = read_annotations(path, tmp_path / "cache")
-    assert list(found.file_names) == ["a.png", "c.png"]  # without captions there is nothing to learn
-    assert found.image_ids.tolist() == [1, 3]
-    captions = [
-        [found.words[i] for i in found.tokens[a:b]] for a, b in zip(found.offsets, found.offsets[1:], strict=False)
-    ]
-    assert captions == [["a", "dog", "."], ["the", "dog", "runs"], ["a", "cat"]]
-    assert found.photo.tolist() == [0, 0, 1]
-
-
-def assert_same(one: annotations.Annotations, other: annotations.Annotations) -> None:
-    assert (list(one.file_names), one.words) == (list(other.file_names), other.words)
-    for name in ("image_ids", "tokens", "offsets", "photo"):
-        a, b = getattr(one, name), getattr(other, name)
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-def test_what_was_kept_is_what_was_read(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = find_split(drawn, "train")[0]
-    first = read_annotations(path, tmp_path)
-    monkeypatch.setattr(annotations, "tokenize", None)  # nothing is tokenized again
-    assert_same(read_annotations(path, tmp_path), first)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.9, -1])
-def test_a_torn_cache_file_is_made_anew(drawn: Path, tmp_path: Path, keep: float):
-    path = find_split(drawn, "train")[0]
-    first = read_annotations(path, tmp_path)
-    kept = next(tmp_path.rglob("*.npz"))
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
-    assert_same(read_annotations(path, tmp_path), first)
-    assert kept.read_bytes() == whole
-
-
-def test_another_file_never_finds_what_was_kept_of_the_first(tmp_path: Path):
-    path = write_split(tmp_path, "train", {"a.png": ["a dog"]})
-    assert read_annotations(path, tmp_path / "cache").words == ["a", "dog"]
-    write_split(tmp_path, "train", {"a.png": ["a cat"]})
-    assert read_annotations(path, tmp_path / "cache").words == ["a", "cat"]
-
-
-def test_the_real_captions_are_read_whole(shared: Path, tmp_path: Path):
-    path = shared / "captions_val2017.json"
-    found = read_annotations(path, tmp_path)
-    assert len(found.photo) == 25014
-    assert len(found.image_ids) == 5000
-    for i in (0, 10_000, 25_013):
-        text = json.loads(path.read_text())["annotations"][i]["caption"]
-        words = [found.words[j] for j in found.tokens[found.offsets[i] : found.offsets[i + 1]]]
-        assert words == tokenize(text)
 
 
 # Data sets

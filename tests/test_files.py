@@ -1,0 +1,49 @@
+"""Files that are written whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from captioning.errors import Skipped, warn_once
+from captioning.files import write_cache
+
+
+def test_a_cache_file_is_written_whole_or_not_at_all(tmp_path: Path):
+    assert write_cache(tmp_path, "kind/file", lambda file: file.write(b"first"))
+
+    def fail(file: object) -> None:
+        file.write(b"torn")
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        write_cache(tmp_path, "kind/file", fail)
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "kind").iterdir()] == [("file", b"first")]
+
+
+@pytest.mark.parametrize("cache", ["file", "file/in/it", "a" * 300])
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture, cache: str):
+    (tmp_path / "file").touch()
+    for name in ("captions/a", "captions/b", "unreadable/c"):
+        assert not write_cache(tmp_path / cache, name, lambda file: file.write(b""))
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == errors.count("cannot be written") == 1
+
+
+def test_a_full_disk_leaves_no_cache_file(tmp_path: Path, capsys: pytest.CaptureFixture):
+    def fail(file: object) -> None:
+        file.write(b"torn")
+        raise OSError(28, "No space left on device")
+
+    assert not write_cache(tmp_path, "kind/file", fail)
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "kind").iterdir())
+
+
+def test_what_is_skipped_is_counted_by_kind(capsys: pytest.CaptureFixture):
+    skipped = Skipped()
+    for kind, entry in (("cats", "1"), ("dogs", "2"), ("cats", "3")):
+        skipped.add(kind, entry)
+    assert skipped.sentences() == ["cats skipped: 2, the first is 1.", "dogs skipped: 1, the first is 2."]
+    for _ in range(2):
+        warn_once("something of this test")
+    assert capsys.readouterr().err == "warning: something of this test\n"
