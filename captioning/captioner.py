@@ -250,7 +250,10 @@ class Captioner:
         """Read and encode batches of images: yields their indices and what the decoder takes."""
         photos = Photos(sources, self.transform)
         for indices, features in encode(self.encoder, photos, batches, workers, unreadable):
-            yield indices, self.encoder.embed(features)
+            embedded = self.encoder.embed(features)
+            if not embedded.isfinite().all():
+                raise InputError(f"the weights of {self.folder or 'the model'} are so large that they overflow.")
+            yield indices, embedded
 
     def _caption(self, hypothesis: decoding.Hypothesis) -> Caption:
         words = [i for i in hypothesis.tokens if i >= UNK]

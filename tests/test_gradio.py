@@ -360,7 +360,9 @@ def test_gradio_client_captions_as_the_command_line_does(
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/caption"]
 
 
-def test_the_examples_of_docs_web_md_do_what_they_say(page: Page, scene: Image.Image, tmp_path: Path, monkeypatch, capfd):
+def test_the_examples_of_docs_web_md_do_what_they_say(
+    page: Page, scene: Image.Image, tmp_path: Path, monkeypatch, capfd
+):
     scene.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     _, (expected, table, *_) = page.caption((tmp_path / "photo.jpg").read_bytes(), "photo.jpg", "beam", 3)

@@ -189,7 +189,7 @@ def share(served: Hub, model: Path, name: str = "ada/scenes") -> Path:
 def test_a_shared_model_captions_as_the_original_does(served, trained, photo):
     share(served, trained)
     captioner = Captioner.load("ada/scenes")
-    assert [Path(name).suffix for name in sorted(served.asked)] == [".json", ".safetensors", ".safetensors"]
+    assert {Path(name).suffix for name in served.asked} == {".json", ".safetensors"}
     ours, theirs = Captioner.load(trained)([photo] * 2, beam_size=3), captioner([photo] * 2, beam_size=3)
     assert [(c.text, c.log_probability) for c in theirs] == [(c.text, c.log_probability) for c in ours]
 
