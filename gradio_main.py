@@ -171,7 +171,7 @@ def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
         return Decoding()
     if method == "sampling":
         return Decoding(temperature=temperature, alternatives=4)
-    return Decoding(beam_size=beam_size, alternatives=min(beam_size, 5) - 1)
+    return Decoding(beam_size=beam_size, alternatives=min(beam_size, 5) - 1).for_photos()
 
 
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
