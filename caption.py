@@ -59,7 +59,7 @@ def main(
     """
     if export is not None:
         if photos or decoding != Decoding(max_length=decoding.max_length) or precision != "auto" or len(model) > 1:
-            raise InputError("--export takes one --model, no photos, and of the options of decoding only --max-length.")
+            raise InputError("--export takes no photos, one --model, and of the options of decoding only --max-length.")
         from captioning.export import export_onnx
 
         export_onnx(model[0] if model else default_model(), export, decoding.max_length)

@@ -285,7 +285,7 @@ def measure_captioning(
     for _ in range(settings.repeats):  # in turns, so that what else the machine does hits all alike
         for name, photos, work in turns:
             speed[name] = max(speed[name], photos / best(1, work))
-    one = statistics.median(best(1, lambda path=path: captioner(path)) for path in some)
+    one = statistics.median(best(1, lambda path=path: captioner(path, caption.Decoding())) for path in some)
     recipe_one = statistics.median(best(1, lambda path=path: captioned_plainly(path)) for path in some)
     return {
         "recipe_photos_per_second": speed["recipe"],

@@ -281,7 +281,7 @@ def test_several_models_on_the_command_line(trained: Path, attending: Path, phot
     arguments = [str(photos[0]), "--model", str(trained), "--model", str(attending)]
     tyro.cli(caption_command.main, args=arguments)
     assert capsys.readouterr().out == f"{expected}\n"
-    with pytest.raises(InputError, match="--export takes one --model"):
+    with pytest.raises(InputError, match="--export takes no photos, one --model"):
         tyro.cli(caption_command.main, args=[*arguments[1:], "--export", "x.onnx"])
 
 

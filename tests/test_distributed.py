@@ -303,7 +303,7 @@ def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
 
 
 def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, captioned: bytes, tmp_path: Path):
-    captioner, how = caption.Captioner.load(tiny), caption.Decoding()
+    captioner, how = caption.Captioner.load(tiny), caption.Decoding().for_photos()
     output = tmp_path / "captions.jsonl"
     lines = captioned.splitlines(keepends=True)
     other = {**json.loads(lines[-1]), "caption": "of another model"}

@@ -66,7 +66,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def exported(model: Path) -> Path:
     """The model's ONNX file, written by the command."""
-    caption.main((), Decoding(max_length=LENGTH), model=model, export=model / "model.onnx")
+    caption.main((), Decoding(max_length=LENGTH), model=(model,), export=model / "model.onnx")
     return model / "model.onnx"
 
 
@@ -126,7 +126,7 @@ def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, photo,
     path = tmp_path / "model.onnx"
     for photos, how in (((photo,), Decoding()), ((), Decoding(beam_size=3))):
         with pytest.raises(InputError, match="--export takes no photos"):
-            caption.main(photos, how, model=model, export=path)
+            caption.main(photos, how, model=(model,), export=path)
     with pytest.raises(InputError, match="max_length is 0"):
         export_onnx(model, path, max_length=0)
     with pytest.raises(InputError, match=r"none/model.onnx cannot be written: there is no folder"):

@@ -281,7 +281,7 @@ def test_a_fetched_model_is_there_without_a_network(served, trained):
 
 def test_the_command_line_takes_a_name(served, trained, photo, capsys):
     share(served, trained)
-    caption.main((photo,), Decoding(), model=Path("ada/scenes"), json_=True)
+    caption.main((photo,), Decoding(), model=(Path("ada/scenes"),), json_=True)
     assert json.loads(capsys.readouterr().out)[0]["caption"] == Captioner.load(trained)(photo)[0].text
 
 

@@ -262,11 +262,13 @@ def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(photos, t
 
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    caption.main(tuple(photos[:2]), Decoding(beam_size=2), model=Path("published"), json_=True, workers=0)
+    caption.main(tuple(photos[:2]), Decoding(beam_size=2), model=(Path("published"),), json_=True, workers=0)
     [first, second] = json.loads(capsys.readouterr().out)
     assert first["caption"]
     assert second["log_probability"] < 0
-    evaluate.main(Decoding(), Path("published"), DATA / "coco-mini", "val", limit=2, json_=True, workers=0)
+    evaluate.main(
+        Decoding(), (Path("published"),), data=DATA / "coco-mini", split="val", limit=2, json_=True, workers=0
+    )
     assert json.loads(capsys.readouterr().out)["photos"] == 2
 
 
