@@ -21,13 +21,13 @@ import tyro
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-import scenes
 from captioning.captioner import Caption, Captioner, Decoding, Precision
 from captioning.checkpoint import choose_epoch, default_model, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, run_command
 from captioning.files import check_output, write_file
 from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
+from captioning.scenes import checking
 from data_loader import CaptionDataset, find_split
 
 
@@ -37,7 +37,7 @@ class Evaluation:
 
     captions: image id -> its `Caption`. seconds: for captioning all of them, from file to sentence.
     scores: against the references, or None where the split has none.
-    scenes: attribute accuracy on the sample data set: each attribute that `scenes.check` examines -> the share of
+    scenes: attribute accuracy on the sample data set: each attribute that `checking.check` examines -> the share of
         correct captions, of those to which it applies; empty on other data sets.
     unreadable: one sentence for each image that was skipped because it cannot be read.
     """
@@ -116,7 +116,7 @@ def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[st
         scene = dataset.coco.imgs[i].get("scene")
         if scene is not None:
             try:
-                checked = scenes.check(text, scene)
+                checked = checking.check(text, scene)
             except (KeyError, TypeError, AttributeError, IndexError):
                 raise InputError(
                     f"{dataset.annotation_file} describes image {i} as no drawn scene is; draw the scenes again."

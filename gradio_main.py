@@ -32,8 +32,8 @@ from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, run_command
 from captioning.page import FILE, Answers, Files, Page, Photo
+from captioning.scenes.dataset import draw_scene
 from captioning.web import LOOPBACK, MOST_PHOTOS, MOST_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
-from scenes import draw_scene
 
 AGE = 3600  # seconds after which uploads are deleted
 MOST_WAITING = 128  # requests; the next one is told to come back later

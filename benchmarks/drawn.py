@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scenes import paint_scene, plan
+from captioning.scenes.composition import paint_scene
+from captioning.scenes.world import plan
 
 # COCO's train2014
 PHOTOS, CAPTIONS = 82_783, 414_113

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Polygon
 from PIL import Image
 
-from scenes import paint_scene, plan
+from captioning.scenes.composition import paint_scene
+from captioning.scenes.world import plan
 
 # the stages of a ResNet-50 (arXiv 1512.03385, table 1): name, channels, pixels of the photo a cell's step
 STAGES = (

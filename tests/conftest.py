@@ -17,8 +17,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything imports onnxruntime
 
-import scenes
 from captioning.checkpoint import Description, save_epoch, write_description
+from captioning.scenes import dataset
 from captioning.training import TrainingConfig, train
 from model import DECODERS, EncoderCNN
 
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn data set of 24, 8 and 8 pictures."""
-    return scenes.draw_dataset(tmp_path_factory.mktemp("data") / "scenes", 24, 8, 8)
+    return dataset.draw_dataset(tmp_path_factory.mktemp("data") / "scenes", 24, 8, 8)
 
 
 @pytest.fixture(scope="session")

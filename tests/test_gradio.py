@@ -35,8 +35,8 @@ from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import read_description
 from captioning.errors import InputError
 from captioning.page import attention_maps, per_word, write_tables
+from captioning.scenes.dataset import draw_scene
 from captioning.web import MOST_BODY, MOST_UPLOADED, Server
-from scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")

@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 
 import scenes
 from captioning.errors import InputError
+from captioning.scenes import checking, composition, dataset, drawing, sentences, things, world
 
 ROOT = Path(scenes.__file__).parent
 
@@ -24,8 +25,8 @@ def described(count: int, split: str = "train") -> list[tuple[dict, list[str]]]:
     pairs = []
     for index in range(count):
         rng = random.Random(f"0/{split}/{index}")
-        scene = scenes.plan(rng)
-        pairs.append((scene, scenes.describe(rng, scene)))
+        scene = world.plan(rng)
+        pairs.append((scene, sentences.describe(rng, scene)))
     return pairs
 
 
@@ -36,7 +37,7 @@ def pairs() -> list[tuple[dict, list[str]]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes.draw_dataset(tmp_path_factory.mktemp("data") / "scenes", train=24, val=6, test=5, seed=3)
+    return dataset.draw_dataset(tmp_path_factory.mktemp("data") / "scenes", train=24, val=6, test=5, seed=3)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -53,27 +54,27 @@ def words(caption: str) -> list[str]:
 
 def test_scenes_are_varied(pairs):
     plans = [scene for scene, _ in pairs]
-    assert {scene["kind"] for scene in plans} == set(scenes.MAIN_KINDS)
-    assert len(scenes.MAIN_KINDS) >= 12
-    assert {scene["setting"] for scene in plans} == set(scenes.SETTINGS)
-    assert {scene["colour"] for scene in plans} == {*scenes.COLOURS, None}
-    assert len(scenes.COLOURS) == 8
+    assert {scene["kind"] for scene in plans} == set(world.MAIN_KINDS)
+    assert len(world.MAIN_KINDS) >= 12
+    assert {scene["setting"] for scene in plans} == set(world.SETTINGS)
+    assert {scene["colour"] for scene in plans} == {*world.COLOURS, None}
+    assert len(world.COLOURS) == 8
     assert {scene["count"] for scene in plans} == {1, 2, 3}
     assert {scene["light"] for scene in plans} == {"day", "cloudy", "dusk", "night"}
-    assert {other["relation"] for scene in plans for other in scene["others"]} == set(scenes.RELATIONS)
+    assert {other["relation"] for scene in plans for other in scene["others"]} == set(world.RELATIONS)
     assert 0.02 < sum(scene["greyscale"] for scene in plans) / len(plans) < 0.12
     kinds = Counter(scene["kind"] for scene in plans)
     assert min(kinds.values()) > 0.6 * len(plans) / len(kinds)
 
 
 def test_every_kind_is_drawn_within_its_extent():
-    for name, kind in scenes.KINDS.items():
+    for name, kind in world.KINDS.items():
         actions = {action for doing in kind.settings.values() for action in doing} or {"standing"}
         for action in actions:
             image = Image.new("RGB", (400, 400), (1, 2, 3))
-            pen = scenes.Pen(image, 200, 300, 100)
-            pen.outline = scenes.INK  # the outline goes round the thing, not round its wake
-            kind.draw(pen, scenes.Paint(scenes.COLOURS["red"]), action)
+            pen = drawing.Pen(image, 200, 300, 100)
+            pen.outline = drawing.INK  # the outline goes round the thing, not round its wake
+            things.THINGS[name](pen, drawing.Paint(world.COLOURS["red"]), action)
             left, top, right, bottom = ImageChops.difference(image, Image.new("RGB", (400, 400), (1, 2, 3))).getbbox()
             width, height = kind.extent
             tolerance = 10
@@ -87,30 +88,30 @@ def test_every_kind_is_drawn_within_its_extent():
 def test_the_main_things_are_large_and_within_the_centre_crop():
     for index in range(600):
         rng = random.Random(index)
-        scene = scenes.plan(rng)
-        aloft = scene["action"] in scenes.SKY_ACTIONS
+        scene = world.plan(rng)
+        aloft = scene["action"] in world.SKY_ACTIONS
         horizon = rng.uniform(-0.14, -0.06) if aloft else rng.uniform(0, 0.1)
-        placed = scenes.arrange(rng, scene, horizon)
+        placed = composition.arrange(rng, scene, horizon)
         mains = [thing for thing in placed if thing.kind == scene["kind"]]
         assert len(mains) == scene["count"]
         assert len(placed) == len(mains) + len(scene["others"])
         for thing in mains:
-            width, height = (thing.scale * side for side in scenes.KINDS[thing.kind].extent)
+            width, height = (thing.scale * side for side in world.KINDS[thing.kind].extent)
             assert abs(thing.x) + width / 2 <= 0.4376, scene
             assert thing.y >= -0.4376, scene
             assert thing.y + height <= 0.4376, scene
             assert max(width, height) >= (0.4 if scene["count"] == 1 else 0.2), scene
         for thing in placed[: len(scene["others"])]:
-            assert thing.scale * max(scenes.KINDS[thing.kind].extent) < max(width, height), scene
+            assert thing.scale * max(world.KINDS[thing.kind].extent) < max(width, height), scene
 
 
 def test_each_colour_of_a_thing_differs_in_the_picture():
     averages = []
-    for colour in scenes.COLOURS:
+    for colour in world.COLOURS:
         rng = random.Random(4)
-        scene = scenes.plan(rng) | {"kind": "car", "colour": colour, "count": 1, "action": "parked"}
+        scene = world.plan(rng) | {"kind": "car", "colour": colour, "count": 1, "action": "parked"}
         scene |= {"setting": "street", "others": [], "light": "day", "greyscale": False}
-        averages.append(scenes.paint_scene(random.Random(5), scene))
+        averages.append(composition.paint_scene(random.Random(5), scene))
     for i, one in enumerate(averages):
         for other in averages[:i]:
             assert ImageChops.difference(one, other).getbbox() is not None
@@ -118,7 +119,7 @@ def test_each_colour_of_a_thing_differs_in_the_picture():
 
 def test_greyscale_pictures_are_in_mode_l(pairs):
     index = next(i for i, (scene, _) in enumerate(pairs) if scene["greyscale"])
-    image, scene, captions = scenes.draw_scene(random.Random(f"0/train/{index}"))
+    image, scene, captions = dataset.draw_scene(random.Random(f"0/train/{index}"))
     assert image.mode == "L"
     assert scene["colour"] is None
     assert all(other["colour"] is None for other in scene["others"])
@@ -147,11 +148,11 @@ def test_greyscale_captions_name_no_colour(pairs):
         if scene["greyscale"]:
             for caption in captions:
                 rest = caption.lower().replace("black and white photo", "")
-                assert not set(words(rest)) & set(scenes.COLOURS), caption
+                assert not set(words(rest)) & set(world.COLOURS), caption
 
 
 def test_nearly_every_caption_names_colour_and_setting(pairs):
-    checks = [scenes.check(caption, scene) for scene, captions in pairs for caption in captions]
+    checks = [checking.check(caption, scene) for scene, captions in pairs for caption in captions]
     colours = [right["colour"] for right in checks if "colour" in right]
     assert sum(colours) / len(colours) > 0.9
     assert sum(right["setting"] for right in checks) / len(checks) > 0.9
@@ -167,7 +168,7 @@ def test_the_scenes_of_a_split_allow_many_different_captions(pairs):
 
 def test_check_agrees_with_the_drawn_captions(pairs):
     for scene, captions in pairs:
-        checks = [scenes.check(caption, scene) for caption in captions]
+        checks = [checking.check(caption, scene) for caption in captions]
         assert all(right["thing"] and right["count"] and right["company"] for right in checks), (scene, captions)
         assert sum(right["setting"] for right in checks) >= 4, (scene, captions)
         assert ("colour" in checks[0]) == (not scene["greyscale"])
@@ -175,8 +176,8 @@ def test_check_agrees_with_the_drawn_captions(pairs):
         if not scene["greyscale"]:
             assert sum(right["colour"] for right in checks) >= 4, (scene, captions)
         for right, caption in zip(checks, captions, strict=True):
-            if scene["others"] and scenes.KINDS[scene["others"][0]["kind"]].coloured:
-                named = any(noun in words(caption) for noun in scenes.KINDS[scene["others"][0]["kind"]].nouns)
+            if scene["others"] and world.KINDS[scene["others"][0]["kind"]].coloured:
+                named = any(noun in words(caption) for noun in world.KINDS[scene["others"][0]["kind"]].nouns)
                 assert right["relation"] == named, (scene, caption)
 
 
@@ -184,7 +185,7 @@ def test_check_refuses_captions_of_other_scenes(pairs):
     for (scene, _), (other, captions) in zip(pairs, pairs[7:] + pairs[:7], strict=True):
         kinds = {scene["kind"], *(company["kind"] for company in scene["others"])}
         for caption in captions:
-            right = scenes.check(caption, scene)
+            right = checking.check(caption, scene)
             if other["setting"] != scene["setting"]:
                 assert not right["setting"], (scene, caption)
             if other["count"] != scene["count"]:
@@ -220,7 +221,7 @@ CAR = {
     ],
 )
 def test_the_subject_is_what_is_named_first(caption, subject):
-    assert scenes.subject(caption) == subject
+    assert checking.subject(caption) == subject
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_the_subject_is_what_is_named_first(caption, subject):
     ],
 )
 def test_check_by_hand(caption, wrong):
-    assert {key for key, right in scenes.check(caption, CAR).items() if not right} == wrong
+    assert {key for key, right in checking.check(caption, CAR).items() if not right} == wrong
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_check_by_hand(caption, wrong):
 )
 def test_check_by_hand_of_people(caption, wrong):
     scene = {"kind": "woman", "colour": "white", "count": 3, "setting": "city", "others": []}
-    assert {key for key, right in scenes.check(caption, scene).items() if not right} == wrong
+    assert {key for key, right in checking.check(caption, scene).items() if not right} == wrong
 
 
 # --- the data set -----------------------------------------------------------------------------------------
@@ -298,12 +299,12 @@ def test_layout_is_coco(folder, capsys):
 
 
 def test_a_picture_depends_on_seed_split_and_index_alone(folder, tmp_path):
-    other = scenes.draw_dataset(tmp_path / "other", train=3, val=8, test=0, seed=3)
+    other = dataset.draw_dataset(tmp_path / "other", train=3, val=8, test=0, seed=3)
     mine, theirs = digest(folder), digest(other)
     common = [name for name in theirs if name in mine and name.endswith(".jpg")]
     assert len(common) == 3 + 6
     assert all(mine[name] == theirs[name] for name in common)
-    assert digest(scenes.draw_dataset(tmp_path / "seed", train=3, val=8, test=0, seed=4)) != theirs
+    assert digest(dataset.draw_dataset(tmp_path / "seed", train=3, val=8, test=0, seed=4)) != theirs
 
 
 def test_same_bytes_in_another_process_and_with_another_hash_seed(folder, tmp_path):
@@ -316,20 +317,20 @@ def test_same_bytes_in_another_process_and_with_another_hash_seed(folder, tmp_pa
 
 
 def test_same_bytes_from_several_processes(tmp_path, monkeypatch):
-    alone = scenes.draw_dataset(tmp_path / "alone", train=60, val=0, test=0)
-    monkeypatch.setattr(scenes, "ALONE_AT_MOST", 10)
-    together = scenes.draw_dataset(tmp_path / "together", train=60, val=0, test=0)
+    alone = dataset.draw_dataset(tmp_path / "alone", train=60, val=0, test=0)
+    monkeypatch.setattr(dataset, "ALONE_AT_MOST", 10)
+    together = dataset.draw_dataset(tmp_path / "together", train=60, val=0, test=0)
     assert digest(alone) == digest(together)
 
 
 def test_the_same_data_set_is_not_drawn_twice(folder, monkeypatch):
-    monkeypatch.setattr(scenes, "draw_scene", None)
-    assert scenes.draw_dataset(folder, train=24, val=6, test=5, seed=3) == folder
+    monkeypatch.setattr(dataset, "draw_scene", None)
+    assert dataset.draw_dataset(folder, train=24, val=6, test=5, seed=3) == folder
 
 
 def test_other_scenes_are_replaced(tmp_path):
-    scenes.draw_dataset(tmp_path / "data", train=3, val=1, test=1)
-    folder = scenes.draw_dataset(tmp_path / "data", train=2, val=1, test=1, seed=1)
+    dataset.draw_dataset(tmp_path / "data", train=3, val=1, test=1)
+    folder = dataset.draw_dataset(tmp_path / "data", train=2, val=1, test=1, seed=1)
     assert len(list((folder / "images" / "train").iterdir())) == 2
 
 
@@ -342,27 +343,27 @@ def test_an_interrupted_drawing_holds_no_data_set_and_is_made_up_for(tmp_path, m
             raise KeyboardInterrupt
         return draw(rng)
 
-    draw = scenes.draw_scene
-    monkeypatch.setattr(scenes, "draw_scene", interrupted)
+    draw = dataset.draw_scene
+    monkeypatch.setattr(dataset, "draw_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        scenes.draw_dataset(tmp_path / "data", train=4, val=1, test=1)
-    monkeypatch.setattr(scenes, "draw_scene", draw)
+        dataset.draw_dataset(tmp_path / "data", train=4, val=1, test=1)
+    monkeypatch.setattr(dataset, "draw_scene", draw)
     assert not (tmp_path / "data" / "annotations").exists()
-    folder = scenes.draw_dataset(tmp_path / "data", train=4, val=1, test=1)
-    assert digest(folder) == digest(scenes.draw_dataset(tmp_path / "whole", train=4, val=1, test=1))
+    folder = dataset.draw_dataset(tmp_path / "data", train=4, val=1, test=1)
+    assert digest(folder) == digest(dataset.draw_dataset(tmp_path / "whole", train=4, val=1, test=1))
 
 
 def test_a_data_set_with_a_missing_annotation_file_is_drawn_again(tmp_path):
-    folder = scenes.draw_dataset(tmp_path / "data", train=2, val=1, test=1)
+    folder = dataset.draw_dataset(tmp_path / "data", train=2, val=1, test=1)
     (folder / "annotations" / "captions_val.json").unlink()
-    scenes.draw_dataset(folder, train=2, val=1, test=1)
+    dataset.draw_dataset(folder, train=2, val=1, test=1)
     assert (folder / "annotations" / "captions_val.json").exists()
 
 
 def test_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"something other than drawn scenes.*\.$"):
-        scenes.draw_dataset(tmp_path, train=1, val=1, test=1)
+        dataset.draw_dataset(tmp_path, train=1, val=1, test=1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -370,19 +371,19 @@ def test_a_real_coco_folder_is_not_overwritten(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "captions_train.json").write_text('{"info": {"year": 2017}, "images": []}')
     with pytest.raises(InputError):
-        scenes.draw_dataset(tmp_path, train=1, val=1, test=1)
+        dataset.draw_dataset(tmp_path, train=1, val=1, test=1)
 
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        scenes.draw_dataset(tmp_path / "file", train=1)
+        dataset.draw_dataset(tmp_path / "file", train=1)
 
 
 @pytest.mark.parametrize("counts", [{"train": -1}, {"val": -5}, {"test": 10**9}])
 def test_impossible_counts(tmp_path, counts):
     with pytest.raises(InputError, match="choose a number"):
-        scenes.draw_dataset(tmp_path / "data", **counts)
+        dataset.draw_dataset(tmp_path / "data", **counts)
     assert not (tmp_path / "data").exists()
 
 

@@ -1,0 +1,142 @@
+"""The sample data set, drawn in parallel and laid out on disk as COCO is.
+
+A scene is planned first, then painted and captioned from the plan, so that `checking.check` can tell whether a caption
+of the picture is right. Picture i of a split depends on the seed, the split and i alone: the same seed gives the same
+bytes on any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from captioning.errors import InputError
+from captioning.scenes.composition import paint_scene
+from captioning.scenes.sentences import describe
+from captioning.scenes.world import plan
+
+VERSION = "2"
+SPLITS = ("train", "val", "test")
+PICTURES_AT_MOST = 1_000_000  # of a split: its picture ids follow those of the split before
+ALONE_AT_MOST = 400  # pictures that are drawn sooner than other processes start
+
+
+def draw_scene(rng: random.Random) -> tuple[Image.Image, dict, list[str]]:
+    """One picture (RGB, or L in greyscale), its ground truth and five captions, all from `rng`."""
+    scene = plan(rng)
+    return paint_scene(rng, scene), scene, describe(rng, scene)
+
+
+def _draw_picture(folder: Path, seed: int, split: str, index: int) -> tuple[dict, list[dict]]:
+    """Write one picture; return its entries in the annotation file."""
+    image, scene, captions = draw_scene(random.Random(f"{seed}/{split}/{index}"))
+    image_id = SPLITS.index(split) * PICTURES_AT_MOST + index + 1
+    name = f"{image_id:012d}.jpg"
+    image.save(folder / "images" / split / name, quality=90)
+    width, height = image.size
+    entry = {
+        "id": image_id,
+        "file_name": name,
+        "width": width,
+        "height": height,
+        "license": 1,
+        "scene": scene,
+    }
+    notes = [{"id": image_id * 10 + k, "image_id": image_id, "caption": text} for k, text in enumerate(captions)]
+    return entry, notes
+
+
+def _draw_pictures(folder: Path, seed: int, jobs: list[tuple[str, int]]) -> list[tuple[dict, list[dict]]]:
+    return [_draw_picture(folder, seed, split, index) for split, index in jobs]
+
+
+def _drawn(folder: Path) -> list[dict | None]:
+    """The "info" of the folder's annotation files, None for one that is missing or no scenes file."""
+    infos: list[dict | None] = []
+    for name in (*(f"captions_{split}" for split in SPLITS), "image_info_test"):
+        try:
+            with open(folder / "annotations" / f"{name}.json", encoding="utf-8") as file:
+                info = json.load(file)["info"]
+            infos.append(info if "scenes" in info else None)
+        except (OSError, ValueError, KeyError, TypeError):
+            infos.append(None)
+    return infos
+
+
+def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: int = 500, seed: int = 0) -> Path:
+    """Draw the sample data set into a folder, laid out as COCO is; return the folder.
+
+    A folder that already holds the same data set is left as it is; one that holds scenes drawn otherwise is
+    drawn anew. The folder is filled when everything is drawn, so one that was interrupted holds no data set.
+
+    Raises:
+        InputError: a number is negative or too large, or the folder holds something else.
+    """
+    folder, counts = Path(folder), {"train": train, "val": val, "test": test}
+    for split, count in counts.items():
+        if not 0 <= count <= PICTURES_AT_MOST:
+            raise InputError(f"--{split} {count}: choose a number from 0 to {PICTURES_AT_MOST}.")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder for the data set.")
+    partial_folder = folder / ".partial-scenes"
+    info = {
+        "description": "Drawn scenes with five captions each",
+        "version": VERSION,
+        "scenes": {"counts": counts, "seed": seed, "version": VERSION},
+    }
+    if folder.is_dir():
+        infos = _drawn(folder)
+        if all(found == info for found in infos):
+            return folder
+        if not any(infos) and any(path != partial_folder for path in folder.iterdir()):
+            raise InputError(f"{folder} holds something other than drawn scenes; name an empty or a new folder.")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    for split in SPLITS:
+        (partial_folder / "images" / split).mkdir(parents=True)
+    jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
+    chunks = [jobs[i : i + 50] for i in range(0, len(jobs), 50)]
+    draw = partial(_draw_pictures, partial_folder, seed)
+    pictures = []
+    with tqdm(total=len(jobs), desc="drawing", unit="picture", disable=None) as bar:
+        if len(jobs) <= ALONE_AT_MOST:
+            for chunk in chunks:
+                pictures += draw(chunk)
+                bar.update(len(chunk))
+        else:
+            # not forked: the caller may have started torch's threads
+            with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+                for done in pool.map(draw, chunks):
+                    pictures += done
+                    bar.update(len(done))
+    _write_annotations(partial_folder / "annotations", info, jobs, pictures)
+    for name in ("annotations", "images"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    for name in ("images", "annotations"):
+        os.replace(partial_folder / name, folder / name)
+    partial_folder.rmdir()
+    return folder
+
+
+def _write_annotations(
+    folder: Path, info: dict, jobs: list[tuple[str, int]], pictures: list[tuple[dict, list[dict]]]
+) -> None:
+    """The annotation files of all splits."""
+    folder.mkdir()
+    licenses = [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}]
+    for split in SPLITS:
+        mine = [picture for (of, _), picture in zip(jobs, pictures, strict=True) if of == split]
+        images = {"info": info, "licenses": licenses, "images": [entry for entry, _ in mine]}
+        captions = images | {"annotations": [note for _, notes in mine for note in notes]}
+        files = {f"captions_{split}": captions} | ({"image_info_test": images} if split == "test" else {})
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")

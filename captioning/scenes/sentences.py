@@ -1,0 +1,143 @@
+"""Captions of a scene, from a small grammar."""
+
+from __future__ import annotations
+
+import random
+
+from captioning.scenes.world import ACTIONS, KINDS, LIGHTS, RELATIONS, SETTINGS, SKY_ACTIONS
+
+
+def weighted(rng: random.Random, weights: dict[str, int]) -> str:
+    """One of the keys, as often as its weight says."""
+    return rng.choices(tuple(weights), tuple(weights.values()))[0]
+
+
+def article(words: str) -> str:
+    """The words with "a" or "an" before them."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def plural(noun: str) -> str:
+    """The noun for several."""
+    if noun.endswith("man"):
+        return noun[:-3] + "men"
+    if noun[-1] == "y" and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "ch")) else "s")
+
+
+COUNTS = {2: {"two": 8, "a pair of": 1, "a couple of": 1}, 3: {"three": 8, "a group of three": 1}}
+COUNT_WORDS = {2: ("two", "pair", "couple"), 3: ("three",)}
+
+
+def _noun(rng: random.Random, name: str, colour: str | None, count: int) -> str:
+    """The thing with its colour, without an article: "red car", "men in red coats"."""
+    kind = KINDS[name]
+    noun = weighted(rng, kind.nouns)
+    noun = noun if count == 1 else plural(noun)
+    if not colour:
+        return noun
+    if not kind.garments:
+        return f"{colour} {noun}"
+    wearing = weighted(rng, {"in": 4, "wearing": 1})
+    garment = rng.choices(kind.garments, (4, 1))[0]
+    if count == 1:
+        return f"{noun} {wearing} {article(colour)} {garment}"
+    return f"{noun} {wearing} {colour} {plural(garment)}"
+
+
+# {a}: the thing with its count, {n} after "the", {bare} without article, {v}: what it does, {f}: finite,
+# {be}: is or are, {r}: its relation to the other thing, {p}: the place, {l}: the light
+FORMS = {
+    "{a} {v}{r} {p}": 10,
+    "{a} {be} {v}{r} {p}": 6,
+    "{a} {v}{r} {p} {l}": 4,
+    "{a} {f}{r} {p}": 2,
+    "there {be} {a} {v}{r} {p}": 3,
+    "the {n} {be} {v}{r} {p} {l}": 2,
+    "the {n} {f}{r} {p}": 1,
+    "a photo of {a} {v}{r} {p}": 2,
+    "photo of {a} {v}{r} {p}": 1,
+    "{p}, {a} {be} {v}{r}": 1,
+    "{l}, {a} {f}{r} {p}": 1,
+    "{bare} {v}{r} {p}": 1,
+    "a view of {a} {v}{r} {p} {l}": 1,
+}
+GREY_FORMS = {
+    "a black and white photo of {a} {v}{r} {p}": 8,
+    "black and white photo of {a} {v}{r} {p}": 2,
+    "a black and white photo shows {a} {v}{r} {p}": 2,
+    "{a} {v}{r} {p} in a black and white photo": 2,
+    "there {be} {a} {v}{r} {p} in this black and white photo": 1,
+    "this black and white photo shows {a} {v}{r} {p}": 1,
+    "an old black and white photo of {a} {v}{r} {p}": 1,
+}
+NO_PLACE_FORM = "a close up of {a} {v}{r} {l}"
+LONGEST = 18
+
+
+def _relation(rng: random.Random, scene: dict, other: dict) -> tuple[str, bool]:
+    """How the main thing is to the other, and whether that goes after the place."""
+    noun = article(_noun(rng, other["kind"], other["colour"], 1))
+    phrases, reverse = RELATIONS[other["relation"]]
+    if other["relation"] == "holding":
+        return f" {noun}", False
+    chance = rng.random()
+    if other["relation"] == "next to" and chance < 0.12:
+        return f" to the {'left' if other['side'] == 'right' else 'right'} of {noun}", False
+    if chance > 0.88:
+        return f" with {noun} {reverse.format(KINDS[scene['kind']].pronoun)}", True
+    return f" {weighted(rng, phrases)} {noun}", False
+
+
+def _caption(rng: random.Random, scene: dict, form: str, colour: str | None, place_first: bool = True) -> str:
+    """One sentence in this form."""
+    count, setting = scene["count"], SETTINGS[scene["setting"]]
+    noun = _noun(rng, scene["kind"], colour, count)
+    number = "" if count == 1 else weighted(rng, COUNTS[count])
+    participle, of_one, of_several = rng.choices(ACTIONS[scene["action"]], (4, 1)[: len(ACTIONS[scene["action"]])])[0]
+    if count > 1 and rng.random() < 0.15:
+        participle += " side by side" if count == 2 else " in a row"
+    relation, after = "", False
+    if scene["others"] and (scene["action"] == "holding" or rng.random() < 0.85):
+        relation, after = _relation(rng, scene, scene["others"][0])
+    aloft = scene["action"] in SKY_ACTIONS and not (relation and not after)
+    place = weighted(rng, setting.air if aloft else setting.ground)
+    if after:
+        form = form.replace("{r}", "").replace("{p}", "{p}{r}") if "{p}," not in form else form
+    parts = {
+        "a": f"{number} {noun}" if number else article(noun),
+        "n": f"{COUNT_WORDS[count][0]} {noun}" if number else noun,
+        "bare": f"{COUNT_WORDS[count][0]} {noun}" if number else noun,
+        "v": participle,
+        "f": of_one if count == 1 else of_several,
+        "be": "is" if count == 1 else "are",
+        "r": relation,
+        "p": place,
+        "l": rng.choice(LIGHTS[scene["light"]]),
+    }
+    caption = form.format(**parts)
+    if len(caption.split()) > LONGEST and form.endswith(" {l}"):
+        caption = form[: -len(" {l}")].format(**parts)
+    return caption[0].upper() + caption[1:] + "."
+
+
+def describe(rng: random.Random, scene: dict) -> list[str]:
+    """Five different captions. At most one leaves out the colour and at most one the setting."""
+    forms = GREY_FORMS if scene["greyscale"] else FORMS
+    captions: list[str] = []
+    without_colour = 1 if rng.random() < 0.3 else None
+    without_place = 3 if rng.random() < 0.1 and not scene["greyscale"] else None
+    left = dict(forms)
+    while len(captions) < 5:
+        form = weighted(rng, left)
+        colour = scene["colour"]
+        if len(captions) == without_colour and "bare" not in form:
+            colour = None
+        if len(captions) == without_place:
+            form = NO_PLACE_FORM
+        caption = _caption(rng, scene, form, colour)
+        if caption not in captions and len(caption.split()) <= LONGEST:
+            captions.append(caption)
+            left.pop(form, None)
+    return captions
