@@ -70,8 +70,7 @@ class CaptionDataset(Dataset):
 
     In "train" and "val" mode `dataset[i]` is (photo, caption): what `transform` makes of caption i's photo,
     and its indices from `<start>` to `<end>`, (length,) int64. In "test" mode it is (image id, photo).
-    Raises `InputError` where the folder's annotations or photos are missing or cannot be used; without
-    `must_exist`, a missing photo only when it is read.
+    Raises `InputError` where the folder's annotations or photos are missing or cannot be used.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class CaptionDataset(Dataset):
         vocab: Vocabulary | None = None,
         vocab_threshold: int = 5,
         cache: Path = CACHE,
-        must_exist: bool = True,
+        must_exist: bool = True,  # where False, a missing image raises `InputError` only when it is read
     ):
         self.mode = mode
         self.annotation_file, self.photo_folder = find_split(Path(folder), mode, cache)
