@@ -94,13 +94,14 @@ class CaptionDataset(Dataset):
         vocab: Vocabulary | None = None,
         vocab_threshold: int = 5,
         cache: Path = CACHE,
+        must_exist: bool = True,  # where False, a missing image raises `InputError` only when it is read
     ):
         self.mode = mode
         self.annotation_file, self.photo_folder = find_split(Path(folder), mode, cache)
         annotations = read_annotations(self.annotation_file, cache)
         self.image_ids = annotations.image_ids
         self.paths = PhotoFiles(self.photo_folder, annotations.file_names, annotations.places)
-        if annotations.places is None:
+        if annotations.places is None and must_exist:
             self._check_photos_exist()
         self.photo = annotations.photo  # (captions,) each caption's image, a row of image_ids
         words = annotations.words

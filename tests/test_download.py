@@ -1,3 +1,4 @@
+import asyncio
 import hashlib
 import io
 import json
@@ -5,9 +6,12 @@ import os
 import pickle
 import resource
 import shutil
+import signal
+import socket
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,11 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import download
 import importers
-from captioning import checkpoint
+from captioning import checkpoint, fetching
 from captioning.errors import InputError, run_command
 
 SPLITS = ("train", "val", "test")
@@ -82,7 +86,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download, "RETRY_SECONDS", 0.002)
+    monkeypatch.setattr(fetching, "RETRY_SECONDS", 0.002)
     server = Server()
     yield server
     server.http.shutdown()
@@ -205,7 +209,7 @@ def test_the_next_run_goes_on_where_an_interrupted_one_stopped(coco, tmp_path):
     name = "/zips/train2017.zip"
     real = coco.files[name]
     half = len(real) // 2
-    coco.cut_after[name] = [half, *[0] * download.ATTEMPTS]
+    coco.cut_after[name] = [half, *[0] * fetching.ATTEMPTS]
     with pytest.raises(InputError, match=r"train2017.zip cannot be downloaded: .* run the same command"):
         download.coco(tmp_path)
     assert (tmp_path / ".download" / "train2017.zip.part").read_bytes() == real[:half]
@@ -233,9 +237,9 @@ def test_a_busy_server_is_asked_again(coco, tmp_path):
 
 def test_an_absent_server_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "COCO_SERVER", "http://127.0.0.1:9")
-    monkeypatch.setattr(download, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(download, "_require_space", lambda *_args: None)
-    with pytest.raises(InputError, match=r"http://127.0.0.1:9/\S+ cannot be downloaded: .*refused"):
+    monkeypatch.setattr(fetching, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(download, "require_space", lambda *_args: None)
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9/\S+ cannot be downloaded: the server cannot be reached"):
         download.coco(tmp_path)
 
 
@@ -254,14 +258,14 @@ def test_a_wrong_checksum_is_refused_and_the_file_deleted(coco, tmp_path):
 
 def test_a_wrong_size_is_refused_before_it_is_downloaded(coco, tmp_path):
     coco.files["/zips/val2017.zip"] += b"more"
-    with pytest.raises(InputError, match=r"val2017.zip has [\d,]+ bytes where [\d,]+ should be"):
+    with pytest.raises(InputError, match=r"val2017.zip is another file than the published one of [\d,]+ bytes"):
         download.coco(tmp_path)
     assert not (tmp_path / ".download" / "val2017.zip.part").exists()
 
 
 def test_disk_space_is_checked_before_the_first_byte(coco, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
     with pytest.raises(InputError, match=r"needs 0.2 GB of free disk space and has 0.0 GB"):
         download.coco(tmp_path / "coco")
     with pytest.raises(InputError, match="free disk space"):
@@ -277,7 +281,7 @@ def test_the_space_that_all_of_coco_needs(tmp_path, monkeypatch):
         asked.append(needed)
         raise InputError("enough")
 
-    monkeypatch.setattr(download, "_require_space", refuse)
+    monkeypatch.setattr(download, "require_space", refuse)
     with pytest.raises(InputError, match="enough"):
         download.coco(tmp_path / "coco")
     archives = sum(size for name, (size, _) in download.COCO_ARCHIVES.items() if "2017" in name)
@@ -305,7 +309,7 @@ def test_a_disk_that_fills_up_while_unpacking_leaves_nothing_half_unpacked(coco,
             raise OSError(28, "No space left on device")
         target.write(source.read())
 
-    monkeypatch.setattr(download.shutil, "copyfileobj", copy)
+    monkeypatch.setattr(fetching.shutil, "copyfileobj", copy)
     with pytest.raises(InputError, match="No space left on device"):
         download.coco(tmp_path)
     assert not (tmp_path / "images" / "train2017").exists()
@@ -343,21 +347,23 @@ def test_a_zip_without_what_it_should_hold_is_one_sentence(coco, tmp_path):
         download.coco(tmp_path)
 
 
-def test_ctrl_c_stops_at_once_and_keeps_what_came(coco, tmp_path, monkeypatch):
+def test_ctrl_c_stops_at_once_and_keeps_what_came(coco, tmp_path):
     publish(coco, "zips/train2017.zip", zipped({"train2017/a.jpg": os.urandom(4 << 20)}))
     coco.pause = 0.05  # a second for 20 of its 64 pieces
-    monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 16)
+    part = tmp_path / ".download" / "train2017.zip.part"
+    interrupted_at = []
 
-    def interrupted(*_args, **_keywords):
-        time.sleep(0.3)
-        raise KeyboardInterrupt
+    def interrupt():
+        while not (part.exists() and part.stat().st_size):
+            time.sleep(0.01)
+        interrupted_at.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    monkeypatch.setattr(download, "wait", interrupted)
-    start = time.monotonic()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         download.coco(tmp_path)
-    assert time.monotonic() - start < 2
-    assert (tmp_path / ".download" / "train2017.zip.part").stat().st_size > 0
+    assert time.monotonic() - interrupted_at[0] < 2
+    assert 0 < part.stat().st_size < 4 << 20
 
 
 def test_the_first_photos_of_each_split(coco, tmp_path):
@@ -414,7 +420,7 @@ def test_a_photo_whose_connection_breaks_is_tried_again(coco, tmp_path):
 
 
 def test_photos_that_came_before_the_network_failed_are_kept_for_the_next_run(coco, tmp_path):
-    coco.status["/test2017/000000000202.jpg"] = [500] * download.ATTEMPTS
+    coco.status["/test2017/000000000202.jpg"] = [500] * fetching.ATTEMPTS
     with pytest.raises(InputError, match=r"000000000202.jpg cannot be downloaded: .*500.* run the same"):
         download.coco(tmp_path, limit=3)
     assert not (tmp_path / "annotations").exists()
@@ -453,7 +459,7 @@ def test_all_photos_do_not_pass_for_a_limited_download(coco, tmp_path):
 
 
 def test_an_unfinished_limited_download_is_not_taken_for_a_whole_one(coco, tmp_path):
-    coco.status["/test2017/000000000200.jpg"] = [500] * download.ATTEMPTS
+    coco.status["/test2017/000000000200.jpg"] = [500] * fetching.ATTEMPTS
     with pytest.raises(InputError, match="cannot be downloaded"):
         download.coco(tmp_path, limit=1)
     with pytest.raises(InputError, match="unfinished download with --limit"):
@@ -488,7 +494,214 @@ def test_command_line(coco, tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-# ---------------------------------------------------------------- published weights
+# A server that sends what it should not
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """Starts a server that answers every request with these pieces of bytes, a pause before each; returns its URL."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(fetching, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 1.0)
+    listeners = []
+
+    def start(pieces, pause=0.0):
+        listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        listeners.append(listener)
+
+        def serve(connection):
+            with connection:
+                try:
+                    while b"\r\n\r\n" not in connection.recv(1 << 16):
+                        pass
+                    for piece in pieces() if callable(pieces) else pieces:
+                        time.sleep(pause)
+                        connection.sendall(piece)
+                except OSError:
+                    pass
+
+        def accept():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/a.jpg"
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+def read(url, at_most=download.LARGEST_IMAGE):
+    async def request():
+        async with fetching.connect() as client:
+            return await fetching.read(client, url, at_most)
+
+    return asyncio.run(request())
+
+
+def fetch(url, path, size):
+    async def request():
+        async with fetching.connect() as client:
+            await fetching.fetch(client, url, path, size, "0" * 64)
+
+    asyncio.run(request())
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: "
+
+ANSWERS = {
+    "length in words": OK + b"Content-Length: many\r\n\r\n",
+    "negative length": OK + b"Content-Length: -5\r\n\r\nabc",
+    "length of 5000 digits": OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\nabc",
+    "two lengths": OK + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+    "too short": OK + b"Content-Length: 300\r\n\r\nabc",
+    "negative chunk": CHUNKED + b"-5\r\nabc\r\n0\r\n\r\n",
+    "chunk in words": CHUNKED + b"many\r\nabc\r\n0\r\n\r\n",
+    "endless chunk size": CHUNKED + b"f" * 5000 + b"\r\nabc",
+    "unfinished chunks": CHUNKED + b"3\r\nabc\r\n",
+    "no answer": b"",
+    "not HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "status of four digits": b"HTTP/1.1 2000 OK\r\n\r\n",
+    "header without a colon": OK + b"Content-Length\r\n\r\n",
+    "zero byte in a header": OK + b"X: \0\r\n\r\n",
+    "header of 200 kB": OK + b"X: " + b"x" * 200_000 + b"\r\n\r\n",
+    "redirect without an address": b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
+    "redirect to nothing": MOVED + b"\r\n\r\n",
+    "redirect to a broken port": MOVED + b"http://127.0.0.1:many/\r\n\r\n",
+    "redirect to a large port": MOVED + b"http://127.0.0.1:99999999/\r\n\r\n",
+    "redirect to a broken address": MOVED + b"http://[::1/\r\n\r\n",
+    "redirect to a long name": MOVED + b"http://" + b"a" * 300 + b"/\r\n\r\n",
+    "redirect to an odd name": MOVED + b"http://a..b/\r\n\r\n",
+    "redirect to itself": MOVED + b"/a.jpg\r\nContent-Length: 0\r\n\r\n",
+    "redirect to ftp": MOVED + b"ftp://127.0.0.1/a.jpg\r\n\r\n",
+    "redirect to a file": MOVED + b"file:///etc/passwd\r\n\r\n",
+    "redirect to data": MOVED + b"data:,hello\r\n\r\n",
+    "redirect in Latin-1": MOVED + b"http://\xe9\xff/\r\n\r\n",
+    "status 204": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "status 500": b"HTTP/1.1 500 \x1b[31m\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_none_is_one_sentence(name, answer, tmp_path):
+    url = answer([ANSWERS[name]])
+    with pytest.raises((InputError, fetching.NetworkError)) as error:
+        read(url)
+    assert str(error.value).isprintable()
+    with pytest.raises(InputError, match=r"http://127.0.0.1:\d+/a.jpg .*\.$") as error:
+        fetch(url, tmp_path / "a.jpg", 3_000)
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "a.jpg").exists()
+
+
+@pytest.mark.parametrize("name", ["redirect to ftp", "redirect to a file"])
+def test_only_http_is_redirected_to(name, answer):
+    with pytest.raises(fetching.NetworkError, match="an address that is not http or https"):
+        read(answer([ANSWERS[name]]))
+
+
+def endless(head):
+    def pieces():
+        yield head
+        while True:
+            yield b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+
+    return pieces
+
+
+@pytest.mark.parametrize("head", [CHUNKED, OK + b"\r\n", OK + b"Content-Length: 2500000000\r\n\r\n"])
+def test_a_body_is_not_read_beyond_what_is_due(head, answer, tmp_path):
+    url = answer(endless(head))
+    tracemalloc.start()
+    with pytest.raises(fetching.NetworkError, match="the server sends more than 1,000,000 bytes"):
+        read(url, 1_000_000)
+    with pytest.raises(InputError, match=r"sends more than 300,000 bytes|another file than the published"):
+        fetch(url, tmp_path / "a.zip", 300_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 300_000
+
+
+def test_the_body_of_a_redirect_is_not_read(answer):
+    target = answer([OK + b"Content-Length: 3\r\n\r\nabc"])
+    url = answer(endless(MOVED + target.encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n"))
+    assert read(url) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [OK + b"Content-Length: 9000\r\n\r\n", *[b"x"] * 9000],
+        [bytes([byte]) for byte in OK + b"X: y\r\n" * 9000],
+        [CHUNKED, *[b"1\r\nx\r\n"] * 9000],
+    ],
+    ids=["body", "headers", "chunks"],
+)
+def test_a_server_that_sends_byte_by_byte_is_given_up(pieces, answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(fetching, "ATTEMPTS", 2)
+    url = answer(pieces, pause=0.02)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="the server is too slow; run the same command again"):
+        read(url)
+    with pytest.raises(InputError, match="the server is too slow; run the same command again"):
+        fetch(url, tmp_path / "a.zip", 9000)
+    assert time.monotonic() - start < 10
+
+
+def test_another_part_than_was_asked_for_is_refused(answer, tmp_path):
+    (tmp_path / "a.zip.part").write_bytes(b"x" * 10)
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 5-19/20\r\nContent-Length: 10\r\n\r\n"
+    with pytest.raises(InputError, match="another part than it was asked for"):
+        fetch(answer([head + b"x" * 10]), tmp_path / "a.zip", 20)
+
+
+def test_without_a_network_it_says_so(monkeypatch):
+    def fail(*_args, **_keywords):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(fetching, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(InputError, match="cannot be downloaded: no network, or no server of this name;"):
+        read("http://images.cocodataset.org/a.jpg")
+
+
+def test_a_photo_of_another_format_is_not_opened(coco, tmp_path, monkeypatch):
+    ghostscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 80\n%%EndComments\nshowpage\n%%EOF\n"
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_args, **_keywords: pytest.fail("Ghostscript runs"))
+    png = io.BytesIO()
+    Image.new("RGB", (91, 80)).save(png, "PNG")
+    progressive = io.BytesIO()
+    Image.new("RGB", (92, 80)).save(progressive, "JPEG", progressive=True)
+    coco.files["/val2017/000000000100.jpg"] = ghostscript
+    coco.files["/val2017/000000000101.jpg"] = png.getvalue()
+    scan = progressive.getvalue().partition(b"\xff\xda")
+    coco.files["/val2017/000000000102.jpg"] = scan[0] + (scan[1] + scan[2]) * 200
+    coco.files["/val2017/000000000103.jpg"] = jpeg(65_000, 8)
+    coco.files["/val2017/000000000104.jpg"] += b"x" * download.LARGEST_IMAGE
+    with pytest.raises(InputError, match="5 photos could not") as error:
+        download.coco(tmp_path, limit=6)
+    for reason in (
+        "100.jpg (it is not",
+        "101.jpg (it is not",
+        "102.jpg (it is not",
+        "103.jpg (it has 65000 x 8 pixels",
+    ):
+        assert reason in str(error.value)
+    assert "104.jpg (the server sends more than 4,000,000 bytes" in str(error.value)
+    assert [image["id"] for image in document(tmp_path, "captions_val2017.json")["images"]] == [105]
+
+
+# Published weights
 
 
 @pytest.fixture(scope="module")
@@ -569,6 +782,12 @@ def test_another_vocabulary_than_the_published_one_is_refused(published, tmp_pat
     data = published.files["/vocab.pkl"]
     published.files["/vocab.pkl"] = data.replace(b"w7", b"v7")
     with pytest.raises(InputError, match=r"vocab.pkl came with the SHA-256"):
+        download.weights(tmp_path / "published")
+
+
+def test_weights_that_unpack_to_more_than_is_due_are_refused(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "WEIGHTS_BYTES", 100_000)
+    with pytest.raises(InputError, match=r"weights.zip unpacks to [\d,]+ bytes, more than the 100,000 expected"):
         download.weights(tmp_path / "published")
 
 

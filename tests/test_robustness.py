@@ -27,13 +27,13 @@ from captioning.captioner import Captioner
 from captioning.checkpoint import load_model, load_resume, read_description
 from captioning.errors import InputError
 from captioning.features import stored_features
+from captioning.fetching import extract
 from captioning.images import find_unreadable, read_photo
 from captioning.metrics import score_results
 from captioning.original_weights import read_vocab_pickle
 from captioning.training import TrainingConfig, train
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset, get_loader
-from download import extract
 from importers import import_flickr, import_folder, import_karpathy
 from model import EncoderCNN
 from train import resumed_config
