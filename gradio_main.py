@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
 
 from captioning.bulk import find_photos
@@ -100,6 +101,7 @@ def build_page(
 ) -> tuple[Page, Photo]:
     """The page and its input of a photo."""
     answers = Answers(server, folder)
+    examples = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
     names = list(server.captioners)
     with Page(title="Photo captions", analytics_enabled=False, delete_cache=(AGE // 6, AGE)) as page:
         gr.Markdown("# Photo captions\nThe model says in a sentence what it sees in a photo.")
@@ -115,7 +117,7 @@ def build_page(
         about = "\n\n".join(describe_model(name, server.captioners[name].description) for name in names)
         gr.Markdown(f"{about}\n\n{OTHER_MODELS}")
     if examples:
-        photo.sample = save_file_to_cache(examples[0][0], photo.GRADIO_CACHE)
+        photo.sample, _ = examples[0]
     page.queue(max_size=MOST_WAITING, api_open=False)
     return page, photo
 
@@ -143,7 +145,7 @@ def _lay_out_options() -> list[gr.components.Component]:
 def _lay_out_photo(
     answers: Answers,
     options: list[gr.components.Component],
-    examples: list[tuple[Path, str]],
+    examples: list[tuple[str, str]],
     flag_folder: Path | None,
 ) -> Photo:
     """A photo and its caption, side by side; on a phone one under the other."""
@@ -152,7 +154,7 @@ def _lay_out_photo(
             photo = Photo(label="Photo", height=360, image_mode=None, buttons=[], sources=SOURCES)
             gr.Markdown("**Examples**")
             gallery = gr.Gallery(
-                [(str(path), text) for path, text in examples],
+                examples,
                 show_label=False,
                 elem_id="examples",
                 height="fit-content",
@@ -199,7 +201,7 @@ def _lay_out_photo(
     def choose(event: gr.SelectData) -> str:
         if event.index not in range(len(examples)):
             raise gr.Error("Choose one of the examples.", print_exception=False)
-        return str(examples[event.index][0])
+        return examples[event.index][0]
 
     gallery.select(choose, None, photo, show_progress="hidden", api_visibility="private")
     photo.change(None, None, caption, js="() => ''", api_visibility="private")  # it belongs to another photo
