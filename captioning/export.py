@@ -1,9 +1,9 @@
-"""A trained model as one ONNX file: photos in, words out, wherever ONNX runs, without PyTorch.
+"""A trained model as one ONNX file, which captions images without PyTorch wherever ONNX runs.
 
     python caption.py --export model.onnx --model models/scenes
 
-The file holds the encoder and the decoder with its greedy loop, and in its metadata what else captioning
-needs: the vocabulary and how a photo is cut. models/README.md shows how to use it.
+The file holds the encoder and the decoder with its greedy loop; its metadata hold the vocabulary and the preprocessing.
+models/README.md shows how to use it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# A loop in the graph, which ends with the last caption: unrolled, the same steps make six times as many
-# nodes, up to thirty times the time to export, and run a quarter as fast or less.
+# A loop in the graph ends with the longest caption. Unrolled, the same steps have six times as many nodes, take up to
+# thirty times as long to export, and run at a quarter of the speed or less.
 from torch._higher_order_ops import while_loop
 
 from captioning.checkpoint import load_model
 from captioning.errors import InputError
-from captioning.files import write_file
+from captioning.files import require_writable, write_file
 from captioning.hub import find_model
 from captioning.images import build_transform
 from vocabulary import END, START, UNK
@@ -33,20 +33,45 @@ from vocabulary import END, START, UNK
 LARGEST_ONNX = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
-class GreedyCaptioner(nn.Module):
-    """Photos to words as one module: what `decoding.greedy` does, in operations that a graph can hold."""
+class RereadingDecoder(nn.Module):
+    """A decoder whose state keeps its shape, made of one whose state grows with every word.
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, words: int, max_length: int):
+    A loop in a graph carries tensors of constant shape only. At each step this decoder runs `forward` on all words so
+    far, padded to `max_length`, instead of `step` on the last.
+    """
+
+    def __init__(self, decoder: nn.Module, max_length: int):
+        super().__init__()
+        self.decoder, self.max_length = decoder, max_length
+
+    def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, ...) -> the features, the words so far (B, max_length + 1), and their number (B,)."""
+        batch = features.shape[0]
+        return features, torch.full((batch, self.max_length + 1), END), torch.zeros(batch, dtype=torch.long)
+
+    def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """tokens (B,) and the state -> the next token's logits (B, vocab_size) and the state."""
+        features, words, position = state
+        words = torch.where(torch.arange(self.max_length + 1) == position[:, None], tokens[:, None], words)
+        logits = self.decoder(features, words)[:, -self.max_length :]  # (B, max_length, vocab_size)
+        index = position[:, None, None].expand(-1, 1, logits.shape[2])
+        return logits.gather(1, index)[:, 0], (features, words, position + 1)
+
+
+class GreedyCaptioner(nn.Module):
+    """Images to words as one module: `decoding.greedy`, in operations that a graph can hold."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, vocab_size: int, max_length: int):
         super().__init__()
         self.encoder, self.decoder, self.max_length = encoder, decoder, max_length
-        banned = torch.zeros(words)
+        banned = torch.zeros(vocab_size)
         banned[[START, UNK]] = -torch.inf
         self.register_buffer("banned", banned)
 
-    def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 photos (B, 3, H, W) -> tokens (B, max_length), padded with `<end>`; log p (B,)."""
-        state = self.decoder.init_state(self.encoder(photos))
-        batch = photos.shape[0]
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, 3, H, W) -> tokens (B, max_length), padded with `<end>`; log p (B,)."""
+        state = self.decoder.init_state(self.encoder(images))
+        batch = images.shape[0]
 
         def unfinished(t: Tensor, last: Tensor, *_: Tensor) -> Tensor:
             return (t < self.max_length) & (last != END).any()
@@ -58,24 +83,28 @@ class GreedyCaptioner(nn.Module):
             word = torch.where(ended, END, word)
             tokens = torch.where(torch.arange(self.max_length) == t, word[:, None], tokens)
             total = total + torch.where(ended, 0.0, log_p)
-            # A loop hands on tensors of its own only, laid out alike in every round.
-            after = (x.clone() if x is y else x.contiguous() for x, y in zip(after, state, strict=True))
-            return (t + 1, word, tokens, total, *after)
+            return (t + 1, word, tokens, total, *map(_own, after))
 
         start = torch.full((batch,), START)
         tokens = torch.full((batch, self.max_length), END)
-        first = (torch.tensor(0), start, tokens, torch.zeros(batch), *(x.contiguous() for x in state))
-        _, _, tokens, total, *_ = while_loop(unfinished, step, first)
+        _, _, tokens, total, *_ = while_loop(
+            unfinished, step, (torch.tensor(0), start, tokens, torch.zeros(batch), *map(_own, state))
+        )
         return tokens, total
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy: the tensors that a loop carries must share no memory and be laid out alike in every round."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> None:
     """Write a model's best epoch as one ONNX file that needs nothing beside it.
 
-    Input `photos` (B, 3, image_size, image_size) uint8, any B. Outputs `tokens` (B, max_length) int64, which
-    end with one `<end>` or more, or with none where the caption is cut; and `log_probability` (B,) float32,
-    of the tokens up to the first `<end>`. Metadata: `vocabulary` (a JSON list), `image_size` and
-    `shorter_side`, to which a photo is resized before its centre is cut out.
+    Input: `images` (B, 3, image_size, image_size) uint8, any B. Outputs: `tokens` (B, max_length) int64, which end with
+    one `<end>` or more, or with none where the caption is cut; and `log_probability` (B,) float32, of the tokens up to
+    the first `<end>`. Metadata: `vocabulary` (a JSON list); `resize` (JSON: the length of the shorter side, or both
+    lengths), `interpolation` ("bilinear" or "bicubic") and `image_size`, the side of the centre to crop.
 
     model: a model's folder or its name on the Hub. Raises `InputError` where it cannot be read, onnxscript
     is missing, or the file cannot be written.
@@ -90,21 +119,20 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
+    require_writable(path.parent)
     encoder, decoder, vocabulary, description = load_model(find_model(model))
     size = description.preprocessing.image_size
-    captioner = GreedyCaptioner(encoder.for_inference(torch.float32), decoder, len(vocabulary), max_length)
-    # float() also renews what an LSTM remembers of its weights, which it may not do inside of the loop.
-    captioner.float().eval().requires_grad_(False)
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1 the exporter would make a constant
+    captioner = _build_captioner(encoder.for_inference(torch.float32), decoder, images, len(vocabulary), max_length)
     if sum(x.nbytes for x in captioner.state_dict().values()) > LARGEST_ONNX:
         raise InputError(f"{model} has over 2 GB of weights, which do not fit into one ONNX file.")
-    photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1 the exporter would make a constant
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own, on how it does its work
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)
         program = torch.onnx.export(
             captioner,
-            (photos,),
-            input_names=["photos"],
+            (images,),
+            input_names=["images"],
             output_names=["tokens", "log_probability"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
@@ -112,16 +140,31 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
         )
     RemoveUnusedNodesPass()(program.model)  # or onnxruntime warns of each whenever it reads the file
     exported = program.model_proto
-    about = {
+    resize = build_transform(False, **vars(description.preprocessing)).transforms[0]
+    metadata = {
         "vocabulary": json.dumps(vocabulary.words, ensure_ascii=False),
+        "resize": json.dumps(resize.size),
+        "interpolation": resize.interpolation.value,
         "image_size": str(size),
-        "shorter_side": str(build_transform(False, size).transforms[0].size),
     }
-    onnx.helper.set_model_props(exported, about)
+    onnx.helper.set_model_props(exported, metadata)
     content = exported.SerializeToString()
     write_file(path, lambda file: file.write(content))
     print(
-        f"wrote {path}: uint8 photos (batch, 3, {size}, {size}) in, tokens (batch, {max_length}) out, "
+        f"wrote {path}: uint8 images (batch, 3, {size}, {size}) in, tokens (batch, {max_length}) out, "
         f"{len(content) / 1e6:.0f} MB",
         file=sys.stderr,
     )
+
+
+@torch.no_grad()
+def _build_captioner(
+    encoder: nn.Module, decoder: nn.Module, images: Tensor, vocab_size: int, max_length: int
+) -> GreedyCaptioner:
+    # float() also renews what an LSTM remembers of its weights, which it may not do inside of the loop.
+    encoder, decoder = (module.float().eval().requires_grad_(False) for module in (encoder, decoder))
+    state = decoder.init_state(encoder(images))
+    _, after = decoder.step(torch.full((len(images),), START), state)
+    if any(x.shape != y.shape for x, y in zip(state, after, strict=True)):
+        decoder = RereadingDecoder(decoder, max_length)
+    return GreedyCaptioner(encoder, decoder, vocab_size, max_length)

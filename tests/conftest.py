@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
 from torchvision.models.resnet import Bottleneck, ResNet
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything imports onnxruntime
+
 import model
 import scenes
+from captioning.checkpoint import Description, save_epoch, write_description
 from captioning.training import TrainingConfig, train
+from model import DECODERS, EncoderCNN
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -103,6 +109,35 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here")
     return SHARED
+
+
+KINDS = {f"{name}{', tied' * tied}": (name, tied) for name in DECODERS for tied in (False, True)}
+
+
+def build_kind(kind: str, words: int, size: int = 16) -> tuple[EncoderCNN, nn.Module]:
+    """Random networks of one of `KINDS`: each decoder, its weights tied and not; all sizes are `size`."""
+    name, tied = KINDS[kind]
+    decoder = DECODERS[name](size, size, words, num_layers=2)
+    if tied:
+        decoder.linear.weight = decoder.embed.weight
+    return EncoderCNN(size, weights="random", grid=decoder.attends).eval(), decoder.eval()
+
+
+def write_kind(folder: Path, kind: str, encoder: EncoderCNN, decoder: nn.Module, words: list[str]) -> Path:
+    """Write the networks of `build_kind` as the model of a first epoch, for images of 64 x 64."""
+    size = encoder.embed.out_features
+    sizes = {"embed_size": size, "hidden_size": size, "num_layers": 2, "dropout": 0}
+    description = Description.model_validate(
+        {
+            "format": 1,
+            "architecture": {"decoder": KINDS[kind][0], "backbone": "stored", **sizes},
+            "preprocessing": {"image_size": 64},
+            "vocabulary": words,
+        }
+    )
+    save_epoch(folder, 1, encoder, decoder, description)
+    write_description(folder, description)
+    return folder
 
 
 def write_split(folder: Path, split: str, captions: dict[str, list[str]]) -> Path:

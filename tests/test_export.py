@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torchvision
+from conftest import KINDS, build_kind, write_kind
 from PIL import Image
+from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
-from captioning import checkpoint
+import model as networks
 from captioning.captioner import Decoding
-from captioning.checkpoint import Architecture, Description, Preprocessing, load_model
+from captioning.checkpoint import load_model
 from captioning.decoding import greedy
 from captioning.errors import InputError
 from captioning.export import export_onnx
 from captioning.images import build_transform, read_photo
-from model import DECODERS, EncoderCNN
 from vocabulary import END, SPECIAL_WORDS, START, UNK
 
+ROOT = Path(__file__).parents[1]
 SIZE, LENGTH = 64, 9
 WORDS = [*SPECIAL_WORDS, *(f"w{i}" for i in range(37))]
 
 
-@pytest.fixture(scope="module", params=["lstm", "attention"])
+@pytest.fixture(scope="module", autouse=True)
+def _small_backbone() -> Iterator[None]:
+    """An export takes as long as the backbone is large."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torchvision.models, networks):
+            build = lambda **_: ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)  # noqa: E731
+            patch.setattr(module, "resnet50", build, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder, of weights wide apart and with an `<end>` such that noise gets captions of many lengths."""
     torch.manual_seed(1)
-    decoder = DECODERS[request.param](16, 24, len(WORDS), num_layers=2)
-    encoder = EncoderCNN(16, "random", grid=decoder.attends)
-    encoder.eval()
+    encoder, decoder = build_kind(request.param, len(WORDS))
     with torch.no_grad():
-        seen = encoder.features(noise(13))
-        encoder.standardise(seen)
+        features = encoder.features(noise(13))
+        encoder.standardise(features)
         for weight in decoder.parameters():
             weight.mul_(4)
         decoder.linear.bias[[START, UNK]] += 40  # what greedy decoding never says
         lengths: set[int] = set()
         while len(lengths) < 3 and decoder.linear.bias[END] < 40:
             decoder.linear.bias[END] += 0.5
-            lengths = {len(found.tokens) for found in greedy(decoder, encoder.embed(seen), max_length=LENGTH)}
+            lengths = {len(h.tokens) for h in greedy(decoder, encoder.embed(features), max_length=LENGTH)}
     assert len(lengths) > 2
-    folder = tmp_path_factory.mktemp(request.param)
-    description = Description(
-        architecture=Architecture(
-            decoder=request.param, embed_size=16, hidden_size=24, num_layers=2, dropout=0, backbone="stored"
-        ),
-        preprocessing=Preprocessing(image_size=SIZE),
-        vocabulary=WORDS,
-    )
-    checkpoint.save_epoch(folder, 1, encoder, decoder, description)
-    checkpoint.write_description(folder, description)
-    return folder
+    return write_kind(tmp_path_factory.mktemp("model"), request.param, encoder, decoder, WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def noise(photos: int) -> torch.Tensor:
 def test_captions_are_pytorchs_for_any_batch_size(model, exported, photos, capfd):
     session = onnxruntime.InferenceSession(exported)
     assert capfd.readouterr().err == "", "onnxruntime warns of something"
-    tokens, log_probability = session.run(None, {"photos": noise(photos).numpy()})
+    tokens, log_probability = session.run(None, {"images": noise(photos).numpy()})
     encoder, decoder, _, _ = load_model(model)
     with torch.no_grad():
         expected = greedy(decoder, encoder(noise(photos)), max_length=LENGTH)
@@ -91,16 +95,21 @@ def test_the_file_is_complete_in_itself(model, exported):
     session = onnxruntime.InferenceSession(exported.read_bytes())
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["vocabulary"]) == WORDS
-    assert (about["image_size"], about["shorter_side"]) == ("64", "73")
-    [photos] = session.get_inputs()
-    assert (photos.name, photos.type, photos.shape[1:]) == ("photos", "tensor(uint8)", [3, SIZE, SIZE])
-    assert isinstance(photos.shape[0], str)
+    assert (about["image_size"], about["resize"], about["interpolation"]) == ("64", "73", "bilinear")
+    [images] = session.get_inputs()
+    assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, SIZE, SIZE])
+    assert isinstance(images.shape[0], str)
     assert [path.name for path in model.glob("model.onnx*")] == ["model.onnx"]
 
 
+def documented_use() -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "models" / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "onnxruntime" in block]
+    return code
+
+
 def test_the_documented_use_gives_the_captions_words(model, exported, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[1] / "models" / "README.md").read_text()
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "onnxruntime" in block]
+    code = documented_use()
     pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((180, 100)).save(tmp_path / "photo.jpg")
     (tmp_path / "model.onnx").write_bytes(exported.read_bytes())
@@ -126,3 +135,36 @@ def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, photo,
     with pytest.raises(InputError, match=r"an export needs onnxscript, which is missing: pip install"):
         export_onnx(model, path)
     assert not path.exists()
+
+
+# Nothing leaves the machine: from 1.32 on, onnxruntime writes an id and contacts a server as it is imported
+
+
+def test_whatever_imports_onnxruntime_has_switched_its_telemetry_off():
+    sources = [path for path in ROOT.rglob("*") if path.suffix in (".py", ".ipynb", ".md")]
+    texts = {path: path.read_text() for path in sources if not {".venv", "cache", "data"} & set(path.parts)}
+    importing = [path for path, text in texts.items() if re.search(r"^ *\W*import onnxruntime", text, re.MULTILINE)]
+    assert ROOT / "models" / "README.md" in importing
+    for path in importing:
+        if path != Path(__file__):  # conftest.py, which comes first, has done it
+            assert "ORT_DISABLE_TELEMETRY" in texts[path].split("import onnxruntime")[0], path
+
+
+def test_the_library_imports_no_onnxruntime_and_the_documented_import_of_it_leaves_no_trace(tmp_path: Path):
+    documented = documented_use()
+    end = documented.index("import onnxruntime") + len("import onnxruntime")
+    code = "\n".join(
+        [
+            "import sys, model, caption, captioning.export",
+            "assert 'onnxruntime' not in sys.modules",
+            documented[:end],
+            "assert 'onnxruntime' in sys.modules",
+        ]
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment["TMPDIR"] = str(tmp_path)
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    assert not list(tmp_path.rglob(".ses"))
