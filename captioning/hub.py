@@ -3,9 +3,8 @@
     Captioner.load("user/name")
     Captioner.load("models/scenes").push_to_hub("user/name", licence="mit")
 
-A repository holds what a model's folder holds, of its best epoch, with the weights in .safetensors files
-too and a card, README.md. It may be anyone's: what is fetched is read as any folder is, by `checkpoint`,
-which runs nothing of it.
+A repository holds a model's folder with its best epoch only, the weights as .safetensors files too, and a model card,
+README.md. It may be anyone's: `checkpoint` reads what was fetched as it reads any folder, and runs nothing of it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +32,26 @@ from captioning.checkpoint import (
 from captioning.errors import InputError
 from captioning.files import write_file
 from captioning.weights import read_state_dict
+from model import DECODERS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-# huggingface_hub takes a second to import, and most runs need nothing of it: our functions import its.
+# huggingface_hub takes a second to import and most runs do without it, so functions import it.
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 LARGEST_MODEL = 8 << 30  # bytes to download
-SAFE = [DESCRIPTION, "encoder-*.safetensors", "decoder-*.safetensors"]
-PICKLED = [DESCRIPTION, "encoder-*.pkl", "decoder-*.pkl"]
+PARTS = ("encoder-*", "decoder-*", "backbone")  # of a model, as its files of weights are named
+SAFE, PICKLED = ([DESCRIPTION, *(part + suffix for part in PARTS)] for suffix in (".safetensors", ".pkl"))
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "val_perplexity")
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of a model that is named as people name one: a folder, or user/name on the Hub.
+    """The folder of a model: `model` itself, or if it is a user/name on the Hub, where that is downloaded to.
 
-    A folder that exists is taken first, and a name below a folder that exists is never asked of the Hub.
-    Raises `InputError` where the Hub has no such model or cannot be reached.
+    A folder that exists goes before the Hub, which is never asked for a name below a folder that exists. Raises
+    `InputError` where the Hub has no such model or cannot be reached.
     """
     folder, name = Path(model), Path(model).as_posix()
     if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
@@ -59,10 +60,10 @@ def find_model(model: str | Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Download user/name from the Hub, or what changed in it since, and return the folder that it lies in.
+    """Download user/name from the Hub, or what changed in it since, and return its folder.
 
-    Without a network, what was downloaded before serves. Raises `InputError` where nothing was, where there
-    is no such repository, or where it is no model of this project or larger than any.
+    Without a network, the last download is returned. Raises `InputError` where there is none, where there is no such
+    repository, or where it is no model of this project or too large.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
@@ -92,17 +93,17 @@ def fetch(name: str) -> Path:
 
 
 def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int | None = None) -> None:
-    """Write into `folder`, which exists, what is shared of a model: its best epoch, or `epoch`.
+    """Write what is shared of a model into `folder`, which exists: its best epoch, or `epoch`, and a model card.
 
-    captioner.json comes without the folders that the training used: they are nobody else's business.
+    captioner.json is written without the paths of the training's folders, which are private.
     """
     description = read_description(model)
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
     description.training = _without_folders(description.training)
-    for path in weight_files(model, epoch):
+    for path in _files_to_share(model, epoch):
         state = {key: value.contiguous() for key, value in read_state_dict(path).items()}
-        write_file(folder / f"{path.stem}.pkl", lambda file, state=state: torch.save(state, file))
+        write_file(folder / f"{path.stem}.pkl", partial(torch.save, state))
         content = save(state, metadata={"format": "pt"})
         write_file(folder / f"{path.stem}.safetensors", lambda file, content=content: file.write(content))
     write_description(folder, description)
@@ -110,8 +111,14 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     write_file(folder / "README.md", lambda file: file.write(card.encode()))
 
 
+def _files_to_share(model: Path, epoch: int) -> list[Path]:
+    """An epoch's files of weights, and the backbone's where its epochs share one."""
+    backbone = (model / f"backbone{suffix}" for suffix in (".pkl", ".safetensors"))
+    return [*weight_files(model, epoch), *[path for path in backbone if path.exists()][:1]]
+
+
 def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings, and those of the training that this one went on from, with the last parts of their paths only."""
+    """Settings, and the settings nested in them, with only the last part of every path."""
     short = {name: Path(value).name if isinstance(value, str) else value for name, value in settings.items()}
     return {name: _without_folders(value) if isinstance(value, dict) else value for name, value in short.items()}
 
@@ -129,9 +136,8 @@ def push(model: Path, name: str, licence: str, private: bool = False, epoch: int
         with _explained(f"{name} cannot be shared on the Hub"):
             api = HfApi()
             address = api.create_repo(name, private=private, exist_ok=True)
-            # Another epoch's weights, shared before, would be taken for this model's.
-            old = ["encoder-*", "decoder-*"]
             message = f"Share {name.split('/')[1]}"
+            old = [f"{part}.*" for part in PARTS]  # another epoch's weights, shared before, are not this model's
             api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=old, commit_message=message)
     return str(address)
 
@@ -152,12 +158,7 @@ def model_card(description: Description, name: str, licence: str) -> str:
         model_name=name.split("/")[1],
         eval_results=[_eval_result(folder, metric, value) for metric, value in scores.items()] or None,
     )
-    decoder = "an LSTM that is shown the photo before the first word"
-    if parts.decoder == "attention":
-        decoder = "an LSTM that looks at a part of the photo for every word"
-    backbone = "trained weights in the encoder's file"
-    if parts.backbone != "stored":
-        backbone = f"torchvision's weights {parts.backbone}, fetched when the model is loaded"
+    decoder = DECODERS[parts.decoder].__doc__.splitlines()[0]
     about_data = "Its training data is not recorded."
     if data:
         about_data = "\n".join(
@@ -196,9 +197,15 @@ def model_card(description: Description, name: str, licence: str) -> str:
 
 # {name}
 
-It says in a sentence what a photo shows. A ResNet-50 ({backbone}) turns the photo,
-resized and cut to {size} x {size}, into a feature; the decoder, {decoder}
-({parts.embed_size} to {parts.hidden_size}), makes words of it, out of {len(description.vocabulary):,}.
+It describes an image in a sentence.
+
+| | |
+| --- | --- |
+| input | {size} x {size} pixels |
+| backbone | `{parts.backbone}`; weights of it that no file here holds are fetched when the model is loaded |
+| decoder | `{parts.decoder}`: {decoder} |
+| sizes | embedding {parts.embed_size}, hidden {parts.hidden_size}, layers {parts.num_layers} |
+| vocabulary | {len(description.vocabulary):,} words |
 
 ## How to use it
 
@@ -216,7 +223,7 @@ print(captioner("photo.jpg")[0].text)
 ```
 
 `captioner.json` holds the architecture, the preprocessing, the vocabulary and the settings of the training.
-The weights of epoch {epoch} are there twice, alike: as `.safetensors`, and as the `.pkl` state dicts of the
+The weights are those of epoch {epoch}, as `.safetensors` and, with the same numbers, as the `.pkl` state dicts of the
 original recipe.
 
 ## Data
@@ -229,8 +236,8 @@ original recipe.
 
 ## Limits
 
-It knows the things and the words of its training captions and nothing else, repeats their errors and their
-prejudices, and is as sure of a wrong caption as of a right one.
+It knows only the objects and the words of its training captions, and repeats their errors and their prejudices. A wrong
+caption can have as high a probability as a right one.
 
 ## Licence
 
@@ -285,6 +292,10 @@ def _explained(what: str) -> Iterator[None]:
             raise InputError(f"{what}: you may not write there; check the name and your token's rights.") from None
         raise InputError(f"{what}: the Hub answers {status} ({_line(error)}); try again later.") from None
     except Exception as error:  # the HTTP client's errors, which share no base class from version to version
+        if isinstance(error, OSError) and error.filename is not None:
+            raise InputError(
+                f"{what}: {error.filename} cannot be written ({error.strerror}); set HF_HOME to a folder that can be."
+            ) from None
         if isinstance(error, ValueError) and "metadata" in str(error):
             reason = " ".join(str(error).split())
             raise InputError(f"{what}: {reason}; name the licence as the Hub does, like mit or cc-by-4.0.") from None
