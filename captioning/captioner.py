@@ -150,7 +150,12 @@ class Captioner:
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
         for indices, seen in encode(self.encoder, Photos(sources, self.transform), batches, workers, unreadable):
-            found = how(self.decoder, self.encoder.embed(seen))
+            embedded = self.encoder.embed(seen)
+            if not embedded.isfinite().all():
+                raise InputError(
+                    f"the weights of {self.folder or 'the model'} are so large that they overflow; train anew."
+                )
+            found = how(self.decoder, embedded)
             for index, hypotheses in zip(indices, found, strict=True):
                 first, *others = [self._caption(hypothesis) for hypothesis in hypotheses]
                 first.alternatives = others

@@ -275,6 +275,19 @@ class Kit:
             (folder / "captioner.json").write_text(json.dumps(whole))
         return folder
 
+    def model_with(self, name: str, key: str, number: float) -> Path:
+        """A copy of the model's folder with this number in a weight."""
+        state, file = read_state_dict(self.trained / name), io.BytesIO()
+        state[key].view(-1)[-1] = number
+        torch.save(state, file)
+        return self.model(name, file.getvalue())
+
+
+def caption_with_overflow(folder: Path) -> None:
+    captioner = Captioner.load(folder)
+    captioner.encoder.embed.weight.data.fill_(3e38)
+    captioner(draw_noise(0))
+
 
 def change(*path: object, to: object) -> Callable[[dict], None]:
     """Replaces what lies at this path in a JSON document."""
@@ -504,6 +517,19 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: load_model(k.model("encoder-1.pkl", (k.trained / "decoder-1.pkl").read_bytes())),
         r"encoder-1\.pkl .* belongs to another model",
     ),
+    "model: a decoder with a nan": (
+        lambda k: load_model(k.model_with("decoder-1.pkl", "linear.bias", float("nan"))),
+        r"decoder-1\.pkl has nan in linear\.bias",
+    ),
+    "model: an encoder with an infinity": (
+        lambda k: load_model(k.model_with("encoder-1.pkl", "embed.weight", float("-inf"))),
+        r"encoder-1\.pkl has -inf in embed\.weight",
+    ),
+    "model: an encoder of weights that overflow": (
+        lambda k: Captioner.load(k.model_with("encoder-1.pkl", "embed.weight", 1e38)),
+        r"encoder-1\.pkl has 1e\+38 in embed\.weight",
+    ),
+    "model: weights that overflow together": (lambda k: caption_with_overflow(k.trained), r"small are so large"),
     # a training
     "training: batch size": (lambda k: k.small(batch_size=0), r"batch_size must be at least 1, not 0"),
     "training: no epochs": (lambda k: k.small(num_epochs=0), r"num_epochs must be at least 1"),
