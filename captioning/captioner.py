@@ -252,7 +252,9 @@ class Captioner:
         for indices, features in encode(self.encoder, photos, batches, workers, unreadable):
             embedded = self.encoder.embed(features)
             if not embedded.isfinite().all():
-                raise InputError(f"the weights of {self.folder or 'the model'} are so large that they overflow.")
+                raise InputError(
+                    f"the weights of {self.folder or 'the model'} are so large that they overflow; train anew."
+                )
             yield indices, embedded
 
     def _caption(self, hypothesis: decoding.Hypothesis) -> Caption:

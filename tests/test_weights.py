@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ class Whole(nn.Module):
         ({"embed.weight": 1.0}, "holds no state dict"),
         ({1: torch.zeros(1)}, "holds no state dict"),
         ({"embed.weight": torch.zeros(1).expand(9)}, "holds no state dict"),
-        ({str(i): torch.ones(1 << 20) if i else torch.zeros(0) for i in (0,)}, "lacks the weight"),
+        ({"other.weight": torch.zeros(1)}, "lacks the weight"),
     ],
     ids=["a module", "a path", "a list", "a number", "a number as a name", "an expanded tensor", "other names"],
 )
@@ -241,8 +242,9 @@ def shared_tensors() -> bytes:
     return saved({str(i): weight for i in range(100)})
 
 
+@cache
 def compressed_zeros() -> bytes:
-    zeros = bytes(1_000_000_000)
+    zeros = bytes(500_000_000)
     return zip_file(tensor_pickle(len(zeros), len(zeros)), {"a/data/0": zeros}, ("a/data/0",))
 
 
@@ -292,7 +294,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "compressed entries behind junk": (lambda: compressed_zeros() + bytes(66_000), "not a zip file"),
     "compressed entries after junk": (lambda: b"PK\x03\x04" + compressed_zeros(), "it is compressed|zip"),
     "a compressed version": (
-        lambda: zip_file(b"\x80\x02}.", {"a/version": bytes(1_000_000_000)}, ("a/version",)),
+        lambda: zip_file(b"\x80\x02}.", {"a/version": bytes(500_000_000)}, ("a/version",)),
         "it is compressed",
     ),
     "two pickles": (lambda: zip_file(b"\x80\x02}.", {"a/DATA.PKL": b"\x80\x02}."}), "two entries of one name"),
