@@ -434,7 +434,7 @@ def check_beam(
     """Raise InputError if an option of `beam_search` is out of range."""
     _check(beam_size >= 1, f"beam_size is {beam_size}, but it has to be at least 1.")
     _check_range("n_best", n_best, 1, beam_size)
-    _check(groups >= 1 and beam_size % groups == 0, f"groups is {groups}, but it has to divide {beam_size} beams.")
+    _check(groups >= 1 and beam_size % groups == 0, f"groups is {groups}, but it has to divide beam_size, {beam_size}.")
     _check_range("length_penalty", length_penalty, 0, 10)
     _check_range("diversity", diversity, 0, 1000)
 
