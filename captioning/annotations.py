@@ -359,7 +359,9 @@ def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.nd
     repeated = np.flatnonzero(np.diff(image_ids[order]) == 0)
     if len(repeated):
         first, second = order[repeated[0]], order[repeated[0] + 1]
-        raise InputError(f"{path}: images[{first}] and images[{second}] have the same id, {image_ids[first]}.")
+        raise InputError(
+            f"{path}: images[{first}] and images[{second}] have the same id, {image_ids[first]}; remove one."
+        )
     rows = order[np.searchsorted(image_ids, image_of, sorter=order).clip(max=len(order) - 1)]
     unknown = image_of[image_ids[rows] != image_of]
     if len(unknown):

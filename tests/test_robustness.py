@@ -410,7 +410,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: an id twice": (
         lambda k: k.read_data(append("images", image(id="1"))),
-        r"captions_train\.json: images\[0\] and images\[1\] have the same id, 1\.",
+        r"captions_train\.json: images\[0\] and images\[1\] have the same id, 1;",
     ),
     "annotations: an id of 20 digits": (
         lambda k: k.read_data(append("images", image(id=10**20))),
