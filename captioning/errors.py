@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+
+# ASCII's and Latin-1's controls, line and paragraph separators, changes of direction, bytes that are no text
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -17,6 +21,11 @@ def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
     errors = list(errors)
     more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""
     return "; ".join(map(str, errors[:at_most])) + more
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names and words of others must not steer the terminal."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -39,7 +48,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _end(message: str, code: int) -> None:
     if _ended(1) <= 1:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
