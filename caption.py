@@ -19,12 +19,13 @@ import tyro
 from tqdm.auto import tqdm
 
 from captioning.bulk import as_json, find_photos, write_captions
-from captioning.captioner import Caption, Captioner, Decoding, Precision
+from captioning.captioner import Caption, Captioner, Decoding, Precision, Source
 from captioning.checkpoint import default_model
 from captioning.distributed import this_process
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError, printable, run_command
 from captioning.features import BATCH
-from captioning.figures import draw_attention, draw_sheet, save_figure
+from captioning.figures import MAX_SHEET, draw_attention, draw_sheet, save_figure
+from captioning.files import check_output
 
 
 def main(
@@ -32,6 +33,7 @@ def main(
     decoding: Annotated[Decoding, tyro.conf.arg(name=""), tyro.conf.DisallowNone],
     model: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     precision: Precision = "auto",
+    recursive: bool = False,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     output: Path | None = None,
     strict: bool = False,
@@ -48,15 +50,18 @@ def main(
         model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
             trained on photos. Given several times, the models' probabilities are averaged.
         precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32.
+        recursive: also caption the photos in folders within folders.
         json_: print one JSON list of objects with photo, caption and log_probability.
         output: instead write such objects here, one a line, however many and with several processes if so launched;
-            run again, it goes on where it was stopped.
+            run again, it resumes where it was stopped.
         strict: stop at the first photo that cannot be read.
         sheet: also draw the photos with their captions into this PNG.
         attention: also draw where the decoder looked for each word of the first photo into this PNG.
         export: instead write the model into this ONNX file, which captions greedily wherever ONNX runs.
         workers: processes that read photos.
     """
+    if workers < 0:
+        raise InputError(f"--workers must be at least 0, not {workers}.")
     if export is not None:
         if photos or decoding != Decoding(max_length=decoding.max_length) or precision != "auto" or len(model) > 1:
             raise InputError("--export takes no photos, one --model, and of the options of decoding only --max-length.")
@@ -72,45 +77,86 @@ def main(
         if json_ or sheet is not None or attention is not None:
             raise InputError("--output goes with none of --json, --sheet and --attention.")
         if decoding.temperature is not None and decoding.seed is None:
-            raise InputError("--output with --temperature needs a --seed, so that what is written can be gone on with.")
-        with this_process().local_main_process_first():  # what it downloads the others find
-            captioner = Captioner.load(model or default_model(), precision=precision)
-        try:
-            found, unread = write_captions(captioner, photos, decoding, output, workers, strict)
-        except OSError as error:
-            raise InputError(
-                f"{output} cannot be written ({error.strerror or error}); what it holds stays, run it again to go on."
-            ) from error
-        if unread:
-            raise InputError(f"{unread} of {found} photos could not be read; their rows in {output} say why.")
+            raise InputError("--output with --temperature needs a --seed, so that a run that was stopped can resume.")
+        write_file(photos, recursive, model, precision, decoding, output, workers, strict)
         return
     if this_process().num_processes > 1:
         raise InputError("several processes caption into one file; add --output captions.jsonl.")
-    sources = find_photos(photos)
+    for path in (sheet, attention):
+        if path is not None:
+            check_output(path)
+    sources = find_photos(photos, recursive, log)
     captioner = Captioner.load(model or default_model(), precision=precision)
-    failed: list[InputError] = []
-    unreadable = None if strict else lambda _, error: failed.append(error)
-    captions: dict[int, Caption] = {}
-    found = captioner.stream(sources, decoding, workers if len(sources) > 2 * BATCH else 0, unreadable)
-    for index, caption in tqdm(found, total=len(sources), unit="photo", delay=2, disable=None):
-        captions[index] = caption
-        if not json_:
-            tqdm.write(f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text)
-            for other in caption.alternatives:
-                tqdm.write(f"    {other.text}")
-    if json_:
-        print(json.dumps([as_json(sources[i], caption) for i, caption in captions.items()], indent=1))
+    if attention is not None and not captioner.decoder.attends:
+        raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")
+    captions, failed = print_captions(captioner, sources, decoding, workers, strict, json_)
     if sheet is not None and captions:
-        figure = draw_sheet([sources[i] for i in captions], [caption.text for caption in captions.values()])
-        save_figure(figure, sheet)
+        drawn = list(captions)[:MAX_SHEET]
+        if len(drawn) < len(captions):
+            log(f"{sheet} shows the first {MAX_SHEET:,} of {len(captions):,} photos")
+        save_figure(draw_sheet([sources[i] for i in drawn], [captions[i].text for i in drawn]), sheet)
     if attention is not None and captions:
         first, caption = next(iter(captions.items()))
         size = captioner.description.preprocessing.image_size
         save_figure(draw_attention(sources[first], caption, size), attention)
     for error in failed:
-        print(f"error: {error}", file=sys.stderr)
+        log(f"error: {error}")
     if failed:
         raise InputError(f"{len(failed)} of {len(sources)} photos could not be read; {len(captions)} are captioned.")
+
+
+def log(message: str) -> None:
+    """Print a line on standard error, above the progress bar where there is one."""
+    tqdm.write(printable(message), file=sys.stderr)
+
+
+def write_file(
+    photos: tuple[Path, ...],
+    recursive: bool,
+    model: tuple[Path, ...],
+    precision: Precision,
+    decoding: Decoding,
+    output: Path,
+    workers: int,
+    strict: bool,
+) -> None:
+    """Caption into a file of JSON Lines; `InputError` says how many photos could not be read."""
+    process = this_process()
+    if process.is_main_process:
+        check_output(output)
+    with process.local_main_process_first():  # what it downloads the others find
+        captioner = Captioner.load(model or default_model(), precision=precision)
+    try:
+        rows, unreadable = write_captions(captioner, photos, decoding, output, workers, strict, recursive, log)
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written ({error.strerror or error}); its rows stay, and the same command resumes."
+        ) from error
+    if unreadable:
+        raise InputError(f"{unreadable} of {rows} photos could not be read; their rows in {output} say why.")
+
+
+def print_captions(
+    captioner: Captioner, sources: list[Source], decoding: Decoding, workers: int, strict: bool, as_document: bool
+) -> tuple[dict[int, Caption], list[InputError]]:
+    """Caption photos and print the captions, as they come or as one JSON document.
+
+    Returns the captions by their photos' indices, and why other photos could not be read.
+    """
+    failed: list[InputError] = []
+    unreadable = None if strict else lambda _, error: failed.append(error)
+    captions: dict[int, Caption] = {}
+    stream = captioner.stream(sources, decoding, workers if len(sources) > 2 * BATCH else 0, unreadable)
+    for index, caption in tqdm(stream, total=len(sources), unit="photo", delay=2, disable=None):
+        captions[index] = caption
+        if not as_document:
+            text = f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text
+            tqdm.write(printable(text))
+            for other in caption.alternatives:
+                tqdm.write(printable(f"    {other.text}"))
+    if as_document:
+        print(json.dumps([as_json(sources[i], caption) for i, caption in captions.items()], indent=1))
+    return captions, failed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Captions of any number of images, written to a file that a stopped run goes on with."""
+"""Captions of any number of images, written to a file from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import heapq
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, islice
 from operator import itemgetter
@@ -19,52 +20,96 @@ from tqdm.auto import tqdm
 
 from captioning.captioner import Caption, Captioner, Decoding, Source
 from captioning.distributed import this_process
-from captioning.errors import InputError
+from captioning.errors import InputError, printable
 from captioning.features import BATCH
-from captioning.files import photo_suffixes
+from captioning.files import HEIF_SUFFIXES, WEB_ADDRESS, missing_file, photo_suffixes
 from captioning.shards import SUFFIX, Member, is_shard, read_photos
 
-NAMES = 1 << 18  # of a folder's files that are held at once, some 30 MB
-CHUNK = 32 * BATCH  # photos that a process captions between two writes of --output
+NAMES = 1 << 18  # of a folder's entries that are held at once, some 30 MB
+CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
+FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # what was left out, beside the suffixes of files
+NAMED = 10  # suffixes in the sentence on what was left out
+
+Log = Callable[[str], object]
 
 
-def find_photos(paths: Iterable[Path]) -> list[Path | Member]:
-    """The photos at the paths, as `stream_photos` finds them."""
-    return list(stream_photos(paths))
+def find_photos(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> list[Path | Member]:
+    """The images at the paths, as `stream_photos` finds them."""
+    return list(stream_photos(paths, recursive, log))
 
 
-def stream_photos(paths: Iterable[Path]) -> Iterator[Path | Member]:
-    """The photos at the paths, in the order given: of a folder the files that look like photos, in name order.
+def stream_photos(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> Iterator[Path | Member]:
+    """The images at the paths, in the order given: of a folder the files with an image's suffix, in name order.
 
+    With `recursive` a subfolder's images come where its name comes; each folder is entered once, wherever links lead.
     A tar file's come in its order, where its name comes if it lies in a folder. A folder of any size is never held
-    in memory whole. Raises `InputError` at once for a folder or a tar file that holds no photos or cannot be read.
+    in memory whole. `log` is told of each path which files and folders were left out. macOS's ._ files are none.
+    Raises `InputError` at once for a folder or a tar file that holds no images or cannot be read.
     """
     paths = list(paths)
     for path in paths:
-        if next(_photos_at(path), None) is None:
-            raise InputError(f"{path} holds no photos; name a photo or a folder of them.")
-    return chain.from_iterable(map(_photos_at, paths))
+        if WEB_ADDRESS.match(str(path)) and not os.path.exists(path):
+            raise missing_file(path)
+        left_out: Counter[str] = Counter()
+        if next(_photos_at(path, recursive, left_out), None) is None:
+            instead = f" but {_describe(left_out)}" if left_out else ""
+            raise InputError(f"{path} holds no photos{instead}; name a photo or a folder of them.")
+    return _stream(paths, recursive, log)
 
 
-def _photos_at(path: Path) -> Iterator[Path | Member]:
+def _stream(paths: list[Path], recursive: bool, log: Log | None) -> Iterator[Path | Member]:
+    for path in paths:
+        left_out: Counter[str] = Counter()
+        yield from _photos_at(path, recursive, left_out)
+        if left_out and log is not None:
+            log(f"left out of {path}: {_describe(left_out)}")
+
+
+def _photos_at(path: Path, recursive: bool, left_out: Counter[str]) -> Iterator[Path | Member]:
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have, too
-        for name in _names(path):
-            yield from _photos_at(path / name)
-    elif is_shard(path):
+        for file in _walk(path, recursive, left_out):
+            yield from _photos_at(file, False, left_out)
+    elif is_shard(path) and (os.path.isfile(path) or not os.path.lexists(path)):
         yield from read_photos(path)
-    else:
+    else:  # also a pipe or a link to nothing: `read_photo` says so
         yield path
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """The names of a folder's photos and tar files, in order; the folder is read once for each `NAMES` of them."""
-    suffixes, after = photo_suffixes() | {SUFFIX}, ""
+def _walk(folder: Path, recursive: bool, left_out: Counter[str]) -> Iterator[Path]:
+    """The images and tar files in a folder, with `recursive` also those in its subfolders."""
+    entered = {_identity(folder)}
+    levels = [(folder, _names(folder, recursive, left_out))]
+    while levels:
+        parent, names = levels[-1]
+        try:
+            name = next(names, None)
+        except InputError:
+            if len(levels) == 1:
+                raise
+            left_out[UNREADABLE_FOLDER] += 1
+            name = None
+        if name is None:
+            levels.pop()
+        elif not (recursive and os.path.isdir(parent / name)):
+            yield parent / name
+        elif (identity := _identity(parent / name)) not in entered:
+            entered.add(identity)
+            levels.append((parent / name, _names(parent / name, recursive, left_out)))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _names(folder: Path, recursive: bool, left_out: Counter[str]) -> Iterator[str]:
+    """The names to visit in a folder, in order; the folder is read once for each `NAMES` of them."""
+    after = ""
     while True:
         try:
             with os.scandir(folder) as entries:
-                later = (entry for entry in entries if entry.name > after)
-                meant = (entry for entry in later if os.path.splitext(entry.name)[1].lower() in suffixes)
-                names = heapq.nsmallest(NAMES, (entry.name for entry in meant if entry.is_file()))
+                wanted = (entry.name for entry in entries if _is_wanted(entry, recursive, None if after else left_out))
+                names = heapq.nsmallest(NAMES, (name for name in wanted if name > after))
         except OSError as error:
             raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
         yield from names
@@ -73,62 +118,110 @@ def _names(folder: Path) -> Iterator[str]:
         after = names[-1]
 
 
-def write_captions(
-    captioner: Captioner, paths: Iterable[Path], how: Decoding, output: Path, workers: int = 0, strict: bool = False
-) -> tuple[int, int]:
-    """Caption the photos at the paths into a file of JSON Lines, one a photo, in order, by all processes together.
+def _is_wanted(entry: os.DirEntry[str], recursive: bool, left_out: Counter[str] | None) -> bool:
+    """Whether an entry is to be visited; if not, it is counted in `left_out` unless it is hidden."""
+    if entry.name.startswith("._"):  # where macOS keeps what other file systems cannot hold of a file
+        return False
+    is_folder = False
+    with suppress(OSError):  # of links that lead to themselves
+        is_folder = entry.is_dir()
+    hidden = entry.name.startswith(".")
+    suffix = FOLDER if is_folder else os.path.splitext(entry.name)[1].lower()
+    if (recursive and not hidden) if is_folder else (suffix in photo_suffixes() or suffix == SUFFIX):
+        return True
+    if left_out is not None and not hidden:
+        left_out[suffix] += 1
+    return False
 
-    Rows that a run wrote which was stopped stay, and it goes on after them. A photo that cannot be read has an
-    "error" in its row. Returns how many photos there are, and how many cannot be read. Raises `InputError` where the
-    rows are of other photos, or give them other captions than this model does with these options.
+
+def _describe(left_out: Counter[str]) -> str:
+    """What was left out, as a part of a sentence: how many files of which suffixes, and how many folders."""
+    parts = []
+    for suffix, count in left_out.most_common(NAMED):
+        plural = "s" if count > 1 else ""
+        if suffix == FOLDER:
+            parts.append(f"{count:,} folder{plural} (--recursive reads folders in folders)")
+        elif suffix == UNREADABLE_FOLDER:
+            parts.append(f"{count:,} folder{plural} that cannot be read")
+        elif suffix in HEIF_SUFFIXES:
+            parts.append(f"{count:,} {suffix} file{plural} (`pip install pillow-heif` makes them readable)")
+        else:
+            parts.append(f"{count:,} {suffix} file{plural}" if suffix else f"{count:,} file{plural} without a suffix")
+    others = left_out.total() - sum(count for _, count in left_out.most_common(NAMED))
+    return ", ".join([*parts, f"{others:,} others"] if others else parts)
+
+
+def write_captions(
+    captioner: Captioner,
+    paths: Iterable[Path],
+    how: Decoding,
+    output: Path,
+    workers: int = 0,
+    strict: bool = False,
+    recursive: bool = False,
+    log: Log | None = None,
+) -> tuple[int, int]:
+    """Caption the images at the paths into a file of JSON Lines, one row an image, in order, by all processes together.
+
+    The rows of a run that was stopped stay, and it resumes after them. An image that cannot be read has an
+    "error" in its row. `log` is told what was left out of the folders and what was written. Returns how many images
+    there are, and how many cannot be read. Raises `InputError` where the rows are of other images, or give them other
+    captions than this model does with these options.
     """
     process = this_process()
-    main = process.is_main_process
-    done = failed = first_index = 0
+    is_main = process.is_main_process
+    done = failed = earlier = first_index = 0
     with ExitStack() as stack:
-        if main:  # which alone looks for the photos and reads and writes the file
-            photos = stream_photos(paths)
-            stack.enter_context(_alone(output))
+        if is_main:  # which alone looks for the images and reads and writes the file
+            photos = stream_photos(paths, recursive, log)
+            stack.enter_context(exclusive_lock(output))
             file = stack.enter_context(open(output, "a+b"))
-            done, failed, again = _read_rows(file, photos)
-            photos = chain([photo for photo, _ in again], photos)  # in whole batches, as if never stopped
-            first_index = done - len(again)
+            done, failed, last_batch = _read_rows(file, photos)
+            earlier, first_index = done, done - len(last_batch)
+            photos = chain([photo for photo, _ in last_batch], photos)  # in whole batches, as if never stopped
         progress = stack.enter_context(
-            tqdm(desc="captions", initial=done, unit="photo", delay=2, disable=None if main else True)
+            tqdm(desc="captions", initial=done, unit="photo", delay=2, disable=None if is_main else True)
         )
         while True:
-            few = list(islice(photos, CHUNK * process.num_processes)) if main else []
-            few, first_index = broadcast_object_list([few, first_index])
-            if not few:
+            chunk = list(islice(photos, CHUNK * process.num_processes)) if is_main else []
+            chunk, first_index = broadcast_object_list([chunk, first_index])
+            if not chunk:
                 break
-            rows = gather_object(_caption_share(captioner, few, how, workers, strict, first_index))
-            first_index += len(few)
-            if not main:
+            rows = gather_object(_caption_share(captioner, chunk, how, workers, strict, first_index))
+            first_index += len(chunk)
+            if not is_main:
                 continue
             rows = [row for _, row in sorted(rows, key=itemgetter(0))]
-            for (_, old), new in zip(again, rows, strict=False):
-                readable = "caption" in old and "caption" in new
-                if readable and (old["caption"] != new["caption"] or old.keys() != new.keys()):
-                    raise InputError(
-                        f"{output} holds other captions than this model gives with these options, of "
-                        f"{old['photo']} for one; finish it as it was begun, or name another file."
-                    )
-            rows, again = rows[len(again) :], []
+            _compare_rows(last_batch, rows, output)
+            rows, last_batch = rows[len(last_batch) :], []
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
             for row in rows:
                 if "error" in row:
-                    tqdm.write(f"error: {row['error']}", file=sys.stderr)
+                    tqdm.write(printable(f"error: {row['error']}"), file=sys.stderr)
                     failed += 1
             done += len(rows)
             progress.update(len(rows))
+    if is_main and log is not None:
+        log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there")
     return broadcast_object_list([(done, failed)])[0]
 
 
+def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str, Any]], output: Path) -> None:
+    """Refuse rows of an earlier run that differ from this one's for the same images."""
+    for (_, old), new in zip(earlier, rows, strict=False):
+        readable = "caption" in old and "caption" in new
+        if readable and (old["caption"] != new["caption"] or old.keys() != new.keys()):
+            raise InputError(
+                f"{output} holds other captions than this model gives with these options, of "
+                f"{old['photo']} for one; finish it as it was begun, or name another file."
+            )
+
+
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Nobody else writes into the same file."""
+def exclusive_lock(output: Path) -> Iterator[None]:
+    """Keep other processes from writing into the same file; `InputError` where one already does."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
     try:
@@ -144,9 +237,9 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, int, list[tuple[Path | Member, dict]]]:
-    """How many rows are there, how many of them are errors, and those of the last batch, with their photos.
+    """How many rows the file holds, how many of them are errors, and those of the last batch, with their images.
 
-    `photos` is moved on past them; a row that a kill has torn is cut off.
+    `photos` is moved on past them; a row that was cut short by a kill is removed.
     """
     done = failed = end = 0
     batch: list[tuple[Path | Member, dict]] = []
@@ -175,7 +268,7 @@ def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, in
 def _caption_share(
     captioner: Captioner, photos: list[Path | Member], how: Decoding, workers: int, strict: bool, first_index: int
 ) -> list[tuple[int, dict[str, Any]]]:
-    """This process's share of the photos as rows, with their indices, in any order."""
+    """This process's share of the images as rows, with their indices, in any order."""
     rows: list[tuple[int, dict[str, Any]]] = []
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(photos[i], error)))
     if len(photos) <= 2 * BATCH * this_process().num_processes:
@@ -188,12 +281,12 @@ def _caption_share(
 def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
     """A caption, or why there is none, as the JSON that `--json` prints and `--output` writes.
 
-    Log-probabilities to four digits: those after them depend on how many threads computed them.
+    Log-probabilities have four digits: further ones depend on the number of threads.
     """
     if isinstance(caption, InputError):
         return {"photo": str(source), "error": str(caption)}
     first, *others = (
-        {"caption": found.text, "log_probability": round(found.log_probability, 4)}
-        for found in (caption, *caption.alternatives)
+        {"caption": each.text, "log_probability": round(each.log_probability, 4)}
+        for each in (caption, *caption.alternatives)
     )
     return {"photo": str(source), **first, **({"alternatives": others} if others else {})}

@@ -37,6 +37,7 @@ from vocabulary import Vocabulary
 DESCRIPTION = "captioner.json"
 LARGEST_DESCRIPTION = 64 << 20  # bytes
 SAMPLE = "scenes"  # the folder that the sample data set is drawn into
+MODELS = Path("models")
 SHIPPED = "photos"  # the model that comes with the project
 RESUME_TYPES = {  # of what resume.pt holds
     "format": int,
@@ -133,14 +134,16 @@ def read_description(folder: str | Path) -> Description:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def default_model(models: Path = Path("models"), data: str | None = None) -> Path:
-    """The model in `models` to use where none was named.
+def default_model(models: Path | None = None, data: str | None = None) -> Path:
+    """The model in `models` to use where none was named; by default in models/ here, else in the project's own.
 
     That is the one trained last on the data set whose folder is called `data`; where there is none such, on
     photos, for which a model of the drawn sample is of no use; else on anything. The one that comes with the
     project is older than any other, whatever git makes of its date.
     `InputError` says how to get one where there is none at all.
     """
+    if models is None:
+        models = MODELS if any(MODELS.glob(f"*/{DESCRIPTION}")) else Path(__file__).parents[1] / MODELS
     found = list(models.glob(f"*/{DESCRIPTION}"))
     found.sort(key=lambda path: (path.parent.name != SHIPPED, path.stat().st_mtime))
     if not found:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+
+# ASCII's and Latin-1's controls, line and paragraph separators, changes of direction, bytes that are no text
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -34,16 +38,16 @@ class Skipped:
         return [f"{kind} skipped: {count}, the first is {entry}." for kind, (count, entry) in self.kinds.items()]
 
 
-def printable(text: str) -> str:
-    """The text with escapes for control characters, so that a file's name cannot steer the terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
     """The first of many errors in a sentence, and how many more there are."""
     errors = list(errors)
     more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""
     return "; ".join(map(str, errors[:at_most])) + more
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names and words of others must not steer the terminal."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def run_command(main: Callable[[], None]) -> None:

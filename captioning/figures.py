@@ -6,59 +6,113 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.figure
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from torch import Tensor
 
 from captioning.captioner import Caption, Source
-from captioning.errors import InputError
-from captioning.images import build_transform, read_photo
+from captioning.errors import InputError, printable
+from captioning.images import Photos, build_transform, read_photo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Matplotlib takes a second to import, and most captions need no figure: our functions import it.
+
+MAX_SHEET = 1000  # photos on a sheet, of some 100 megapixels then
+CELL = 320  # pixels from photo to photo
+THUMBNAIL = (304, 228)  # pixels, at most
+MARGIN = (CELL - THUMBNAIL[0]) // 2
+LINE_HEIGHT = 18
+LINE_LENGTH = 42  # characters
+FONT_SIZE = 13
+DARKEST = 0.2  # of the photo's brightness, where the decoder looked least
 
 
-def draw_sheet(sources: Sequence[Source], captions: list[str], columns: int = 4) -> matplotlib.figure.Figure:
-    """A contact sheet: the photos in rows, each above its caption."""
-    rows = -(-len(sources) // columns)
-    figure = matplotlib.figure.Figure(figsize=(3.2 * columns, 3.1 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, source, text in zip(figure.axes, sources, captions, strict=False):
-        axes.imshow(read_photo(source))
-        axes.set_title(textwrap.fill(text, 40), fontsize=10, y=-0.04, va="top")
-    return figure
+def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """A contact sheet: thumbnails of the images in rows, each above its caption.
+
+    Without `columns` there are 4, or of more than 16 images as many as rows. `InputError` for more than `MAX_SHEET`
+    images, or one that cannot be read.
+    """
+    from matplotlib import get_data_path
+
+    if len(sources) > MAX_SHEET:
+        raise InputError(f"a sheet shows at most {MAX_SHEET:,} photos, not {len(sources):,}.")
+    columns = columns or max(1, min(max(4, round(len(sources) ** 0.5)), len(sources)))
+    texts = [textwrap.wrap(printable(text), LINE_LENGTH) for text in captions]
+    rows = [range(i, min(i + columns, len(sources))) for i in range(0, len(sources), columns)]
+    lines = [max(len(texts[i]) for i in row) for row in rows]
+    height = len(rows) * (THUMBNAIL[1] + 3 * MARGIN) + sum(lines) * LINE_HEIGHT
+    sheet = Image.new("RGB", (columns * CELL, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), FONT_SIZE)
+    bottom = 0
+    for row, count in zip(rows, lines, strict=True):
+        bottom += MARGIN + THUMBNAIL[1]  # of the row's thumbnails
+        for column, i in enumerate(row):
+            middle = column * CELL + CELL // 2
+            thumbnail = ImageOps.contain(read_photo(sources[i], min(THUMBNAIL)), THUMBNAIL)
+            sheet.paste(thumbnail, (middle - thumbnail.width // 2, bottom - thumbnail.height))
+            for line, text in enumerate(texts[i]):
+                draw.text((middle, bottom + MARGIN + line * LINE_HEIGHT), text, "black", font, anchor="ma")
+        bottom += count * LINE_HEIGHT + 2 * MARGIN
+    return sheet
 
 
-def draw_attention(source: Source, caption: Caption, image_size: int) -> matplotlib.figure.Figure:
-    """Where the decoder looked for each word: its map over the part of the photo that the encoder saw."""
+def scale_attention(weights: Tensor) -> np.ndarray:
+    """One word's attention (cells,) as a square map, 0 where the decoder looked least and 1 where it looked most.
+
+    The map of one word spans the whole range, whatever its weights are: those of a grid sum to 1 and often differ by
+    less than a tenth. A map without any difference is 0.
+    """
+    side = round(len(weights) ** 0.5)
+    grid = weights.float().cpu().numpy().reshape(side, side)
+    span = grid.max() - grid.min()
+    return (grid - grid.min()) / span if span > 0 else np.zeros_like(grid)
+
+
+def overlay_attention(view: Image.Image, weights: Tensor) -> Image.Image:
+    """The part of an image that the encoder took, bright where the decoder looked for one word and dark elsewhere."""
+    mask = Image.fromarray((255 * scale_attention(weights)).astype(np.uint8)).resize(
+        view.size, Image.Resampling.BICUBIC
+    )
+    return Image.composite(view, ImageEnhance.Brightness(view).enhance(DARKEST), mask)
+
+
+def draw_attention(source: Source, caption: Caption, image_size: int) -> Figure:
+    """Where the decoder looked for each word: its map over the part of the image that the encoder took."""
+    from matplotlib.figure import Figure
+
     if caption.attention is None:
         raise InputError("this model's decoder does not attend; train one with --decoder attention.")
-    cells = round(caption.attention.shape[1] ** 0.5)
-    crop = build_transform(False, image_size, normalise=False)(read_photo(source)).permute(1, 2, 0)
+    pixels = Photos([source], build_transform(False, image_size, normalise=False))[0]  # (3, image_size, image_size)
+    view = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     columns = min(5, len(caption.tokens) + 1)
     rows = -(-(len(caption.tokens) + 1) // columns)
-    figure = matplotlib.figure.Figure(figsize=(2.2 * columns, 2.45 * rows), layout="constrained")
-    figure.suptitle(caption.text, wrap=True)
+    figure = Figure(figsize=(2.2 * columns, 2.45 * rows), layout="constrained")
+    figure.suptitle(caption.text, wrap=True, parse_math=False)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.axis("off")
-    panels[0].imshow(crop)
+    panels[0].imshow(view)
     panels[0].set_title("photo")
     for axes, word, weights in zip(panels[1:], caption.tokens, caption.attention, strict=False):
-        axes.imshow(crop)
-        axes.imshow(
-            weights.float().reshape(cells, cells),
-            extent=(0, image_size, image_size, 0),
-            cmap="magma",
-            alpha=0.6,
-            interpolation="bicubic",
-        )
-        axes.set_title(word)
+        axes.imshow(overlay_attention(view, weights))
+        axes.set_title(word, parse_math=False)
     return figure
 
 
-def save_figure(figure: matplotlib.figure.Figure, path: Path) -> None:
-    """Write a figure as a PNG and say where it is, on stderr."""
+def save_figure(figure: Figure | Image.Image, path: Path) -> None:
+    """Write a figure or a sheet as a PNG and say where it is, on stderr."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=100)
+        if isinstance(figure, Image.Image):
+            figure.save(path, format="PNG")
+        else:
+            figure.savefig(path, format="png", dpi=100)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
-    print(f"drew {path}", file=sys.stderr)
+    print(printable(f"drew {path}"), file=sys.stderr)

@@ -21,7 +21,7 @@ from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
 from captioning.errors import InputError, run_command
-from captioning.figures import draw_attention, draw_sheet
+from captioning.figures import draw_attention
 from captioning.images import Photos, build_transform
 
 
@@ -130,13 +130,6 @@ def test_a_folder_stands_for_its_photos_in_name_order(tmp_path: Path, monkeypatc
         find_photos([tmp_path / "empty"])
 
 
-def test_a_contact_sheet_shows_each_photo_and_its_caption(photos: list[Path]):
-    figure = draw_sheet(photos, [f"caption {i}" for i in range(8)])
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [f"caption {i}" for i in range(8)]
-    assert all(axes.images for axes in figure.axes)
-
-
 # The command line
 
 
@@ -226,13 +219,102 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, photo:
     for arguments, expected in (
         ([photo, "--model", tmp_path], r"is not a trained model's folder"),
         ([tmp_path / "no.jpg", "--model", trained], "no.jpg does not exist"),
-        ([photo, "--model", trained, "--attention", tmp_path / "a.png"], "does not attend"),
+        ([photo, "--model", trained, "--attention", tmp_path / "a.png"], "--decoder attention"),
         ([photo, "--model", trained, "--max-length", 0], "max_length is 0"),
+        ([photo, "--model", trained, "--temperature", 1, "--seed", 99999999999999999999], "--seed must be from 0"),
+        ([photo, "--model", trained, "--temperature", 1, "--seed=-1"], "--seed must be from 0"),
+        ([photo, "--model", trained, "--workers=-1"], "--workers must be at least 0"),
+        (["https://example.org/a.jpg", "--model", trained], "https://example.org/a.jpg is a web address, and nothing"),
+        (["a" * 300, "--model", trained], "File name too long"),
     ):
         code, _, errors = command(*arguments)
         assert code == 2
         assert expected in errors
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])
+def test_an_output_that_cannot_be_written_is_known_before_the_work(
+    command: Callable, trained: Path, photo: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Captioner, "load", lambda *_: pytest.fail("the work has begun"))
+    photos = [] if option == "--export" else [photo]
+    for output in (tmp_path / "file" / "out.png", tmp_path, tmp_path / ("a" * 300)):
+        code, _, errors = command(*photos, "--model", trained, option, output)
+        assert code == 2
+        assert f"{output} cannot be written" in errors
+        assert len(errors.splitlines()) == 1
+
+
+def test_what_was_written_is_said_also_where_nothing_was_left_to_do(
+    command: Callable, trained: Path, album: Path, tmp_path: Path
+):
+    (album / "notes.txt").touch()
+    good = [album / f"{i:02}.png" for i in range(1, 6)]
+    output = tmp_path / "new" / "c.jsonl"
+    assert command(*good[:3], "--model", trained, "--output", output)[2] == f"{output}: 3 rows written, 0 were there\n"
+    assert command(*good, "--model", trained, "--output", output)[2] == f"{output}: 2 rows written, 3 were there\n"
+    assert command(*good, "--model", trained, "--output", output)[2] == f"{output}: 0 rows written, 5 were there\n"
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["photo"] for row in rows] == list(map(str, good))
+
+
+def test_what_was_left_out_is_said(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+    folder = tmp_path / "album"
+    (folder / "2024").mkdir(parents=True)
+    shutil.copy(photo, folder / "a.png")
+    shutil.copy(photo, folder / "2024" / "b.png")
+    (folder / "c.CR2").touch()
+    code, output, errors = command(folder, "--model", trained, "--json")
+    assert code == 0
+    assert [row["photo"] for row in json.loads(output)] == [str(folder / "a.png")]
+    assert errors.startswith(f"left out of {folder}: 1 ")
+    code, output, errors = command(folder, "--model", trained, "--json", "--recursive")
+    assert [row["photo"] for row in json.loads(output)] == [str(folder / "2024" / "b.png"), str(folder / "a.png")]
+    assert errors == f"left out of {folder}: 1 .cr2 file\n"
+
+
+def test_names_do_not_steer_the_terminal(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+    evil = "a\x1b[2J\x9b2J\n\u202e.png"
+    shutil.copy(photo, tmp_path / evil)
+    (tmp_path / f"bad-{evil}").touch()
+    code, output, errors = command(photo, tmp_path / evil, tmp_path / f"bad-{evil}", "--model", trained)
+    assert code == 2
+    assert "a\\x1b[2J\\x9b2J\\n\\u202e.png: " in output
+    assert "bad-a\\x1b[2J" in errors
+    assert not {"\x1b", "\x9b", "\u202e"} & {*output, *errors}
+    assert len(output.splitlines()) == 2
+
+
+def test_a_sheet_says_where_it_ends(command: Callable, trained: Path, album: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(caption_module, "MAX_SHEET", 2)
+    photos = [album / "01.png", album / "02.png", album / "03.png"]
+    _, _, errors = command(*photos, "--model", trained, "--sheet", album / "sheet.jpg")
+    assert "sheet.jpg shows the first 2 of 3 photos" in errors
+
+
+def test_one_caption_imports_what_it_uses_only(trained: Path, photo: Path):
+    script = (
+        "import sys, tyro\n"
+        "from caption import main\n"
+        "from captioning.errors import run_command\n"
+        "run_command(lambda: tyro.cli(main))\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", script, photo, "--model", trained]
+    root = Path(caption_module.__file__).parent
+    imported = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stderr
+    for name in (
+        "gradio",
+        "matplotlib",
+        "pycocotools",
+        "pycocoevalcap",
+        "pillow_heif",
+        "huggingface_hub",
+        "webdataset",
+    ):
+        assert f"'{name}'" not in imported
 
 
 def test_captions_hold_what_the_page_and_the_notebooks_show():

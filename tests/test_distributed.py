@@ -194,7 +194,7 @@ def test_batch_norms_that_several_cpus_would_train_apart_are_refused(config: Mak
 
 
 def test_on_gpus_batch_norms_share_their_statistics(config: Make):
-    encoder = model.EncoderCNN(8, "random", fine_tune=5)
+    encoder = model.EncoderCNN(8, weights="random", fine_tune=5)
     names = list(encoder.state_dict())
     gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
     synchronise_batch_norms(encoder, gpus)
@@ -202,7 +202,7 @@ def test_on_gpus_batch_norms_share_their_statistics(config: Make):
     assert len(norms) == 17
     assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
     assert list(encoder.state_dict()) == names
-    frozen = model.EncoderCNN(8, "random", fine_tune=2)
+    frozen = model.EncoderCNN(8, weights="random", fine_tune=2)
     synchronise_batch_norms(frozen, gpus)
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in frozen.modules())
 

@@ -728,7 +728,7 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
     assert list(find_unreadable(photos, cache=tmp_path / "cache")) == []
     next((tmp_path / "cache" / "unreadable").iterdir()).write_bytes(planted)
     assert list(find_unreadable(photos, cache=tmp_path / "cache")) == []
-    encoder = EncoderCNN(8, "random").eval()
+    encoder = EncoderCNN(8, weights="random").eval()
     stored_features(encoder, photos, 32, cache=tmp_path / "cache")
     next((tmp_path / "cache").rglob("features.npy")).write_bytes(planted)
     with pytest.raises((ValueError, TypeError)):

@@ -56,7 +56,7 @@ def model(request: pytest.FixtureRequest, objective: SelfCritical, tiny_backbone
     decoder = DECODERS[request.param](4, 6, 5)
     for parameter in decoder.parameters():
         parameter.data.mul_(2)
-    return CaptioningModel(EncoderCNN(4, "random", grid=decoder.attends), decoder, objective)
+    return CaptioningModel(EncoderCNN(4, weights="random", grid=decoder.attends), decoder, objective)
 
 
 def sampled(features: Tensor, image_index: np.ndarray) -> Batch:

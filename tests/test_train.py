@@ -47,7 +47,7 @@ Make = Callable[..., TrainingConfig]
 def test_padding_never_enters_the_loss(tiny_backbone: Callable, name: str, lengths: list[int]):
     torch.manual_seed(0)
     decoder = DECODERS[name](8, 16, 30)
-    model = CaptioningModel(EncoderCNN(8, "random", grid=decoder.attends), decoder).eval()
+    model = CaptioningModel(EncoderCNN(8, weights="random", grid=decoder.attends), decoder).eval()
     features = torch.randn(3, *((4,) if decoder.attends else ()), 2048)
     row, length = torch.tensor([2, 0, 1, 2]), torch.tensor(lengths)
     captions = torch.randint(3, 30, (4, max(lengths)))
@@ -65,7 +65,7 @@ def test_the_loss_is_the_cross_entropy_of_as_many_tokens_as_are_counted(tiny_bac
     decoder = DECODERS[name](8, 16, 30)
     torch.nn.init.zeros_(decoder.linear.weight)
     torch.nn.init.zeros_(decoder.linear.bias)  # every word is as probable as any other
-    model = CaptioningModel(EncoderCNN(8, "random", grid=decoder.attends), decoder)
+    model = CaptioningModel(EncoderCNN(8, weights="random", grid=decoder.attends), decoder)
     features = torch.randn(2, *((4,) if decoder.attends else ()), 2048)
     lengths = torch.tensor([5, 8])
     loss, _ = model(Batch(features, torch.arange(2), torch.randint(3, 30, (2, 8)), lengths))
@@ -130,7 +130,7 @@ def test_a_frozen_backbone_is_bit_identical_after_training(small: Make, tmp_path
     weights = {k: v for k, v in tiny_backbone().state_dict().items() if not k.startswith("fc.")}
     torch.save(weights, tmp_path / "weights.pth")
     folder = train(small(weights=str(tmp_path / "weights.pth")))
-    before = EncoderCNN(16, tmp_path / "weights.pth").resnet.state_dict()
+    before = EncoderCNN(16, weights=tmp_path / "weights.pth").resnet.state_dict()
     after = read_state_dict(folder / "encoder-1.pkl")
     assert len(before) == len(weights)
     for key, value in before.items():
@@ -143,7 +143,7 @@ def test_a_backbone_that_learns_changes_in_the_parts_that_learn(
 ):
     torch.save(tiny_backbone().state_dict(), tmp_path / "weights.pth")
     folder = train(small(weights=str(tmp_path / "weights.pth"), fine_tune=fine_tune, image_size=32))
-    before = EncoderCNN(16, tmp_path / "weights.pth").resnet.state_dict()
+    before = EncoderCNN(16, weights=tmp_path / "weights.pth").resnet.state_dict()
     after = read_state_dict(folder / "encoder-1.pkl")
     changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(after[f"resnet.{key}"], value)}
     assert changed == ({"6", "7"} if fine_tune == 2 else {"0", "1", "4", "5", "6", "7"})
@@ -354,7 +354,7 @@ def test_validation_creates_no_float64_and_changes_nothing(
             return result
 
     data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
-    model = CaptioningModel(EncoderCNN(8, "random", fine_tune=5), DECODERS["lstm"](8, 16, len(data.vocab)))
+    model = CaptioningModel(EncoderCNN(8, weights="random", fine_tune=5), DECODERS["lstm"](8, 16, len(data.vocab)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with NoFloat64():
         result = validate(Accelerator(cpu=True), model, data, None, small(image_size=32))
@@ -589,7 +589,7 @@ def test_an_empty_caption_list_stops_training(small: Make, tmp_path: Path):
 
 def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callable):
     torch.manual_seed(0)
-    model = CaptioningModel(EncoderCNN(256, "random"), DECODERS["lstm"](256, 8, 9)).eval()
+    model = CaptioningModel(EncoderCNN(256, weights="random"), DECODERS["lstm"](256, 8, 9)).eval()
     features, row = torch.randn(26, 2048), torch.arange(128) // 5
     captions, lengths = torch.randint(3, 9, (128, 3)), torch.full((128,), 3)
     threads, found = torch.get_num_threads(), set()

@@ -1,0 +1,102 @@
+"""Contact sheets and attention maps, looked at by their pixels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_noise
+from PIL import Image
+
+from captioning.captioner import Caption
+from captioning.errors import InputError
+from captioning.figures import (
+    CELL,
+    MARGIN,
+    MAX_SHEET,
+    THUMBNAIL,
+    draw_attention,
+    draw_sheet,
+    overlay_attention,
+    save_figure,
+    scale_attention,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (1600, 900), (640, 20), (3, 3)], ids=str)
+def test_a_caption_stands_below_its_photo(size: tuple[int, int]):
+    text = "Çà et là, a very long caption of a red dog that runs, jumps and swims"
+    sheet = np.asarray(draw_sheet([Image.new("RGB", size, "red")], [text], columns=1)).astype(int)
+    rows, columns = np.where(np.abs(sheet - (255, 0, 0)).sum(2) < 30)
+    photo = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert np.abs(photo - (255, 0, 0)).max() < 30  # nothing is drawn over it
+    assert photo.shape[1] == THUMBNAIL[0] or photo.shape[0] == THUMBNAIL[1]
+    dark = np.where(sheet.sum(2) < 200)
+    assert dark[0].min() > rows.max() + MARGIN // 2
+    assert dark[0].max() < len(sheet) - MARGIN // 2
+    assert min(dark[1].min(), sheet.shape[1] - dark[1].max()) >= MARGIN // 2
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (4, 4), (9, 4), (100, 10)])
+def test_a_sheet_of_many_is_about_square(count: int, columns: int):
+    sheet = draw_sheet([draw_noise(i) for i in range(count)], [f"caption {i}" for i in range(count)])
+    assert sheet.width == columns * CELL
+
+
+def test_a_sheet_shows_so_many_at_most():
+    with pytest.raises(InputError, match="at most 1,000 photos, not 1,001"):
+        draw_sheet([draw_noise(0)] * (MAX_SHEET + 1), ["a"] * (MAX_SHEET + 1))
+
+
+def test_a_sheet_keeps_no_photo_whole(tmp_path: Path):
+    draw_noise(0, (4000, 3000)).save(tmp_path / "a.jpg")
+    script = (
+        "import resource, sys\n"
+        "from captioning.figures import draw_sheet\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "draw_sheet([sys.argv[1]], ['a'])\n"
+        "before = peak()\n"
+        "draw_sheet([sys.argv[1]] * 40, ['a'] * 40)\n"
+        "print((peak() - before) // 1024)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a.jpg")]
+    assert int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) < 50
+
+
+def test_attention_spans_the_whole_range():
+    weights = torch.full((49,), 1 / 49)
+    weights[10] += 0.002
+    weights[30] -= 0.001
+    scaled = scale_attention(weights)
+    assert scaled.shape == (7, 7)
+    assert scaled[1, 3] == 1
+    assert scaled[4, 2] == 0
+    assert (scale_attention(torch.full((49,), 1 / 49)) == 0).all()
+    assert scale_attention(weights.bfloat16()).max() == 1
+
+
+def test_a_map_is_bright_where_the_decoder_looked():
+    view = Image.new("RGB", (70, 70), (200, 100, 50))
+    weights = torch.full((49,), 0.02)
+    weights[0] = 0.03
+    drawn = np.asarray(overlay_attention(view, weights)).astype(int)
+    assert np.abs(drawn[:4, :4] - (200, 100, 50)).max() < 20
+    assert np.abs(drawn[40:, 40:] - (40, 20, 10)).max() < 5
+
+
+def test_words_are_no_mathematics(tmp_path: Path, photo: Path):
+    caption = Caption("costs $5 or $\\frac", ["costs", "$5", "$\\frac$"], -1.0, torch.rand(3, 4))
+    save_figure(draw_attention(photo, caption, 64), tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width > 300
+    with pytest.raises(InputError, match="does not attend"):
+        draw_attention(photo, Caption("a", ["a"], -1.0), 64)
+
+
+def test_a_figure_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"a\.png cannot be written"):
+        save_figure(draw_noise(0), tmp_path / "file" / "a.png")
