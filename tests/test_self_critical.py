@@ -294,7 +294,7 @@ def test_the_state_of_a_training_that_knew_one_objective_goes_on(config: Make):
 
 
 def test_without_a_model_to_start_from_it_says_what_to_do(config: Make, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InputError, match=r"goes on from a trained model; add --resume"):
+    with pytest.raises(InputError, match=r"needs a trained model to start from; add --resume"):
         config(objective="cider")
     settings = config()
     with monkeypatch.context() as patch:
