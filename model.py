@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torchvision.models import ResNet50_Weights, resnet50
 
 from captioning.errors import InputError
@@ -112,8 +112,8 @@ class EncoderCNN(nn.Module):
         the decoder learns to ignore them (data-dependent initialisation, arXiv 1511.06422).
         """
         embedded = self.embed(features.to(self.embed.weight.dtype)).flatten(0, -2)
-        std, mean = torch.std_mean(embedded, 0)
-        std = std.clamp(min=1e-6)
+        std, mean = torch.std_mean(embedded, 0, correction=0)
+        std = torch.where(std > 1e-6, std, 1.0)
         self.embed.weight /= std[:, None]
         self.embed.bias.copy_((self.embed.bias - mean) / std)
 
@@ -190,20 +190,35 @@ class DecoderRNN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         _remember(self.lstm)
 
+    def unroll(
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Run the decoder over whole captions: what the output layer reads for every token, `<start>` included.
+
+        Args:
+            features: (P, embed_size) embedded images.
+            captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
+            row: (B,) each caption's row in `features`, or None where caption i belongs to image i.
+
+        Returns the hidden states (tokens, H), as `pack` orders the tokens. No step is computed on padding.
+        """
+        if row is not None:
+            features = features.index_select(0, row)  # unlike [row], its gradient adds up in one order on any threads
+        words = self.dropout(self.embed(captions[:, :-1]))
+        inputs = torch.cat([features[:, None], words], 1)  # (B, T, E): the image, <start>, words
+        packed, _ = pack_sequences(inputs, lengths)
+        return self.dropout(self.lstm(packed)[0].data), None
+
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits of every token of the captions, `<start>` included, each given those before it.
 
-        (B, embed_size), (B, T) -> (B, T, vocab_size). With `lengths` (B,), for captions of several lengths
-        padded to T, no step is computed on padding, and the logits come as `pack` orders the tokens.
+        (B, embed_size), (B, T) -> (B, T, vocab_size), or with `lengths` (B,) only the tokens that are not padding, as
+        `pack` orders them.
         """
-        words = self.dropout(self.embed(captions[:, :-1]))
-        inputs = torch.cat([features[:, None], words], 1)  # (B, T, E): the photo, <start>, words
-        if lengths is None:
-            hidden = self.lstm(inputs)[0]  # (B, T, H)
-        else:
-            packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            hidden = self.lstm(packed)[0].data  # (tokens, H)
-        return self.linear(self.dropout(hidden))
+        logits = self.linear(self.unroll(features, captions, lengths)[0])
+        if lengths is not None:
+            return logits
+        return logits.unflatten(0, (captions.shape[1], -1)).transpose(0, 1)
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, embed_size) -> the LSTM's state after the photo: hidden and cell, each (B, layers, H)."""
@@ -281,24 +296,26 @@ class AttentionDecoder(nn.Module):
         hidden, state = self._advance(self.embed(tokens), state)
         return self.linear(hidden), state
 
-    def unroll(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `forward`, packed, and how much each cell was looked at over each whole caption, (B, cells).
+    def unroll(
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `DecoderRNN.unroll`, for the tokens after `<start>`; and each cell's weight summed over the caption.
 
-        The doubly stochastic regularisation (equation 14) draws the latter towards one for every cell.
+        features are (P, cells, embed_size). The weights are (B, cells), captions in the order of `pack`; the doubly
+        stochastic regularisation (equation 14) draws them towards one. Keys are computed once per image.
         """
-        batch, longest = captions.shape
-        lengths = torch.full((batch,), longest) if lengths is None else lengths.cpu()
         words = self.dropout(self.embed(captions[:, :-1]))
-        packed = pack_padded_sequence(words, lengths - 1, batch_first=True, enforce_sorted=False)
-        state = self.init_state(features[packed.sorted_indices])
-        hidden, looked = [], features.new_zeros(features.shape[:2], dtype=torch.float32)
+        packed, order = pack_sequences(words, None if lengths is None else lengths - 1)
+        order = order if row is None else row.index_select(0, order)
+        state = tuple(x.index_select(0, order) for x in self.init_state(features))
+        batch = len(captions)
+        hidden, attention = [], features.new_zeros(batch, features.shape[1], dtype=torch.float32)
         for step_words in packed.data.split(packed.batch_sizes.tolist()):  # finished captions are the last rows
             rows = len(step_words)
             h, state = self._advance(step_words, tuple(x[:rows] for x in state))
             hidden.append(h)
-            looked = looked + F.pad(state[-1].float(), (0, 0, 0, batch - rows))
-        logits = self.linear(self.dropout(torch.cat(hidden)))  # (tokens, V), as `pack` orders them
-        return logits, looked
+            attention = attention + F.pad(state[-1].float(), (0, 0, 0, batch - rows))
+        return self.dropout(torch.cat(hidden)), attention
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits of every token after `<start>`, each given those before it.
@@ -306,10 +323,22 @@ class AttentionDecoder(nn.Module):
         (B, cells, embed_size), (B, T) -> (B, T - 1, vocab_size), or with `lengths` (B,) only the tokens that
         are not padding, as `pack` orders them.
         """
-        logits = self.unroll(features, captions, lengths)[0]
+        logits = self.linear(self.unroll(features, captions, lengths)[0])
         if lengths is not None:
             return logits
         return logits.unflatten(0, (captions.shape[1] - 1, -1)).transpose(0, 1)
+
+
+def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, Tensor]:
+    """Padded sequences (B, T, ...) without their padding, and the order (B,) in which their rows come: longest first.
+
+    lengths: (B,), on the CPU if it is not to wait for a device; None where there is no padding.
+    """
+    if lengths is None:
+        lengths = torch.full((len(x),), x.shape[1])
+    lengths, order = lengths.cpu().sort(descending=True, stable=True)
+    order = order.to(x.device, non_blocking=True)
+    return pack_padded_sequence(x.index_select(0, order), lengths, batch_first=True), order
 
 
 def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
@@ -317,7 +346,7 @@ def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
 
     All first tokens come first, then all second ones, the longest captions leading.
     """
-    return pack_padded_sequence(captions[:, skip:], lengths.cpu() - skip, batch_first=True, enforce_sorted=False).data
+    return pack_sequences(captions[:, skip:], lengths - skip)[0].data
 
 
 DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderRNN, "attention": AttentionDecoder}

@@ -1,74 +1,110 @@
-"""Train an encoder and a decoder on a data set of photos and captions.
+"""Train a model that writes captions, on a data set of images and captions.
 
-    python train.py --data data/scenes --name scenes --weights random
-    python train.py --resume models/scenes
-    python train.py --resume models/scenes --objective cider
-    torchrun --nproc_per_node 2 train.py --data data/scenes      two processes, the same training
+    python train.py --config configs/scenes.toml               the sample data set, as `make demo` trains on it
+    python train.py --data data/mine --name mine               your own images and captions, after `importers.py`
+    python train.py --resume models/mine                       continue a run that was interrupted
+    python train.py --resume models/mine --objective cider     then raise the captions' CIDEr-D score
+    torchrun --nproc_per_node 2 train.py --data data/mine      on two GPUs
 
-A frozen backbone's features are computed once (`features.py`) and training reads those; a backbone that
-learns is fed pixels. Either way a batch is a list of captions, and `Training` below computes its loss. With
-the objective cider the captions are the model's own (`self_critical.py`).
+Options on the command line override those of --config, and those that a run to be resumed was started with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
 
 from captioning import checkpoint
+from captioning.config import (
+    GROUPS,
+    CheckpointOptions,
+    DataOptions,
+    DeviceOptions,
+    ModelOptions,
+    Objective,
+    OptimizationOptions,
+    ResumedConfig,
+    TrainingConfig,
+    load_config,
+    read_recipe,
+    resumed_config,
+)
 from captioning.errors import InputError, run_command
-from captioning.training import Objective, TrainingConfig, train
+from captioning.training import train
+
+__all__ = ["TrainingConfig", "main", "resumed_config", "train"]
 
 
 @dataclass
-class CommandOptions(TrainingConfig):
-    """`TrainingConfig`, and what the command line takes besides."""
+class RunOptions:
+    """What to start from."""
 
-    resume: Path | None = None  # go on with the training in this model's folder; its options are then the defaults
-    overwrite: bool = False  # delete the model that is there under this name
+    config: Path | None = None  # recipe to start from: a TOML file such as configs/scenes.toml
+    resume: Path | None = None  # model folder of the run to resume
+    overwrite: bool = False  # delete the model that has this name
 
 
-def resumed_config(folder: Path, objective: str | None = None) -> CommandOptions:
-    """The configuration of the training in `folder`, set to go on, with another `objective` if one is given.
+@dataclass
+class CommandOptions:
+    """All options, in the groups of `--help`."""
 
-    Its fields may be changed before it does.
-    """
-    known = [field.name for field in dataclasses.fields(TrainingConfig)]
-    saved = checkpoint.read_description(folder).training
-    values = {name: saved[name] for name in known if name in saved}
-    if objective is not None and objective != values.get("objective", "cross-entropy"):
-        values["objective"] = objective
-        for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # not the other objective's
-            values.pop(name, None)
-    try:
-        return TypeAdapter(CommandOptions).validate_python({**values, "resume": Path(folder)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "training"
-        raise InputError(
-            f"{folder}/captioner.json holds no training's configuration: {where}: {first['msg']}."
-        ) from None
+    run: RunOptions = field(default_factory=RunOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
+    """The options of a command line; their defaults are those of its recipe, or of the run that it resumes."""
+    values = {"default": grouped(starting_values(arguments))}
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    options = tyro.cli(CommandOptions, prog="train.py", description=__doc__, args=arguments, config=flat, **values)
+    groups = {name: value for name, value in vars(options).items() if name != "run"}
+    fields = {name: value for group in groups.values() for name, value in vars(group).items()}
+    if options.run.resume is not None:
+        return ResumedConfig(**fields, resume=options.run.resume), options.run
+    return TrainingConfig(**fields), options.run
+
+
+def starting_values(arguments: list[str]) -> dict[str, Any]:
+    """The options' defaults that --config or --resume sets."""
+    parts = [part for argument in arguments for part in argument.split("=", 1)]
+    given = dict(pairwise(parts))
+    if "--config" in given and "--resume" in given:
+        raise InputError("--config starts a run and --resume continues one with its own options; give one of them.")
+    if "--resume" in given:
+        objective = given.get("--objective")
+        return vars(resumed_config(Path(given["--resume"]), objective if objective in get_args(Objective) else None))
+    if "--config" in given:
+        recipe = load_config(given["--config"])
+        return {name: getattr(recipe, name) for name in read_recipe(given["--config"])}
+    return {}
+
+
+def grouped(values: dict[str, Any]) -> CommandOptions:
+    """The options in their groups, with these values as defaults."""
+
+    def fill(group: type) -> Any:
+        return group(**{x.name: values[x.name] for x in dataclasses.fields(group) if x.name in values})
+
+    return CommandOptions(RunOptions(), *map(fill, GROUPS))
 
 
 def main() -> None:
     """`python train.py`: it deletes no model without being asked to."""
-    options: dict[str, Any] = {}
-    arguments = [part for argument in sys.argv[1:] for part in argument.split("=", 1)]
-    if "--resume" in arguments[:-1]:
-        given = arguments[arguments.index("--objective") + 1] if "--objective" in arguments[:-1] else None
-        objective = given if given in get_args(Objective) else None
-        options["default"] = resumed_config(Path(arguments[arguments.index("--resume") + 1]), objective)
-    config = tyro.cli(CommandOptions, description=__doc__, **options)
+    config, run = parse_options(sys.argv[1:])
     folder = config.models / config.name
-    if config.resume is None and not config.overwrite and (folder / checkpoint.DESCRIPTION).exists():
+    if config.resume is None and not run.overwrite and (folder / checkpoint.DESCRIPTION).exists():
         raise InputError(
-            f"{folder} holds a model already; go on with its training with --resume {folder}, delete it with "
+            f"{folder} holds a model already; resume its training with --resume {folder}, delete it with "
             f"--overwrite, or choose another --name."
         )
     train(config)

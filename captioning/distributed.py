@@ -38,3 +38,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         can = torch.cpu.get_capabilities()
         return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
     return torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass: bfloat16 if `precision` is "bf16", or "auto" and it is faster on this device."""
+    dtype = fast_dtype(device) if precision == "auto" else torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32" and dtype == torch.bfloat16)

@@ -1,10 +1,9 @@
-"""Self-critical sequence training (arXiv 1612.00563): a decoder learns to write what CIDEr-D rates highly.
+"""Self-critical sequence training (arXiv 1612.00563): train a decoder to write what CIDEr-D rates highly.
 
-Cross-entropy teaches the next word of a true caption after true words; in use a decoder goes on from words of
-its own, and its caption is judged as a whole. So captions of each photo are drawn from the decoder, CIDEr-D
-rates them against the photo's true ones, and those that beat the other draws of the photo are made more
-probable, the others less: REINFORCE whose baseline is the mean reward of the other draws (arXiv 2003.09971),
-which costs no decoding beside the draws.
+Cross-entropy trains the next token after true tokens. In use, a decoder continues tokens of its own, and its
+caption is judged as a whole. So several captions of each image are sampled, CIDEr-D compares them with the true
+ones, and those with a higher reward than the image's other samples become more probable, the rest less: REINFORCE
+with the mean reward of the other samples as its baseline (arXiv 2003.09971), which needs no further decoding.
 """
 
 from __future__ import annotations
@@ -12,69 +11,104 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 
 from captioning.cider import CiderD
 from captioning.decoding import sample
-from data_loader import CaptionDataset
-from model import pack
+from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
+from data_loader import CaptionDataset, PhotoBatches
+from model import EncoderCNN, pack
 from vocabulary import END, START, UNK
 
-DRAWS = 5  # captions of a photo in a step, as many as COCO's photos have
+DRAWS = 5  # captions sampled per image and step, as many as COCO's images have
 
 
-class Critic:
-    """Draws captions of training photos and rates them by CIDEr-D.
+class CiderReward:
+    """CIDEr-D of captions of training images, given as token indices.
 
-    Document frequencies are those of all training captions. `<end>` counts as a word of references and draws:
-    a caption that breaks off ("a dog on a") would lose nothing by it otherwise.
+    Document frequencies are those of all training captions. `<end>` counts as a word of references and hypotheses;
+    otherwise a caption that breaks off ("a dog on a") would lose nothing by it.
     """
 
     def __init__(self, data: CaptionDataset):
         tokens, starts, ends = data.tokens.tolist(), data.offsets[:-1].tolist(), data.offsets[1:].tolist()
         references: dict[int, list[list[int]]] = {}
-        for photo, start, end in zip(data.photo.tolist(), starts, ends, strict=True):
-            references.setdefault(photo, []).append(tokens[start + 1 : end])
+        for image, start, end in zip(data.photo.tolist(), starts, ends, strict=True):
+            references.setdefault(image, []).append(tokens[start + 1 : end])
         self.cider = CiderD(references)
 
-    def draw(self, decoder: nn.Module, features: Tensor, photos: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`DRAWS` captions for each of the features (P, ...) of the data set's photos of these rows (P,).
+    def __call__(self, image_index: np.ndarray, captions: list[list[int]]) -> np.ndarray:
+        """The reward of each caption, 0 to 10: the index of its image in the data set, and its tokens."""
+        return self.cider(image_index.tolist(), captions)
 
-        Returns each caption's row in `features` (P * DRAWS,), the captions from `<start>` on, padded, and
-        their lengths (on the CPU), as `Training.forward` takes them, and the rewards (P, DRAWS), 0 to 10.
-        The draws come from torch's global generator, and from the decoder as it is: without dropout, or the
-        captions would not be those of the model that then learns from them.
+
+class SelfCritical:
+    """Minus the expected reward of the captions that the decoder samples."""
+
+    def __init__(self, data: CaptionDataset):
+        self.reward = CiderReward(data)
+
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> Sampler:
+        """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all."""
+        sampler = PhotoBatches(np.arange(len(data.paths)), max(1, batch_size // DRAWS), seed)
+        sampler.captions = np.unique(data.photo, return_index=True)[1]
+        return sampler
+
+    def count(self, lengths: np.ndarray, decoder: nn.Module) -> tuple[int, int]:
+        """The sampled captions, each a term of the loss."""
+        return DRAWS * len(lengths), DRAWS * len(lengths)
+
+    def __call__(self, encoder: EncoderCNN, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Minus the summed rewards of captions sampled for the batch's images, and the summed attention penalty."""
+        embedded = embed_images(encoder, batch.images)
+        row, captions, lengths, rewards = self.draw(decoder, embedded, batch.image_index)
+        hidden, attention = decoder.unroll(embedded, captions, lengths, row)
+        loss = reinforce(hidden, decoder.linear, captions, lengths, rewards)
+        return loss, attention_penalty(attention, hidden)
+
+    def format(self, loss: float) -> str:
+        """The mean reward."""
+        return f"CIDEr-D: {-loss:.4f}"
+
+    def draw(
+        self, decoder: nn.Module, embedded: Tensor, image_index: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sample `DRAWS` captions for each of the embedded images (P, ...), at these indices (P,) of the data set.
+
+        Returns each caption's row in `embedded` (P * DRAWS,), the captions from `<start>` on (padded), their lengths
+        (on the CPU), and their rewards (P, DRAWS), 0 to 10. The samples come from torch's global generator. The
+        decoder must have no dropout, or they would not be those of the model that is trained with them.
         """
-        found = [hypothesis.tokens for hypothesis in sample(decoder, features, n=DRAWS)]
-        # Older versions of torch would use the weights that autocast converted without a gradient once more.
+        hypotheses = [hypothesis.tokens for hypothesis in sample(decoder, embedded, n=DRAWS)]
+        # Older versions of torch would reuse the weights that autocast converted without a gradient.
         torch.clear_autocast_cache()
-        rewards = self.cider(np.repeat(photos, DRAWS).tolist(), found)
-        captions = pad_sequence([torch.tensor([START, *words]) for words in found], True, END).to(features.device)
-        lengths = torch.tensor([1 + len(words) for words in found])
-        row = torch.arange(len(photos), device=features.device).repeat_interleave(DRAWS)
-        return row, captions, lengths, torch.from_numpy(rewards).to(features.device).float().view(-1, DRAWS)
+        rewards = self.reward(np.repeat(image_index, DRAWS), hypotheses)
+        captions = pad_sequence([torch.tensor([START, *words]) for words in hypotheses], True, END)
+        lengths = torch.tensor([1 + len(words) for words in hypotheses])
+        row = torch.arange(len(image_index), device=embedded.device).repeat_interleave(DRAWS)
+        rewards = torch.from_numpy(rewards).to(embedded.device, torch.float32).view(-1, DRAWS)
+        return row, captions.to(embedded.device), lengths, rewards
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """How much better each draw of a photo is than the mean of its other draws: (P, draws) -> (P, draws).
+    """Each sample's reward minus the mean reward of its image's other samples: (P, draws) -> (P, draws).
 
-    A photo's sum is zero, and since a draw has no part in its own baseline, the gradient has no bias.
+    They sum to zero for each image. A sample has no part in its own baseline, so the gradient is unbiased.
     """
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
 
 
-def reinforce(logits: Tensor, captions: Tensor, lengths: Tensor, rewards: Tensor) -> Tensor:
-    """Minus the summed rewards of drawn captions, with the gradient that REINFORCE estimates for it.
+def reinforce(hidden: Tensor, linear: nn.Linear, captions: Tensor, lengths: Tensor, rewards: Tensor) -> Tensor:
+    """Minus the summed rewards of sampled captions, with the gradient that REINFORCE estimates for it.
 
-    logits: (tokens, V) of the captions' tokens after `<start>`, as `pack` orders them, after those of
-        `<start>` where the decoder has any.
-    captions, lengths, rewards: what `Critic.draw` returns.
+    hidden: (tokens, H) what the output layer `linear` reads for the captions' tokens after `<start>`, as `pack` orders
+        them, preceded by `<start>` where the decoder predicts it.
+    captions, lengths, rewards: what `SelfCritical.draw` returns.
     """
     words = pack(captions, lengths, skip=1)  # (tokens,)
     advantage = pack(advantages(rewards).view(-1, 1).expand(captions.shape), lengths, skip=1)
-    never = torch.tensor([START, UNK], device=logits.device)  # drawn, so the others share their probability
-    logits = logits[-len(words) :].float().index_fill(1, never, -torch.inf)
-    surrogate = (advantage * F.cross_entropy(logits, words, reduction="none")).sum()
+    banned = (START, UNK)  # never sampled: the other words share their probability
+    surrogate = linear_cross_entropy(hidden[-len(words) :], linear, words, advantage, banned)
     return surrogate - surrogate.detach() - rewards.sum()

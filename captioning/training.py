@@ -1,199 +1,436 @@
-"""The training loop."""
+"""The training loop: a `Run` is prepared, restored, trained for an epoch, validated and saved."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import filelock
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from captioning import checkpoint
-from captioning.checkpoint import Architecture, Description, Preprocessing
-from captioning.decoding import greedy
-from captioning.distributed import fast_dtype, on_cpus, this_process
-from captioning.errors import InputError, shown
-from captioning.features import BATCH, encode, stored_features
-from captioning.files import CACHE, hash_file
-from captioning.images import Photos, build_transform, find_unreadable, read_batches
-from captioning.metrics import score
-from captioning.quantized import Range, observe
-from captioning.self_critical import DRAWS, Critic, reinforce
-from captioning.weights import load_weights, read_state_dict
-from data_loader import CaptionDataset, LengthBatches, PhotoBatches
-from model import DECODERS, PARTS, PRETRAINED, EncoderCNN, pack
+from captioning.batches import EpochBatches, place_features
+from captioning.config import TrainingConfig, resumed_config
+from captioning.distributed import autocast, fast_dtype, on_cpus, this_process
+from captioning.errors import InputError
+from captioning.features import stored_features
+from captioning.interruption import Interruption
+from captioning.losses import Batch, CaptioningModel, CrossEntropy
+from captioning.preparation import (
+    build_networks,
+    check_images,
+    describe,
+    first_features,
+    restart_from_best,
+    synchronise_batch_norms,
+)
+from captioning.self_critical import SelfCritical
+from captioning.training_log import Scalars, format_line, read_log
+from captioning.validation import validate
+from captioning.weights import load_weights
+from data_loader import CaptionDataset
 from vocabulary import Vocabulary
 
-# A step of Adam moves every weight alike, and `embed` sums 2048 features that are never negative: at the full
-# rate what it says of every photo would swing from step to step, and the decoder could not learn to read it.
+__all__ = ["Run", "TrainingConfig", "autocast", "learning_rate_factor", "read_log", "resumed_config", "train"]
+
+# Adam moves every weight by a like amount, and `embed` sums thousands of features that are never negative: at the
+# full rate an image's embedding would swing from step to step, and the decoder could not learn to read it.
 EMBED_RATE = 0.05
 
-OBSERVED = 16  # photos that the ranges of the backbone's layers are of: more only stretch them
+SHARED_STEPS = 10  # steps after which several processes tell each other of their losses and of a signal
 
-Objective = Literal["cross-entropy", "cider"]
+
+def train(config: TrainingConfig) -> Path:
+    """Train a model and return its folder; a model that was there under this name is deleted.
+
+    `train(resumed_config(folder))` resumes a training. Raises `InputError` for what the user can mend, and
+    `KeyboardInterrupt` after a signal, once the training is saved.
+    """
+    folder = config.resume or config.models / config.name
+    try:
+        run = Run(config, folder)
+        with exclusive_lock(folder), Interruption() as run.interruption:
+            run.execute()
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller --batch-size"
+            f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
+        ) from error
+    except OSError as error:  # of the log or the cache; images and checkpoints have sentences of their own
+        raise InputError(
+            f"{error.filename or folder} cannot be read or written ({error.strerror or error}); what was saved before "
+            f"is intact: once this is mended, resume with `python train.py --resume {folder}`."
+        ) from error
+    return folder
+
+
+@contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock, so that no other training writes to it."""
+    lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
+    if this_process().is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            problem = f"another training is writing to {folder}; wait for it or choose another --name."
+        except OSError as error:
+            problem = (
+                f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
+                f"--models or --name."
+            )
+    problem = broadcast_object_list([problem])[0]
+    if problem:
+        raise InputError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass
-class TrainingConfig:
-    """What a training is made of; every field is an option of `python train.py`."""
+class Progress:
+    """How far a training has come; `step` steps of `epoch` are done."""
 
-    resume: ClassVar[Path | None] = None  # only what `resumed_config` gives goes on with a training
+    epoch: int = 1
+    step: int = 0
+    first_epoch: int = 1  # with this objective and these trained stages
+    epoch_loss: float = 0.0  # summed over the epoch's steps
+    epoch_tokens: int = 0
 
-    data: Path = Path("data/scenes")  # the data set's folder, laid out as COCO is
-    name: str = ""  # of the model; by default the data folder's
-    models: Path = Path("models")  # where the model's folder is made
-    # What is learned: the true captions, or to write captions that CIDEr-D rates highly. Resumed with another
-    # objective or fine_tune, a training goes on from its best epoch for num_epochs more, with their own schedule.
-    objective: Objective = "cross-entropy"
 
-    weights: str = "pretrained"  # of the backbone: "pretrained", "random", a model's folder or a state dict's file
-    fine_tune: int | None = None  # how many of the backbone's five parts learn; by default 0, or 5 if random
-    backbone_learning_rate: float | None = None  # of those parts; by default 1e-3, or 1e-5 for cider
-    image_size: int = 224  # of the square that the encoder sees, in pixels
-    views: int = 1  # of a photo that a frozen backbone's features are kept of; more than 1 augments
+@dataclass
+class StepLoss:
+    """The loss of a step before it is read from the device."""
 
-    decoder: Literal["lstm", "attention"] = "lstm"  # the decoder's class
-    embed_size: int = 256  # of the photo's embedding and the words'
-    hidden_size: int = 512  # of the LSTM
-    num_layers: int = 1  # of the LSTM
-    dropout: float = 0.0  # on the decoder's inputs and outputs; for cider there is none
-    tie_weights: bool = False  # one matrix embeds the words and predicts them (arXiv 1608.05859); sizes alike
-    attention_penalty: float = 1.0  # weight of the doubly stochastic regularisation, where the decoder attends
+    step: int
+    loss: Tensor  # summed over this process's captions
+    terms: int  # over all processes
+    learning_rate: float
 
-    vocab_threshold: int = 5  # how often a word must occur to be in the vocabulary
-    vocab_from_file: bool = False  # take the vocabulary from vocab_file rather than from the captions
-    vocab_file: Path = Path("vocab.json")  # a JSON list of words
 
-    batch_size: int = 128  # captions a step, over all processes; for cider those drawn, 5 a photo
-    num_epochs: int = 3  # passes over all captions, or for cider over all photos
-    learning_rate: float | None = None  # Adam's, at its highest; by default 1e-3, or 5e-4 for cider
-    warmup_steps: int = 100  # over which it rises; then it falls to zero along a cosine
-    clip_norm: float = 5.0  # the largest norm of the gradient
-    patience: int = 3  # epochs without a better CIDEr after which training ends
-    val_photos: int = 5000  # validation photos, the first ones, that each epoch is judged by
-    skip_unreadable: bool = False  # train without the photos that cannot be read rather than stop with their list
+class Run:
+    """A training: its data, networks and optimizer, and how far it has come."""
 
-    save_every: int = 1  # epochs; the best epoch is always kept
-    save_minutes: float = 10.0  # between saves within an epoch
-    print_every: int = 100  # steps between lines on the terminal
-    log_file: str = "training_log.txt"  # in the model's folder: loss and perplexity of every step
+    interruption: Interruption
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where it is faster
-    workers: int = min(4, os.cpu_count() or 1)  # processes that read photos
-    seed: int = 0  # of the weights, the order and the augmentation
-    cache: Path = CACHE  # where tokenized captions and features are kept
+    def __init__(self, config: TrainingConfig, folder: Path):
+        self.config, self.folder = config, folder
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(cpu=on_cpus(), kwargs_handlers=[ddp])
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.log = tqdm.write if self.is_main else lambda _: None
+        if config.precision == "bf16" and fast_dtype(self.device) != torch.bfloat16:
+            raise InputError(f"this {self.device.type.upper()} is not made for bfloat16; use --precision auto.")
+        torch.manual_seed(config.seed)
+        self.old = checkpoint.read_description(folder) if config.resume else None
+        vocab = None
+        if self.old is not None:
+            vocab = Vocabulary(self.old.vocabulary)
+        elif config.vocab_from_file:
+            vocab = Vocabulary.load(config.vocab_file)
+        with this_process().local_main_process_first():  # the others find what it downloads and tokenizes
+            self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
+            self.val = CaptionDataset(config.data, "val", None, self.data.vocab, cache=config.cache)
+            self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.old)
+        synchronise_batch_norms(self.encoder, self.accelerator)
+        if config.skip_unreadable or config.fine_tune:  # a pass of a frozen backbone lists them itself
+            check_images([self.data, self.val], config)
+        self.description = describe(config, self.data, self.val, self.old)
+        self.progress = Progress()
+        self.scalars = Scalars(folder, config.tensorboard and self.is_main)
 
-    def __post_init__(self) -> None:
-        if self.fine_tune is None:
-            self.fine_tune = PARTS if self.weights == "random" else 0
-        if self.learning_rate is None:
-            self.learning_rate = 5e-4 if self.objective == "cider" else 1e-3
-        if self.backbone_learning_rate is None:
-            self.backbone_learning_rate = 1e-5 if self.objective == "cider" else 1e-3
-        if self.objective == "cider" and self.resume is None:
-            raise InputError("objective cider goes on from a trained model; add --resume models/NAME.")
-        self.name = self.name or self.data.resolve().name
-        least = {
-            "image_size": 32,
-            "warmup_steps": 0,
-            "workers": 0,
-            "seed": 0,
-            "save_minutes": 0,
-            "dropout": 0,
-        }
-        least |= dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every", "val_photos"), 1)
-        least |= dict.fromkeys(("embed_size", "hidden_size", "num_layers", "patience", "vocab_threshold"), 1)
-        for field, value in least.items():
-            if not getattr(self, field) >= value:
-                raise InputError(f"{field} must be at least {value}, not {getattr(self, field)}.")
-        most = {
-            "image_size": 2048,
-            "embed_size": 1 << 14,
-            "hidden_size": 1 << 14,
-            "num_layers": 16,
-            "dropout": 0.99,
-        }
-        for field, value in most.items():
-            if getattr(self, field) > value:
-                raise InputError(f"{field} must be at most {value}, not {getattr(self, field)}.")
-        for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
-        if self.tie_weights and self.embed_size != self.hidden_size:
+    def execute(self) -> None:
+        """Train to the end, or until a signal."""
+        state = self.restore() if self.old is not None else None
+        self.extract_features()
+        self.prepare(state)
+        with self.open_log(state) as self.log_file, closing(self.scalars):
+            self.begin(state)
+            self.last_save = time.monotonic()
+            while self.progress.epoch <= self.last_epoch and not self.is_out_of_patience():
+                self.train_epoch()
+                self.finish_epoch(self.validate_epoch())
+
+    def restore(self) -> dict[str, Any]:
+        """Take the networks' weights and the progress from resume.pt; returns what it holds."""
+        old, folder = self.old, self.folder
+        if old.data.get("train_sha256") != self.description.data["train_sha256"]:
+            raise InputError(f"{self.data.annotation_file} is not what {folder} was trained on; start a new training.")
+        if old.preprocessing != self.description.preprocessing:
+            size = old.preprocessing.image_size
             raise InputError(
-                f"tie_weights needs embed_size and hidden_size alike, not {self.embed_size} and {self.hidden_size}."
+                f"{folder} is trained with --image-size {size}, which cannot change; start a new training."
             )
-        for field in ("name", "log_file"):
-            if Path(getattr(self, field)).name != getattr(self, field):
-                raise InputError(f"{field} must be a name without folders, not {getattr(self, field)}.")
+        state = checkpoint.load_resume(folder, self.log)
+        trained_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
+        if (state["objective"], trained_before) != (self.config.objective, len(self.backbone_parameters())):
+            state = restart_from_best(folder, state, self.config.objective)
+        self.description.epochs, self.description.best_epoch = state["epochs"], state["best_epoch"]
+        position = ("epoch", "step", "first_epoch", "epoch_loss", "epoch_tokens")
+        self.progress = Progress(**{name: state[name] for name in position})
+        named = old.architecture.backbone != "stored"
+        load_weights(self.encoder, state["encoder"], folder / "resume.pt", ("resnet.",) if named else ())
+        load_weights(self.decoder, state["decoder"], folder / "resume.pt")
+        self.encoder.resnet.to(memory_format=torch.channels_last)
+        return state
 
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the backbone that are trained."""
+        return [p for p in self.encoder.resnet.parameters() if p.requires_grad]
 
-class Training(nn.Module):
-    """Encoder and decoder as one module, from a batch to its loss."""
+    def extract_features(self) -> None:
+        """Run a frozen backbone on all images, or find the features that it gave before."""
+        config, self.features, self.val_features = self.config, None, None
+        self.encoder.to(self.device)
+        if config.fine_tune == 0:
+            stored = {"cache": config.cache, "workers": config.workers}
+            val_paths = self.val.paths[: config.val_photos]
+            with self.interruption.immediate():
+                features = stored_features(self.encoder, self.data.paths, config.image_size, config.views, **stored)
+                self.val_features = stored_features(self.encoder, val_paths, config.image_size, **stored)[:, 0]
+            self.features = place_features(features, self.device)
 
-    def __init__(self, encoder: EncoderCNN, decoder: nn.Module, critic: Critic | None = None):
-        super().__init__()
-        self.encoder, self.decoder, self.critic = encoder, decoder, critic
+    def prepare(self, state: dict[str, Any] | None) -> None:
+        """Make the optimizer and the batches, and initialise the networks of a new training (`state` None)."""
+        config, encoder, decoder = self.config, self.encoder, self.decoder
+        if state is None:
+            encoder.standardise(first_features(self.data, encoder, self.features, config))
+        if config.tie_weights:
+            if state is None:
+                decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
+            decoder.linear.weight = decoder.embed.weight
+        groups = [
+            {"params": list(decoder.parameters()), "lr": config.learning_rate},
+            {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_RATE},
+        ]
+        if backbone := self.backbone_parameters():
+            groups.append({"params": backbone, "lr": config.backbone_learning_rate})
+        self.peaks = [group["lr"] for group in groups]
+        self.trained = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.Adam(groups, fused=True)
+        self.objective = SelfCritical(self.data) if config.objective == "cider" else CrossEntropy()
+        model = CaptioningModel(encoder, decoder, self.objective)
+        with warnings.catch_warnings():  # torch 2.14 gives `broadcast_buffers` another name
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if state is not None and state["optimizer"] is not None:
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (ValueError, KeyError) as error:
+                raise InputError(f"{self.folder}/resume.pt belongs to another training ({error}).") from None
+        sampler = self.objective.build_sampler(self.data, config.batch_size, config.seed, self.features is not None)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
+        self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
 
-    def forward(
-        self, photos: Tensor, row: Tensor, captions: Tensor, lengths: Tensor, ids: np.ndarray | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of the captions' tokens, and the summed attention penalty, of a batch.
+    def open_log(self, state: dict[str, Any] | None) -> Any:
+        """The log of every step, cut to where the resumed state was saved."""
+        path = self.folder / self.config.log_file if self.is_main else os.devnull
+        file = open(path, "ab" if state is not None else "wb")
+        if state is not None and self.is_main:
+            file.truncate(min(state["log_bytes"], file.tell()))
+        return file
 
-        With `ids`, minus the summed CIDEr-D of captions that the critic draws, instead of these captions.
+    def begin(self, state: dict[str, Any] | None) -> None:
+        """Save before the first step of a training that is new, or that now trains something else."""
+        if self.is_main and state is None:
+            checkpoint.remove_training(self.folder)
+            self.scalars.remove()
+            self.save()
+        elif self.is_main and state["optimizer"] is None:
+            if self.description.architecture.backbone != self.old.architecture.backbone:
+                checkpoint.store_backbone(self.folder, self.encoder)
+            checkpoint.write_description(self.folder, self.description)  # first: what is resumed from here on is new
+            self.save()
+        self.log(
+            f"training on {len(self.data.photo)} captions of {len(self.data.paths)} photos, "
+            f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
+        )
 
-        Args:
-            photos: uint8 pixels (P, 3, H, W), or features (P, 2048) or (P, cells, 2048).
-            row: (B,) each caption's row in `photos`.
-            captions: (B, T) padded; lengths: (B,).
-            ids: (P,) each photo's row in the data set.
+    def is_out_of_patience(self) -> bool:
+        """Whether no epoch has been better than the best one for too long."""
+        best, patience = self.description.best_epoch, self.config.patience
+        if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
+            return False
+        self.log(f"no better CIDEr for {patience} epochs; the best is epoch {best}")
+        return True
+
+    def train_epoch(self) -> None:
+        """Train for the rest of an epoch; losses stay on the device until `read_losses`."""
+        progress, steps = self.progress, len(self.batches)
+        self.model.train()
+        unread: list[StepLoss] = []
+        batches = self.batches.epoch(progress.epoch, progress.step, self.device)
+        with tqdm(
+            total=steps,
+            initial=progress.step,
+            desc=f"epoch {progress.epoch}/{self.last_epoch}",
+            unit="step",
+            disable=None if self.is_main else True,
+        ) as bar:
+            for step, (whole, counts, batch) in enumerate(batches, progress.step + 1):
+                unread.append(self.train_step(step, whole, counts, batch))
+                bar.update()
+                if self.must_read(step):
+                    line, stopped = self.read_losses(unread)
+                    unread = []
+                    bar.set_postfix(loss=line.split("Loss: ")[1].split(",")[0], refresh=False)
+                    if step % self.config.print_every == 0 or step == steps:
+                        self.log(line)
+                    if stopped or self.is_save_due():
+                        self.save()
+                    if stopped:
+                        self.accelerator.wait_for_everyone()  # the first to leave has its launcher stop the others
+                        self.stop()
+
+    def train_step(self, step: int, whole: np.ndarray, counts: bool, batch: Batch) -> StepLoss:
+        """One step of the optimizer.
+
+        whole: the captions of all processes' batch. counts: False where this process's own part is only a stand-in.
         """
-        features = self.encoder.features(photos) if photos.dtype == torch.uint8 else photos
-        embedded = self.encoder.embed(features.to(self.encoder.embed.weight.dtype))  # each photo once
-        if ids is not None:
-            row, captions, lengths, rewards = self.critic.draw(self.decoder, embedded, ids)
-        embedded = embedded.index_select(0, row)  # unlike [row], its gradient adds up in one order on any threads
-        decoder = self.decoder
-        penalty = embedded.new_zeros(())
-        ragged = ids is not None or bool((lengths != lengths[0]).any())
-        if decoder.attends:
-            logits, looked = decoder.unroll(embedded, captions, lengths)
-            targets = pack(captions, lengths, skip=1)
-            penalty = (1 - looked).square().mean(1).sum()
-        elif ragged:
-            logits, targets = decoder(embedded, captions, lengths), pack(captions, lengths)
-        else:
-            logits, targets = decoder(embedded, captions).flatten(0, 1), captions.flatten()
-        if ids is not None:
-            return reinforce(logits, captions, lengths, rewards), penalty
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), penalty
+        config, processes = self.config, self.accelerator.num_processes
+        done = (self.progress.epoch - self.progress.first_epoch) * len(self.batches) + step - 1
+        # Dropout and sampling are seeded anew at each step, so that they need not be saved.
+        seed = (config.seed * 1_000_003 + done) * processes + self.accelerator.process_index
+        torch.manual_seed(seed % 2**64)
+        factor = learning_rate_factor(done, len(self.batches) * config.num_epochs, config.warmup_steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        try:
+            with autocast(self.device, config.precision):
+                loss, penalty = self.model(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"step {step} of epoch {self.progress.epoch} has a single image, which leaves the backbone's batch "
+                f"norms a single value; use another --batch-size, a larger --image-size, or a smaller --fine-tune."
+            ) from None
+        terms, captions = self.objective.count(self.data.lengths[whole], self.decoder)
+        objective = loss / terms + config.attention_penalty * penalty / captions
+        self.accelerator.backward(counts * objective * processes)  # the processes' gradients are averaged
+        self.accelerator.clip_grad_norm_(self.trained, config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepLoss(step, loss.detach() * counts, terms, config.learning_rate * factor)
 
+    def must_read(self, step: int) -> bool:
+        """Whether to wait for the device after this step; all processes decide alike."""
+        if step % self.config.print_every == 0 or step == len(self.batches):
+            return True
+        if self.accelerator.num_processes > 1:
+            return step % SHARED_STEPS == 0
+        return self.interruption.signal != 0 or self.is_save_due()
 
-def loss_tokens(lengths: Tensor | np.ndarray, decoder: nn.Module) -> int:
-    """How many tokens of captions of these lengths enter the loss: `<start>` only where the photo predicts it."""
-    return int(lengths.sum()) - (len(lengths) if decoder.attends else 0)
+    def is_save_due(self) -> bool:
+        """Whether the last save is `save_minutes` old."""
+        return time.monotonic() - self.last_save > 60 * self.config.save_minutes
 
+    def read_losses(self, unread: list[StepLoss]) -> tuple[str, bool]:
+        """Read losses from the device into the log and the progress.
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context that a forward pass runs in: bfloat16 where `precision` asks for it, "auto" where it is faster."""
-    dtype = fast_dtype(device) if precision == "auto" else torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32" and dtype == torch.bfloat16)
+        Returns the last one's line, and whether a process has been told to stop. Raises `InputError` if a loss or a
+        weight is not a finite number, so that none is ever saved.
+        """
+        progress, hint = self.progress, "resume from the last good state with `python train.py"
+        hint = f"{hint} --resume {self.folder}` and half the --learning-rate or a smaller --clip-norm."
+        signal = unread[0].loss.new_tensor(self.interruption.signal)
+        *losses, signals = self.accelerator.reduce(torch.stack([*(x.loss for x in unread), signal]), "sum").tolist()
+        for x, loss in zip(unread, losses, strict=True):
+            value = loss / x.terms
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the loss is {value} at step {x.step} of epoch {progress.epoch} with a learning rate of "
+                    f"{x.learning_rate:.2g}; {hint}"
+                )
+            place = (progress.epoch, self.last_epoch, x.step, len(self.batches))
+            line = format_line(*place, value, self.objective.format(value))
+            if self.is_main:
+                self.log_file.write(f"{line}\n".encode())
+            progress.step = x.step
+            progress.epoch_loss += value * x.terms
+            progress.epoch_tokens += x.terms
+            step = (progress.epoch - 1) * len(self.batches) + x.step
+            self.scalars.add({"train/loss": value, "train/learning_rate": x.learning_rate}, step)
+        if not bool(torch.stack([p.isfinite().all() for p in self.trained]).all()):
+            raise InputError(
+                f"a weight is not a finite number after step {progress.step} of epoch {progress.epoch}; {hint}"
+            )
+        return line, signals > 0
+
+    def stop(self) -> None:
+        """End as a signal asks for; the training is saved."""
+        self.log(f"stopped; resume with `python train.py --resume {self.folder}`")
+        raise KeyboardInterrupt
+
+    def validate_epoch(self) -> dict[str, Any]:
+        """The epoch's training loss, validation loss and metrics; a signal ends it, and costs no step."""
+        model, progress = self.accelerator.unwrap_model(self.model), self.progress
+        try:
+            with self.interruption.immediate():
+                result = validate(self.accelerator, model, self.val, self.val_features, self.config)
+        except KeyboardInterrupt:
+            self.save()
+            self.stop()
+        return {"epoch": progress.epoch, "train_loss": progress.epoch_loss / max(1, progress.epoch_tokens), **result}
+
+    def finish_epoch(self, result: dict[str, Any]) -> None:
+        """Record the epoch's result, save its weights, and go to the next epoch."""
+        description, epoch, best = self.description, self.progress.epoch, self.description.best_epoch
+        description.epochs.append(result)
+        better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
+        description.best_epoch = epoch if better else best
+        self.progress = Progress(epoch + 1, 0, self.progress.first_epoch)
+        if self.is_main:
+            if better or epoch % self.config.save_every == 0 or epoch == self.last_epoch:
+                checkpoint.save_epoch(self.folder, epoch, self.encoder, self.decoder, description)
+            self.save()
+            if better and best is not None and best % self.config.save_every:
+                checkpoint.remove_epoch(self.folder, best)
+        self.scalars.add({f"epoch/{k}": value for k, value in result.items() if isinstance(value, float)}, epoch)
+        self.last_save = time.monotonic()
+        self.log(
+            f"epoch {epoch}: train loss {result['train_loss']:.3f}, validation loss {result['val_loss']:.3f}, "
+            f"Bleu_4 {result['Bleu_4']:.3f}, CIDEr {result['CIDEr']:.3f}" + (" (best)" if better else "")
+        )
+
+    def save(self) -> None:
+        """Write resume.pt, with all that is needed to resume from here."""
+        self.last_save = time.monotonic()
+        if not self.is_main:
+            return
+        self.log_file.flush()
+        os.fsync(self.log_file.fileno())
+        encoder = self.encoder.state_dict()
+        if self.description.architecture.backbone != "stored":
+            encoder = {key: value for key, value in encoder.items() if key.startswith("embed.")}
+        state = {
+            "format": 2,
+            "objective": self.config.objective,
+            **vars(self.progress),
+            "encoder": encoder,
+            "decoder": self.decoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epochs": self.description.epochs,
+            "best_epoch": self.description.best_epoch,
+            "log_bytes": self.log_file.tell(),
+        }
+        checkpoint.save_resume(self.folder, state)
+        checkpoint.write_description(self.folder, self.description)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -201,536 +438,3 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
-class _Stop:
-    """Remembers a SIGINT or SIGTERM until the step is done; nothing but the main thread can catch one."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.waits = True
-
-    def __enter__(self) -> _Stop:
-        try:
-            self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            self.before = {}
-        return self
-
-    def _remember(self, number: int, _: object) -> None:
-        self.signal = number
-        if not self.waits:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Long work that a signal ends where it is, with a KeyboardInterrupt."""
-        self.waits = False
-        try:
-            if self.signal:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self.waits = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def share(captions: np.ndarray, photo: np.ndarray, rank: int, processes: int, whole_photos: bool) -> np.ndarray:
-    """The captions of a batch that one of several processes learns from; each caption is one process's.
-
-    captions: (B,) their indices. photo: (captions,) each one's photo. whole_photos: keep those of a photo together,
-        so that the backbone sees it in one process only.
-    """
-    if not whole_photos:
-        return captions[rank::processes]
-    return captions[np.unique(photo[captions], return_inverse=True)[1] % processes == rank]
-
-
-def _batches(
-    data: CaptionDataset, order: list[np.ndarray], features: Tensor | None, config: TrainingConfig, epoch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]]:
-    """Turn lists of captions into `Training.forward`'s arguments, from stored features or from pixels."""
-    if features is None:
-        keys = ([(int(i), config.seed + epoch) for i in np.unique(data.photo[batch])] for batch in order)
-        reader = Photos(data.paths, build_transform(True, config.image_size, normalise=False))
-        pixels = (images for _, images in read_batches(reader, keys, config.workers))
-    else:  # a view for each caption, the same whichever process draws it
-        views = features.shape[1]
-        view = np.random.default_rng((config.seed, epoch)).integers(views, size=len(data.photo), dtype=np.int32)
-    for batch in order:
-        captions, lengths = data.captions(batch)
-        if features is None:
-            photos, row = np.unique(data.photo[batch], return_inverse=True)
-            inputs = next(pixels)
-        else:  # gathered from the memory map in one call
-            seen = data.photo[batch].astype(np.int64) * views + view[batch]
-            unique, row = np.unique(seen, return_inverse=True)
-            inputs, photos = features.flatten(0, 1)[torch.from_numpy(unique)], unique // views
-        yield inputs, torch.from_numpy(row), captions, lengths, photos
-
-
-@torch.no_grad()
-def _first_features(
-    data: CaptionDataset,
-    encoder: EncoderCNN,
-    features: Tensor | None,
-    config: TrainingConfig,
-    photos: int = 256,
-) -> Tensor:
-    """What the encoder sees of some training photos before it has learned anything."""
-    device = encoder.embed.weight.device
-    some = np.random.default_rng(config.seed).permutation(len(data.paths))[:photos]
-    if features is not None:
-        return features[torch.from_numpy(some), 0].to(device).float()
-    reader = Photos(data.paths, build_transform(False, config.image_size, normalise=False))
-    pixels = next(read_batches(reader, [some.tolist()]))[1].to(device)
-    state = {key: value.clone() for key, value in encoder.resnet.state_dict().items()}
-    with autocast(device, config.precision):
-        seen = encoder.features(pixels).float()
-    encoder.resnet.load_state_dict(state)  # the batch norms' statistics are as they were
-    return seen
-
-
-def layer_ranges(data: CaptionDataset, encoder: EncoderCNN, config: TrainingConfig) -> list[Range]:
-    """The ranges of what the backbone's layers give for some training photos."""
-    some = np.random.default_rng(config.seed).permutation(len(data.paths))[:OBSERVED].tolist()
-    reader = Photos(data.paths, build_transform(False, config.image_size))
-    images = next(read_batches(reader, [some]))[1].to(encoder.embed.weight.device)
-    return observe(encoder.for_inference(torch.float32).resnet, images)
-
-
-def train(config: TrainingConfig) -> Path:
-    """Train as `config` says and return the model's folder; a model that was there under this name is deleted.
-
-    `train(resumed_config(folder))` goes on with a training. Raises `InputError` for what the user can mend, and
-    `KeyboardInterrupt` after saving where it was interrupted.
-    """
-    # Data, vocabulary, model
-    resumed = config.resume is not None
-    folder = config.resume if resumed else config.models / config.name
-    process = this_process()
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(cpu=on_cpus(), kwargs_handlers=[ddp])
-    main = process.is_main_process
-    torch.manual_seed(config.seed)
-    if config.precision == "bf16" and fast_dtype(accelerator.device) != torch.bfloat16:
-        raise InputError(f"this {accelerator.device.type.upper()} is not made for bfloat16; use --precision auto.")
-    old = checkpoint.read_description(folder) if resumed else None
-    vocab = None
-    if old is not None:
-        vocab = Vocabulary(old.vocabulary)
-    elif config.vocab_from_file:
-        vocab = Vocabulary.load(config.vocab_file)
-    weights = checkpoint.backbone_weights(config.weights)
-    if old is not None and old.architecture.backbone == "stored":
-        weights = "random"  # resume.pt holds the real ones
-    decoder_class = DECODERS[config.decoder]
-    with process.local_main_process_first():  # what it downloads and tokenizes the others find
-        data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
-        val = CaptionDataset(config.data, "val", None, data.vocab, cache=config.cache)
-        encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
-    dropout = 0.0 if config.objective == "cider" else config.dropout
-    decoder = decoder_class(config.embed_size, config.hidden_size, len(data.vocab), config.num_layers, dropout)
-    if config.skip_unreadable or config.fine_tune:  # a pass of the frozen backbone lists them itself
-        _check_photos([data, val], config)
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}); choose another --models or --name.") from None
-    lock, taken = filelock.FileLock(folder / ".lock", timeout=0), False
-    if main:
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            taken = True
-    if broadcast_object_list([taken])[0]:
-        raise InputError(f"another training is writing to {folder}; wait for it or choose another --name.")
-    try:
-        with _Stop() as stop:
-            return _train(config, folder, accelerator, data, val, encoder, decoder, old, stop)
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(
-            f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller --batch-size"
-            f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
-        ) from error
-    except OSError as error:  # of the log or the cache; photos and checkpoints have sentences of their own
-        raise InputError(
-            f"{error.filename or folder} cannot be written ({error.strerror or error}); what was saved before is "
-            f"intact: make room and go on with `python train.py --resume {folder}`."
-        ) from error
-    finally:
-        lock.release()
-
-
-def _check_photos(splits: list[CaptionDataset], config: TrainingConfig) -> None:
-    """Read every photo once, so that one that cannot be read is known before the first epoch and not within it."""
-    process = this_process()
-    rank, processes = process.process_index, process.num_processes
-    failed: list[InputError] = []
-    for split in splits:
-        mine = find_unreadable(split.paths[rank::processes], config.workers, config.cache)
-        found = dict(sorted(gather_object([(rank + i * processes, error) for i, error in mine.items()])))
-        split.drop(found)
-        failed += found.values()
-        if not len(split.photo):
-            raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
-    if failed and not config.skip_unreadable:
-        raise InputError(
-            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown(failed)}"
-        )
-    for error in failed if process.is_main_process else ():
-        tqdm.write(f"left out: {error}")
-
-
-def _describe(
-    config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, old: Description | None
-) -> Description:
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    was = {"objective": "cross-entropy", **old.training} if old is not None else settings
-    if (was["objective"], was.get("fine_tune")) != (config.objective, config.fine_tune):
-        settings["before"] = old.training  # the settings of the epochs before it learned something else
-    elif old is not None and "before" in old.training:
-        settings["before"] = old.training["before"]
-    published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
-    if old is not None and old.architecture.backbone == "stored":
-        published = False
-    return Description(
-        architecture=Architecture(
-            decoder=config.decoder,
-            embed_size=config.embed_size,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            dropout=config.dropout,
-            backbone=PRETRAINED.name if published else "stored",
-        ),
-        preprocessing=Preprocessing(image_size=config.image_size),
-        vocabulary=data.vocab.words,
-        data={
-            "folder": config.data.name,
-            "train_photos": len(data.paths),
-            "train_captions": len(data.photo),
-            "train_sha256": hash_file(data.annotation_file),
-            "val_photos": min(len(val.paths), config.val_photos),
-        },
-        training=settings,
-        environment=checkpoint.environment(),
-    )
-
-
-def _begin_anew(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
-    """The state of a training that goes on to learn something else: from its best epoch, the optimizer anew."""
-    best, first = state["best_epoch"], len(state["epochs"]) + 1
-    if best is None:
-        raise InputError(
-            f"{folder} has no epoch that has ended; train it for one with --objective {state['objective']}."
-        )
-    encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
-    position = {"epoch": first, "step": 0, "epoch_loss": 0.0, "epoch_tokens": 0}
-    return {
-        **state,
-        **position,
-        "objective": objective,
-        "first_epoch": first,
-        "encoder": encoder,
-        "decoder": decoder,
-        "optimizer": None,
-    }
-
-
-def _train(
-    config: TrainingConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    data: CaptionDataset,
-    val: CaptionDataset,
-    encoder: EncoderCNN,
-    decoder: nn.Module,
-    old: Description | None,
-    stop: _Stop,
-) -> Path:
-    main, say = accelerator.is_main_process, tqdm.write if accelerator.is_main_process else lambda _: None
-    description = _describe(config, data, val, old)
-    start_epoch, start_step, first_epoch = 1, 0, 1
-    state: dict[str, Any] | None = None
-    if old is not None:
-        if old.data.get("train_sha256") != description.data["train_sha256"]:
-            raise InputError(f"{data.annotation_file} is not what {folder} was trained on; start a new training.")
-        if old.preprocessing != description.preprocessing:
-            was = old.preprocessing.image_size
-            raise InputError(f"{folder} is trained with --image-size {was}, which cannot change; start a new training.")
-        state = checkpoint.load_resume(folder, say)
-        learned_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
-        learns = sum(p.requires_grad for p in encoder.resnet.parameters())
-        if (state["objective"], learned_before) != (config.objective, learns):
-            state = _begin_anew(folder, state, config.objective)
-        description.epochs, description.best_epoch = state["epochs"], state["best_epoch"]
-        description.ranges = {epoch: ranges for epoch, ranges in old.ranges.items() if epoch < state["epoch"]}
-        start_epoch, start_step, first_epoch = state["epoch"], state["step"], state["first_epoch"]
-        named = old.architecture.backbone != "stored"
-        load_weights(encoder, state["encoder"], folder / "resume.pt", may_lack=("resnet.",) if named else ())
-        load_weights(decoder, state["decoder"], folder / "resume.pt")
-        encoder.resnet.to(memory_format=torch.channels_last)
-
-    # What the frozen backbone sees, once
-    encoder.to(accelerator.device)
-    features = val_features = ranges = None
-    if config.fine_tune == 0:
-        stored = {"cache": config.cache, "workers": config.workers}
-        with stop.at_once():
-            features = stored_features(encoder, data.paths, config.image_size, config.views, **stored)
-            val_features = stored_features(encoder, val.paths[: config.val_photos], config.image_size, **stored)[:, 0]
-            ranges = layer_ranges(data, encoder, config) if main else None
-
-    if state is None:
-        encoder.standardise(_first_features(data, encoder, features, config))
-    if config.tie_weights:
-        if state is None:
-            decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
-        decoder.linear.weight = decoder.embed.weight
-
-    backbone = [p for p in encoder.resnet.parameters() if p.requires_grad]
-    groups = [
-        {"params": list(decoder.parameters()), "lr": config.learning_rate},
-        {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_RATE},
-    ]
-    if backbone:
-        groups.append({"params": backbone, "lr": config.backbone_learning_rate})
-    optimizer = torch.optim.Adam(groups, fused=True)
-    critic = Critic(data) if config.objective == "cider" else None
-    model = Training(encoder, decoder, critic)
-    with warnings.catch_warnings():  # torch 2.14 gives `broadcast_buffers` another name
-        warnings.simplefilter("ignore", FutureWarning)
-        model, optimizer = accelerator.prepare(model, optimizer)
-    if state is not None and state["optimizer"] is not None:
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{folder}/resume.pt belongs to another training ({error}).") from None
-    peaks = [group["lr"] for group in groups]
-    learned = [parameter for group in groups for parameter in group["params"]]
-
-    if critic is not None:
-        sampler = PhotoBatches(np.arange(len(data.paths)), max(1, config.batch_size // DRAWS), config.seed)
-        a_caption = np.unique(data.photo, return_index=True)[1]  # of each photo, which stands for it in a batch
-    elif features is not None:
-        sampler = LengthBatches(data.lengths, config.batch_size, config.seed)
-    else:
-        sampler = PhotoBatches(data.photo, config.batch_size, config.seed)
-    total, last_epoch = len(sampler) * config.num_epochs, first_epoch - 1 + config.num_epochs
-    log = open(folder / config.log_file if main else os.devnull, "ab" if state is not None else "wb")
-    if state is not None and main:
-        log.truncate(min(state["log_bytes"], log.tell()))
-    epoch_loss, epoch_tokens = (0.0, 0) if state is None else (state["epoch_loss"], state["epoch_tokens"])
-
-    def save(epoch: int, step: int) -> None:
-        if not main:
-            return
-        log.flush()
-        os.fsync(log.fileno())
-        encoder_state = encoder.state_dict()
-        if description.architecture.backbone != "stored":
-            encoder_state = {k: v for k, v in encoder_state.items() if k.startswith("embed.")}
-        checkpoint.save_resume(
-            folder,
-            {
-                "format": 2,
-                "objective": config.objective,
-                "first_epoch": first_epoch,
-                "epoch": epoch,
-                "step": step,
-                "encoder": encoder_state,
-                "decoder": decoder.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epochs": description.epochs,
-                "best_epoch": description.best_epoch,
-                "epoch_loss": epoch_loss,
-                "epoch_tokens": epoch_tokens,
-                "log_bytes": log.tell(),
-            },
-        )
-        checkpoint.write_description(folder, description)
-
-    if main and state is None:
-        checkpoint.remove_training(folder)
-        save(1, 0)
-    elif main and state["optimizer"] is None:
-        if description.architecture.backbone != old.architecture.backbone:
-            checkpoint.store_backbone(folder, encoder)
-        checkpoint.write_description(folder, description)  # first, so that whatever comes next, it goes on so
-        save(start_epoch, 0)
-    say(
-        f"training on {len(data.photo)} captions of {len(data.paths)} photos, {len(data.vocab)} words, "
-        f"{accelerator.num_processes} process(es), {accelerator.device.type}"
-    )
-    last_save = time.monotonic()
-    stopped_sentence = f"stopped; go on with `python train.py --resume {folder}`"
-    with log:
-        for epoch in range(start_epoch, last_epoch + 1):
-            best = description.best_epoch
-            if best is not None and epoch - max(best + 1, first_epoch) >= config.patience:
-                say(f"no better CIDEr for {config.patience} epochs; the best is epoch {best}")
-                break
-            sampler.set_epoch(epoch)
-            order = list(sampler) if critic is None else [a_caption[photos] for photos in sampler]
-            n, rank = accelerator.num_processes, accelerator.process_index
-            shares = [share(batch, data.photo, rank, n, features is None) for batch in order[start_step:]]
-            taught = [mine if len(mine) else whole[:1] for mine, whole in zip(shares, order[start_step:], strict=True)]
-            bar = tqdm(
-                total=len(order),
-                initial=start_step,
-                desc=f"epoch {epoch}/{last_epoch}",
-                unit="step",
-                disable=None if main else True,
-            )
-            model.train()
-            for step, batch in enumerate(_batches(data, taught, features, config, epoch), start_step + 1):
-                whole = order[step - 1]
-                done = (epoch - first_epoch) * len(order) + step - 1
-                torch.manual_seed((config.seed * 1_000_003 + done) * n + rank)  # dropout's and draws', resumed for free
-                factor = learning_rate_factor(done, total, config.warmup_steps)
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * factor
-                inputs = [x.to(accelerator.device, non_blocking=True) for x in batch[:3]]
-                with autocast(accelerator.device, config.precision):
-                    loss, penalty = model(*inputs, batch[3], None if critic is None else batch[4])
-                mine = float(len(shares[step - 1 - start_step]) > 0)
-                captions = len(whole) if critic is None else DRAWS * len(whole)
-                tokens = loss_tokens(data.lengths[whole], decoder) if critic is None else captions
-                objective = mine * (loss / tokens + config.attention_penalty * penalty / captions)
-                accelerator.backward(objective * n)  # several processes' gradients are averaged
-                shared = accelerator.reduce(torch.stack([loss.detach() * mine, loss.new_tensor(stop.signal)]), "sum")
-                value, stopped = shared[0].item() / tokens, int(shared[1].item())
-                if not math.isfinite(value):
-                    if all(bool(p.isfinite().all()) for p in model.parameters()):  # else the last save is better
-                        save(epoch, step - 1)
-                    raise InputError(
-                        f"the loss is {value} at step {step} of epoch {epoch} with a learning rate of "
-                        f"{config.learning_rate * factor:.2g}; go on from the last good state with `python train.py "
-                        f"--resume {folder}` and half the --learning-rate or a smaller --clip-norm."
-                    )
-                accelerator.clip_grad_norm_(learned, config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-                epoch_loss, epoch_tokens = epoch_loss + value * tokens, epoch_tokens + tokens
-                means = f"Perplexity: {math.exp(min(value, 700)):.4f}" if critic is None else f"CIDEr-D: {-value:.4f}"
-                line = f"Epoch [{epoch}/{last_epoch}], Step [{step}/{len(order)}], Loss: {value:.4f}, {means}"
-                if main:
-                    log.write(f"{line}\n".encode())
-                bar.update()
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                if step % config.print_every == 0 or step == len(order):
-                    say(line)
-                if stopped or time.monotonic() - last_save > 60 * config.save_minutes:
-                    save(epoch, step)
-                    last_save = time.monotonic()
-                if stopped:
-                    accelerator.wait_for_everyone()  # the first to leave has its launcher stop the others
-                    bar.close()
-                    say(stopped_sentence)
-                    raise KeyboardInterrupt
-            bar.close()
-            start_step = 0
-
-            try:
-                with stop.at_once():
-                    result = validate(accelerator, model, val, val_features, config)
-            except KeyboardInterrupt:
-                save(epoch, len(order))
-                say(stopped_sentence)
-                raise
-            result = {"epoch": epoch, "train_loss": epoch_loss / max(1, epoch_tokens), **result}
-            epoch_loss, epoch_tokens = 0.0, 0
-            description.epochs.append(result)
-            best = description.best_epoch
-            better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
-            if main:
-                description.ranges[epoch] = ranges or layer_ranges(data, encoder, config)
-                if better or epoch % config.save_every == 0 or epoch == last_epoch:
-                    checkpoint.save_epoch(folder, epoch, encoder, decoder, description)
-                if better:
-                    description.best_epoch = epoch
-                save(epoch + 1, 0)
-                if better and best is not None and best % config.save_every:
-                    checkpoint.remove_epoch(folder, best)
-            description.best_epoch = epoch if better else best
-            last_save = time.monotonic()
-            say(
-                f"epoch {epoch}: train loss {result['train_loss']:.3f}, validation loss {result['val_loss']:.3f}, "
-                f"Bleu_4 {result['Bleu_4']:.3f}, CIDEr {result['CIDEr']:.3f}" + (" (best)" if better else "")
-            )
-    return folder
-
-
-@torch.inference_mode()
-def validate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    val: CaptionDataset,
-    features: Tensor | None,
-    config: TrainingConfig,
-) -> dict[str, Any]:
-    """Validation loss and perplexity a token, and the metrics and captions of greedy decoding.
-
-    Each process takes its share of the batches, which are the same for any number of processes.
-    """
-    training = accelerator.unwrap_model(model).eval()
-    encoder, decoder = training.encoder, training.decoder
-    photos = min(len(val.paths), config.val_photos)
-    size = BATCH if features is None else 64
-    batches = [list(range(i, min(i + size, photos))) for i in range(0, photos, size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    if encoder.fine_tune == PARTS and accelerator.num_processes > 1:  # each has seen its own photos' statistics
-        for buffer in filter(Tensor.is_floating_point, encoder.resnet.buffers()):
-            buffer.copy_(accelerator.reduce(buffer, "mean"))
-    fast = None if features is not None else encoder.for_inference(fast_dtype(accelerator.device))
-    captions_of: list[list[int]] = [[] for _ in range(photos)]
-    for caption, photo in enumerate(val.photo.tolist()):
-        if photo < photos:
-            captions_of[photo].append(caption)
-    loss, tokens, hypotheses = 0.0, 0, {}
-    if features is not None:
-        chunks = ((rows, features[rows]) for rows in mine)
-    else:
-        reader = Photos(val.paths, build_transform(False, config.image_size, normalise=False))
-        chunks = encode(fast, reader, mine, config.workers)
-    for rows, seen in chunks:
-        seen = seen.to(accelerator.device).float()
-        which = np.array([caption for row in rows for caption in captions_of[row]])
-        captions, lengths = val.captions(which)
-        row = torch.tensor([i for i, photo in enumerate(rows) for _ in captions_of[photo]])
-        with autocast(accelerator.device, config.precision):
-            summed, _ = training(seen, row.to(seen.device), captions.to(seen.device), lengths)
-            found = greedy(decoder, encoder.embed(seen))
-        loss, tokens = loss + summed.item(), tokens + loss_tokens(lengths, decoder)
-        for photo, hypothesis in zip(rows, found, strict=True):
-            hypotheses[int(val.image_ids[photo])] = val.vocab.decode(hypothesis.tokens)
-    totals = accelerator.reduce(torch.tensor([loss, tokens], dtype=torch.float64, device=accelerator.device), "sum")
-    val_loss = (totals[0] / totals[1]).item()
-    hypotheses = dict(gather_object([*hypotheses.items()]))
-    result: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        ids = [int(i) for i in val.image_ids[:photos]]
-        written = val.references()
-        metrics = score({i: hypotheses[i] for i in ids}, {i: written[i] for i in ids}, java=False).metrics
-        result = {
-            "val_loss": val_loss,
-            "val_perplexity": math.exp(min(val_loss, 700)),
-            **{name: value for name, value in metrics.items() if value is not None},
-            "captions": {str(i): hypotheses[i] for i in ids[:3]},
-        }
-    return broadcast_object_list([result])[0]
-
-
-def read_log(path: Path) -> np.ndarray:
-    """The training log as an array (steps, 3): epoch, step in the epoch, loss."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        epoch, step, loss, _ = line.split(", ")
-        rows.append((int(epoch[7:].split("/")[0]), int(step[6:].split("/")[0]), float(loss[6:])))
-    return np.array(rows)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -20,15 +21,18 @@ import torch
 import tyro
 from conftest import draw_noise
 from torch.distributed import TCPStore
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
 import evaluate
 import model
 from captioning import bulk, errors, metrics
+from captioning.batches import share
 from captioning.checkpoint import read_description
 from captioning.features import BATCH
-from captioning.training import TrainingConfig, read_log, share, train
+from captioning.preparation import synchronise_batch_norms
+from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +180,31 @@ def test_several_processes_train_as_one(config: Make, launch: Callable, processe
         found = [np.fromfile(path, "<i8").tolist() for path in sorted(b.parent.glob("done-*"))]
         assert len(found) == processes
         assert sorted(start for done in found for start in done) == [*range(0, len(np.load(b)), BATCH)]
+
+
+def test_batch_norms_that_several_cpus_would_train_apart_are_refused(config: Make, launch: Callable):
+    settings = config(fine_tune=5)
+    refused = launch(2, train, settings)
+    assert refused.wait() == [2, 2]
+    assert re.fullmatch(
+        r"error: --fine-tune 5 trains batch norms, .* on GPUs only; use one process or a smaller --fine-tune\.\n",
+        refused.said("err"),
+    )
+    assert not (settings.models / settings.name).exists()
+
+
+def test_on_gpus_batch_norms_share_their_statistics(config: Make):
+    encoder = model.EncoderCNN(8, "random", fine_tune=5)
+    names = list(encoder.state_dict())
+    gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
+    synchronise_batch_norms(encoder, gpus)
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    assert len(norms) == 17
+    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
+    assert list(encoder.state_dict()) == names
+    frozen = model.EncoderCNN(8, "random", fine_tune=2)
+    synchronise_batch_norms(frozen, gpus)
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in frozen.modules())
 
 
 def test_a_notebook_launches_several_processes(config: Make, tmp_path: Path):

@@ -10,7 +10,7 @@ from captioning import features
 from captioning.errors import InputError
 from captioning.features import BATCH, Views, encode, stored_features
 from captioning.images import Photos, build_transform, read_photo
-from captioning.training import Training
+from captioning.losses import Batch, CaptioningModel
 from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
 
@@ -179,12 +179,12 @@ def test_stored_features_and_pixels_give_the_same_loss(
 ):
     data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
     encoder.grid = DECODERS[name].attends
-    model = Training(encoder, DECODERS[name](8, 16, len(data.vocab))).eval()
+    model = CaptioningModel(encoder, DECODERS[name](8, 16, len(data.vocab))).eval()
     stored = stored_features(encoder, data.paths, 64, cache=tmp_path)[:, 0]
     photos = Photos(data.paths, build_transform(image_size=64, normalise=False))
     pixels = torch.stack([photos[i] for i in range(len(photos))])
     captions, lengths = data.captions(np.arange(len(data)))
     row = torch.from_numpy(data.photo).long()
     with torch.no_grad():
-        from_store, from_pixels = (model(x, row, captions, lengths)[0].item() for x in (stored, pixels))
+        from_store, from_pixels = (model(Batch(x, row, captions, lengths))[0].item() for x in (stored, pixels))
     assert from_store == pytest.approx(from_pixels, rel=1e-2)

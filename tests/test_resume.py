@@ -17,7 +17,7 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import model
-from captioning import checkpoint, features, training
+from captioning import checkpoint, features, training, validation
 from captioning.checkpoint import epochs_saved, load_resume, read_description
 from captioning.errors import InputError
 from captioning.training import TrainingConfig, read_log, train
@@ -149,7 +149,7 @@ def test_a_signal_in_validation_ends_it_and_costs_no_step(config: Make, monkeypa
     settings = config(**fields)
     folder = settings.models / settings.name
     with monkeypatch.context() as patch:
-        patch.setattr(training, "greedy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(validation, "greedy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     assert set(read_log(folder / "training_log.txt")[:, 0]) == {1}
@@ -170,7 +170,7 @@ def test_a_signal_as_the_epoch_s_last_step_ends_is_not_forgotten(config: Make, m
                 os.kill(os.getpid(), signal.SIGINT) if line.startswith("Epoch [1/2], Step [13") else write(line)
             ),
         )
-        patch.setattr(training, "greedy", lambda *_: pytest.fail("it validates"))
+        patch.setattr(validation, "greedy", lambda *_: pytest.fail("it validates"))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     train(resumed_config(folder))
@@ -333,18 +333,31 @@ def test_a_full_disk_stops_with_one_sentence_and_leaves_what_was_good(
     assert_same_model(folder, train(config()))
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence(config: Make, tmp_path: Path):
+    folder = train(config(num_epochs=1))
+    (folder / ".lock").unlink(missing_ok=True)
+    (folder / ".lock").mkdir()  # as root, who may write anywhere, would not notice that the folder is read-only
+    with pytest.raises(InputError, match=r"small cannot be written \(.*\); make it writable, or choose another"):
+        train(dataclasses.replace(resumed_config(folder), num_epochs=2))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file.* cannot be .*(written|created|made)"):
+        train(config(cache=tmp_path / "file"))
+    with pytest.raises(InputError, match=r"small cannot be written \(.*\); make it writable, or choose another"):
+        train(config(models=tmp_path / "file"))
+
+
 # Numbers go wrong
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_rate(config: Make, monkeypatch: pytest.MonkeyPatch):
     settings = config()
-    forward = training.Training.forward
+    forward = training.CaptioningModel.forward
     with monkeypatch.context() as patch:
         at_step(
             patch,
             15,
             lambda: patch.setattr(
-                training.Training, "forward", lambda *a: tuple(x * float("nan") for x in forward(*a))
+                training.CaptioningModel, "forward", lambda *a: tuple(x * float("nan") for x in forward(*a))
             ),
         )
         with pytest.raises(InputError, match=r"nan at step 3 of epoch 2 .*rate of \d.*--resume.*--learning-rate"):
@@ -372,11 +385,30 @@ def test_weights_that_are_no_numbers_are_never_saved(config: Make, monkeypatch: 
     assert_same_model(folder, train(config()))
 
 
+def test_weights_that_are_no_numbers_are_noticed_before_the_save_within_an_epoch(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    settings, step = config(save_minutes=0), torch.optim.Adam.step
+
+    def spoil(optimizer: torch.optim.Adam, *arguments: object) -> None:
+        step(optimizer, *arguments)
+        optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, lambda: patch.setattr(torch.optim.Adam, "step", spoil))
+        with pytest.raises(InputError, match="a weight is not a finite number after step 3 of epoch 2; resume from"):
+            train(settings)
+    folder = settings.models / settings.name
+    assert load_resume(folder, print)["step"] == 2
+    train(resumed_config(folder))
+    assert_same_model(folder, train(config()))
+
+
 def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training.Training, "forward", fail)
+    monkeypatch.setattr(training.CaptioningModel, "forward", fail)
     with pytest.raises(InputError, match=r"batch of 16 captions; use a smaller --batch-size"):
         train(config())
 

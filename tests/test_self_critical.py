@@ -22,8 +22,10 @@ from captioning.checkpoint import epochs_saved, load_model, load_resume, read_de
 from captioning.decoding import sample
 from captioning.errors import InputError
 from captioning.hub import write_shared
-from captioning.self_critical import DRAWS, Critic, advantages, reinforce
-from captioning.training import Training, TrainingConfig, read_log, train
+from captioning.images import Photos, build_transform
+from captioning.losses import Batch, CaptioningModel
+from captioning.self_critical import DRAWS, CiderReward, SelfCritical, advantages, reinforce
+from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
@@ -38,10 +40,10 @@ LONGEST = 3  # tokens of a caption in the tiny world of five words, two of which
 
 
 @pytest.fixture
-def critic() -> Critic:
-    """Of two photos with captions of the words 3 and 4."""
+def objective() -> SelfCritical:
+    """Of two images with captions of the words 3 and 4."""
     captions = [[START, 3, 4, 3, END], [START, 3, 3, END], [START, 4, END]]
-    return Critic(
+    return SelfCritical(
         SimpleNamespace(
             tokens=np.concatenate(captions), offsets=np.array([0, 5, 9, 12]), photo=np.array([0, 0, 1], np.int32)
         )
@@ -49,18 +51,23 @@ def critic() -> Critic:
 
 
 @pytest.fixture(params=DECODERS)
-def model(request: pytest.FixtureRequest, critic: Critic, tiny_backbone: Callable) -> Training:
+def model(request: pytest.FixtureRequest, objective: SelfCritical, tiny_backbone: Callable) -> CaptioningModel:
     torch.manual_seed(0)
     decoder = DECODERS[request.param](4, 6, 5)
     for parameter in decoder.parameters():
         parameter.data.mul_(2)
-    return Training(EncoderCNN(4, "random", grid=decoder.attends), decoder, critic=critic)
+    return CaptioningModel(EncoderCNN(4, "random", grid=decoder.attends), decoder, objective)
 
 
-def seen(model: Training, photos: int = 1) -> Tensor:
-    """What the backbone sees of so many photos."""
+def sampled(features: Tensor, image_index: np.ndarray) -> Batch:
+    """A batch of images whose captions are yet to be sampled."""
+    return Batch(features, None, None, None, image_index)
+
+
+def make_features(model: CaptioningModel, images: int = 1) -> Tensor:
+    """Random features of so many images."""
     cells = (2,) if model.decoder.attends else ()
-    return torch.rand(photos, *cells, 2048, generator=torch.Generator().manual_seed(0))
+    return torch.rand(images, *cells, 2048, generator=torch.Generator().manual_seed(0))
 
 
 def every_caption() -> list[list[int]]:
@@ -68,7 +75,7 @@ def every_caption() -> list[list[int]]:
     return ended + [list(words) for words in product((3, 4), repeat=LONGEST)]
 
 
-def log_probability(model: Training, features: Tensor, caption: list[int]) -> Tensor:
+def log_probability(model: CaptioningModel, features: Tensor, caption: list[int]) -> Tensor:
     """Of being drawn: word by word, neither `<start>` nor `<unk>` among the choices."""
     state, last, total = model.decoder.init_state(model.encoder.embed(features)), START, 0.0
     for word in caption:
@@ -79,29 +86,29 @@ def log_probability(model: Training, features: Tensor, caption: list[int]) -> Te
     return total
 
 
-def gradient(model: Training) -> Tensor:
+def gradient(model: CaptioningModel) -> Tensor:
     parameters = [*model.decoder.parameters(), *model.encoder.embed.parameters()]
     found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     model.zero_grad()
     return found
 
 
-def exact_gradient(model: Training, features: Tensor) -> Tensor:
+def exact_gradient(model: CaptioningModel, features: Tensor) -> Tensor:
     """Of the expected reward of the first photo, over all captions that there can be."""
     captions = every_caption()
-    rewards = model.critic.cider([0] * len(captions), captions)
+    rewards = model.objective.reward(np.zeros(len(captions), int), captions)
     logs = torch.stack([log_probability(model, features, caption) for caption in captions])
     assert logs.exp().sum().item() == pytest.approx(1, abs=1e-5)
     (logs.exp() * torch.from_numpy(rewards)).sum().backward()
     return gradient(model)
 
 
-def test_the_expected_gradient_is_that_of_the_expected_reward(model: Training):
+def test_the_expected_gradient_is_that_of_the_expected_reward(model: CaptioningModel):
     """Over all pairs of draws, each weighed with its probability: no more is left to chance."""
     model.double()
-    features = seen(model).double()
+    features = make_features(model).double()
     captions = every_caption()
-    rewards = torch.from_numpy(model.critic.cider([0] * len(captions), captions))
+    rewards = torch.from_numpy(model.objective.reward(np.zeros(len(captions), int), captions))
     with torch.no_grad():
         p = [log_probability(model, features, caption).exp() for caption in captions]
     expected_reward = sum(x * r for x, r in zip(p, rewards, strict=True))
@@ -110,10 +117,10 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(model: Training):
         pair = [captions[i], captions[j]]
         lengths = torch.tensor([1 + len(words) for words in pair])
         padded = torch.tensor([[START, *words, *[END] * (LONGEST - len(words))] for words in pair])
-        embedded = model.encoder.embed(features)[[0, 0]]
-        logits = model.decoder(embedded, padded[:, : lengths.max()], lengths).double()
+        embedded, padded = model.encoder.embed(features)[[0, 0]], padded[:, : lengths.max()]
+        hidden, _ = model.decoder.unroll(embedded, padded, lengths)
         both = rewards[torch.tensor([[i, j]])]
-        total = total + p[i] * p[j] * reinforce(logits, padded[:, : lengths.max()], lengths, both)
+        total = total + p[i] * p[j] * reinforce(hidden, model.decoder.linear, padded, lengths, both)
     total.backward()
     assert total.item() == pytest.approx(-2 * expected_reward.item(), rel=1e-5)
     found, exact = gradient(model), exact_gradient(model, features)
@@ -121,13 +128,13 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(model: Training):
     torch.testing.assert_close(found, -2 * exact, rtol=1e-4, atol=1e-4 * exact.norm().item())
 
 
-def test_the_gradient_of_what_is_drawn_tends_to_it(model: Training, monkeypatch: pytest.MonkeyPatch):
+def test_the_gradient_of_what_is_drawn_tends_to_it(model: CaptioningModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(self_critical, "sample", functools.partial(sample, max_length=LONGEST))
-    features, photos = seen(model), 4000
+    features, photos = make_features(model), 4000
     exact = exact_gradient(model, features)
     torch.manual_seed(0)
     copies = features.expand(photos, *features.shape[1:])
-    loss, _ = model(copies, None, None, None, np.zeros(photos, np.int64))
+    loss, _ = model(sampled(copies, np.zeros(photos, np.int64)))
     loss.backward()
     found = gradient(model) / (photos * DRAWS)
     assert (found + exact).norm() < 0.1 * exact.norm()
@@ -141,17 +148,17 @@ def test_the_advantages_of_a_photo_sum_to_zero_and_no_draw_is_in_its_own_baselin
     assert (advantages(torch.ones(1, DRAWS)) == 0).all()
 
 
-def test_the_references_are_the_captions_with_their_end(critic: Critic):
-    whole, broken_off = critic.cider([1, 1], [[4, END], [4]])
+def test_the_references_are_the_captions_with_their_end(objective: SelfCritical):
+    whole, broken_off = objective.reward(np.array([1, 1]), [[4, END], [4]])
     assert whole > broken_off
-    assert whole == max(critic.cider([1] * len(every_caption()), every_caption()))
+    assert whole == max(objective.reward(np.ones(len(every_caption()), int), every_caption()))
 
 
-def test_in_bfloat16_every_weight_learns_that_learns_in_float32(model: Training):
+def test_in_bfloat16_every_weight_learns_that_learns_in_float32(model: CaptioningModel):
     learns = []
     for enabled in (False, True):  # oneDNN's LSTM has bfloat16 on some processors only
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.backends.mkldnn.flags(enabled=False):
-            loss, _ = model(seen(model, 2), None, None, None, np.array([0, 1]))
+            loss, _ = model(sampled(make_features(model, 2), np.array([0, 1])))
         loss.backward()
         learns.append({name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
         model.zero_grad()
@@ -188,12 +195,12 @@ def test_training_raises_the_mean_cider_d(config: Make, cache: Path, decoder: st
     def measure(epoch: int) -> float:
         encoder, network, vocab, _ = load_model(folder, epoch=epoch)
         data = CaptionDataset(settings.data, "train", vocab=vocab, cache=cache)
-        photos = train_module.Photos(data.paths, train_module.build_transform(False, 32, normalise=False))
+        photos = Photos(data.paths, build_transform(False, 32, normalise=False))
         with torch.no_grad():
             features = encoder(torch.stack([photos[i] for i in range(len(photos))]))
         drawn = sample(network, features, seed=0, n=20)
         ids = np.arange(len(photos)).repeat(20)
-        return Critic(data).cider(ids, [hypothesis.tokens for hypothesis in drawn]).mean()
+        return CiderReward(data)(ids, [hypothesis.tokens for hypothesis in drawn]).mean()
 
     before = measure(read_description(folder).best_epoch)  # that it goes on from
     go_on(folder, num_epochs=40, learning_rate=5e-3, batch_size=60, patience=99)
@@ -287,7 +294,7 @@ def test_the_state_of_a_training_that_knew_one_objective_goes_on(config: Make):
 
 
 def test_without_a_model_to_start_from_it_says_what_to_do(config: Make, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InputError, match=r"goes on from a trained model; add --resume"):
+    with pytest.raises(InputError, match=r"needs a trained model to start from; add --resume"):
         config(objective="cider")
     settings = config()
     with monkeypatch.context() as patch:

@@ -1,24 +1,36 @@
+import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import filelock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from conftest import EIGHT, write_split
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from captioning import training
+from captioning import losses, training
+from captioning.batches import EpochBatches, place_features, prefetch
 from captioning.captioner import Captioner
 from captioning.checkpoint import epochs_saved, load_model, read_description
+from captioning.config import load_config
 from captioning.errors import InputError
 from captioning.images import Photos, build_transform
-from captioning.training import Training, TrainingConfig, learning_rate_factor, loss_tokens, read_log, train
+from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
+from captioning.training import TrainingConfig, learning_rate_factor, read_log, train
+from captioning.validation import validate
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
@@ -35,16 +47,17 @@ Make = Callable[..., TrainingConfig]
 def test_padding_never_enters_the_loss(tiny_backbone: Callable, name: str, lengths: list[int]):
     torch.manual_seed(0)
     decoder = DECODERS[name](8, 16, 30)
-    model = Training(EncoderCNN(8, "random", grid=decoder.attends), decoder).eval()
+    model = CaptioningModel(EncoderCNN(8, "random", grid=decoder.attends), decoder).eval()
     features = torch.randn(3, *((4,) if decoder.attends else ()), 2048)
     row, length = torch.tensor([2, 0, 1, 2]), torch.tensor(lengths)
     captions = torch.randint(3, 30, (4, max(lengths)))
-    found = model(features, row, captions, length)
-    alone = [model(features, row[i : i + 1], captions[i : i + 1, :n], length[i : i + 1]) for i, n in enumerate(lengths)]
+    found = model(Batch(features, row, captions, length))
+    each = [(row[i : i + 1], captions[i : i + 1, :n], length[i : i + 1]) for i, n in enumerate(lengths)]
+    alone = [model(Batch(features, *caption)) for caption in each]
     torch.testing.assert_close(found[0], sum(loss for loss, _ in alone))
     torch.testing.assert_close(found[1], sum(penalty for _, penalty in alone))
     captions[torch.arange(max(lengths)) >= length[:, None]] = 29  # whatever the padding is
-    assert model(features, row, captions, length)[0] == found[0]
+    assert model(Batch(features, row, captions, length))[0] == found[0]
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -52,11 +65,43 @@ def test_the_loss_is_the_cross_entropy_of_as_many_tokens_as_are_counted(tiny_bac
     decoder = DECODERS[name](8, 16, 30)
     torch.nn.init.zeros_(decoder.linear.weight)
     torch.nn.init.zeros_(decoder.linear.bias)  # every word is as probable as any other
-    model = Training(EncoderCNN(8, "random", grid=decoder.attends), decoder)
+    model = CaptioningModel(EncoderCNN(8, "random", grid=decoder.attends), decoder)
     features = torch.randn(2, *((4,) if decoder.attends else ()), 2048)
     lengths = torch.tensor([5, 8])
-    loss, _ = model(features, torch.arange(2), torch.randint(3, 30, (2, 8)), lengths)
+    loss, _ = model(Batch(features, torch.arange(2), torch.randint(3, 30, (2, 8)), lengths))
     assert loss.item() == pytest.approx(loss_tokens(lengths, decoder) * math.log(30), rel=1e-5)
+
+
+@pytest.mark.parametrize("banned", [(), (0, 2)], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cross_entropy_of_the_output_layer_and_its_gradients_are_torch_s(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scaled: bool, banned: tuple[int, ...]
+):
+    monkeypatch.setitem(losses.CHUNK, "cpu", 7 * 50)  # rows that do not divide the tokens
+    torch.manual_seed(0)
+    linear, hidden = torch.nn.Linear(16, 50), torch.randn(40, 16, requires_grad=True)
+    targets, scale = torch.randint(3, 50, (40,)), torch.randn(40) if scaled else None
+
+    def plain() -> torch.Tensor:
+        logits = linear(hidden).float()
+        logits[:, list(banned)] = -torch.inf
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return each.sum() if scale is None else (each * scale).sum()
+
+    results = []
+    for compute in (plain, lambda: losses.linear_cross_entropy(hidden, linear, targets, scale, banned)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = compute()
+        inputs = (hidden, linear.weight, linear.bias)
+        results.append([loss.detach(), *torch.autograd.grad(loss / 3, inputs)])
+    for expected, value in zip(*results, strict=True):
+        tolerance = (2e-2 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max().item()
+        torch.testing.assert_close(value, expected, rtol=0, atol=tolerance)
+        assert value.dtype == torch.float32
+    with torch.inference_mode():
+        value = losses.linear_cross_entropy(hidden, linear, targets, scale, banned)
+        torch.testing.assert_close(value, plain())
 
 
 def test_the_learning_rate_rises_and_then_falls_to_zero():
@@ -172,12 +217,12 @@ def test_the_training_loss_of_an_epoch_is_its_steps_mean_over_tokens(trained: Pa
 def test_the_validation_loss_is_what_the_saved_model_loses(trained: Path, drawn: Path, cache: Path):
     encoder, decoder, vocab, description = load_model(trained, epoch=2)
     data = CaptionDataset(drawn, "val", vocab=vocab, cache=cache)
-    model = Training(encoder, decoder).eval()
+    model = CaptioningModel(encoder, decoder).eval()
     photos = Photos(data.paths, build_transform(False, 64, normalise=False))
     pixels = torch.stack([photos[i] for i in range(len(photos))])
     captions, lengths = data.captions(np.arange(len(data)))
     with torch.no_grad():
-        loss, _ = model(pixels, torch.from_numpy(data.photo).long(), captions, lengths)
+        loss, _ = model(Batch(pixels, torch.from_numpy(data.photo).long(), captions, lengths))
     expected = loss.item() / loss_tokens(lengths, decoder)
     assert description.epochs[1]["val_loss"] == pytest.approx(expected, rel=1e-2)
 
@@ -246,6 +291,222 @@ def test_a_second_training_into_the_folder_is_refused(small: Make, tiny_backbone
     ):
         train(config)
     assert train(config) == folder
+
+
+@pytest.mark.parametrize("epoch_seed", [(1, 1), (0, 3)])
+def test_augmentation_differs_between_epochs_and_seeds(small: Make, cache: Path, epoch_seed: tuple[int, int]):
+    def pixels(seed: int, epoch: int) -> torch.Tensor:
+        config = small(fine_tune=5, image_size=32, seed=seed, batch_size=200)
+        data = CaptionDataset(config.data, "train", cache=cache)
+        sampler = CrossEntropy().build_sampler(data, config.batch_size, seed, False)
+        batches = list(EpochBatches(data, sampler, None, config).epoch(epoch, 0, torch.device("cpu")))
+        assert len(batches) == 1  # of all images, in one order
+        return batches[0][2].images
+
+    first = pixels(0, 2)
+    assert torch.equal(first, pixels(0, 2))
+    assert not torch.equal(first, pixels(*epoch_seed))
+
+
+def test_batches_gathered_in_a_thread_are_the_same_and_its_error_is_raised():
+    def numbers(last: int) -> Iterator[float]:
+        for i in range(last, -1, -1):
+            yield 1 / i
+
+    items = prefetch(numbers(5))
+    assert [next(items) for _ in range(5)] == [1 / i for i in range(5, 0, -1)]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+    assert list(prefetch([])) == []
+    threads = threading.active_count()
+    left = prefetch(iter(range(100)))
+    next(left)
+    assert threading.active_count() == threads + 1
+    left.close()
+    assert threading.active_count() == threads
+
+
+def test_features_stay_mapped_from_the_disk_without_a_gpu():
+    features = torch.zeros(3, 1, 8)
+    assert place_features(features, torch.device("cpu")) is features
+
+
+def test_losses_are_read_from_the_device_every_print_every_steps(small: Make, monkeypatch: pytest.MonkeyPatch):
+    read, steps = training.Run.read_losses, []
+
+    def counting(run: training.Run, unread: list) -> tuple[str, bool]:
+        steps.append([x.step for x in unread])
+        return read(run, unread)
+
+    monkeypatch.setattr(training.Run, "read_losses", counting)
+    folder = train(small(print_every=5))
+    assert steps == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]]
+    assert read_log(folder / "training_log.txt")[:, 1].tolist() == [*range(1, 14)]
+
+
+def test_validation_creates_no_float64_and_changes_nothing(
+    small: Make, drawn: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tiny_backbone: Callable
+):
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+            result = function(*args, **(kwargs or {}))
+            assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float64), function
+            return result
+
+    data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
+    model = CaptioningModel(EncoderCNN(8, "random", fine_tune=5), DECODERS["lstm"](8, 16, len(data.vocab)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with NoFloat64():
+        result = validate(Accelerator(cpu=True), model, data, None, small(image_size=32))
+    assert result["val_loss"] == pytest.approx(math.log(len(data.vocab)), rel=0.1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_one_training_image_trains(small: Make, eight: Path, tmp_path: Path):
+    shutil.copytree(eight / "images", tmp_path / "images")
+    for split in ("train", "val"):
+        write_split(tmp_path, split, {"0.png": ["a red dog runs on the beach."] * 5})
+    folder = train(small(data=tmp_path, vocab_threshold=1, image_size=32))
+    assert np.isfinite(read_log(folder / "training_log.txt")).all()
+
+
+def test_a_batch_of_one_image_without_variance_is_a_sentence(small: Make, tiny_backbone: Callable):
+    with pytest.raises(InputError, match=r"step 1 of epoch 1 has a single image.*another --batch-size"):
+        train(small(fine_tune=5, batch_size=5, image_size=32))
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
+def test_any_seed_that_is_taken_trains(small: Make, seed: int):
+    assert epochs_saved(train(small(seed=seed, image_size=32))) == [1]
+
+
+class Writer:
+    """In the place of TensorBoard's."""
+
+    scalars: ClassVar[dict] = {}
+
+    def __init__(self, folder: Path, purge_step: int):
+        self.scalars[folder] = self.rows = [purge_step]
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.rows.append((name, value, step))
+
+    def close(self) -> None:
+        self.rows.append("closed")
+
+
+def test_tensorboard_gets_the_scalars_of_steps_and_epochs(small: Make, monkeypatch: pytest.MonkeyPatch):
+    config = small(tensorboard=True, num_epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(InputError, match="pip install tensorboard"):
+            train(config)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    folder = train(config)
+    first, *rows, last = Writer.scalars[folder / "tensorboard"]
+    assert (first, last) == (1, "closed")
+    losses = [(step, round(value, 4)) for name, value, step in rows if name == "train/loss"]
+    log = read_log(folder / "training_log.txt")
+    assert losses == [*enumerate(log[:, 2].tolist(), 1)]
+    epochs = read_description(folder).epochs
+    assert [(value, step) for name, value, step in rows if name == "epoch/CIDEr"] == [
+        (e["CIDEr"], e["epoch"]) for e in epochs
+    ]
+
+
+def test_the_log_of_a_running_training_lacks_its_torn_last_line(trained: Path, tmp_path: Path):
+    log = (trained / "training_log.txt").read_text()
+    whole, lines = read_log(trained / "training_log.txt"), log.splitlines(keepends=True)
+    path = tmp_path / "log.txt"
+    for torn in range(1, len(lines[-1]), 7):
+        path.write_text(log[:-torn])
+        assert read_log(path).tolist() == whole[:-1].tolist()
+    path.write_text("")
+    assert read_log(path).shape == (0, 3)
+    path.write_text(lines[0] + "something else\n" + lines[1])
+    with pytest.raises(InputError, match=r"log\.txt, line 2 is not of a training log"):
+        read_log(path)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"seed": 99999999999999999999}, "seed must be at most 18446744073709551615, not 99999999999999999999"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"name": ".."}, 'name must be a name without folders, not ".."'),
+        ({"name": "."}, 'name must be a name without folders, not "."'),
+        ({"name": "a/b"}, 'name must be a name without folders, not "a/b"'),
+        ({"name": "a\0b"}, "name must be a name without folders"),
+        ({"data": Path("/"), "name": ""}, 'name must be a name without folders, not ""'),
+        ({"log_file": ".."}, 'log_file must be a name without folders, not ".."'),
+        ({"log_file": "resume.pt"}, "log_file must not be named as a model's own files are: resume.pt"),
+        ({"log_file": "captioner.json"}, "log_file must not be named as a model's own files are"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"dropout": math.nan}, "dropout must be at least 0, not nan"),
+        ({"attention_penalty": -1.0}, "attention_penalty must be at least 0, not -1.0"),
+        ({"attention_penalty": math.inf}, "attention_penalty must be at most 1000000.0, not inf"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0, not inf"),
+        ({"workers": 10**20}, "workers must be at most 1024"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_used_is_a_sentence(small: Make, fields: dict, sentence: str):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        small(**fields)
+
+
+@pytest.mark.parametrize("recipe", ["scenes", "coco", "flickr8k"])
+def test_the_recipes_can_be_used(recipe: str):
+    config = load_config(ROOT / "configs" / f"{recipe}.toml", num_epochs=77)
+    assert config.data == Path("data") / recipe
+    assert (config.name, config.num_epochs) == (recipe, 77)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("batch_sise = 3", 'sets "batch_sise", which is no option of a training'),
+        ("[model]\nhidden_size = 3", 'sets "model", which is no option of a training'),
+        ('batch_size = "many"', "batch_size: Input should be a valid integer"),
+        ("batch_size = 0", "batch_size must be at least 1, not 0"),
+        ('decoder = "bert"', "decoder: Input should be"),
+        ("batch_size = = 3", "is not a TOML file"),
+        ("name = '\udcff'", "is not a TOML file"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_a_sentence(tmp_path: Path, text: str | None, sentence: str):
+    path = tmp_path / "recipe.toml"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    for read in (lambda: load_config(path), lambda: train_module.parse_options(["--config", str(path)])):
+        with pytest.raises(InputError, match=rf"recipe\.toml.*{re.escape(sentence)}"):
+            read()
+
+
+def test_options_on_the_command_line_win_over_the_recipe(tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text('name = "mine"\nbatch_size = 24\ntie_weights = true\nembed_size = 512\n')
+    arguments = [f"--config={tmp_path / 'recipe.toml'}", "--batch-size", "7", "--objective", "cross-entropy"]
+    config, _ = train_module.parse_options(arguments)
+    assert (config.name, config.batch_size, config.tie_weights, config.hidden_size) == ("mine", 7, True, 512)
+    config, _ = train_module.parse_options([*arguments, "--no-tie-weights"])
+    assert not config.tie_weights
+    with pytest.raises(InputError, match="--config starts a run and --resume continues one"):
+        train_module.parse_options([*arguments, "--resume", "models/mine"])
+
+
+def test_every_option_is_in_a_group_of_the_help(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        train_module.parse_options(["--help"])
+    text = capsys.readouterr().out
+    for group in ("data", "model", "optimization", "checkpoints", "devices"):
+        assert f" {group} options " in text
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert not re.search(r"\.py`|def |Training\.forward|features\.py", text.split("options", 1)[1])
 
 
 # The command line
@@ -328,7 +589,7 @@ def test_an_empty_caption_list_stops_training(small: Make, tmp_path: Path):
 
 def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callable):
     torch.manual_seed(0)
-    model = Training(EncoderCNN(256, "random"), DECODERS["lstm"](256, 8, 9)).eval()
+    model = CaptioningModel(EncoderCNN(256, "random"), DECODERS["lstm"](256, 8, 9)).eval()
     features, row = torch.randn(26, 2048), torch.arange(128) // 5
     captions, lengths = torch.randint(3, 9, (128, 3)), torch.full((128,), 3)
     threads, found = torch.get_num_threads(), set()
@@ -336,7 +597,7 @@ def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callabl
         torch.set_num_threads(2)
         for _ in range(30):
             model.zero_grad()
-            model(features, row, captions, lengths)[0].backward()
+            model(Batch(features, row, captions, lengths))[0].backward()
             found.add(model.encoder.embed.weight.grad.numpy().tobytes())
     finally:
         torch.set_num_threads(threads)
@@ -344,6 +605,6 @@ def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callabl
 
 
 def test_bfloat16_is_refused_where_the_processor_has_none(small: Callable, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("captioning.distributed.fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(training, "fast_dtype", lambda _: torch.float32)
     with pytest.raises(InputError, match="use --precision auto"):
         train(small(precision="bf16"))

@@ -1,0 +1,117 @@
+"""The batches of an epoch, one for each training step and process, from stored features or from image files."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from captioning.config import TrainingConfig
+from captioning.images import Photos, build_transform, read_batches
+from captioning.losses import Batch
+from data_loader import CaptionDataset
+
+T = TypeVar("T")
+
+AHEAD = 2  # batches that are gathered ahead of the step that needs them
+GPU_SHARE = 0.5  # of the GPU's free memory that features may take
+
+
+def share(captions: np.ndarray, image: np.ndarray, rank: int, processes: int, whole_images: bool) -> np.ndarray:
+    """The captions of a batch that one of several processes trains on; each caption is one process's.
+
+    captions: (B,) their indices. image: (captions,) each one's image. whole_images: keep the captions of an image
+        together, so that only one process runs it through the backbone.
+    """
+    if not whole_images:
+        return captions[rank::processes]
+    return captions[np.unique(image[captions], return_inverse=True)[1] % processes == rank]
+
+
+class EpochBatches:
+    """A process's batches of any epoch.
+
+    Args:
+        sampler: batches of caption indices over all processes; its `set_epoch` chooses the epoch's order.
+        features: (images, views, ...) stored features, or None where the backbone is trained on pixels.
+    """
+
+    def __init__(
+        self,
+        data: CaptionDataset,
+        sampler: Sampler,
+        features: Tensor | None,
+        config: TrainingConfig,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        self.data, self.sampler, self.features, self.config = data, sampler, features, config
+        self.rank, self.processes = rank, processes
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return len(self.sampler)
+
+    def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[np.ndarray, bool, Batch]]:
+        """The steps of an epoch from the one after `first_step` on.
+
+        Yields the caption indices of the whole batch, whether this process has any of them, and its own part of the
+        batch; where it has none, that is the batch's first caption, whose loss must not count.
+        """
+        self.sampler.set_epoch(epoch)
+        order = list(self.sampler)[first_step:]
+        image, whole_images = self.data.photo, self.features is None
+        shares = [share(batch, image, self.rank, self.processes, whole_images) for batch in order]
+        local = [mine if len(mine) else whole[:1] for mine, whole in zip(shares, order, strict=True)]
+        batches = self._from_pixels(local, epoch) if whole_images else self._from_features(local, epoch)
+        if device.type == "cuda":
+            batches = prefetch(batch.map(_pin) for batch in batches)
+        for whole, mine, batch in zip(order, shares, batches, strict=True):
+            yield whole, len(mine) > 0, batch.to(device)
+
+    def _from_pixels(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        seed = int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1, np.uint64)[0])
+        keys = [[(int(i), seed) for i in np.unique(self.data.photo[batch])] for batch in order]
+        images = Photos(self.data.paths, build_transform(True, self.config.image_size, normalise=False))
+        pixels = (batch for _, batch in read_batches(images, keys, self.config.workers))
+        for batch, inputs in zip(order, pixels, strict=True):
+            index, row = np.unique(self.data.photo[batch], return_inverse=True)
+            yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), index)
+
+    def _from_features(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        """A view is drawn for each caption, the same on any number of processes."""
+        views = self.features.shape[1]
+        rng = np.random.default_rng((self.config.seed, epoch))
+        view = rng.integers(views, size=len(self.data.photo), dtype=np.int32)
+        rows = self.features.flatten(0, 1)
+        for batch in order:
+            wanted, row = np.unique(self.data.photo[batch].astype(np.int64) * views + view[batch], return_inverse=True)
+            inputs = rows.index_select(0, torch.from_numpy(wanted).to(rows.device))
+            yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), wanted // views)
+
+
+def place_features(features: Tensor, device: torch.device) -> Tensor:
+    """Stored features on the GPU where they fit beside the training, else as they are: mapped from the disk."""
+    if device.type != "cuda" or features.nbytes > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return features
+    return features.to(device)
+
+
+def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:
+    """The items in their order, each computed in a thread up to `ahead` items before it is asked for."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, iterator, end))
+            yield item
+
+
+def _pin(x: Tensor) -> Tensor:
+    return x if x.is_cuda else x.pin_memory()

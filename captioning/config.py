@@ -1,0 +1,235 @@
+"""The options of a training run: their defaults, their checks, and the recipes in configs/ that set them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from captioning import checkpoint
+from captioning.errors import InputError
+from captioning.files import CACHE
+from model import PARTS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Objective = Literal["cross-entropy", "cider"]
+
+LARGEST_SEED = 2**64 - 1  # what torch.manual_seed takes
+
+# The smallest and the largest value of each number.
+LIMITS: dict[str, tuple[float, float]] = {
+    "image_size": (32, 2048),
+    "embed_size": (1, 1 << 14),
+    "hidden_size": (1, 1 << 14),
+    "num_layers": (1, 16),
+    "dropout": (0, 0.99),
+    "attention_penalty": (0, 1e6),
+    "warmup_steps": (0, math.inf),
+    "save_minutes": (0, math.inf),
+    "workers": (0, 1024),
+    "seed": (0, LARGEST_SEED),
+    **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, math.inf)),
+    **dict.fromkeys(("val_photos", "patience", "vocab_threshold"), (1, math.inf)),
+}
+
+
+@dataclass
+class DataOptions:
+    """Images and captions."""
+
+    data: Path = Path("data/scenes")  # data set folder in COCO's layout, or of WebDataset tar files
+    vocab_threshold: int = 5  # a word must occur this often to be in the vocabulary
+    vocab_from_file: bool = False  # take the vocabulary from --vocab-file rather than from the captions
+    vocab_file: Path = Path("vocab.json")  # JSON list of words
+    val_photos: int = 5000  # validation images scored after each epoch: the first ones
+    skip_unreadable: bool = False  # leave out images that cannot be read, rather than stop
+
+
+@dataclass
+class ModelOptions:
+    """Backbone and decoder."""
+
+    backbone: str = "resnet50"  # image backbone
+    weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
+    image_size: int = 224  # input resolution in pixels
+    views: int = 1  # augmented crops cached per image, for a frozen backbone
+    decoder: Literal["lstm", "attention"] = "lstm"  # decoder architecture
+    embed_size: int = 256  # embedding dimension
+    hidden_size: int = 512  # hidden dimension of the decoder
+    num_layers: int = 1  # layers of the decoder
+    dropout: float = 0.0  # dropout rate in the decoder; 0 with --objective cider
+    tie_weights: bool = False  # share the word embedding with the output layer (arXiv 1608.05859)
+
+
+@dataclass
+class OptimizationOptions:
+    """Objective, batches and learning rate.
+
+    A run resumed with another objective or fine_tune starts from its best epoch, and trains num_epochs more.
+    """
+
+    objective: Objective = "cross-entropy"  # likelihood of the captions, or CIDEr-D as a reward (arXiv 1612.00563)
+    fine_tune: int | None = None  # how many backbone stages to train, from the last; default 0, or all if random
+    num_epochs: int = 3  # passes over the training data
+    batch_size: int = 128  # captions per step, over all processes
+    learning_rate: float | None = None  # peak learning rate; default 1e-3, or 5e-4 for cider
+    backbone_learning_rate: float | None = None  # for fine-tuned stages; default 1e-3, or 1e-5 for cider
+    warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
+    clip_norm: float = 5.0  # gradients are clipped to this norm
+    attention_penalty: float = 1.0  # weight of the doubly stochastic regularisation (arXiv 1502.03044)
+    patience: int = 3  # stop after this many epochs without a better CIDEr
+    seed: int = 0  # random seed
+
+
+@dataclass
+class CheckpointOptions:
+    """Checkpoints and logs."""
+
+    name: str = ""  # model name; default: the name of the data folder
+    models: Path = Path("models")  # folder in which the model's folder is created
+    save_every: int = 1  # epochs between checkpoints; the best epoch is always kept
+    save_minutes: float = 10.0  # minutes between saves within an epoch
+    print_every: int = 100  # steps between lines on the terminal
+    log_file: str = "training_log.txt"  # loss of every step, in the model's folder
+    tensorboard: bool = False  # write TensorBoard scalars to the model's folder
+
+
+@dataclass
+class DeviceOptions:
+    """Devices and workers."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where it is faster
+    workers: int = min(4, os.cpu_count() or 1)  # processes that read images
+    cache: Path = CACHE  # folder for tokenized captions and image features
+
+
+# In the order of `python train.py --help`.
+GROUPS = (DataOptions, ModelOptions, OptimizationOptions, CheckpointOptions, DeviceOptions)
+
+
+@dataclass
+class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, ModelOptions, DataOptions):
+    """All options of a training run; every field is an option of `python train.py`.
+
+    Raises `InputError` for a value that cannot be used.
+    """
+
+    resume: ClassVar[Path | None] = None  # the model folder to resume, in a `ResumedConfig`
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.data.resolve().name
+        self._fill_defaults()
+        self._check()
+
+    def _fill_defaults(self) -> None:
+        cider = self.objective == "cider"
+        if self.fine_tune is None:
+            self.fine_tune = PARTS if self.weights == "random" else 0
+        if self.learning_rate is None:
+            self.learning_rate = 5e-4 if cider else 1e-3
+        if self.backbone_learning_rate is None:
+            self.backbone_learning_rate = 1e-5 if cider else 1e-3
+
+    def _check(self) -> None:
+        if self.objective == "cider" and self.resume is None:
+            raise InputError("objective cider needs a trained model to start from; add --resume models/NAME.")
+        for field, (least, most) in LIMITS.items():
+            value = getattr(self, field)
+            if not value >= least:
+                raise InputError(f"{field} must be at least {least}, not {value}.")
+            if value > most:
+                raise InputError(f"{field} must be at most {most}, not {value}.")
+        for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
+        if self.tie_weights and self.embed_size != self.hidden_size:
+            raise InputError(
+                f"tie_weights needs embed_size and hidden_size alike, not {self.embed_size} and {self.hidden_size}."
+            )
+        for field in ("name", "log_file"):
+            value = getattr(self, field)
+            if value in ("", ".", "..") or Path(value).name != value or "\0" in value:
+                raise InputError(f'{field} must be a name without folders, not "{value}".')
+        if Path(self.log_file).suffix in (".json", ".pkl", ".pt", ".safetensors", ".lock"):
+            raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
+
+
+@dataclass
+class ResumedConfig(TrainingConfig):
+    """The options of a run that resumes the training in the folder `resume`."""
+
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.resume = self.resume and Path(self.resume)
+        super().__post_init__()
+
+
+def settings_of(config: TrainingConfig) -> dict[str, Any]:
+    """The options as captioner.json holds them."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingConfig)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
+    """The options of the training in `folder`, set to resume it, with another `objective` if one is given.
+
+    Its fields may be changed before `train` is called with it. Raises `InputError` if the folder holds no training.
+    """
+    names = [field.name for field in dataclasses.fields(TrainingConfig)]
+    saved = checkpoint.read_description(folder).training
+    values = {name: saved[name] for name in names if name in saved}
+    if objective is not None and objective != values.get("objective", "cross-entropy"):
+        values["objective"] = objective
+        for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # they are the other objective's
+            values.pop(name, None)
+    source = f"{folder}/captioner.json holds no training's configuration"
+    return _validated(ResumedConfig, {**values, "resume": Path(folder)}, source)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The options that a TOML file sets, by their names. Raises `InputError` for a file that cannot be used."""
+    try:
+        with open(path, "rb") as file:
+            options = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a TOML file ({error}).") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(
+            f'{path} sets "{unknown[0]}", which is no option of a training; `python train.py --help` lists them.'
+        )
+    return options
+
+
+def load_config(path: str | Path, **overrides: Any) -> TrainingConfig:
+    """The options of a recipe such as configs/scenes.toml, with `overrides` in the place of its values.
+
+    Raises `InputError` for a file or value that cannot be used.
+    """
+    return _validated(TrainingConfig, {**read_recipe(path), **overrides}, f"{path} cannot be used")
+
+
+def _validated(kind: type[TrainingConfig], values: dict[str, Any], source: str) -> Any:
+    """A config of these values, checked field by field; `source` begins the sentence about one that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):  # of the fields together
+            raise InputError(f"{source}: {cause}") from None
+        where = ".".join(map(str, first["loc"])) or "training"
+        raise InputError(f"{source}: {where}: {first['msg']}.") from None

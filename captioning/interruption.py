@@ -1,0 +1,45 @@
+"""SIGINT and SIGTERM, put off until a training can save."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interruption:
+    """A context that records a SIGINT or SIGTERM rather than ending the process.
+
+    `signal` is its number, 0 if none came. Signals reach the main thread alone; in another one nothing is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.deferred = True
+
+    def __enter__(self) -> Interruption:
+        try:
+            self.before = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread
+            self.before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _record(self, number: int, _: object) -> None:
+        self.signal = number
+        if not self.deferred:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Long work that a signal ends where it is, with a KeyboardInterrupt."""
+        self.deferred = False
+        try:
+            if self.signal:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.deferred = True

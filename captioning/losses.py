@@ -1,0 +1,196 @@
+"""Encoder, decoder and objective as one module, from a batch of captions to its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from data_loader import CaptionDataset, LengthBatches, PhotoBatches
+from model import EncoderCNN, pack
+
+# The float32 logits that exist at a time. On a CPU they stay in its cache.
+CHUNK, LARGEST_CHUNK = {"cpu": 1 << 20}, 1 << 26
+
+
+@dataclass
+class Batch:
+    """A process's part of the captions of a training step, and the images that they describe.
+
+    images: uint8 pixels (P, 3, H, W), or features (P, channels) or (P, cells, channels).
+    row: (B,) each caption's row in `images`.
+    captions: (B, T) token indices, padded.
+    lengths: (B,) on the CPU, whatever the device of the rest.
+    image_index: (P,) each image's index in the data set.
+    """
+
+    images: Tensor
+    row: Tensor
+    captions: Tensor
+    lengths: Tensor
+    image_index: np.ndarray | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `function` applied to the tensors that a device computes with."""
+        return replace(self, images=function(self.images), row=function(self.row), captions=function(self.captions))
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; from pinned memory the copy is asynchronous."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+
+class Objective(Protocol):
+    """What a training minimizes."""
+
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> Sampler:
+        """Batches of caption indices, one per step; `frozen` if the images' features are stored."""
+
+    def count(self, lengths: np.ndarray, decoder: nn.Module) -> tuple[int, int]:
+        """How many terms the loss of captions of these lengths sums, and how many captions those are."""
+
+    def __call__(self, encoder: EncoderCNN, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss and the summed attention penalty of a batch, both scalars on its device."""
+
+    def format(self, loss: float) -> str:
+        """The mean loss of a step in the unit that people read."""
+
+
+class CrossEntropy:
+    """The cross-entropy of each token of a true caption, given the true tokens before it."""
+
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> Sampler:
+        """Captions of one length where features are stored, else all captions of an image in one batch."""
+        if frozen:
+            return LengthBatches(data.lengths, batch_size, seed)
+        return PhotoBatches(data.photo, batch_size, seed)
+
+    def count(self, lengths: np.ndarray, decoder: nn.Module) -> tuple[int, int]:
+        """The tokens that the decoder predicts, and the captions."""
+        return loss_tokens(lengths, decoder), len(lengths)
+
+    def __call__(self, encoder: EncoderCNN, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy of the captions' tokens, and the summed attention penalty."""
+        embedded = embed_images(encoder, batch.images)
+        hidden, attention = decoder.unroll(embedded, batch.captions, batch.lengths, batch.row)
+        targets = pack(batch.captions, batch.lengths, skip=int(decoder.attends))
+        return linear_cross_entropy(hidden, decoder.linear, targets), attention_penalty(attention, hidden)
+
+    def format(self, loss: float) -> str:
+        """The perplexity per token."""
+        return f"Perplexity: {math.exp(min(loss, 700)):.4f}"
+
+
+class CaptioningModel(nn.Module):
+    """Encoder and decoder with their objective: the one module that DistributedDataParallel wraps."""
+
+    def __init__(self, encoder: EncoderCNN, decoder: nn.Module, objective: Objective | None = None):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.objective = CrossEntropy() if objective is None else objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss and the summed attention penalty of a batch."""
+        return self.objective(self.encoder, self.decoder, batch)
+
+
+def embed_images(encoder: EncoderCNN, images: Tensor) -> Tensor:
+    """Embed pixels (P, 3, H, W) uint8 or features (P, ..., channels), each image once: (P, ..., embed_size)."""
+    features = encoder.features(images) if images.dtype == torch.uint8 else images
+    return encoder.embed(features.to(compute_dtype(encoder.embed.weight)))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with `x` is computed in here: autocast's type inside autocast, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def attention_penalty(attention: Tensor | None, hidden: Tensor) -> Tensor:
+    """(1 - a cell's weight summed over the caption) squared, its mean over the cells, summed over the captions.
+
+    The doubly stochastic regularisation of Show, Attend and Tell (equation 14); 0 without attention (B, cells).
+    """
+    if attention is None:
+        return hidden.new_zeros((), dtype=torch.float32)
+    return (1 - attention).square().mean(1).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, linear: nn.Linear, targets: Tensor, scale: Tensor | None = None, banned: Sequence[int] = ()
+) -> Tensor:
+    """The cross-entropy of `linear(hidden)`, summed over the tokens, with little more memory than its logits take.
+
+    Args:
+        hidden: (tokens, H). targets: (tokens,) indices.
+        scale: (tokens,) what each token's cross-entropy is multiplied by.
+        banned: indices whose probability is zero.
+
+    Returns a float32 scalar.
+    """
+    never = torch.tensor(banned, device=hidden.device) if banned else None
+    needs_gradient = torch.is_grad_enabled()
+    dtype = compute_dtype(hidden)
+    return LinearCrossEntropy.apply(hidden, linear.weight, linear.bias, targets, scale, never, dtype, needs_gradient)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The computation of `linear_cross_entropy`.
+
+    The logits are computed at once, in the type of the forward pass. A few rows at a time are copied to float32, and
+    the gradient of the loss, softmax - one-hot, takes their place. So neither float32 logits nor a gradient beside them
+    exist as a whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        banned: Tensor | None,
+        dtype: torch.dtype,
+        needs_gradient: bool,
+    ) -> Tensor:
+        """Compute the loss, and what `backward` multiplies."""
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        logits = hidden @ weight.T  # (tokens, V), without the bias
+        rows = max(1, CHUNK.get(logits.device.type, LARGEST_CHUNK) // logits.shape[1])
+        loss, bias_gradient = torch.zeros((), device=logits.device), torch.zeros_like(bias, dtype=torch.float32)
+        for i in range(0, len(logits), rows):
+            chunk, target = logits[i : i + rows], targets[i : i + rows, None]
+            x = chunk.float().add_(bias)
+            if banned is not None:
+                x.index_fill_(1, banned, -torch.inf)
+            of_target, largest = x.gather(1, target), x.amax(1, keepdim=True)
+            total = x.sub_(largest).exp_().sum(1, keepdim=True)
+            losses = total.log() + largest - of_target
+            factor = torch.ones_like(total) if scale is None else scale[i : i + rows, None].float()
+            loss += (losses * factor).sum()
+            if needs_gradient:
+                gradient = x.mul_(factor / total).scatter_add_(1, target, -factor)
+                bias_gradient += gradient.sum(0)
+                chunk.copy_(gradient)
+        if needs_gradient:
+            ctx.save_for_backward(hidden, weight, logits, bias_gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden, weight and bias."""
+        hidden, weight, gradient, bias_gradient = ctx.saved_tensors
+        parts = gradient @ weight, (gradient.T @ hidden).float(), bias_gradient.clone()
+        return *(part.mul_(grad) for part in parts), None, None, None, None, None
+
+
+def loss_tokens(lengths: Any, decoder: nn.Module) -> int:
+    """How many tokens of captions of these lengths the decoder predicts: `<start>` only from the image alone."""
+    return int(lengths.sum()) - (len(lengths) if decoder.attends else 0)

@@ -1,0 +1,156 @@
+"""What a training needs before its first step: networks, readable images, a description, a state to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from tqdm.auto import tqdm
+
+from captioning import checkpoint
+from captioning.checkpoint import Architecture, Description, Preprocessing
+from captioning.config import TrainingConfig, settings_of
+from captioning.distributed import autocast, this_process
+from captioning.errors import InputError, shown
+from captioning.files import hash_file
+from captioning.images import Photos, build_transform, find_unreadable, read_batches
+from captioning.weights import read_state_dict
+from data_loader import CaptionDataset
+from model import DECODERS, PRETRAINED, EncoderCNN
+
+FIRST_IMAGES = 256  # that the embedding is standardised on
+
+
+def build_networks(config: TrainingConfig, words: int, old: Description | None) -> tuple[EncoderCNN, nn.Module]:
+    """The encoder and the decoder of a training; `old` describes the one that is resumed."""
+    if config.backbone != "resnet50":
+        raise InputError(f'there is no backbone "{config.backbone}"; use resnet50.')
+    weights = checkpoint.backbone_weights(config.weights)
+    if old is not None and old.architecture.backbone == "stored":
+        weights = "random"  # resume.pt holds the real ones
+    decoder_class = DECODERS[config.decoder]
+    encoder = EncoderCNN(config.embed_size, weights, config.fine_tune, grid=decoder_class.attends)
+    dropout = 0.0 if config.objective == "cider" else config.dropout
+    return encoder, decoder_class(config.embed_size, config.hidden_size, words, config.num_layers, dropout)
+
+
+def synchronise_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> None:
+    """Have several processes' batch norms, where they are trained, take the statistics of all processes' images.
+
+    Raises `InputError` on CPUs, for which torch cannot.
+    """
+    encoder.train()
+    trained = any(isinstance(module, BatchNorm) and module.training for module in encoder.modules())
+    if accelerator.num_processes == 1 or not trained:
+        return
+    if accelerator.device.type != "cuda":
+        raise InputError(
+            f"--fine-tune {encoder.fine_tune} trains batch norms, whose statistics several processes share on GPUs "
+            f"only; use one process or a smaller --fine-tune."
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # in place, but for a batch norm that is the module itself
+
+
+def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
+    """Read every image once, so that one that cannot be read is known before the first epoch and not within it.
+
+    With `skip_unreadable` they are left out of the data sets, otherwise `InputError` lists them.
+    """
+    process = this_process()
+    rank, processes = process.process_index, process.num_processes
+    failed: list[InputError] = []
+    for split in splits:
+        local = find_unreadable(split.paths[rank::processes], config.workers, config.cache)
+        unreadable = dict(sorted(gather_object([(rank + i * processes, error) for i, error in local.items()])))
+        split.drop(unreadable)
+        failed += unreadable.values()
+        if not len(split.photo):
+            raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
+    if failed and not config.skip_unreadable:
+        raise InputError(
+            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown(failed)}"
+        )
+    for error in failed if process.is_main_process else ():
+        tqdm.write(f"left out: {error}")
+
+
+def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, old: Description | None) -> Description:
+    """What captioner.json says of a training before its first epoch; `old` describes the one that is resumed."""
+    settings = settings_of(config)
+    before = {"objective": "cross-entropy", **old.training} if old is not None else settings
+    if (before["objective"], before.get("fine_tune")) != (config.objective, config.fine_tune):
+        settings["before"] = old.training  # the settings of the epochs with another objective or other trained stages
+    elif old is not None and "before" in old.training:
+        settings["before"] = old.training["before"]
+    return Description(
+        architecture=describe_architecture(config, old),
+        preprocessing=Preprocessing(image_size=config.image_size),
+        vocabulary=data.vocab.words,
+        data={
+            "folder": config.data.name,
+            "train_photos": len(data.paths),
+            "train_captions": len(data.photo),
+            "train_sha256": hash_file(data.annotation_file),
+            "val_photos": min(len(val.paths), config.val_photos),
+        },
+        training=settings,
+        environment=checkpoint.environment(),
+    )
+
+
+def describe_architecture(config: TrainingConfig, old: Description | None) -> Architecture:
+    """What must be known to build the networks of a training again."""
+    published = checkpoint.backbone_weights(config.weights) == "pretrained" and config.fine_tune == 0
+    if old is not None and old.architecture.backbone == "stored":
+        published = False
+    return Architecture(
+        decoder=config.decoder,
+        embed_size=config.embed_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        dropout=config.dropout,
+        backbone=PRETRAINED.name if published else "stored",
+    )
+
+
+def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
+    """The state of a training that continues with another objective or other stages: its best epoch, no optimizer."""
+    best, first = state["best_epoch"], len(state["epochs"]) + 1
+    if best is None:
+        raise InputError(
+            f"{folder} has no epoch that has ended; train it for one with --objective {state['objective']}."
+        )
+    encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
+    return {
+        **state,
+        **{"epoch": first, "step": 0, "first_epoch": first, "epoch_loss": 0.0, "epoch_tokens": 0},
+        "objective": objective,
+        "encoder": encoder,
+        "decoder": decoder,
+        "optimizer": None,
+    }
+
+
+@torch.no_grad()
+def first_features(
+    data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig
+) -> Tensor:
+    """The features of some training images before training, from those that are stored if any are."""
+    device = encoder.embed.weight.device
+    some = np.random.default_rng(config.seed).permutation(len(data.paths))[:FIRST_IMAGES]
+    if features is not None:
+        return features[torch.from_numpy(some).to(features.device), 0].to(device).float()
+    reader = Photos(data.paths, build_transform(False, config.image_size, normalise=False))
+    pixels = next(read_batches(reader, [some.tolist()]))[1].to(device)
+    statistics = {key: value.clone() for key, value in encoder.resnet.state_dict().items()}
+    with autocast(device, config.precision):
+        result = encoder.features(pixels).float()
+    encoder.resnet.load_state_dict(statistics)  # the batch norms' statistics are as they were
+    return result

@@ -1,0 +1,67 @@
+"""The log of a training, a line for each step, and its scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from captioning.errors import InputError
+
+LINE = re.compile(r"Epoch \[(\d+)/\d+\], Step \[(\d+)/\d+\], Loss: ([^,]+), .*")
+
+
+def format_line(epoch: int, epochs: int, step: int, steps: int, loss: float, mean: str) -> str:
+    """A step's line; `mean` is its loss in the unit that people read."""
+    return f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, {mean}"
+
+
+def read_log(path: str | Path) -> np.ndarray:
+    """The training log as an array (steps, 3): epoch, step in the epoch, loss.
+
+    A last line that a running training has not finished is left out. Raises `InputError` for any other line that is
+    none of a log.
+    """
+    rows = []
+    *lines, _ = Path(path).read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        match = LINE.fullmatch(line)
+        if not match:
+            raise InputError(f"{path}, line {number} is not of a training log; delete the line or the file.")
+        rows.append([float(x) for x in match.groups()])
+    return np.array(rows).reshape(-1, 3)
+
+
+class Scalars:
+    """TensorBoard scalars in the model's folder, or nothing where they are not asked for.
+
+    Raises `InputError` if tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, wanted: bool):
+        self.folder, self.writer = folder / "tensorboard", None
+        if wanted:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs the package tensorboard; pip install tensorboard.") from None
+            self.make = SummaryWriter
+        self.wanted = wanted
+
+    def remove(self) -> None:
+        """Delete those of the training that was in the folder before."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Write values at a step; after a resume, those of the same step are written anew."""
+        if self.wanted and self.writer is None:
+            self.writer = self.make(self.folder, purge_step=step)
+        for name, value in values.items() if self.wanted else ():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush what was written."""
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,83 @@
+"""The validation loss and the metrics of the captions that a model in training writes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from captioning.config import TrainingConfig
+from captioning.decoding import greedy
+from captioning.distributed import autocast, fast_dtype
+from captioning.features import BATCH, encode
+from captioning.images import Photos, build_transform
+from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
+from captioning.metrics import score
+from data_loader import CaptionDataset
+
+FEATURE_BATCH = 64  # images whose features are stored
+
+
+@torch.inference_mode()
+def validate(
+    accelerator: Accelerator,
+    model: CaptioningModel,
+    val: CaptionDataset,
+    features: Tensor | None,
+    config: TrainingConfig,
+) -> dict[str, Any]:
+    """Score a model: loss and perplexity per token, and the metrics and captions of greedy decoding.
+
+    Nothing of the model changes, except that it is in evaluation mode. Each process takes its share of the batches,
+    which are the same for any number of processes; all of them return the result.
+
+    features: (images, ...) stored features of the validation images, or None to run the backbone.
+    """
+    encoder, decoder, cross_entropy = model.eval().encoder, model.decoder, CrossEntropy()
+    images = min(len(val.paths), config.val_photos)
+    size = BATCH if features is None else FEATURE_BATCH
+    batches = [list(range(i, min(i + size, images))) for i in range(0, images, size)]
+    local = batches[accelerator.process_index :: accelerator.num_processes]
+    if features is not None:
+        chunks = ((rows, features[rows]) for rows in local)
+    else:
+        reader = Photos(val.paths, build_transform(False, config.image_size, normalise=False))
+        chunks = encode(encoder.for_inference(fast_dtype(accelerator.device)), reader, local, config.workers)
+    order = np.argsort(val.photo, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(val.photo, minlength=len(val.paths)))])
+    loss, tokens, hypotheses = 0.0, 0, {}
+    for rows, chunk in chunks:
+        inputs = chunk.to(accelerator.device).float()
+        first, last = rows[0], rows[-1]  # a batch's images are consecutive
+        which = order[ends[first] : ends[last + 1]]
+        batch = Batch(inputs, torch.from_numpy(val.photo[which].astype(np.int64) - first), *val.captions(which))
+        with autocast(accelerator.device, config.precision):
+            summed, _ = cross_entropy(encoder, decoder, batch.to(accelerator.device))
+            captions = greedy(decoder, encoder.embed(inputs))
+        loss, tokens = loss + summed.item(), tokens + loss_tokens(batch.lengths, decoder)
+        for row, caption in zip(rows, captions, strict=True):
+            hypotheses[int(val.image_ids[row])] = val.vocab.decode(caption.tokens)
+    parts = gather_object([(loss, tokens, hypotheses)])  # as Python's floats: Apple's GPUs have no float64
+    result = _summarize(parts, val, images) if accelerator.is_main_process else {}
+    return broadcast_object_list([result])[0]
+
+
+def _summarize(parts: list[tuple[float, int, dict[int, str]]], val: CaptionDataset, images: int) -> dict[str, Any]:
+    """The results of all processes' parts: summed loss, tokens, and captions by image id."""
+    losses, tokens, captions = zip(*parts, strict=True)
+    loss = sum(losses) / sum(tokens)
+    hypotheses = {image_id: caption for part in captions for image_id, caption in part.items()}
+    ids = [int(i) for i in val.image_ids[:images]]
+    references = val.references()
+    metrics = score({i: hypotheses[i] for i in ids}, {i: references[i] for i in ids}, java=False).metrics
+    return {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700)),
+        **{name: value for name, value in metrics.items() if value is not None},
+        "captions": {str(i): hypotheses[i] for i in ids[:3]},
+    }
