@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCENES := data/scenes
 NOTEBOOKS := $(sort $(wildcard [0-3]_*.ipynb))
+NBCONVERT := $(BIN)/jupyter nbconvert --to notebook --execute
 
-.PHONY: setup demo test check lint app bench notebooks
+.PHONY: setup demo test check lint app bench notebooks notebooks-commit
 
 setup: .venv/installed
 
@@ -15,10 +16,7 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python scenes.py $(SCENES)
-	$(BIN)/python pretrain.py --data $(SCENES) --weights models/photos --out models/scenes-backbone.pth --image-size 96
-	$(BIN)/python train.py --data $(SCENES) --name scenes --weights models/scenes-backbone.pth --image-size 96 \
-	    --hidden-size 256 --tie-weights --dropout 0.1 --batch-size 24 --learning-rate 3e-3 --num-epochs 5 \
-	    --print-every 500 --overwrite
+	$(BIN)/python train.py --config configs/scenes.toml --overwrite
 	$(BIN)/python evaluate.py --model models/scenes --data $(SCENES) --split test
 	$(BIN)/python caption.py $(SCENES)/images/test/00000200000[1-9].jpg $(SCENES)/images/test/00000200001[0-2].jpg --model models/scenes --sheet models/scenes/captions.png
 
@@ -32,6 +30,7 @@ check: lint
 lint:
 	ruff check .
 	ruff format --check .
+	pyright
 
 app: setup
 	$(BIN)/python gradio_main.py
@@ -40,4 +39,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.speed
 
 notebooks: setup
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+	$(NBCONVERT) --output-dir build/notebooks $(NOTEBOOKS)
+
+notebooks-commit: setup
+	NOTEBOOK_COMMIT=1 $(NBCONVERT) --inplace $(NOTEBOOKS)
