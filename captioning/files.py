@@ -6,9 +6,11 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from PIL import Image
@@ -35,16 +37,17 @@ def hash_file(path: Path, before: bytes = b"") -> str:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its target, flushed to disk, renamed over it."""
-    beside = path.with_name(path.name + ".new")
+    """Write a file whole or not at all: under a temporary name, flushed to disk, renamed over it."""
+    temporary = path.with_name(path.name + ".new")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
 
@@ -52,11 +55,13 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def check_writable(path: Path) -> None:
     """Make the folder of an output before the work whose result goes there; `InputError` where it cannot be written."""
     try:
-        existed = os.path.lexists(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()
-        if not existed:
-            path.unlink()
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            TemporaryFile(dir=path.parent).close()
+        else:
+            open(path, "ab").close()
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
 
