@@ -98,7 +98,7 @@ class Decoding:
         indices: (B,) of the images, on which with `seed` their samples depend; by default 0 to B - 1.
         """
         self.check()
-        lengths = {"max_length": self.max_length, "min_length": self.min_length}
+        lengths: dict[str, Any] = {"max_length": self.max_length, "min_length": self.min_length}
         wanted = 1 + self.alternatives
         if self.temperature is not None:
             options = self._given(SAMPLING_OPTIONS)
@@ -159,7 +159,9 @@ class Captioner:
         description: Description,
         precision: Precision = "auto",
     ):
-        self.device = this_process().device
+        device = this_process().device
+        assert device is not None
+        self.device = device
         self.precision = _choose_precision(precision, self.device)
         self.encoder = encoder.for_inference(DTYPES[self.precision]).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()

@@ -55,7 +55,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Of several processes that were launched together the first to fail says why, and the others end with it.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a photo's name may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  a photo's name may hold what the terminal cannot show
     try:
         main()
     except InputError as error:
@@ -81,7 +81,7 @@ def _ended(more: int) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
