@@ -12,7 +12,6 @@ export. Nothing else is asked of it, so a new decoder is one class here and one 
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.backbones import RESNET50, build_backbone, preprocessing_of, stage_parameters
+from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, preprocessing_of, stage_parameters
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -142,14 +140,7 @@ class EncoderCNN(nn.Module):
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
         """A copy for inference only: batch norms folded into the convolutions before them, the backbone in `dtype`."""
         folded = copy.deepcopy(self).eval().requires_grad_(False)
-        for module in list(folded.network.modules()):
-            for (_, conv), (name, norm) in pairwise(list(module.named_children())):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    assert norm.running_mean is not None
-                    assert norm.running_var is not None
-                    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                    setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
+        fold_batch_norms(folded.network)
         folded.network.to(dtype=dtype, memory_format=torch.channels_last)
         return folded
 

@@ -10,12 +10,14 @@ import difflib
 import hashlib
 import importlib.util
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from captioning.errors import InputError
 from captioning.weights import load_weights, read_state_dict
@@ -146,6 +148,19 @@ def count_stages(name: str) -> int:
     """How many stages a backbone has."""
     with torch.device("meta"):
         return len(stage_parameters(name, build_backbone(name, "random")))
+
+
+@torch.no_grad()
+def fold_batch_norms(network: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, which then gives the same as both in evaluation mode."""
+    for module in list(network.modules()):
+        for (_, conv), (name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
 
 
 def _timm_config(name: str) -> PretrainedCfg:

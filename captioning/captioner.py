@@ -317,10 +317,10 @@ class Ensemble(Captioner):
                     f"{members[0].folder} and {other.folder} have different vocabularies, so that their words cannot "
                     "be averaged; name models that were trained with one vocabulary."
                 )
-        shown = next((member for member in members if member.decoder.attends), members[0])
-        self.device, self.precision = shown.device, shown.precision
-        self.vocab, self.description = shown.vocab, shown.description
-        self.encoder, self.transform = shown.encoder, shown.transform
+        described = next((member for member in members if member.decoder.attends), members[0])
+        self.device, self.precision = described.device, described.precision
+        self.vocab, self.description = described.vocab, described.description
+        self.encoder, self.transform = described.encoder, described.transform
         self.decoder = EnsembleDecoder([member.decoder for member in members])
         self.folder = self.epoch = None
         self.members = list(members)

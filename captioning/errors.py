@@ -38,7 +38,7 @@ class Skipped:
         return [f"{kind} skipped: {count}, the first is {entry}." for kind, (count, entry) in self.kinds.items()]
 
 
-def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
+def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
     """The first of many errors in a sentence, and how many more there are."""
     errors = list(errors)
     more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from captioning.backbones import Preprocessing
 from captioning.distributed import fast_dtype, this_process
-from captioning.errors import InputError, shown
+from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE
 from captioning.images import Photos, build_transform, read_batches
 from captioning.shards import Member
@@ -116,7 +116,9 @@ def stored_features(
                 for index, error in failed.items():
                     unreadable(index, error)
             elif failed:
-                raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown(failed.values())}")
+                raise InputError(
+                    f"{len(failed)} of {len(paths)} photos cannot be read: {summarize_errors(failed.values())}"
+                )
             complete = not failed
             if complete and state.is_main_process:
                 os.replace(partial, store)

@@ -19,7 +19,7 @@ from captioning import checkpoint
 from captioning.checkpoint import Architecture, Description
 from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
-from captioning.errors import InputError, shown
+from captioning.errors import InputError, summarize_errors
 from captioning.files import hash_file
 from captioning.images import Photos, build_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
@@ -76,7 +76,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
             raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
     if failed and not config.skip_unreadable:
         raise InputError(
-            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown(failed)}"
+            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {summarize_errors(failed)}"
         )
     for error in failed if process.is_main_process else ():
         tqdm.write(f"left out: {error}")
