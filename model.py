@@ -38,6 +38,7 @@ class EncoderCNN(nn.Module):
         fine_tune: how many of the backbone's stages, counted from the last, are trained. The weights of the other
             stages never change. Batch norms' statistics change only where all stages are trained.
         grid: give the features of all cells rather than their mean.
+        grid_size: with `grid`, average the feature map to this many rows and columns; by default it stays as it is.
 
     `stages` is how many stages the backbone has (5 for ResNet-50: the stem and four), `feature_size` how many
     channels (2048). Raises `InputError` for an unknown backbone and where the weights cannot be had.
@@ -50,9 +51,10 @@ class EncoderCNN(nn.Module):
         weights: str | Path = "pretrained",
         fine_tune: int = 0,
         grid: bool = False,
+        grid_size: int | None = None,
     ):
         super().__init__()
-        self.backbone_name, self.grid = backbone, grid
+        self.backbone_name, self.grid, self.grid_size = backbone, grid, grid_size
         preprocessing = preprocessing_of(backbone)
         self.mean, self.std = preprocessing.mean, preprocessing.std
         # The published weights call the backbone `resnet`.
@@ -110,9 +112,12 @@ class EncoderCNN(nn.Module):
     def _cells(self, features: Tensor) -> Tensor:
         """What a backbone returns, as cells: (B, C, h, w), (B, h, w, C) or (B, tokens, C) -> (B, cells, C)."""
         if features.ndim == 3:  # a transformer's class and register tokens come before its patches
-            return features[:, getattr(self.network, "num_prefix_tokens", 0) :]
-        if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
-            return features.flatten(1, 2)
+            features = features[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
+        elif getattr(self.network, "output_fmt", "NCHW") == "NHWC":
+            features = features.permute(0, 3, 1, 2)
+        if self.grid and self.grid_size is not None:
+            side = round(features.flatten(2).shape[2] ** 0.5)  # images are square
+            features = F.adaptive_avg_pool2d(features.float().reshape(*features.shape[:2], side, side), self.grid_size)
         return features.flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Architecture(BaseModel):
     num_layers: int = Field(ge=1, le=16)
     dropout: float = Field(ge=0, lt=1)
     backbone: str = Field(max_length=200)  # "resnet50", or the name of a timm model
+    grid_size: int | None = Field(default=None, ge=1, le=64)  # rows and columns that its feature map is averaged to
     # Where its weights are: published under its name, in backbone.pkl for all epochs, or in every encoder-<i>.pkl.
     backbone_weights: Literal["published", "shared", "epoch"]
 
@@ -259,10 +260,10 @@ def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN
     with torch.device("meta"):  # nothing is allocated before the sizes are known to agree
         decoder = decoder_class(parts.embed_size, parts.hidden_size, len(vocabulary), parts.num_layers, parts.dropout)
         if not published:
-            encoder = EncoderCNN(parts.embed_size, parts.backbone, "random", grid=decoder_class.attends)
+            encoder = EncoderCNN(parts.embed_size, parts.backbone, "random", 0, decoder_class.attends, parts.grid_size)
     load_weights(decoder, decoder_state, decoder_file)
     if published:
-        encoder = EncoderCNN(parts.embed_size, parts.backbone, grid=decoder_class.attends)
+        encoder = EncoderCNN(parts.embed_size, parts.backbone, "pretrained", 0, decoder_class.attends, parts.grid_size)
     if parts.backbone_weights == "shared":
         encoder_state = {**read_state_dict(weight_file(folder, "backbone")), **encoder_state}
     optional = (f"{encoder.module_name}.",) if published else ()

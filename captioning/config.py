@@ -62,6 +62,7 @@ class ModelOptions:
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
     image_size: int | None = None  # input resolution in pixels; default: the backbone's own
     crop: Literal["center", "squash"] | None = None  # cut out the center, or squeeze images square; default center
+    grid_size: int | None = None  # average the feature map to this many rows and columns, for a decoder that attends
     views: int = 1  # augmented crops cached per image, for a frozen backbone
     decoder: Literal["lstm", "attention", "transformer"] = "lstm"  # decoder architecture
     embed_size: int = 256  # embedding dimension

@@ -135,7 +135,7 @@ def _lock(path: Path) -> AbstractContextManager:
 
 
 def _key(encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Preprocessing, views: int) -> str:
-    about = ["2", encoder.backbone_name, asdict(preprocessing), views, encoder.grid]
+    about = ["2", encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size]
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in encoder.network.state_dict().items():
         digest.update(name.encode())

@@ -35,7 +35,9 @@ def build_networks(config: TrainingConfig, words: int, old: Description | None) 
     if old is not None and old.architecture.backbone_weights != "published":
         weights = "random"  # resume.pt holds the real ones
     decoder_class = DECODERS[config.decoder]
-    encoder = EncoderCNN(config.embed_size, config.backbone, weights, config.fine_tune, decoder_class.attends)
+    encoder = EncoderCNN(
+        config.embed_size, config.backbone, weights, config.fine_tune, decoder_class.attends, config.grid_size
+    )
     dropout = 0.0 if config.objective == "cider" else config.dropout
     return encoder, decoder_class(config.embed_size, config.hidden_size, words, config.num_layers, dropout)
 
@@ -119,6 +121,7 @@ def describe_architecture(config: TrainingConfig, old: Description | None) -> Ar
         num_layers=config.num_layers,
         dropout=config.dropout,
         backbone=config.backbone,
+        grid_size=config.grid_size,
         backbone_weights=where,
     )
 

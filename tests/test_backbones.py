@@ -149,6 +149,18 @@ def test_the_preprocessing_is_the_backbone_s_own():
         preprocessing_of("resnet50", 16)
 
 
+def test_the_feature_map_is_averaged_to_a_grid():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    whole = EncoderCNN(8, "resnet18", weights="random", grid=True).eval()  # 4 x 4 cells
+    halves = EncoderCNN(8, "resnet18", weights="random", grid=True, grid_size=2).eval()
+    halves.load_state_dict(whole.state_dict())
+    with torch.no_grad():
+        cells, pooled = whole.features(images).unflatten(1, (4, 4)), halves.features(images)
+    assert pooled.shape == (2, 4, 512)
+    torch.testing.assert_close(pooled[:, 1], cells[:, :2, 2:].mean((1, 2)))
+
+
 def test_squashing_shows_the_whole_image():
     image = Image.new("RGB", (400, 100), "black")
     image.paste("white", (0, 0, 40, 100))
@@ -168,13 +180,14 @@ def test_any_family_trains_is_saved_loaded_and_captions(
         weights = str(tmp_path / "weights.pth")
         torch.save(EncoderCNN(8, name, weights="random").network.state_dict(), weights)
     size = FAMILIES[name][0]
-    folder = train(small(backbone=name, weights=weights, decoder="attention", image_size=size))
+    folder = train(small(backbone=name, weights=weights, decoder="attention", image_size=size, grid_size=2))
     description = read_description(folder)
     assert description.architecture.backbone == name
     assert description.architecture.backbone_weights == "shared"
     assert description.preprocessing == preprocessing_of(name, size)
     assert sorted(path.name for path in folder.glob("*.pkl")) == ["backbone.pkl", "decoder-1.pkl", "encoder-1.pkl"]
     encoder = load_model(folder)[0]
+    assert encoder.grid_size == 2
     if weights != "random":
         state = torch.load(weights, weights_only=True)
         assert all(torch.equal(state[key], value) for key, value in encoder.network.state_dict().items())
