@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -137,7 +138,7 @@ def write_file(
 
 
 def print_captions(
-    captioner: Captioner, sources: list[Source], decoding: Decoding, workers: int, strict: bool, as_document: bool
+    captioner: Captioner, sources: Sequence[Source], decoding: Decoding, workers: int, strict: bool, as_document: bool
 ) -> tuple[dict[int, Caption], list[InputError]]:
     """Caption photos and print the captions, as they come or as one JSON document.
 

@@ -165,7 +165,7 @@ class CaptionDataset(Dataset):
         """The split behind pycocotools' API, for exploring it; all its entries are in memory."""
         coco = COCO()
         captions = read_captions(self.annotation_file) if len(self.photo) else ()
-        coco.dataset = {
+        coco.dataset = {  # pyright: ignore[reportAttributeAccessIssue]  its stub lists detection's fields
             "images": [{**entry, "id": i} for i, entry in read_images(self.annotation_file)],
             "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions, 1)],
         }
@@ -261,6 +261,9 @@ class PhotoBatches(Sampler):
             rows = order[start : start + self.photos]
             yield np.concatenate([self.captions[self.ends[i - 1] if i else 0 : self.ends[i]] for i in rows])
         self.epoch += 1
+
+
+CaptionBatches = LengthBatches | PhotoBatches
 
 
 def get_loader(

@@ -276,7 +276,7 @@ def weights(to: Path = Path("models/published")) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} exists and is not empty; delete it or name another folder.")
     work = to.with_name(to.name + ".download")
-    archive, files = work / "weights.zip", [work / "encoder-3.pkl", work / "decoder-3.pkl"]
+    archive, files = work / "weights.zip", (work / "encoder-3.pkl", work / "decoder-3.pkl")
     try:
         require_space(to, 3 * WEIGHTS_BYTES)  # the zip, what is taken from it, and the model's folder
         work.mkdir(parents=True, exist_ok=True)

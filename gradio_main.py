@@ -16,7 +16,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import gradio as gr
@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 from gradio.processing_utils import save_file_to_cache
+from gradio.themes import Soft
 from gradio.utils import get_upload_folder
 from PIL import Image
 
@@ -41,11 +42,12 @@ MOST_WAITING = 128  # requests; the next one is told to come back later
 HANDLED_AT_ONCE = 32  # requests, most of them waiting for the batch that they are in
 IMAGES = Path(__file__).with_name("images")
 DESCRIPTION_TAG = 0x010E  # of EXIF: what a photo shows
-SOURCES = ["upload", "webcam", "clipboard"]
+SOURCES: list[Literal["upload", "webcam", "clipboard"]] = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
 BACKBONES = {"IMAGENET1K_V1": "ResNet-50", "stored": "ResNet-50"}
 DECODERS = {"lstm": "an LSTM", "attention": "an LSTM with attention", "transformer": "a transformer"}
 OTHER_MODELS = "Start it with `--model FOLDER` to serve another, or several; `make demo` trains `models/scenes`."
+Option = gr.Radio | gr.Slider | gr.Dropdown
 PER_WORD = "% per word"
 CSS = """
 #caption textarea {font-size: 1.6rem; line-height: 1.3; font-weight: 600}
@@ -68,7 +70,7 @@ def example_photos(captioners: dict[str, Captioner], folder: Path) -> list[tuple
     examples: dict[Path, str] = {}
     for captioner in captioners.values():
         if captioner.folder is not None and (captioner.folder / "examples").is_dir():
-            photos = find_photos([captioner.folder / "examples"])
+            photos = [path for path in find_photos([captioner.folder / "examples"]) if isinstance(path, Path)]
         elif captioner.description.data.get("folder") != SAMPLE:
             photos = sorted(IMAGES.glob("*.jpg"))
         else:
@@ -101,14 +103,14 @@ def build_page(
 ) -> tuple[Page, Photo]:
     """The page and its input of a photo."""
     answers = Answers(server, folder)
-    examples = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
+    uploaded = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
     names = list(server.captioners)
     with Page(title="Photo captions", analytics_enabled=False, delete_cache=(AGE // 6, AGE)) as page:
         gr.Markdown("# Photo captions\nThe model says in a sentence what it sees in a photo.")
         model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
         options = [*_lay_out_options(), model]
         with gr.Tab("One photo"):
-            photo = _lay_out_photo(answers, options, examples, flag_folder)
+            photo = _lay_out_photo(answers, options, uploaded, flag_folder)
         with gr.Tab("Several photos"):
             _lay_out_photos(answers, options)
         with gr.Accordion("How words are chosen", open=False):
@@ -116,13 +118,13 @@ def build_page(
                 option.render()
         about = "\n\n".join(describe_model(name, server.captioners[name].description) for name in names)
         gr.Markdown(f"{about}\n\n{OTHER_MODELS}")
-    if examples:
-        photo.sample, _ = examples[0]
+    if uploaded:
+        photo.sample, _ = uploaded[0]
     page.queue(max_size=MOST_WAITING, api_open=False)
     return page, photo
 
 
-def _lay_out_options() -> list[gr.components.Component]:
+def _lay_out_options() -> list[Option]:
     """The method, the beam width and the temperature, to be placed later."""
     method = gr.Radio(METHODS, value="beam", label="Method", render=False)
     beam_size = gr.Slider(
@@ -144,7 +146,7 @@ def _lay_out_options() -> list[gr.components.Component]:
 
 def _lay_out_photo(
     answers: Answers,
-    options: list[gr.components.Component],
+    options: list[Option],
     examples: list[tuple[str, str]],
     flag_folder: Path | None,
 ) -> Photo:
@@ -228,7 +230,7 @@ def _lay_out_photo(
     return photo
 
 
-def _lay_out_flag(photo: Photo, caption: gr.Textbox, options: list[gr.components.Component], folder: Path) -> None:
+def _lay_out_flag(photo: Photo, caption: gr.Textbox, options: list[Option], folder: Path) -> None:
     """A button that keeps a photo, its caption and the options in a folder."""
     logger = gr.CSVLogger(verbose=False)
     logger.setup([photo, caption, *options], folder)
@@ -243,7 +245,7 @@ def _lay_out_flag(photo: Photo, caption: gr.Textbox, options: list[gr.components
     button.click(keep, [photo, caption, *options], api_visibility="private")
 
 
-def _lay_out_photos(answers: Answers, options: list[gr.components.Component]) -> None:
+def _lay_out_photos(answers: Answers, options: list[Option]) -> None:
     """Several photos, and a table of their captions to download."""
     gr.Markdown(f"Up to {MOST_PHOTOS} photos at once, of {MOST_UPLOADED >> 20} MB in all; a zip file of them will do.")
     files = Files(
@@ -295,7 +297,7 @@ def load_models(folders: tuple[Path, ...]) -> dict[str, Captioner]:
 def serve(page: Page, photo: Photo, server: Server, listener: socket.socket, share: bool) -> None:
     """Serve the page on a socket until SIGTERM or Ctrl-C; if `share`, through a public tunnel as well."""
     address, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    host = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address))
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -309,7 +311,7 @@ def serve(page: Page, photo: Photo, server: Server, listener: socket.socket, sha
         ssr_mode=False,
         pwa=False,
         footer_links=["api", "settings"],
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["system-ui", "sans-serif"]),
+        theme=Soft(font=["system-ui", "sans-serif"], font_mono=["system-ui", "sans-serif"]),
         css=CSS,
     )
     page.has_launched = True  # until then Gradio takes any path for an upload's
@@ -324,7 +326,8 @@ def serve(page: Page, photo: Photo, server: Server, listener: socket.socket, sha
         gate.origins = {urlsplit(public).netloc}
     print(f"The page is at {url}" + (f" and {public}" if share else "; --share opens a public address too"), flush=True)
     config = uvicorn.Config(gate, log_level="warning", ws="none", timeout_graceful_shutdown=STOP_SECONDS)
-    stop_tabs = app.routes[-1].app.stop_event.set  # of Gradio's app: they keep a connection open
+    # Of Gradio's app: its tabs keep a connection open.
+    stop_tabs = app.routes[-1].app.stop_event.set  # pyright: ignore[reportAttributeAccessIssue]
     StoppableServer(config, stop_tabs, server.close).run(sockets=[listener])
 
 

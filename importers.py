@@ -159,7 +159,9 @@ def _read_split_files(
     """Image name -> the line that gives it a split, and the split."""
     splits: dict[str, tuple[str, str]] = {}
     for path in paths:
-        split = SPLITS[SPLIT_FILE.search(path.stem)[1].lower()]
+        match = SPLIT_FILE.search(path.stem)
+        assert match is not None
+        split = SPLITS[match[1].lower()]
         for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
             name, where = line.strip(), f"{path}, line {number}"
             if not name:

@@ -5,24 +5,23 @@
     AttentionDecoder    an LSTM that attends to a part of the image for every word (arXiv 1502.03044)
     TransformerDecoder  self-attention over the words, cross-attention over the image (arXiv 1706.03762)
 
-Every decoder has `forward` for training and `init_state` and `step` for decoding; nothing else is asked of it, so a
-new decoder is one class here and one line in `DECODERS`.
+Every decoder is a `DecoderModule`: `unroll` for training, `init_state` and `step` for decoding, and `forward` for
+export. Nothing else is asked of it, so a new decoder is one class here and one line in `DECODERS`.
 """
 
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.backbones import RESNET50, build_backbone, preprocessing_of, stage_parameters
+from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, preprocessing_of, stage_parameters
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -77,8 +76,8 @@ class EncoderCNN(nn.Module):
         self.train()
 
     @property
-    def network(self) -> nn.Module:
-        """The backbone, whose state-dict keys begin with `module_name`."""
+    def network(self) -> Any:
+        """The backbone, a module of torchvision or timm, whose state-dict keys begin with `module_name`."""
         return self.get_submodule(self.module_name)
 
     def train(self, mode: bool = True) -> EncoderCNN:
@@ -141,12 +140,7 @@ class EncoderCNN(nn.Module):
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
         """A copy for inference only: batch norms folded into the convolutions before them, the backbone in `dtype`."""
         folded = copy.deepcopy(self).eval().requires_grad_(False)
-        for module in list(folded.network.modules()):
-            for (_, conv), (name, norm) in pairwise(list(module.named_children())):
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                    setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
+        fold_batch_norms(folded.network)
         folded.network.to(dtype=dtype, memory_format=torch.channels_last)
         return folded
 
@@ -159,7 +153,29 @@ def init_forget_bias(lstm: nn.LSTM) -> None:
             bias[lstm.hidden_size : 2 * lstm.hidden_size] = 1
 
 
-class DecoderRNN(nn.Module):
+class DecoderModule(nn.Module):
+    """What training and decoding need of a decoder."""
+
+    attends: bool  # whether it reads the image's cells, and a state ends with its attention over them
+    embed: nn.Embedding  # of the words
+    linear: nn.Linear  # the output layer
+
+    def unroll(
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `linear` reads for every token of whole captions; and each cell's weight, or None without attention."""
+        raise NotImplementedError
+
+    def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The state before `<start>`, after reading the images' features."""
+        raise NotImplementedError
+
+    def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The next token's logits (B, vocab_size) after tokens (B,), and the next state."""
+        raise NotImplementedError
+
+
+class DecoderRNN(DecoderModule):
     """The LSTM of Show and Tell (arXiv 1411.4555): the photo is its first input, then `<start>`, then words.
 
     Args:
@@ -237,7 +253,7 @@ class DecoderRNN(nn.Module):
         return [row[: row.index(END) + 1] if END in row else row for row in rows]
 
 
-class AttentionDecoder(nn.Module):
+class AttentionDecoder(DecoderModule):
     """Soft attention over the photo's grid (Show, Attend and Tell, arXiv 1502.03044).
 
     For every word the LSTM weighs the grid's cells (equations 4 to 6), looks at their weighted mean
@@ -376,7 +392,7 @@ class TransformerLayer(nn.Module):
         return (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).float().softmax(3).mean(1)
 
 
-class TransformerDecoder(nn.Module):
+class TransformerDecoder(DecoderModule):
     """A transformer decoder (Vaswani et al., arXiv 1706.03762) with cross-attention over the image's cells.
 
     As in captioning by Herdade et al. (arXiv 1906.05963), without their boxes: pre-norm layers, learned positions,
@@ -415,7 +431,7 @@ class TransformerDecoder(nn.Module):
         """(B, cells, embed_size) -> words' keys and values, none yet (B, 0, layers, 2 * embed_size); the image's
         (B, cells, layers, 2 * embed_size); attention (B, cells)."""
         image = self.norm_image(features)
-        image = torch.stack([layer.cross_key_value(image) for layer in self.layers], 2)
+        image = torch.stack([layer.cross_key_value(image) for layer in self.layers], 2)  # pyright: ignore[reportCallIssue]
         return image[:, :0], image, features.new_zeros(features.shape[:2])
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -427,7 +443,7 @@ class TransformerDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x, key_value, query = layer(x, image[:, :, i], history[:, :, i])
             key_values.append(key_value)
-        attention = self.layers[-1].attention(query, image[:, :, -1])[:, 0]
+        attention = self.layers[-1].attention(query, image[:, :, -1])[:, 0]  # pyright: ignore[reportCallIssue]
         return self.linear(self.norm(x[:, 0])), (torch.stack(key_values, 2), image, attention)
 
     def unroll(
@@ -471,7 +487,7 @@ def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
     return pack_sequences(captions[:, skip:], lengths - skip)[0].data
 
 
-DECODERS: dict[str, type[nn.Module]] = {
+DECODERS: dict[str, type[DecoderModule]] = {
     "lstm": DecoderRNN,
     "attention": AttentionDecoder,
     "transformer": TransformerDecoder,

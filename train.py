@@ -64,7 +64,7 @@ class CommandOptions:
 
 def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     """The options of a command line; their defaults are those of its recipe, or of the run that it resumes."""
-    values = {"default": grouped(starting_values(arguments))}
+    values: dict[str, Any] = {"default": grouped(starting_values(arguments))}
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     options = tyro.cli(CommandOptions, prog="train.py", description=__doc__, args=arguments, config=flat, **values)
     groups = {name: value for name, value in vars(options).items() if name != "run"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import ijson
 import numpy as np
@@ -104,10 +104,11 @@ def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Itera
                 value = {} if event == "start_map" else []
             elif type(value) is Decimal:
                 value = float(value)
-            if containers and type(containers[-1]) is dict:
-                containers[-1][key] = value
-            elif containers:
-                containers[-1].append(value)
+            parent = containers[-1] if containers else None
+            if isinstance(parent, dict):
+                parent[key] = value
+            elif parent is not None:
+                parent.append(value)
             if opens and not containers and depth == 2 and event == "start_array" and name in names:
                 if name in counts:
                     raise InputError(f'has two lists of "{name}"')
@@ -125,7 +126,7 @@ def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Itera
 # COCO's entries
 
 
-def parse_image_id(value: object) -> int:
+def parse_image_id(value: Any) -> int:
     """Convert an image id from a JSON file to an integer: 7, 7.0 and "007" are all 7.
 
     Raises `InputError` for anything else, with a sentence fragment ("has ...") that follows the name of an entry.
@@ -198,7 +199,7 @@ def read_captions(path: Path) -> Iterator[tuple[int, str]]:
 # Flat arrays
 
 
-class Names(Sequence):
+class Names(Sequence[str]):
     """File names in one block of bytes: a million take some 30 MB, as strings they would take 80.
 
     block: uint8, the names in UTF-8 with newlines between them. starts, ends: (names,) each name's place in it.
@@ -206,13 +207,19 @@ class Names(Sequence):
 
     def __init__(self, block: np.ndarray, starts: np.ndarray | None = None, ends: np.ndarray | None = None):
         self.block = block
-        if starts is None:
+        if starts is None or ends is None:
             ends = np.append(np.flatnonzero(block == ord("\n")), len(block))
             starts = np.append(0, ends[:-1] + 1)
         self.starts, self.ends = starts, ends
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice | np.ndarray) -> Names: ...
 
     def __getitem__(self, index: int | slice | np.ndarray) -> str | Names:
         start, end = self.starts[index], self.ends[index]
@@ -221,7 +228,7 @@ class Names(Sequence):
         return self.block[start:end].tobytes().decode()
 
 
-class PhotoFiles(Sequence):
+class PhotoFiles(Sequence[Path | Member]):
     """The image files of a data set: paths in a folder, or members of tar files, built when they are indexed.
 
     places: (images, 2) each image's offset and size in its tar file, or None.
@@ -232,6 +239,12 @@ class PhotoFiles(Sequence):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path | Member: ...
+
+    @overload
+    def __getitem__(self, index: slice | np.ndarray) -> PhotoFiles: ...
 
     def __getitem__(self, index: int | slice | np.ndarray) -> Path | Member | PhotoFiles:
         name = self.names[index]

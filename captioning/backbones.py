@@ -10,12 +10,14 @@ import difflib
 import hashlib
 import importlib.util
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from captioning.errors import InputError
 from captioning.weights import load_weights, read_state_dict
@@ -86,9 +88,8 @@ def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | N
     else:
         config = _timm_config(backbone)
         interpolation = config.interpolation if config.interpolation == "bilinear" else "bicubic"
-        own = Preprocessing(
-            config.input_size[-1], "center", config.crop_pct or 1.0, interpolation, config.mean, config.std
-        )
+        mean, std = (cast("tuple[float, float, float]", x) for x in (config.mean, config.std))
+        own = Preprocessing(config.input_size[-1], "center", config.crop_pct or 1.0, interpolation, mean, std)
         fixed = config.fixed_input_size
     if fixed and image_size not in (None, own.image_size):
         raise InputError(f"{backbone} takes images of {own.image_size} pixels only, not of {image_size}.")
@@ -135,10 +136,11 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
 def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters of a backbone's stages, from the stem on: what can be fine-tuned together."""
     if name == RESNET50:
+        assert isinstance(backbone, nn.Sequential)
         return [list(part.parameters()) for part in (backbone[:4], *backbone[4:8])]
     from timm.models import group_parameters
 
-    groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
+    groups = group_parameters(backbone, backbone.group_matcher(coarse=True))  # pyright: ignore[reportCallIssue]
     return [[backbone.get_parameter(key) for key in groups[i]] for i in sorted(groups)]
 
 
@@ -146,6 +148,19 @@ def count_stages(name: str) -> int:
     """How many stages a backbone has."""
     with torch.device("meta"):
         return len(stage_parameters(name, build_backbone(name, "random")))
+
+
+@torch.no_grad()
+def fold_batch_norms(network: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, which then gives the same as both in evaluation mode."""
+    for module in list(network.modules()):
+        for (_, conv), (name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
 
 
 def _timm_config(name: str) -> PretrainedCfg:
@@ -170,9 +185,9 @@ def _fetch_from_hub(name: str, config: PretrainedCfg) -> str:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    source = config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
     if not config.hf_hub_id:
         raise InputError(f"no weights of {name} are published on the Hugging Face Hub; use --weights FILE.")
+    source = config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
     try:
         try:
             return hf_hub_download(*source, local_files_only=True)

@@ -11,12 +11,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from captioning.config import TrainingConfig
 from captioning.images import Photos, build_transform, read_batches
 from captioning.losses import Batch
-from data_loader import CaptionDataset
+from data_loader import CaptionBatches, CaptionDataset
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ class EpochBatches:
     def __init__(
         self,
         data: CaptionDataset,
-        sampler: Sampler,
+        sampler: CaptionBatches,
         features: Tensor | None,
         config: TrainingConfig,
         rank: int = 0,
@@ -87,6 +86,7 @@ class EpochBatches:
 
     def _from_features(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         """A view is drawn for each caption, the same on any number of processes."""
+        assert self.features is not None
         views = self.features.shape[1]
         rng = np.random.default_rng((self.config.seed, epoch))
         view = rng.integers(views, size=len(self.data.photo), dtype=np.int32)
@@ -111,7 +111,7 @@ def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:
         pending = deque(pool.submit(next, iterator, end) for _ in range(ahead))
         while (item := pending.popleft().result()) is not end:
             pending.append(pool.submit(next, iterator, end))
-            yield item
+            yield item  # pyright: ignore[reportReturnType]  it is not `end`
 
 
 def _pin(x: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, in
         photo = next(photos, None)
         try:
             row = json.loads(line)
-            if row["photo"] != str(photo):
+            if photo is None or row["photo"] != str(photo):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(

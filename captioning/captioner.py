@@ -98,7 +98,7 @@ class Decoding:
         indices: (B,) of the images, on which with `seed` their samples depend; by default 0 to B - 1.
         """
         self.check()
-        lengths = {"max_length": self.max_length, "min_length": self.min_length}
+        lengths: dict[str, Any] = {"max_length": self.max_length, "min_length": self.min_length}
         wanted = 1 + self.alternatives
         if self.temperature is not None:
             options = self._given(SAMPLING_OPTIONS)
@@ -159,7 +159,9 @@ class Captioner:
         description: Description,
         precision: Precision = "auto",
     ):
-        self.device = this_process().device
+        device = this_process().device
+        assert device is not None
+        self.device = device
         self.precision = _choose_precision(precision, self.device)
         self.encoder = encoder.for_inference(DTYPES[self.precision]).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()
@@ -315,10 +317,10 @@ class Ensemble(Captioner):
                     f"{members[0].folder} and {other.folder} have different vocabularies, so that their words cannot "
                     "be averaged; name models that were trained with one vocabulary."
                 )
-        shown = next((member for member in members if member.decoder.attends), members[0])
-        self.device, self.precision = shown.device, shown.precision
-        self.vocab, self.description = shown.vocab, shown.description
-        self.encoder, self.transform = shown.encoder, shown.transform
+        described = next((member for member in members if member.decoder.attends), members[0])
+        self.device, self.precision = described.device, described.precision
+        self.vocab, self.description = described.vocab, described.description
+        self.encoder, self.transform = described.encoder, described.transform
         self.decoder = EnsembleDecoder([member.decoder for member in members])
         self.folder = self.epoch = None
         self.members = list(members)

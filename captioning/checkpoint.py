@@ -31,7 +31,7 @@ from captioning.backbones import RESNET50, Preprocessing
 from captioning.errors import InputError
 from captioning.files import write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
-from model import DECODERS, EncoderCNN
+from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
 
 DESCRIPTION = "captioner.json"
@@ -240,7 +240,9 @@ def remove_epoch(folder: Path, epoch: int) -> None:
         (folder / f"{name}-{epoch}.pkl").unlink(missing_ok=True)
 
 
-def load_model(folder: str | Path, epoch: int | None = None) -> tuple[EncoderCNN, nn.Module, Vocabulary, Description]:
+def load_model(
+    folder: str | Path, epoch: int | None = None
+) -> tuple[EncoderCNN, DecoderModule, Vocabulary, Description]:
     """Encoder, decoder, vocabulary and description from a model's folder, in evaluation mode on the CPU.
 
     Without `epoch` the best one's weights, else the last one's. `InputError` says what is missing or does

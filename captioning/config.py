@@ -20,7 +20,7 @@ from captioning.files import CACHE
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Objective = Literal["cross-entropy", "cider"]
 

@@ -1,10 +1,10 @@
-"""One process of several that `torchrun` or `accelerate launch` started; alone, it is all of them.
+"""Devices and precision, of one process or of several that were launched together.
 
-    torchrun --nproc_per_node 2 train.py --data data/scenes             on CPUs, or on as many GPUs
-    accelerate launch --num_processes 2 train.py --data data/scenes     on GPUs
+    torchrun --nproc_per_node 2 train.py --data data/scenes             on two GPUs, or on CPUs where there is none
+    accelerate launch --num_processes 2 train.py --data data/scenes     on two GPUs
 
-accelerate does the work. What is here is what it leaves open: that several processes without a GPU are to
-compute on CPUs together, and how long one waits for another.
+accelerate does the work. This module adds that several processes without a GPU compute together on CPUs, and how long
+a process waits for the others.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import get_cpu_distributed_information
 
-# Shares of a long pass over photos end hours apart where one process reads from a slower disk. A process that is
-# gone is noticed at once, whatever this is.
+# Processes that read images from disks of different speed finish hours apart. One that has ended is noticed at once,
+# whatever this is.
 PATIENCE = timedelta(days=1)
 
 
 def on_cpus() -> bool:
-    """Whether several processes were started where there is no GPU: accelerate must be told to use CPUs."""
+    """Whether several processes were launched where there is no GPU; accelerate must be told to use CPUs then."""
     return get_cpu_distributed_information().world_size > 1 and not torch.cuda.is_available()
 
 
 def this_process() -> PartialState:
-    """This process's index, device and ways to wait for the others; the first call joins them."""
+    """This process: its index, its device, and how to wait for the others, which the first call connects to."""
     return PartialState(cpu=on_cpus(), timeout=PATIENCE)
 
 

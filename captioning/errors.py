@@ -38,7 +38,7 @@ class Skipped:
         return [f"{kind} skipped: {count}, the first is {entry}." for kind, (count, entry) in self.kinds.items()]
 
 
-def shown(errors: Iterable[InputError], at_most: int = 10) -> str:
+def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
     """The first of many errors in a sentence, and how many more there are."""
     errors = list(errors)
     more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""
@@ -55,7 +55,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Of several processes that were launched together the first to fail says why, and the others end with it.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a photo's name may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  a photo's name may hold what the terminal cannot show
     try:
         main()
     except InputError as error:
@@ -81,7 +81,7 @@ def _ended(more: int) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -28,6 +28,7 @@ from captioning.errors import InputError
 from captioning.files import require_writable, write_file
 from captioning.hub import find_model
 from captioning.images import build_transform
+from model import DecoderModule
 from vocabulary import END, START, UNK
 
 LARGEST_ONNX = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB
@@ -40,7 +41,7 @@ class RereadingDecoder(nn.Module):
     far, padded to `max_length`, instead of `step` on the last.
     """
 
-    def __init__(self, decoder: nn.Module, max_length: int):
+    def __init__(self, decoder: DecoderModule, max_length: int):
         super().__init__()
         self.decoder, self.max_length = decoder, max_length
 
@@ -61,7 +62,9 @@ class RereadingDecoder(nn.Module):
 class GreedyCaptioner(nn.Module):
     """Images to words as one module: `decoding.greedy`, in operations that a graph can hold."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, vocab_size: int, max_length: int):
+    banned: Tensor
+
+    def __init__(self, encoder: nn.Module, decoder: DecoderModule | RereadingDecoder, vocab_size: int, max_length: int):
         super().__init__()
         self.encoder, self.decoder, self.max_length = encoder, decoder, max_length
         banned = torch.zeros(vocab_size)
@@ -138,6 +141,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
             dynamo=True,
             verbose=False,
         )
+    assert program is not None
     RemoveUnusedNodesPass()(program.model)  # or onnxruntime warns of each whenever it reads the file
     exported = program.model_proto
     resize = build_transform(False, **vars(description.preprocessing)).transforms[0]
@@ -159,12 +163,13 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
 
 @torch.no_grad()
 def _build_captioner(
-    encoder: nn.Module, decoder: nn.Module, images: Tensor, vocab_size: int, max_length: int
+    encoder: nn.Module, decoder: DecoderModule, images: Tensor, vocab_size: int, max_length: int
 ) -> GreedyCaptioner:
     # float() also renews what an LSTM remembers of its weights, which it may not do inside of the loop.
-    encoder, decoder = (module.float().eval().requires_grad_(False) for module in (encoder, decoder))
+    for module in (encoder, decoder):
+        module.float().eval().requires_grad_(False)
     state = decoder.init_state(encoder(images))
     _, after = decoder.step(torch.full((len(images),), START), state)
     if any(x.shape != y.shape for x, y in zip(state, after, strict=True)):
-        decoder = RereadingDecoder(decoder, max_length)
+        return GreedyCaptioner(encoder, RereadingDecoder(decoder, max_length), vocab_size, max_length)
     return GreedyCaptioner(encoder, decoder, vocab_size, max_length)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 
 from captioning.backbones import Preprocessing
 from captioning.distributed import fast_dtype, this_process
-from captioning.errors import InputError, shown
+from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE
 from captioning.images import Photos, build_transform, read_batches
 from captioning.shards import Member
@@ -52,7 +53,8 @@ class Views:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The views of a PIL image."""
-        return torch.stack([self.first(image), *(self.random(image) for _ in range(self.views - 1))])
+        views: list[Any] = [self.first(image), *(self.random(image) for _ in range(self.views - 1))]
+        return torch.stack(views)
 
 
 @torch.inference_mode()
@@ -110,10 +112,13 @@ def stored_features(
         store, partial, complete = broadcast_object_list(found)
         if not complete:
             failed = _fill(encoder, paths, preprocessing, views, partial, workers)
-            if failed and unreadable is None:
-                raise InputError(f"{len(failed)} of {len(paths)} photos cannot be read: {shown(failed.values())}")
-            for index, error in failed.items():
-                unreadable(index, error)
+            if unreadable is not None:
+                for index, error in failed.items():
+                    unreadable(index, error)
+            elif failed:
+                raise InputError(
+                    f"{len(failed)} of {len(paths)} photos cannot be read: {summarize_errors(failed.values())}"
+                )
             complete = not failed
             if complete and state.is_main_process:
                 os.replace(partial, store)
@@ -184,6 +189,7 @@ def _fill(
     mine = starts[state.process_index :: state.num_processes]
     batches = [range(start, min(start + BATCH, len(paths))) for start in mine]
     failed: dict[int, InputError] = {}
+    assert state.device is not None
     fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
     found = encode(fast, Photos(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
     progress = tqdm(

@@ -158,7 +158,7 @@ def model_card(description: Description, name: str, licence: str) -> str:
         model_name=name.split("/")[1],
         eval_results=[_eval_result(folder, metric, value) for metric, value in scores.items()] or None,
     )
-    decoder = DECODERS[parts.decoder].__doc__.splitlines()[0]
+    decoder = str(DECODERS[parts.decoder].__doc__).splitlines()[0]
     about_data = "Its training data is not recorded."
     if data:
         about_data = "\n".join(

@@ -177,7 +177,7 @@ def _draft(image: Image.Image, shorter_side: int | None) -> None:
 
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
-    most = MAX_BYTES // BYTES_PER_PIXEL.get(image.format, DEFAULT_BYTES_PER_PIXEL)
+    most = MAX_BYTES // BYTES_PER_PIXEL.get(str(image.format), DEFAULT_BYTES_PER_PIXEL)
     if width * height > most:
         raise ValueError(f"it has {width} x {height} pixels, more than {most // 10**6} million; save it smaller")
 
@@ -206,13 +206,13 @@ def _bound_tags(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     return lambda directory, file: load(directory, Bounded(file))
 
 
-TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFileDirectory_v2.load)
+TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFileDirectory_v2.load)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     turn = None
     with suppress(Exception):  # a broken EXIF costs the turn and not the image
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     upright = _to_rgb(_cut_long(image))
     upright.info.clear()  # what it says of the orientation, of transparency and of colours is no longer so
     return upright if turn is None else upright.transpose(turn)

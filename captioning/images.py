@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,10 +118,10 @@ def _ignore_signals(_: int) -> None:
 
 def read_batches(
     photos: Photos,
-    batches: Iterable[list],
+    batches: Iterable[Sequence[Any]],
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
-) -> Iterator[tuple[list, Tensor]]:
+) -> Iterator[tuple[list[Any], Tensor]]:
     """Read batches of images ahead in `workers` processes: yields each batch's keys and its images, stacked.
 
     An image that cannot be read is passed to `unreadable` and left out of its batch (which may leave it
@@ -132,7 +133,7 @@ def read_batches(
     batches = list(batches)
     loader = DataLoader(
         _Attempts(photos),
-        batch_sampler=batches,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  ranges do, too
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=_ignore_signals,
@@ -167,7 +168,7 @@ class _Checks(Photos):
     """Images read at an eighth of their size where their format allows it, which still reads every byte of them."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
-        read_photo(self.paths[int(key)], shorter_side=1)
+        read_photo(self.paths[int(key[0] if isinstance(key, tuple) else key)], shorter_side=1)
         return torch.empty(0)
 
 
@@ -190,7 +191,7 @@ def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Pat
     failed: dict[int, InputError] = {}
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for _ in tqdm(
-        read_batches(_Checks(paths, None), batches, workers, failed.__setitem__),
+        read_batches(_Checks(paths, T.PILToTensor()), batches, workers, failed.__setitem__),
         total=len(batches),
         desc="checking images",
         delay=2,

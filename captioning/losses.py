@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from data_loader import CaptionDataset, LengthBatches, PhotoBatches
-from model import EncoderCNN, pack
+from data_loader import CaptionBatches, CaptionDataset, LengthBatches, PhotoBatches
+from model import DecoderModule, EncoderCNN, pack
 
 # The float32 logits that exist at a time. On a CPU they stay in its cache.
 CHUNK, LARGEST_CHUNK = {"cpu": 1 << 20}, 1 << 26
@@ -49,33 +48,37 @@ class Batch:
 class Objective(Protocol):
     """What a training minimizes."""
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> Sampler:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> CaptionBatches:
         """Batches of caption indices, one per step; `frozen` if the images' features are stored."""
+        ...
 
-    def count(self, lengths: np.ndarray, decoder: nn.Module) -> tuple[int, int]:
+    def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
         """How many terms the loss of captions of these lengths sums, and how many captions those are."""
+        ...
 
-    def __call__(self, encoder: EncoderCNN, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss and the summed attention penalty of a batch, both scalars on its device."""
+        ...
 
     def format(self, loss: float) -> str:
         """The mean loss of a step in the unit that people read."""
+        ...
 
 
 class CrossEntropy:
     """The cross-entropy of each token of a true caption, given the true tokens before it."""
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> Sampler:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> CaptionBatches:
         """Captions of one length where features are stored, else all captions of an image in one batch."""
         if frozen:
             return LengthBatches(data.lengths, batch_size, seed)
         return PhotoBatches(data.photo, batch_size, seed)
 
-    def count(self, lengths: np.ndarray, decoder: nn.Module) -> tuple[int, int]:
+    def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
         """The tokens that the decoder predicts, and the captions."""
         return loss_tokens(lengths, decoder), len(lengths)
 
-    def __call__(self, encoder: EncoderCNN, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy of the captions' tokens, and the summed attention penalty."""
         embedded = embed_images(encoder, batch.images)
         hidden, attention = decoder.unroll(embedded, batch.captions, batch.lengths, batch.row)
@@ -90,7 +93,7 @@ class CrossEntropy:
 class CaptioningModel(nn.Module):
     """Encoder and decoder with their objective: the one module that DistributedDataParallel wraps."""
 
-    def __init__(self, encoder: EncoderCNN, decoder: nn.Module, objective: Objective | None = None):
+    def __init__(self, encoder: EncoderCNN, decoder: DecoderModule, objective: Objective | None = None):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.objective = CrossEntropy() if objective is None else objective
@@ -191,6 +194,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(part.mul_(grad) for part in parts), None, None, None, None, None
 
 
-def loss_tokens(lengths: Any, decoder: nn.Module) -> int:
+def loss_tokens(lengths: Any, decoder: DecoderModule) -> int:
     """How many tokens of captions of these lengths the decoder predicts: `<start>` only from the image alone."""
     return int(lengths.sum()) - (len(lengths) if decoder.attends else 0)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from captioning.coco_layout import SPLITS, SourceImage, write_dataset
 from captioning.errors import InputError
@@ -109,7 +109,7 @@ def _entries(path: Path, document: Any, key: str) -> Iterator[tuple[str, dict[st
         yield f"{path}, {key}[{number}]", entry
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return type(value) is int
 
 
@@ -127,7 +127,7 @@ def _whole_number(value: Any, where: str) -> int:
 def _make_ids_unique(images: list[SourceImage]) -> None:
     taken = {image.id for image in images}
     free_ids = (number for number in count(1) if number not in taken)
-    used: set[int] = set()
+    used: set[int | None] = set()
     for image in images:
         if image.id in used:
             image.id = next(free_ids)

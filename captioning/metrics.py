@@ -16,6 +16,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import SupportsFloat
 
 import numpy as np
 import regex
@@ -81,7 +82,7 @@ class Scores:
 def tokenize_plain(caption: str) -> list[str]:
     """Split a caption into lower-case words without punctuation, as pycocoevalcap's PTB tokenizer does in Java."""
     text = unicodedata.normalize("NFC", caption.translate(_REPLACEMENTS)).lower()
-    tokens = _TOKEN.findall(_STRAY_JOINERS.sub("", " ".join(text.split())))
+    tokens: list[str] = _TOKEN.findall(_STRAY_JOINERS.sub("", " ".join(text.split())))
     return [_BRACKETS.get(token, token) for token in tokens if token not in _PUNCTUATION]
 
 
@@ -196,6 +197,7 @@ def score(
 
 
 Tokenized = dict[int, list[str]]  # image id -> captions, each as words with spaces between them
+Values = dict[str, tuple[SupportsFloat, Sequence[float] | np.ndarray]]  # metric -> of the corpus, of each caption
 
 
 def _refuse_meteor(truth: Tokenized, result: Tokenized, tokenizer: str) -> str | None:
@@ -207,10 +209,10 @@ def _refuse_meteor(truth: Tokenized, result: Tokenized, tokenizer: str) -> str |
     return None
 
 
-def _score_in_python(truth: Tokenized, result: Tokenized) -> dict[str, tuple[float, Sequence[float]]]:
-    """Compute all metrics but METEOR: name -> value of the corpus, values of the captions."""
+def _score_in_python(truth: Tokenized, result: Tokenized) -> Values:
+    """Compute all metrics but METEOR."""
     corpus, each = Bleu(4).compute_score(truth, result, verbose=0)
-    values = {f"Bleu_{n}": pair for n, pair in enumerate(zip(corpus, each, strict=True), start=1)}
+    values: Values = {f"Bleu_{n}": pair for n, pair in enumerate(zip(corpus, each, strict=True), start=1)}
     _, rouge = Rouge().compute_score(truth, result)
     rouge = rouge * [bool(caption) for (caption,) in result.values()]  # it finds two empty captions equal
     values["ROUGE_L"] = rouge.mean(), rouge

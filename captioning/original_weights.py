@@ -48,7 +48,7 @@ def read_vocab_pickle(path: Path) -> list[str]:
     try:
         # Unpickling reserves memory for the largest memo number, which a hostile file makes enormous.
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name.endswith("PUT") and argument > len(data):
+            if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
                 raise pickle.UnpicklingError("its numbering is absurd")
         vocabulary = _VocabularyUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises almost anything

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import gradio.component_meta
 import matplotlib
+from gradio.components import Component
 from gradio.data_classes import FileData
 from gradio.utils import sanitize_value_for_csv
 from gradio_client import handle_file
@@ -31,7 +32,7 @@ gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a
 # Inputs
 
 
-def locate(component: gr.components.Component, file: FileData) -> Upload:
+def locate(component: Component, file: FileData) -> Upload:
     """Where an upload is, and its own name; refuses any other path."""
     path = Path(file.path or "").resolve()
     if not path.is_relative_to(Path(component.GRADIO_CACHE).resolve()):
@@ -39,7 +40,7 @@ def locate(component: gr.components.Component, file: FileData) -> Upload:
     return Upload(path, Path(file.orig_name or path.name).name)
 
 
-def to_path(component: gr.components.Component, url_or_path: str | Path | None) -> str | Path | None:
+def to_path(component: Component, url_or_path: str | Path | None) -> str | Path | None:
     """A path, or that of an upload whose address on this server it is; the server fetches nothing."""
     if not str(url_or_path).startswith(("http://", "https://")):
         return url_or_path
@@ -53,7 +54,7 @@ class Photo(gr.Image):
     """Gradio's image input, which decodes nothing."""
 
     is_template = True  # Gradio shows it as its base class
-    sample = ""  # address of a photo, for the examples of "Use via API"
+    sample: str | Path = ""  # address of a photo, for the examples of "Use via API"
 
     def preprocess(self, payload: FileData | None) -> Upload | None:
         """The uploaded file."""
@@ -102,11 +103,11 @@ class Page(gr.Blocks):
             ) from None
 
 
-def explain_unusable(block: gr.components.Component, value: object) -> str | None:
+def explain_unusable(block: Component, value: object) -> str | None:
     """Why a value from a request cannot be an input's, in a sentence; None where it can."""
     if isinstance(block, gr.Slider):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not block.minimum <= value <= block.maximum or (block.step == 1 and value != int(value)):
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if not block.minimum <= number <= block.maximum or (block.step == 1 and number != int(number)):
             kind = "a whole number" if block.step == 1 else "a number"
             return (
                 f"{block.label} must be {kind} from {block.minimum} to {block.maximum}, not {json.dumps(value)[:40]}."
@@ -114,7 +115,7 @@ def explain_unusable(block: gr.components.Component, value: object) -> str | Non
     if isinstance(block, gr.Radio | gr.Dropdown):
         names = [name for _, name in block.choices]
         if value not in names:
-            return f"{block.label} must be one of {', '.join(names)}, not {json.dumps(value)[:40]}."
+            return f"{block.label} must be one of {', '.join(map(str, names))}, not {json.dumps(value)[:40]}."
     if isinstance(block, Photo | Files) and value is not None:
         for file in value if isinstance(block, Files) and isinstance(value, list) else [value]:
             if not isinstance(file, dict) or not isinstance(file.get("path"), str):
@@ -187,8 +188,8 @@ class Answers:
         summary = f"Captioned {len(table) - failures} of {len(table)} photos."
         if progress.left_out:
             summary += f" Files in zip files that are no photos, and were left out: {progress.left_out}."
-        files = write_tables([as_json(name, caption) for name, caption in progress.rows], self.folder)
-        yield summary, gr.update(value=table), *[gr.update(value=str(file), visible=True) for file in files]
+        tables = write_tables([as_json(name, caption) for name, caption in progress.rows], self.folder)
+        yield summary, gr.update(value=table), *[gr.update(value=str(file), visible=True) for file in tables]
 
 
 def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:

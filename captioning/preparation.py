@@ -19,24 +19,24 @@ from captioning import checkpoint
 from captioning.checkpoint import Architecture, Description
 from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
-from captioning.errors import InputError, shown
+from captioning.errors import InputError, summarize_errors
 from captioning.files import hash_file
 from captioning.images import Photos, build_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
-from model import DECODERS, EncoderCNN
+from model import DECODERS, DecoderModule, EncoderCNN
 
 FIRST_IMAGES = 256  # that the embedding is standardised on
 
 
-def build_networks(config: TrainingConfig, words: int, old: Description | None) -> tuple[EncoderCNN, nn.Module]:
+def build_networks(config: TrainingConfig, words: int, old: Description | None) -> tuple[EncoderCNN, DecoderModule]:
     """The encoder and the decoder of a training; `old` describes the one that is resumed."""
     weights = checkpoint.resolve_weights(config.weights)
     if old is not None and old.architecture.backbone_weights != "published":
         weights = "random"  # resume.pt holds the real ones
     decoder_class = DECODERS[config.decoder]
     encoder = EncoderCNN(
-        config.embed_size, config.backbone, weights, config.fine_tune, decoder_class.attends, config.grid_size
+        config.embed_size, config.backbone, weights, config.fine_tune or 0, decoder_class.attends, config.grid_size
     )
     dropout = 0.0 if config.objective == "cider" else config.dropout
     return encoder, decoder_class(config.embed_size, config.hidden_size, words, config.num_layers, dropout)
@@ -76,7 +76,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
             raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
     if failed and not config.skip_unreadable:
         raise InputError(
-            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {shown(failed)}"
+            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {summarize_errors(failed)}"
         )
     for error in failed if process.is_main_process else ():
         tqdm.write(f"left out: {error}")
@@ -85,11 +85,12 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, old: Description | None) -> Description:
     """What captioner.json says of a training before its first epoch; `old` describes the one that is resumed."""
     settings = settings_of(config)
-    before = {"objective": "cross-entropy", **old.training} if old is not None else settings
-    if (before["objective"], before.get("fine_tune")) != (config.objective, config.fine_tune):
-        settings["before"] = old.training  # the settings of the epochs with another objective or other trained stages
-    elif old is not None and "before" in old.training:
-        settings["before"] = old.training["before"]
+    if old is not None:
+        before = {"objective": "cross-entropy", **old.training}
+        if (before["objective"], before.get("fine_tune")) != (config.objective, config.fine_tune):
+            settings["before"] = old.training  # of the epochs with another objective or other trained stages
+        elif "before" in old.training:
+            settings["before"] = old.training["before"]
     return Description(
         architecture=describe_architecture(config, old),
         preprocessing=config.preprocessing,

@@ -72,6 +72,7 @@ class _Process:
     def call(self, function: Callable, arguments: tuple, seconds: float) -> Any:
         if self.popen.poll() is not None:
             self._start()
+        assert self.popen.stdin is not None
         try:
             pickle.dump((function, arguments), self.popen.stdin)
             self.popen.stdin.flush()
@@ -85,6 +86,7 @@ class _Process:
         return result
 
     def _receive(self, seconds: float) -> Any:
+        assert self.popen.stdout is not None
         timer = threading.Timer(seconds, self.popen.kill)
         timer.start()
         try:

@@ -8,18 +8,19 @@ with the mean reward of the other samples as its baseline (arXiv 2003.09971), wh
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
 
 from captioning.cider import CiderD
 from captioning.decoding import sample
 from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
 from data_loader import CaptionDataset, PhotoBatches
-from model import EncoderCNN, pack
+from model import DecoderModule, EncoderCNN, pack
 from vocabulary import END, START, UNK
 
 DRAWS = 5  # captions sampled per image and step, as many as COCO's images have
@@ -34,7 +35,7 @@ class CiderReward:
 
     def __init__(self, data: CaptionDataset):
         tokens, starts, ends = data.tokens.tolist(), data.offsets[:-1].tolist(), data.offsets[1:].tolist()
-        references: dict[int, list[list[int]]] = {}
+        references: dict[Hashable, list[list[int]]] = {}
         for image, start, end in zip(data.photo.tolist(), starts, ends, strict=True):
             references.setdefault(image, []).append(tokens[start + 1 : end])
         self.cider = CiderD(references)
@@ -50,18 +51,19 @@ class SelfCritical:
     def __init__(self, data: CaptionDataset):
         self.reward = CiderReward(data)
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> Sampler:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> PhotoBatches:
         """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all."""
         sampler = PhotoBatches(np.arange(len(data.paths)), max(1, batch_size // DRAWS), seed)
         sampler.captions = np.unique(data.photo, return_index=True)[1]
         return sampler
 
-    def count(self, lengths: np.ndarray, decoder: nn.Module) -> tuple[int, int]:
+    def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
         """The sampled captions, each a term of the loss."""
         return DRAWS * len(lengths), DRAWS * len(lengths)
 
-    def __call__(self, encoder: EncoderCNN, decoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
         """Minus the summed rewards of captions sampled for the batch's images, and the summed attention penalty."""
+        assert batch.image_index is not None
         embedded = embed_images(encoder, batch.images)
         row, captions, lengths, rewards = self.draw(decoder, embedded, batch.image_index)
         hidden, attention = decoder.unroll(embedded, captions, lengths, row)
@@ -73,7 +75,7 @@ class SelfCritical:
         return f"CIDEr-D: {-loss:.4f}"
 
     def draw(
-        self, decoder: nn.Module, embedded: Tensor, image_index: np.ndarray
+        self, decoder: DecoderModule, embedded: Tensor, image_index: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample `DRAWS` captions for each of the embedded images (P, ...), at these indices (P,) of the data set.
 

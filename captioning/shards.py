@@ -114,7 +114,7 @@ def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
     size = os.stat(shard).st_size
     with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep every header
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  tarfile would keep every header
             if info.offset_data + info.size > size:
                 raise tarfile.ReadError(f"it ends within {info.name!r}")
             path = PurePosixPath(info.name)

@@ -168,6 +168,7 @@ class Run:
     def restore(self) -> dict[str, Any]:
         """Take the networks' weights and the progress from resume.pt; returns what it holds."""
         old, folder = self.old, self.folder
+        assert old is not None
         if old.data.get("train_sha256") != self.description.data["train_sha256"]:
             raise InputError(f"{self.data.annotation_file} is not what {folder} was trained on; start a new training.")
         if old.preprocessing != self.description.preprocessing:
@@ -208,6 +209,7 @@ class Run:
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Make the optimizer and the batches, and initialise the networks of a new training (`state` None)."""
         config, encoder, decoder = self.config, self.encoder, self.decoder
+        assert config.learning_rate is not None
         if state is None:
             encoder.standardise(first_features(self.data, encoder, self.features, config))
         if config.tie_weights:
@@ -252,7 +254,7 @@ class Run:
             checkpoint.remove_training(self.folder)
             self.scalars.remove()
             self.save()
-        elif self.is_main and state["optimizer"] is None:
+        elif self.is_main and state and self.old and state["optimizer"] is None:
             if self.description.architecture.backbone_weights != self.old.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
             checkpoint.write_description(self.folder, self.description)  # first: what is resumed from here on is new
@@ -304,6 +306,7 @@ class Run:
         whole: the captions of all processes' batch. counts: False where this process's own part is only a stand-in.
         """
         config, processes = self.config, self.accelerator.num_processes
+        assert config.learning_rate is not None
         done = (self.progress.epoch - self.progress.first_epoch) * len(self.batches) + step - 1
         # Dropout and sampling are seeded anew at each step, so that they need not be saved.
         seed = (config.seed * 1_000_003 + done) * processes + self.accelerator.process_index
@@ -350,7 +353,7 @@ class Run:
         progress, hint = self.progress, "resume from the last good state with `python train.py"
         hint = f"{hint} --resume {self.folder}` and half the --learning-rate or a smaller --clip-norm."
         signal = unread[0].loss.new_tensor(self.interruption.signal)
-        *losses, signals = self.accelerator.reduce(torch.stack([*(x.loss for x in unread), signal]), "sum").tolist()
+        *losses, signals = self.accelerator.reduce(torch.stack([*(x.loss for x in unread), signal]), "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         for x, loss in zip(unread, losses, strict=True):
             value = loss / x.terms
             if not math.isfinite(value):

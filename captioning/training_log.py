@@ -56,9 +56,11 @@ class Scalars:
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Write values at a step; after a resume, those of the same step are written anew."""
-        if self.wanted and self.writer is None:
+        if not self.wanted:
+            return
+        if self.writer is None:
             self.writer = self.make(self.folder, purge_step=step)
-        for name, value in values.items() if self.wanted else ():
+        for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:

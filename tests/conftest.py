@@ -193,7 +193,7 @@ def memorised(request: pytest.FixtureRequest, eight: Path, small: Callable[..., 
         embed_size=32,
         hidden_size=128,
         batch_size=8,
-        num_epochs=3,
+        num_epochs=6 if request.param == "transformer" else 3,
         learning_rate=3e-3,
         attention_penalty=0.0,
     )

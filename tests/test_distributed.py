@@ -308,7 +308,8 @@ def test_several_processes_write_the_same_file(
     assert sum("cannot be read as a photo" in line for line in lines) == BATCH + 1
     said = f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} photos could not be read; their rows in {output} say why."
     assert said in lines
-    assert len(lines) == BATCH + 2
+    assert f"{output}: {len(captioned.splitlines())} rows written, 0 were there" in lines
+    assert len(lines) == BATCH + 3
 
 
 @pytest.mark.parametrize("process", [0, 1])

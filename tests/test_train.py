@@ -131,7 +131,7 @@ def test_a_frozen_backbone_is_bit_identical_after_training(small: Make, tmp_path
     torch.save(weights, tmp_path / "weights.pth")
     folder = train(small(weights=str(tmp_path / "weights.pth")))
     before = EncoderCNN(16, weights=tmp_path / "weights.pth").resnet.state_dict()
-    after = read_state_dict(folder / "encoder-1.pkl")
+    after = read_state_dict(folder / "backbone.pkl")
     assert len(before) == len(weights)
     for key, value in before.items():
         assert torch.equal(after[f"resnet.{key}"], value), key

@@ -93,7 +93,7 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     return placed + sorted(mains, key=lambda thing: -thing.y)
 
 
-def _pose(other: dict, relation: str, setting: str) -> str:
+def _pose(other: dict, relation: str | None, setting: str) -> str:
     """What the company does."""
     if other["kind"] == "boat":
         return "sailing" if setting == "sea" else "lying"

@@ -20,7 +20,8 @@ HAIRS = ((60, 40, 30), (124, 74, 38), (32, 28, 32))
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
     """Colour `a` with this share of `b` in it."""
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from captioning.scenes.drawing import Colour
@@ -23,18 +24,18 @@ COLOURS: dict[str, Colour] = {
 
 LAND = ("beach", "street", "snow", "meadow", "city")
 OPEN = ("beach", "snow", "meadow", "sea")
-# setting -> what a thing does there
-RUNNING = dict.fromkeys(LAND, ("running", "standing"))
-SITTING = dict.fromkeys(LAND, ("sitting",))
-GALLOPING = dict.fromkeys(LAND, ("galloping", "standing"))
+Actions = Mapping[str, tuple[str, ...]]  # setting -> what a thing does there
+RUNNING: Actions = dict.fromkeys(LAND, ("running", "standing"))
+SITTING: Actions = dict.fromkeys(LAND, ("sitting",))
+GALLOPING: Actions = dict.fromkeys(LAND, ("galloping", "standing"))
 PERCHING = dict.fromkeys(LAND, ("flying", "standing")) | {"sea": ("flying",)}
-STROLLING = dict.fromkeys(LAND, ("walking", "standing", "waving"))
-DRIVING = dict.fromkeys(LAND, ("parked", "driving"))
+STROLLING: Actions = dict.fromkeys(LAND, ("walking", "standing", "waving"))
+DRIVING: Actions = dict.fromkeys(LAND, ("parked", "driving"))
 SAILING = {"sea": ("sailing",), "beach": ("lying",)}
-FLYING = dict.fromkeys((*LAND, "sea"), ("flying",))
-FLOATING = dict.fromkeys((*LAND, "sea"), ("floating",))
-BOUNCING = dict.fromkeys(LAND, ("lying", "bouncing"))
-STANDING = dict.fromkeys(LAND, ("standing",))
+FLYING: Actions = dict.fromkeys((*LAND, "sea"), ("flying",))
+FLOATING: Actions = dict.fromkeys((*LAND, "sea"), ("floating",))
+BOUNCING: Actions = dict.fromkeys(LAND, ("lying", "bouncing"))
+STANDING: Actions = dict.fromkeys(LAND, ("standing",))
 # relation -> what a thing can be so to
 FLIERS = ("kite", "balloon", "plane")
 BEHIND = {"in front of": ("house", "tree"), "under": FLIERS}
@@ -58,7 +59,7 @@ class Kind:
     small: float  # its larger side as company, in shorter sides of the picture
     size: tuple[float, float] = (0, 0)  # its larger side as the main thing
     most: int = 1
-    settings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    settings: Actions = field(default_factory=dict)
     company: dict[str, tuple[str, ...]] = field(default_factory=dict)
     coloured: bool = True
     garments: tuple[str, ...] = ()  # a person's colour is a garment's
