@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCENES := data/scenes
 NOTEBOOKS := $(sort $(wildcard [0-3]_*.ipynb))
-NBCONVERT := $(BIN)/jupyter nbconvert --to notebook --execute
+NBCONVERT := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.store_widget_state=False \
+    --ExecutePreprocessor.record_timing=False
 
 .PHONY: setup demo test check lint app bench notebooks notebooks-commit
 

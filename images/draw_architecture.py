@@ -1,6 +1,6 @@
-"""The encoder-decoder figure: a photo becomes a feature, the feature becomes words.
+"""Draw the figure of the encoder and the decoder, images/encoder-decoder.png: an image becomes a feature, then words.
 
-python -m images.draw_architecture        draws images/encoder-decoder.png
+python -m images.draw_architecture
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import random
 from itertools import count
 from pathlib import Path
 
-import matplotlib
 import matplotlib.figure
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Polygon
 from PIL import Image
@@ -18,7 +18,9 @@ from PIL import Image
 from captioning.scenes.composition import paint_scene
 from captioning.scenes.world import plan
 
-# the stages of a ResNet-50 (arXiv 1512.03385, table 1): name, channels, pixels of the photo a cell's step
+OUTPUT = Path(__file__).with_name("encoder-decoder.png")
+
+# The stages of a ResNet-50 (arXiv 1512.03385, table 1): name, channels, pixels of the image from cell to cell.
 STAGES = (
     ("conv1", 64, 2),
     ("layer1", 256, 4),
@@ -32,7 +34,7 @@ ENCODER, LINEAR, WORD, LSTM = "#7fb3d5", "#f5b971", "#ffffff", "#a9d18e"
 
 
 def example_photo() -> Image.Image:
-    """A dog that runs on a beach, out of the sample data set's pictures."""
+    """A square picture in the manner of the sample data set: a dog that runs on a beach."""
     for seed in count():
         rng = random.Random(f"figure/{seed}")
         scene = plan(rng)
@@ -46,19 +48,19 @@ def example_photo() -> Image.Image:
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, fill: str, text: str, size: float = 10) -> None:
-    """A labelled box about (x, y)."""
+    """Draw a labelled box with its middle at (x, y)."""
     corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=fill, edgecolor=INK, linewidth=1))
     axes.text(x, y, text, ha="center", va="center", fontsize=size, color=INK)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
-    """An arrow from `start` to `end`."""
+    """Draw an arrow from `start` to `end`."""
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0, **style})
 
 
 def volume(axes: Axes, x: float, y: float, depth: float, side: float) -> None:
-    """A stack of feature maps as a solid: `side` is their size, `depth` how many there are; its left at x."""
+    """Draw a stack of feature maps as a solid: `side` is the maps' size, `depth` their number, x its left edge."""
     d = side * 0.28  # how far the solid recedes
     low, high = y - side / 2, y + side / 2
     right = x + depth
@@ -72,7 +74,7 @@ def volume(axes: Axes, x: float, y: float, depth: float, side: float) -> None:
 
 
 def draw_encoder(axes: Axes, embed_size: int, image_size: int) -> tuple[float, float]:
-    """The upper half; returns where its output ends."""
+    """Draw the upper half; return where the decoder's input comes from."""
     y = 6.85  # the middle of the row
     axes.imshow(example_photo(), extent=(0.1, 2.1, y - 1, y + 1), zorder=2)
     axes.text(1.1, y - 1.15, f"photo\n3 × {image_size} × {image_size}", ha="center", va="top", fontsize=10)
@@ -104,7 +106,7 @@ def draw_encoder(axes: Axes, embed_size: int, image_size: int) -> tuple[float, f
 
 
 def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidden_size: int, vocab_size: int) -> None:
-    """The lower half: the LSTM unrolled over one caption."""
+    """Draw the lower half: the LSTM, unrolled over one caption."""
     first, gap = 2.5, 1.2
     rows = {"in": 0.45, "embed": 1.3, "lstm": 2.25, "linear": 3.2, "out": 4.05}
     inputs, outputs = ("photo", "<start>", *WORDS), ("<start>", *WORDS, "<end>")
@@ -148,8 +150,8 @@ def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidde
 def draw_architecture(
     embed_size: int = 256, hidden_size: int = 512, vocab_size: int = 10_000, image_size: int = 224
 ) -> matplotlib.figure.Figure:
-    """The whole figure, with these sizes written in it."""
-    figure = matplotlib.figure.Figure(figsize=(12.6, 8.56))
+    """Draw the whole figure, with these sizes written in it; image_size is in pixels."""
+    figure = matplotlib.figure.Figure(figsize=(12.6, 8.56), layout="none")
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     source = draw_encoder(axes, embed_size, image_size)
     draw_decoder(axes, source, embed_size, hidden_size, vocab_size)
@@ -158,7 +160,15 @@ def draw_architecture(
     return figure
 
 
+def main(output: Path = OUTPUT) -> None:
+    """Draw the figure of the encoder and the decoder.
+
+    Args:
+        output: the PNG file to write.
+    """
+    draw_architecture().savefig(output, format="png", dpi=110, facecolor="white")
+    print(f"drew {output}")
+
+
 if __name__ == "__main__":
-    path = Path(__file__).with_name("encoder-decoder.png")
-    draw_architecture().savefig(path, dpi=110, facecolor="white")
-    print(f"drew {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    tyro.cli(main)

@@ -1,0 +1,126 @@
+"""The notebooks as they are committed: run, with figures, without leftovers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from captioning.config import load_config
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(ROOT.glob("[0-3]_*.ipynb"))
+DRAWING = {"show", "draw_sheet", "draw_attention", "draw_architecture"}
+IMAGES = {"image/png", "image/jpeg"}
+LEFTOVERS = {
+    "a figure as text": r"<Figure size|<Axes|<PIL\.",
+    "a progress bar": r"\d%\|",
+    "a path of the machine": r"(?<![\w.:/])/(?:home|root|tmp|work|mnt|opt|usr|var|Users|content)/|[A-Z]:\\\\Users",
+}
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def outputs_as_text(cell: dict) -> str:
+    """What a reader sees of the outputs, without images and without the text that stands in for them."""
+    texts = []
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        shown = {kind: text for kind, text in data.items() if kind not in IMAGES}
+        if IMAGES & data.keys():
+            shown.pop("text/plain", None)
+        texts += [output.get("text", []), *shown.values()]
+    return "".join("".join(text) for text in texts if not isinstance(text, dict))
+
+
+def parse(cell: dict) -> ast.Module:
+    """The cell's Python, without IPython's own commands."""
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source(cell), flags=re.M))
+
+
+def calls(node: ast.AST) -> set[str]:
+    """The names of the functions that are called when `node` runs; a definition calls nothing."""
+    names = set()
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef):
+            names |= calls(child)
+    if isinstance(node, ast.Call):
+        names.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
+    return names
+
+
+@each
+def test_every_cell_has_run_without_error_and_in_order(path: Path):
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+
+
+@each
+def test_every_cell_that_draws_shows_an_image(path: Path):
+    drawing = set(DRAWING)
+    figures = 0
+    for cell in code_cells(path):
+        tree = parse(cell)
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            if any(calls(statement) & drawing for statement in function.body):
+                drawing.add(function.name)
+        if calls(tree) & drawing:
+            figures += 1
+            kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+            assert kinds & IMAGES, source(cell)
+    assert figures >= 4
+
+
+@each
+@pytest.mark.parametrize("what", LEFTOVERS)
+def test_outputs_hold_no(path: Path, what: str):
+    for cell in code_cells(path):
+        assert not re.search(LEFTOVERS[what], outputs_as_text(cell) + source(cell)), source(cell)
+
+
+@each
+def test_no_output_is_a_widget(path: Path):
+    notebook = json.loads(path.read_text())
+    assert "widgets" not in notebook["metadata"]
+    kinds = {kind for cell in code_cells(path) for output in cell["outputs"] for kind in output.get("data", {})}
+    assert kinds <= {*IMAGES, "text/plain", "text/markdown"}
+
+
+@each
+def test_the_first_cell_installs_in_colab_and_the_text_says_so(path: Path):
+    cells = json.loads(path.read_text())["cells"]
+    assert "In Colab" in source(cells[0])
+    assert "GPU" in source(cells[0])
+    assert "google.colab" in source(cells[1])
+    assert "git clone" in source(cells[1])
+
+
+@each
+def test_cells_are_short_and_the_file_is_small(path: Path):
+    assert not [source(cell) for cell in code_cells(path) if source(cell).count("\n") >= 28]
+    assert path.stat().st_size < 1_000_000
+
+
+def test_there_are_four():
+    assert [path.name[0] for path in NOTEBOOKS] == ["0", "1", "2", "3"]
+
+
+def test_the_table_of_parameters_gives_the_values_of_the_recipe():
+    cells = json.loads(next(path for path in NOTEBOOKS if path.name.startswith("2")).read_text())["cells"]
+    table = next(source(cell) for cell in cells if "| parameter |" in source(cell))
+    rows = re.findall(r"^\| `(\w+)` \| `?([\w.]+)", table, re.M)
+    config = load_config(ROOT / "configs" / "scenes.toml")
+    assert len(rows) == 9
+    assert rows == [(name, str(getattr(config, name))) for name, _ in rows]
