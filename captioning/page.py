@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gradio_client import handle_file
 from PIL import Image
 
 from captioning.bulk import as_json
-from captioning.captioner import Caption, Decoding
+from captioning.captioner import PHOTO_DECODING, Caption, Decoding
 from captioning.errors import InputError
 from captioning.web import Server, Upload
 
@@ -198,12 +199,12 @@ def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
         return Decoding()
     if method == "sampling":
         return Decoding(temperature=temperature, alternatives=4)
-    return Decoding(beam_size=beam_size, alternatives=min(beam_size, 5) - 1, block_trigrams=True)
+    return replace(PHOTO_DECODING, beam_size=beam_size, alternatives=min(beam_size, 5) - 1)
 
 
 def per_word(caption: Caption) -> float:
     """The geometric mean of the probabilities of a caption's words, by which a beam ranks, in percent."""
-    return round(100 * math.exp(caption.log_probability / (len(caption.tokens) + 1)), 1)
+    return round(100 * math.exp(caption.score), 1)
 
 
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:

@@ -261,7 +261,9 @@ def test_the_keyboard_alone_does_all(page: Page, browser, scene: Image.Image, tm
         names = []
         for _ in range(60):
             tab.keyboard.press("Tab")
-            focused = tab.evaluate("(e => [e.ariaLabel, e.value, e.innerText, e.id].join(' '))(document.activeElement)")
+            focused = tab.evaluate(
+                "(e => e == document.body ? '' : [e.ariaLabel, e.value, e.innerText].join(' '))(document.activeElement)"
+            )
             if name in focused:
                 return
             names.append(focused)
@@ -671,13 +673,15 @@ def test_a_full_queue_says_so(slow: SlowCaptioner, scene: Image.Image, monkeypat
     with served(slow, [], tmp_path) as api:
         path = httpx.post(f"{api}/upload", files={"files": ("a.jpg", encoded(scene))}).json()[0]
         body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "beam", 3, 1]}
-        replies = []
-        for _ in range(4):
-            replies.append(httpx.post(f"{api}/call/caption", json=body))
+        replies: list[httpx.Response] = []
+        for _ in range(60):  # one is captioned, one waits, and the next is refused
+            replies.append(httpx.post(f"{api}/call/caption", json=body, timeout=60))
+            if sum(reply.status_code == 200 for reply in replies) == 2 and replies[-1].status_code == 503:
+                break
             time.sleep(0.5)
-        assert [reply.status_code for reply in replies] == [200, 200, 503, 503]
+        assert {reply.status_code for reply in replies} == {200, 503}
         assert "Queue is full" in replies[-1].text
-        assert httpx.get(api.removesuffix("gradio_api"), timeout=5).status_code == 200  # it answers meanwhile
+        assert httpx.get(api.removesuffix("gradio_api"), timeout=60).status_code == 200  # it answers meanwhile
 
 
 def test_uploads_are_deleted_and_examples_stay(slow: SlowCaptioner, photo: Path, monkeypatch, tmp_path: Path):
