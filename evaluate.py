@@ -182,8 +182,7 @@ def main(
     about = _describe(captioner, models, data, split)
     training_captions = None
     if this_process().is_main_process:
-        _log("{model}, epoch {epoch}, trained on {trained_on}, backbone in {precision}".format(**about))
-        _log(f"evaluated on {data}, {split} split")
+        _log("{model}, epoch {epoch}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
         results = _choose_output(results, dataset)
         training_captions = _read_training_captions(data)
     evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
@@ -290,7 +289,7 @@ def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, fl
         novel = "" if variety["novel"] is None else f", {variety['novel']:.0%} not among the training captions"
         print(
             f"\n{images} images{skipped}, {different} different captions, {variety['vocabulary']} words used{novel}; "
-            f"{speed:.1f} images/s"
+            f"{speed:.1f} images/s with a backbone in {about['precision']}"
         )
     if scores is not None and scores.without_meteor:
         _log(scores.without_meteor)

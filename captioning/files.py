@@ -145,7 +145,7 @@ def check_output(path: Path) -> None:
     Raises `InputError` where `write_file` would.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is not a file; name another one to write.")
+        raise InputError(f"{path} cannot be written: it is not a file; name another one.")
     temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
