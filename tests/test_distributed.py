@@ -18,6 +18,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+import torchvision
 import tyro
 from conftest import draw_noise
 from torch.distributed import TCPStore
@@ -54,7 +55,7 @@ def run_process(rank: int, processes: int, port: int, output: Path, run: Callabl
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
-    model.resnet50 = build_tiny
+    torchvision.models.resnet50 = build_tiny
     errors.run_command(lambda: run(*arguments))
 
 
@@ -100,7 +101,7 @@ def launch(tmp_path: Path, launch_in: Callable[..., Launch]) -> Callable[..., La
 
 @pytest.fixture
 def config(small: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
-    monkeypatch.setattr(model, "resnet50", build_tiny)
+    monkeypatch.setattr(torchvision.models, "resnet50", build_tiny)
 
     def make(**fields: object) -> TrainingConfig:
         return small(**{"weights": "pretrained", "image_size": 32, "cache": tmp_path / "cache", **fields})
@@ -214,10 +215,10 @@ def test_a_notebook_launches_several_processes(config: Make, tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     cells = f"""
-import pickle, model, test_distributed
+import pickle, test_distributed, torchvision
 from accelerate import notebook_launcher
 from train import train
-model.resnet50 = test_distributed.build_tiny
+torchvision.models.resnet50 = test_distributed.build_tiny
 config = pickle.load(open("config", "rb"))
 notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
 print("and goes on")
@@ -273,7 +274,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(small: Make) -> Iterator[Path]:
     """A trained model with the small backbone that the launched processes have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "resnet50", build_tiny)
+        patch.setattr(torchvision.models, "resnet50", build_tiny)
         yield train(small(num_epochs=2, image_size=32))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 
-import model
 from captioning import checkpoint, features, training, validation
 from captioning.checkpoint import epochs_saved, load_resume, read_description
 from captioning.errors import InputError
@@ -125,7 +125,7 @@ def test_a_state_without_its_optimizer_s_parameters_is_refused_in_a_sentence(con
 def test_a_backbone_that_had_only_a_name_is_stored_for_every_epoch_when_it_learns(
     small: Make, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(model, "resnet50", build_tiny)
+    monkeypatch.setattr(torchvision.models, "resnet50", build_tiny)
     folder = train(small(weights="pretrained", image_size=32, num_epochs=2))
     published = {key: value.clone() for key, value in checkpoint.load_model(folder)[0].resnet.state_dict().items()}
     settings = dataclasses.replace(resumed_config(folder), fine_tune=1, num_epochs=1)
@@ -448,7 +448,7 @@ def train_or_go_on(config: TrainingConfig) -> None:
     """What the killed process runs: begins the training, or goes on where its folder is a model's."""
     sys.stdout = open(os.devnull, "w")
     torch.set_num_threads(1)
-    model.resnet50 = build_tiny
+    torchvision.models.resnet50 = build_tiny
     folder = config.models / config.name
     train(resumed_config(folder) if (folder / "captioner.json").exists() else config)
 
