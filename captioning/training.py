@@ -27,6 +27,7 @@ from captioning.config import TrainingConfig, resumed_config
 from captioning.distributed import autocast, fast_dtype, on_cpus, this_process
 from captioning.errors import InputError
 from captioning.features import stored_features
+from captioning.files import require_writable
 from captioning.interruption import Interruption
 from captioning.losses import Batch, CaptioningModel, CrossEntropy
 from captioning.preparation import (
@@ -60,6 +61,8 @@ def train(config: TrainingConfig) -> Path:
     `KeyboardInterrupt` after a signal, once the training is saved.
     """
     folder = config.resume or config.models / config.name
+    if config.resume is not None:
+        require_writable(folder)
     try:
         run = Run(config, folder)
         with exclusive_lock(folder), Interruption() as run.interruption:
