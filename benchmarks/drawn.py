@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -83,6 +82,4 @@ def write_annotations(path: Path, names: list[str], captions: list[str]) -> None
     ]
     annotations = [{"image_id": i % len(names) + 1, "id": i + 1, "caption": text} for i, text in enumerate(captions)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps({"info": {}, "licenses": [], "images": images, "annotations": annotations}))
-    os.replace(beside, path)
+    path.write_text(json.dumps({"info": {}, "licenses": [], "images": images, "annotations": annotations}))

@@ -1,9 +1,9 @@
-"""What captions are worth after as many epochs of the plain recipe and of this project, on the same frozen backbone.
+"""How good captions are after as many epochs of the plain recipe and of this project, on the same frozen backbone.
 
-    python -m benchmarks.quality        on the sample data set, after `make demo`; an hour on two cores
+    python -m benchmarks.quality        on the sample data set, drawn by `python scenes.py data/scenes`
 
-The recipe trains as `recipe.py` does, in batches of 32; the project as `train.py` does when it is told nothing, and
-as `make demo` has it. Each captions the validation split greedily. Prints a table and writes it to
+The recipe trains as `recipe.py` does, in batches of 32; the project by its defaults, and by configs/scenes.toml, whose
+backbone and image size all three have. Each captions the validation split greedily. Prints a table and writes it to
 benchmarks/results/quality.json.
 """
 
@@ -16,96 +16,90 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import tyro
 from tqdm import tqdm
 
 from benchmarks import recipe
-from benchmarks.speed import RECIPE_BATCH
-from captioning import checkpoint
-from captioning.captioner import Captioner
+from benchmarks.timing import DEVICE
+from benchmarks.training_speed import RECIPE_BATCH
+from captioning.captioner import Captioner, Decoding
+from captioning.checkpoint import environment, resolve_weights
+from captioning.config import TrainingConfig, load_config
 from captioning.errors import run_command
+from captioning.files import write_file
 from captioning.metrics import score
-from captioning.training import TrainingConfig, train
-from data_loader import CaptionDataset
+from captioning.training import train
+from data_loader import CaptionDataset, find_split
 from evaluate import check_scenes, evaluate
 from model import EncoderCNN
 
-EMBED_SIZE, HIDDEN_SIZE = 256, 512  # the recipe's, and the project's where it is told nothing
-DEMO = {"hidden_size": 256, "tie_weights": True, "dropout": 0.1, "batch_size": 24, "learning_rate": 3e-3}
+EMBED_SIZE, HIDDEN_SIZE = 256, 512  # the recipe's, and the project's by default
 
 
 @dataclass
 class Settings:
     """What is trained, and for how long."""
 
-    data: Path = Path("data/scenes")
-    weights: Path = Path("models/scenes-backbone.pth")  # of the backbone, frozen
-    image_size: int = 96  # of the square that the encoder sees
+    config: Path = Path("configs/scenes.toml")  # a recipe of train.py, with the backbone and the image size of all
+    data: Path | None = None  # data set folder; by default the config's
     epochs: int = 3
     results: Path = Path("benchmarks/results")
 
 
-def caption_plainly(settings: Settings, val: CaptionDataset) -> dict[int, str]:
-    """Train the plain recipe; returns its caption of each validation photo."""
+def caption_plainly(config: TrainingConfig, val: CaptionDataset) -> dict[int, str]:
+    """Train the plain recipe on the config's backbone; returns its caption of each validation image."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    photos = settings.data / "images" / "train"
-    data = recipe.Captions(
-        settings.data / "annotations" / "captions_train.json", photos, image_size=settings.image_size
-    )
-    encoder = recipe.Encoder(EMBED_SIZE)
-    encoder.resnet.load_state_dict(EncoderCNN(EMBED_SIZE, weights=settings.weights).resnet.state_dict())
+    annotations, images = find_split(config.data, "train", config.cache)
+    inputs = config.preprocessing
+    data = recipe.Captions(annotations, images, image_size=inputs.image_size, mean=inputs.mean, std=inputs.std)
+    ours = EncoderCNN(EMBED_SIZE, config.backbone, resolve_weights(config.weights))
+    encoder = recipe.Encoder(EMBED_SIZE, ours.network, ours.feature_size)
     decoder = recipe.Decoder(EMBED_SIZE, HIDDEN_SIZE, len(data.index))
-    steps = settings.epochs * -(-len(data) // RECIPE_BATCH)
-    losses = islice(recipe.train(data, encoder, decoder, RECIPE_BATCH, device), steps)
+    steps = config.num_epochs * -(-len(data) // RECIPE_BATCH)
+    losses = islice(recipe.train(data, encoder, decoder, RECIPE_BATCH, DEVICE), steps)
     for _ in tqdm(losses, "plain recipe", steps, disable=None):
         pass
     encoder, decoder = encoder.eval(), decoder.eval()
     ids = val.image_ids.tolist()
-    return {i: recipe.caption(p, data, encoder, decoder, device) for i, p in zip(ids, val.paths, strict=True)}
+    return {i: recipe.caption(p, data, encoder, decoder, DEVICE) for i, p in zip(ids, val.paths, strict=True)}
 
 
-def caption_with(settings: Settings, val: CaptionDataset, **fields: Any) -> dict[int, str]:
-    """Train the project; returns its caption of each validation photo."""
+def caption_with(config: TrainingConfig, val: CaptionDataset) -> dict[int, str]:
+    """Train the project; returns its caption of each validation image."""
     with TemporaryDirectory() as models:
-        config = TrainingConfig(
-            data=settings.data,
-            models=Path(models),
-            weights=str(settings.weights),
-            image_size=settings.image_size,
-            num_epochs=settings.epochs,
-            print_every=10_000,
-            **fields,
-        )
-        found = evaluate(Captioner.load(train(config)), val, java=False)
-    return {i: caption.text for i, caption in found.captions.items()}
+        config.models = Path(models)
+        return evaluate(Captioner.load(train(config)), val, Decoding(), java=False).hypotheses()
 
 
 def run(settings: Settings) -> Path:
     """Train, caption and score; prints the table, writes the JSON and returns its path."""
-    val = CaptionDataset(settings.data, "val", vocab_threshold=1)
+    overrides = {} if settings.data is None else {"data": settings.data}
+    config = load_config(settings.config, num_epochs=settings.epochs, print_every=10_000, **overrides)
+    shared = ("data", "backbone", "weights", "image_size", "fine_tune", "num_epochs", "print_every")
+    default = TrainingConfig(**{field: getattr(config, field) for field in shared})
+    val = CaptionDataset(config.data, "val", vocab_threshold=1)
     references = val.references()
     ways: dict[str, Callable[[], dict[int, str]]] = {
-        "plain recipe": lambda: caption_plainly(settings, val),
-        "train.py": lambda: caption_with(settings, val),
-        "train.py as make demo has it": lambda: caption_with(settings, val, **DEMO),
+        "plain recipe": lambda: caption_plainly(config, val),
+        "train.py": lambda: caption_with(default, val),
+        f"train.py --config {settings.config.name}": lambda: caption_with(config, val),
     }
     rows: dict[str, dict[str, float]] = {}
-    for name, captions in ways.items():
-        found = captions()
-        metrics = {key: value for key, value in score(found, references).metrics.items() if value is not None}
-        rows[name] = {**metrics, **check_scenes(val, found)}
+    for name, way in ways.items():
+        captions = way()
+        metrics = {key: value for key, value in score(captions, references).metrics.items() if value is not None}
+        rows[name] = {**metrics, **check_scenes(val, captions)}
     columns = list(rows["plain recipe"])
     print(f"| {settings.epochs} epochs | {' | '.join(columns)} |\n| :-- {'| --: ' * len(columns)}|")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(f'{row[column]:.3f}' for column in columns)} |")
     settings.results.mkdir(parents=True, exist_ok=True)
     path = settings.results / "quality.json"
-    results = {"environment": checkpoint.environment(), "epochs": settings.epochs, "rows": rows}
-    checkpoint.write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+    about = {"environment": environment(), "backbone": config.backbone, "image_size": config.preprocessing.image_size}
+    results = {**about, "epochs": settings.epochs, "rows": rows}
+    write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
     print(f"wrote {path}", file=sys.stderr)
     return path
 

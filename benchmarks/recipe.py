@@ -39,7 +39,8 @@ def words_of(caption: str) -> list[str]:
 class Captions(Dataset):
     """Photos and captions; an item is (photo (3, size, size), caption (length,)).
 
-    `threshold` is how often a word must occur; with `words` that list is the vocabulary instead.
+    `threshold` is how often a word must occur; with `words` that list is the vocabulary instead. `mean` and `std` are
+    those that the backbone's images are normalised by.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Captions(Dataset):
         threshold: int = 5,
         words: list[str] | None = None,
         image_size: int = 224,
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
     ):
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
             self.coco = COCO(str(annotations))
@@ -61,7 +64,7 @@ class Captions(Dataset):
         self.index = {word: index for index, word in enumerate(words)}
         self.lengths = [len(words_of(self.coco.anns[i]["caption"])) for i in self.ids]
         resize = T.Resize(round(image_size * 256 / 224))
-        normalise = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        normalise = [T.ToTensor(), T.Normalize(mean, std)]
         crop = [T.RandomCrop(image_size), T.RandomHorizontalFlip()]
         self.transform = T.Compose([resize, *crop, *normalise])
         self.test_transform = T.Compose([resize, T.CenterCrop(image_size), *normalise])
@@ -83,15 +86,13 @@ class Captions(Dataset):
 
 
 class Encoder(nn.Module):
-    """A frozen ResNet-50 and a linear layer on what it sees."""
+    """A frozen ResNet-50, or another backbone that gives `feature_size` numbers, and a linear layer on its features."""
 
-    def __init__(self, embed_size: int):
+    def __init__(self, embed_size: int, backbone: nn.Module | None = None, feature_size: int = 2048):
         super().__init__()
-        resnet = resnet50(weights=None)
-        for parameter in resnet.parameters():
-            parameter.requires_grad_(False)
-        self.resnet = nn.Sequential(*list(resnet.children())[:-1])
-        self.embed = nn.Linear(resnet.fc.in_features, embed_size)
+        self.resnet = nn.Sequential(*list(resnet50(weights=None).children())[:-1]) if backbone is None else backbone
+        self.resnet.requires_grad_(False)
+        self.embed = nn.Linear(feature_size, embed_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, embed_size)."""

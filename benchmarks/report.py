@@ -1,69 +1,41 @@
-"""The measurements as people read them: a table of Markdown, and the bars of the README."""
+"""The measurements as people read them: tables of Markdown, and the bars of images/speed.png."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
 
+NAMES = {"resnet50": "ResNet-50", "tf_efficientnet_lite2": "EfficientNet-Lite2"}
+
 
 def format_table(results: dict[str, Any]) -> str:
-    """The measurements as a table of Markdown, with ratios, and the profile below it."""
-    training, captioning, start = results["training"], results["captioning"], results["start_up"]
-    bare, share = captioning["bare_forward_photos_per_second"], captioning["share_of_bare_forward"]
-    memory, reading = (
-        captioning["encoder_from_memory_photos_per_second"],
-        captioning["reading_photos_per_second"],
-    )
-    stored = training["seconds_with_features_stored"]
-    rows = [
-        (
-            "training, captions/s over 3 epochs",
-            f"{training['recipe_captions_per_second']:.1f}",
-            f"{training['captions_per_second']:.0f}",
-            training["ratio"],
-        ),
-        (
-            "captioning in batches, photos/s",
-            f"{captioning['recipe_photos_per_second']:.1f}",
-            f"{captioning['photos_per_second']:.1f}",
-            captioning["ratio"],
-        ),
-        (
-            "captioning one photo, ms",
-            f"{1000 * captioning['recipe_seconds_for_one']:.0f}",
-            f"{1000 * captioning['seconds_for_one']:.0f}",
-            captioning["ratio_for_one"],
-        ),
-        (
-            f"ready to train on {start['captions']:,} captions, s",
-            f"{start['recipe_seconds']:.1f}",
-            f"{start['cold_seconds']:.1f}",
-            start["ratio_cold"],
-        ),
-        (
-            "the same, the next time",
-            f"{start['recipe_seconds']:.1f}",
-            f"{start['warm_seconds']:.2f}",
-            start["ratio_warm"],
-        ),
-        (
-            "its peak memory, MB",
-            f"{start['recipe_peak_megabytes']:.0f}",
-            f"{start['cold_peak_megabytes']:.0f}",
-            start["recipe_peak_megabytes"] / start["cold_peak_megabytes"],
-        ),
-    ]
-    lines = [f"{results['device']}, {results['photo_count']} {results['photos']} photos", ""]
-    lines += [f"| {'':<45} | {'plain recipe':>12} | {'this project':>12} | {'ratio':>6} |"]
-    lines += [f"|-{'-' * 45}-|-{'-' * 11}:|-{'-' * 11}:|-{'-' * 5}:|"]
-    lines += [f"| {name:<45} | {before:>12} | {now:>12} | {ratio:>6.1f} |" for name, before, now, ratio in rows]
-    lines += [
+    """All measurements, with ratios, and the profile below them."""
+    training = results["training"]
+    lines = [
+        f"{results['device']}, {results['photo_count']} {results['photos']} photos, {results['words']:,} words",
         "",
-        f"Training took {training['seconds']:.1f} s, with the features stored already {stored:.1f} s.",
-        f"In photos/s: the bare backbone {bare:.1f}, of which captioning reaches {share:.0%}; the project's",
-        f"encoder on photos in memory {memory:.1f}; reading photos alone {reading:.1f}.",
+        *_table(["", "plain recipe", "this project", "ratio"], _against_the_recipe(results)),
+        "",
+        f"Training took {training['seconds']:.1f} s, and {training['seconds_with_features_stored']:.1f} s with the "
+        "features stored before.",
+        "",
+        *_table(
+            ["photos/s, beside the backbone", "captioning", "bare forward", "share", "from memory", "reading"],
+            _beside_the_backbone(results["captioning"]),
+        ),
+        "",
+        *_table(
+            ["steps on stored features, captions/s", "this project", "share of the LSTM's", "ratio to the recipe"],
+            [
+                (name, f"{one['captions_per_second']:.0f}", f"{one['share_of_lstm']:.2f}", f"{one['ratio']:.1f}")
+                for name, one in results["decoders"].items()
+            ],
+        ),
     ]
+    if peer := results["peer"]:
+        lines += ["", *_table(["", "ViT-S and GPT-2 of transformers", "this project", "ratio"], _peer(peer, results))]
     for part, places in results["profile"].items():
         for place, operations in places.items():
             lines += ["", f"{part.replace('_', ' ')}, most time on the {place}:"]
@@ -73,40 +45,113 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any]) -> matplotlib.figure.Figure:
-    """The bars of the README: the plain recipe and the project, in each one's own unit."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    first, *others = widths
+    rule = [":" + "-" * (first - 1), *("-" * (width - 1) + ":" for width in others)]
+    cells = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in (head, *rows)]
+    return [f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:])]
+
+
+def _against_the_recipe(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     training, captioning, start = results["training"], results["captioning"], results["start_up"]
-    recipe_colour, colour = "#b8bcc6", "#2f7fb8"
-    ms, ms_now = 1000 * captioning["recipe_seconds_for_one"], 1000 * captioning["seconds_for_one"]
-    panels: list[tuple[str, str, list[float]]] = [
+    recipe_photos, recipe_one = captioning["recipe_photos_per_second"], captioning["recipe_seconds_for_one"]
+    recipe_captions, captions = training["recipe_captions_per_second"], training["captions_per_second"]
+    rows = [("training, captions/s over 3 epochs", f"{recipe_captions:.1f}", f"{captions:.0f}", training["ratio"])]
+    for backbone, one in captioning["backbones"].items():
+        name, rate, seconds = NAMES[backbone], one["photos_per_second"], one["seconds_for_one"]
+        rows += [
+            (f"captioning with {name}, photos/s", f"{recipe_photos:.1f}", f"{rate:.1f}", one["ratio"]),
+            (
+                f"captioning one photo with {name}, ms",
+                f"{1000 * recipe_one:.0f}",
+                f"{1000 * seconds:.0f}",
+                one["ratio_for_one"],
+            ),
+        ]
+    seconds, megabytes = start["recipe_seconds"], start["recipe_peak_megabytes"]
+    cold, warm, peak = start["cold_seconds"], start["warm_seconds"], start["cold_peak_megabytes"]
+    rows += [
+        (f"{start['captions']:,} captions ready to train on, s", f"{seconds:.1f}", f"{cold:.1f}", start["ratio_cold"]),
+        ("the same, the next time, s", f"{seconds:.1f}", f"{warm:.2f}", start["ratio_warm"]),
+        ("its peak memory, MB", f"{megabytes:.0f}", f"{peak:.0f}", megabytes / peak),
+    ]
+    return [(name, before, now, f"{ratio:.1f}") for name, before, now, ratio in rows]
+
+
+def _beside_the_backbone(captioning: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{NAMES[backbone]}, {one['image_size']} pixels",
+            f"{one['photos_per_second']:.1f}",
+            f"{one['bare_forward_photos_per_second']:.1f}",
+            f"{one['share_of_bare_forward']:.0%}",
+            f"{one['encoder_from_memory_photos_per_second']:.1f}",
+            f"{one['reading_photos_per_second']:.1f}",
+        )
+        for backbone, one in captioning["backbones"].items()
+    ]
+
+
+def _peer(peer: dict[str, float], results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = [
+        (
+            "training, captions/s",
+            peer["captions_per_second"],
+            results["training"]["captions_per_second"],
+            peer["training_ratio"],
+        ),
+        (
+            "captioning, photos/s",
+            peer["photos_per_second"],
+            results["captioning"]["backbones"]["resnet50"]["photos_per_second"],
+            peer["captioning_ratio"],
+        ),
+    ]
+    return [(name, *(f"{value:.1f}" for value in values)) for name, *values in rows]
+
+
+def draw(results: dict[str, Any]) -> matplotlib.figure.Figure:
+    """Bars: the plain recipe and the project, each panel in a unit of its own."""
+    training, captioning, start = results["training"], results["captioning"], results["start_up"]
+    backbones = list(captioning["backbones"].values())
+    per_backbone = ["recipe", "ResNet-50", "Lite2"]
+    panels: list[tuple[str, str, list[str], list[float]]] = [
         (
             "training",
             "captions/s, more is better",
+            ["recipe", "project"],
             [training["recipe_captions_per_second"], training["captions_per_second"]],
         ),
         (
             "captioning",
             "photos/s, more is better",
-            [captioning["recipe_photos_per_second"], captioning["photos_per_second"]],
+            per_backbone,
+            [captioning["recipe_photos_per_second"], *(one["photos_per_second"] for one in backbones)],
         ),
-        ("captioning one photo", "ms, less is better", [ms, ms_now]),
+        (
+            "captioning one photo",
+            "ms, less is better",
+            per_backbone,
+            [1000 * s for s in (captioning["recipe_seconds_for_one"], *(one["seconds_for_one"] for one in backbones))],
+        ),
         (
             f"ready for {start['captions']:,} captions",
             "s, less is better",
+            ["recipe", "project", "next time"],
             [start["recipe_seconds"], start["cold_seconds"], start["warm_seconds"]],
         ),
     ]
     figure = matplotlib.figure.Figure(figsize=(11, 3.2), layout="constrained")
     figure.suptitle(f"The plain recipe and this project on {results['device']}", fontsize=11)
-    for axes, (title, unit, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        names = ["recipe", "project"] if len(values) == 2 else ["recipe", "project", "next time"]
-        bars = axes.bar(names, values, color=[recipe_colour, *[colour] * (len(values) - 1)], width=0.65)
+    for axes, (title, unit, names, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        bars = axes.bar(names, values, color=["#b8bcc6", *["#2f7fb8"] * (len(values) - 1)], width=0.65)
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
         axes.set_title(title, fontsize=11)
         axes.set_ylabel(unit)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    limit = captioning["bare_forward_photos_per_second"]
+    limit = captioning["backbones"]["resnet50"]["bare_forward_photos_per_second"]
     figure.axes[1].axhline(limit, color="#555555", linestyle=":", linewidth=1)
-    figure.axes[1].text(-0.4, limit, "backbone alone", fontsize=8, va="bottom", color="#555555")
+    figure.axes[1].text(-0.4, limit, "ResNet-50 alone", fontsize=8, va="bottom", color="#555555")
     return figure

@@ -30,14 +30,14 @@ import torch
 import tyro
 from accelerate.utils import gather_object
 
-import caption
 from benchmarks import drawn
 from captioning import checkpoint, training
+from captioning.bulk import stream_photos
 from captioning.distributed import this_process
 from data_loader import CaptionDataset, LengthBatches
-from model import FEATURE_SIZE
 
 CAPTIONS_A_PHOTO = 5
+FEATURE_SIZE = 2048  # of ResNet-50
 CHUNK = 100_000  # captions that are drawn at once
 ROWS = {  # what is printed of what is measured
     "captions": "captions",
@@ -140,9 +140,9 @@ def array_megabytes(data: CaptionDataset) -> float:
 
 
 def measure(folder: Path, steps: int) -> list[dict[str, float]]:
-    """Measure a data set in this process; returns what all processes found, each as one dictionary."""
+    """Measure a data set in this process; returns what all processes measured, each as one dictionary."""
     process = this_process()
-    found: dict[str, float] = {"process": process.process_index}
+    row: dict[str, float] = {"process": process.process_index}
     first = process.is_main_process and not (folder / "cache").exists()
     process.wait_for_everyone()
     CaptionDataset(folder, "val", vocab_threshold=1, cache=folder / "cache")  # what is loaded once is no growth
@@ -150,24 +150,24 @@ def measure(folder: Path, steps: int) -> list[dict[str, float]]:
     if first:  # when one process reads the captions
         with Peak() as peak:
             CaptionDataset(folder, cache=folder / "cache")
-        found |= {"seconds_cold": peak.seconds, "megabytes_cold": peak.megabytes - before}
+        row |= {"seconds_cold": peak.seconds, "megabytes_cold": peak.megabytes - before}
     process.wait_for_everyone()
     with Peak() as peak:
         data = CaptionDataset(folder, cache=folder / "cache")
     held = megabytes() - before
-    found |= {"seconds_warm": peak.seconds, "megabytes_warm": peak.megabytes - before}
-    found |= {"photos": len(data.paths), "captions": len(data.photo)}
-    found |= {"words": len(data.vocab), "megabytes_of_arrays": array_megabytes(data)}
-    found["megabytes_beyond_arrays"] = held - found["megabytes_of_arrays"]
+    row |= {"seconds_warm": peak.seconds, "megabytes_warm": peak.megabytes - before}
+    row |= {"photos": len(data.paths), "captions": len(data.photo)}
+    row |= {"words": len(data.vocab), "megabytes_of_arrays": array_megabytes(data)}
+    row["megabytes_beyond_arrays"] = held - row["megabytes_of_arrays"]
     with Peak() as peak:
         batches = sum(1 for _ in LengthBatches(data.lengths, 128))
-    found |= {"seconds_order": peak.seconds, "batches": batches}
+    row |= {"seconds_order": peak.seconds, "batches": batches}
     with Peak() as peak:
-        photos = sum(1 for _ in caption.stream_photos([folder / "images" / "train"]))
-    found["seconds_folder"] = peak.seconds
+        photos = sum(1 for _ in stream_photos([folder / "images" / "train"]))
+    row["seconds_folder"] = peak.seconds
     assert photos == len(data.paths)
     del data
-    return gather_object([found | _train(folder, steps)])
+    return gather_object([row | _train(folder, steps)])
 
 
 def _train(folder: Path, steps: int) -> dict[str, float]:
@@ -185,7 +185,6 @@ def _train(folder: Path, steps: int) -> dict[str, float]:
         return torch.from_numpy(np.load(folder / f"{paths.folder.name}.npy", mmap_mode="c"))
 
     training.learning_rate_factor, training.stored_features = timed, stored
-    training.layer_ranges = lambda *_: None  # of photos that are empty files
     config = training.TrainingConfig(
         data=folder, name="scale", models=folder / "models", cache=folder / "cache", weights="random", fine_tune=0
     )
@@ -229,15 +228,15 @@ def _launch(settings: Settings, folder: Path, processes: int) -> list[dict[str, 
 
 def slopes(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """What a million more captions cost the main process, between the smallest and the largest size."""
-    found: dict[str, dict[str, float]] = {}
+    per_million: dict[str, dict[str, float]] = {}
     for processes in sorted({row["processes"] for row in rows}):
         mine = [row for row in rows if row["processes"] == processes and row["process"] == 0]
         small, large = mine[0], mine[-1]
         if large["captions"] > small["captions"]:
             more = (large["captions"] - small["captions"]) / 1e6
             names = [name for name in small if name.startswith(("seconds", "megabytes"))]
-            found[f"{processes} processes"] = {name: (large[name] - small[name]) / more for name in names}
-    return found
+            per_million[f"{processes} processes"] = {name: (large[name] - small[name]) / more for name in names}
+    return per_million
 
 
 def format_table(rows: list[dict[str, float]]) -> str:
@@ -256,9 +255,9 @@ def main(settings: Settings) -> None:
     if settings.measure is None:
         run(settings)
         return
-    found = measure(settings.measure, settings.steps)
+    rows = measure(settings.measure, settings.steps)
     if this_process().is_main_process:
-        print(json.dumps(found))
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

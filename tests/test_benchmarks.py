@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import drawn, quality, recipe, scale, speed
-from model import DecoderRNN, EncoderCNN
+from benchmarks import drawn, material, peer, quality, recipe, report, scale, speed
+from captioning.errors import InputError
+from model import DECODERS, DecoderRNN, EncoderCNN
 from vocabulary import Vocabulary
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> speed.Settings:
-    return speed.Settings(
+def settings(tmp_path: Path) -> material.Settings:
+    return material.Settings(
         count=18,
         image_size=32,
+        lite_image_size=32,
         recipe_steps=1,
         recipe_photos=2,
+        decoder_steps=2,
+        decoder_images=20,
         repeats=1,
         start_up_photos=20,
         start_up_captions=2000,
@@ -38,28 +43,51 @@ def numbers(value: object) -> list[float]:
 
 
 def test_a_small_run_reports_every_measurement(
-    settings: speed.Settings, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    settings: material.Settings, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawn, "CAPTIONS", 3000)
+    monkeypatch.setattr(speed, "measure_peer", lambda *_: None)  # below, by itself
     path = speed.run(settings)
     results = json.loads(path.read_text())
-    assert {"device", "photos", "training", "captioning", "profile", "start_up"} <= set(results)
     assert results["training"]["captions_seen"] == 3 * 5 * settings.count
     assert results["start_up"]["captions"] == 2000
     assert results["profile"]["training_epoch"]["cpu"]
     assert results["profile"]["captioning"]["cpu"]
-    parts = [results[part] for part in ("training", "captioning", "start_up")]
+    assert set(results["decoders"]) == {*DECODERS, "self-critical"}
+    assert results["decoders"]["lstm"]["share_of_lstm"] == 1
+    assert set(results["captioning"]["backbones"]) == {"resnet50", "tf_efficientnet_lite2"}
+    parts = [results[part] for part in ("training", "decoders", "captioning", "start_up")]
     assert all(np.isfinite(n) and n > 0 for n in numbers(parts))
     assert Image.open(settings.figure).width > 500
     printed = capsys.readouterr().out
-    assert printed.count("|\n") == 8
+    assert printed.count("|\n") == (2 + 8) + (2 + 2) + (2 + 4)
     assert results["device"] in printed
+    results["peer"] = dict.fromkeys(
+        ("captions_per_second", "training_ratio", "photos_per_second", "captioning_ratio"), 2.0
+    )
+    assert report.format_table(results).count("|\n") == printed.count("|\n") + 4
+
+
+def test_the_peer_is_measured_where_it_is_installed(
+    settings: material.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(drawn, "CAPTIONS", 3000)
+    ready = material.prepare(settings, tmp_path)
+    result = peer.measure_peer(ready, 10.0, 20.0)
+    if find_spec("transformers") is None:
+        assert result is None
+        assert "transformers is not installed" in capsys.readouterr().err
+        return
+    assert result["training_ratio"] == pytest.approx(10 / result["captions_per_second"])
+    assert result["captioning_ratio"] == pytest.approx(20 / result["photos_per_second"])
+    captions = peer.caption_with_peer(peer.build_peer(len(ready.vocab), 32).eval(), ready, ready.paths)
+    assert len(captions) == settings.count
 
 
 def test_a_folder_with_too_few_photos_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
-    with pytest.raises(speed.InputError, match="holds 1 photos"):
-        speed.find_photos(speed.Settings(photos=tmp_path), tmp_path)
+    with pytest.raises(InputError, match="holds 1 photos"):
+        material.choose_images(material.Settings(photos=tmp_path), tmp_path)
 
 
 def test_drawn_captions_have_the_statistics_of_real_ones() -> None:
@@ -95,7 +123,7 @@ def test_the_recipe_draws_captions_of_one_length_with_their_photos(tmp_path: Pat
 
 
 def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("learning_rate_factor", "stored_features", "layer_ranges"):
+    for name in ("learning_rate_factor", "stored_features"):
         monkeypatch.setattr(scale.training, name, getattr(scale.training, name))  # and put back
     scale.make(tmp_path / "data", 300)
     (row,) = scale.measure(tmp_path / "data", 4)
@@ -115,14 +143,16 @@ def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: 
 def test_the_quality_after_as_many_epochs_is_compared(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    torch.save(EncoderCNN(8, weights="random").state_dict(), tmp_path / "backbone.pth")
     monkeypatch.chdir(tmp_path)  # where its cache is made
-    monkeypatch.setattr(quality, "DEMO", {**quality.DEMO, "vocab_threshold": 2})
-    settings = quality.Settings(drawn, tmp_path / "backbone.pth", 32, epochs=1, results=tmp_path / "results")
+    (tmp_path / "tiny.toml").write_text(
+        f'data = "{drawn}"\nbackbone = "tf_efficientnet_lite2"\nimage_size = 32\nvocab_threshold = 2\nworkers = 0\n'
+        "hidden_size = 256\ntie_weights = true\n"
+    )
+    settings = quality.Settings(tmp_path / "tiny.toml", epochs=1, results=tmp_path / "results")
     results = json.loads(quality.run(settings).read_text())
-    assert results["epochs"] == 1
+    assert (results["epochs"], results["backbone"], results["image_size"]) == (1, "tf_efficientnet_lite2", 32)
     for row in results["rows"].values():
         assert {"CIDEr", "Bleu_4", "thing", "colour"} <= set(row)
         assert all(0 <= value <= 10 for value in row.values())
-    assert len(results["rows"]) == 3
+    assert list(results["rows"]) == ["plain recipe", "train.py", "train.py --config tiny.toml"]
     assert capsys.readouterr().out.count("\n| train.py") == 2

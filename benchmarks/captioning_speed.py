@@ -1,0 +1,134 @@
+"""Captioning, from image files to sentences: the recipe, and the project with each of two backbones."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import recipe
+from benchmarks.material import Material
+from benchmarks.timing import DEVICE, GPU, best_rates, seconds_of
+from captioning import checkpoint
+from captioning.backbones import preprocessing_of
+from captioning.captioner import Captioner, Decoding
+from captioning.distributed import fast_dtype
+from captioning.features import BATCH
+from captioning.images import Photos, build_transform, read_batches
+from model import EncoderCNN
+
+RESNET, LITE = "resnet50", "tf_efficientnet_lite2"
+STANDARDISED_ON = 64  # images
+
+
+@dataclass
+class Model:
+    """A captioner and the encoder that it was made from, in float32 with its batch norms unfolded."""
+
+    captioner: Captioner
+    encoder: EncoderCNN
+
+    @property
+    def image_size(self) -> int:
+        """Side of the backbone's input in pixels."""
+        return self.captioner.description.preprocessing.image_size
+
+
+def measure_captioning(material: Material, model: Path) -> dict[str, Any]:
+    """Images/s from file to sentence of the recipe and the project, and how fast each backbone could be at most."""
+    settings, some = material.settings, material.paths[: material.settings.recipe_photos]
+    models = load_models(material, model)
+    caption_plainly = build_recipe(material, models[RESNET])
+    turns: dict[str, Callable[[], int]] = {"recipe": lambda: len([caption_plainly(path) for path in some])}
+    for name, one in models.items():
+        turns |= {f"{name}/{key}": work for key, work in backbone_turns(one, material).items()}
+    rates = best_rates(turns, settings.repeats)
+    recipe_one = statistics.median(seconds_of(lambda path=path: caption_plainly(path)) for path in some)
+    backbones: dict[str, dict[str, float]] = {}
+    for name, one in models.items():
+        measured = {key.split("/")[1]: rate for key, rate in rates.items() if key.startswith(f"{name}/")}
+        seconds = statistics.median(
+            seconds_of(lambda path=path, one=one: one.captioner(path, Decoding())) for path in some
+        )
+        backbones[name] = {
+            "image_size": one.image_size,
+            **measured,
+            "ratio": measured["photos_per_second"] / rates["recipe"],
+            "share_of_bare_forward": measured["photos_per_second"] / measured["bare_forward_photos_per_second"],
+            "seconds_for_one": seconds,
+            "ratio_for_one": recipe_one / seconds,
+        }
+    return {
+        "recipe_photos_per_second": rates["recipe"],
+        "recipe_seconds_for_one": recipe_one,
+        "batch": BATCH,
+        "precision": models[RESNET].captioner.precision,
+        "backbones": backbones,
+    }
+
+
+def load_models(material: Material, folder: Path) -> dict[str, Model]:
+    """The trained model with its ResNet-50, and its decoder behind an EfficientNet-Lite2."""
+    encoder, decoder, vocab, description = checkpoint.load_model(folder)
+    preprocessing = preprocessing_of(LITE, material.settings.lite_image_size)
+    lite = EncoderCNN(encoder.embed.out_features, LITE).eval()
+    images = Photos(material.paths, build_transform(False, **asdict(preprocessing), normalise=False))
+    with torch.no_grad():  # so that the decoder reads numbers of the size that it knows
+        lite.standardise(lite.features(torch.stack([images[i] for i in range(min(STANDARDISED_ON, len(images)))])))
+    other = description.model_copy(update={"preprocessing": preprocessing})
+    return {
+        RESNET: Model(Captioner(encoder, decoder, vocab, description), encoder),
+        LITE: Model(Captioner(lite, decoder, vocab, other), lite),
+    }
+
+
+def build_recipe(material: Material, model: Model) -> Callable[[Path], str]:
+    """The recipe's captioning of one image, with the model's weights."""
+    annotations, images = material.data / "annotations" / "captions_val.json", material.data / "images" / "val"
+    words, decoder = material.vocab.words, model.captioner.decoder
+    plain = recipe.Captions(annotations, images, words=words, image_size=model.image_size)
+    embed_size = model.encoder.embed.out_features
+    plain_encoder = recipe.Encoder(embed_size).to(DEVICE).eval()
+    plain_encoder.load_state_dict(model.encoder.state_dict())
+    plain_decoder = recipe.Decoder(embed_size, decoder.lstm.hidden_size, len(words)).to(DEVICE).eval()
+    plain_decoder.load_state_dict(decoder.state_dict())
+    return lambda path: recipe.caption(path, plain, plain_encoder, plain_decoder, DEVICE)
+
+
+def backbone_turns(model: Model, material: Material) -> dict[str, Callable[[], int]]:
+    """What is timed of a backbone, by the name of its rate: captioning, and the parts of it alone."""
+    captioner, paths, workers = model.captioner, material.paths, material.settings.workers
+    dtype, times = fast_dtype(DEVICE), 20 if GPU else 5
+    backbone = copy.deepcopy(model.encoder.network).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
+    images = torch.randn(BATCH, 3, model.image_size, model.image_size, device=DEVICE)
+    images = images.to(dtype, memory_format=torch.channels_last)
+    pixels = (images.float() * 40 + 128).clamp(0, 255).byte().cpu()
+    pixels = pixels.pin_memory() if GPU else pixels
+    batches = [list(range(i, min(i + BATCH, len(paths)))) for i in range(0, len(paths), BATCH)]
+
+    @torch.inference_mode()
+    def forward() -> int:
+        for _ in range(times):
+            backbone(images)
+        return times * BATCH
+
+    @torch.inference_mode()
+    def encode() -> int:
+        for _ in range(times):
+            captioner.encoder.features(pixels.to(DEVICE, non_blocking=True))
+        return times * BATCH
+
+    def read() -> int:
+        return sum(len(keys) for keys, _ in read_batches(Photos(paths, captioner.transform), batches, workers))
+
+    return {
+        "photos_per_second": lambda: len(list(captioner.stream(paths, Decoding(), workers))),
+        "bare_forward_photos_per_second": forward,
+        "encoder_from_memory_photos_per_second": encode,
+        "reading_photos_per_second": read,
+    }

@@ -1,0 +1,126 @@
+"""What speed is measured on: images, a data set with a vocabulary of COCO's size, weights, and how much of each."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models import resnet50
+
+from benchmarks import drawn
+from benchmarks.timing import GPU
+from captioning.bulk import find_photos
+from captioning.errors import InputError
+from captioning.images import Photos, build_transform
+from captioning.training import TrainingConfig
+from vocabulary import Vocabulary
+
+VAL_IMAGES = 16  # a few, so that the project can validate: the recipe does not
+
+
+@dataclass
+class Settings:
+    """What is measured, and how much of it."""
+
+    photos: Path | None = None  # a folder of real images; drawn ones by default
+    count: int = 4096 if GPU else 384  # images at most, each with five captions
+    image_size: int = 224  # of the square that ResNet-50 and the peer take
+    lite_image_size: int | None = None  # of the square that EfficientNet-Lite2 takes; by default its own
+    recipe_steps: int = 20 if GPU else 4  # training steps of the recipe and the peer that are timed; all take as long
+    recipe_photos: int = 128 if GPU else 24  # images that the recipe captions
+    decoder_steps: int = 60 if GPU else 8  # training steps of each decoder that are timed
+    decoder_images: int = 20_000 if GPU else 2_000  # with five captions each, in the data set of those steps
+    repeats: int = 3  # of every measurement but the recipe's start-up; the best counts
+    start_up_photos: int = drawn.PHOTOS  # of the simulated data set
+    start_up_captions: int = drawn.CAPTIONS
+    workers: int = min(4, os.cpu_count() or 1)  # processes that read images for the project and the peer
+    results: Path = Path("benchmarks/results")  # where the JSON is written
+    figure: Path = Path("images/speed.png")
+
+
+@dataclass
+class Material:
+    """The images at `paths`, also a data set in `data`, and a ResNet-50 in the file `weights`; all in `folder`."""
+
+    settings: Settings
+    folder: Path
+    paths: list[Path]
+    data: Path
+    vocab: Vocabulary
+    weights: Path
+
+    def configure(self, **fields: Any) -> TrainingConfig:
+        """A training by the defaults of train.py, but of a frozen backbone from a file."""
+        defaults = {
+            "data": self.data,
+            "name": "speed",
+            "models": self.folder / "models",
+            "weights": str(self.weights),
+            "fine_tune": 0,
+            "image_size": self.settings.image_size,
+            "vocab_from_file": True,
+            "vocab_file": self.folder / "vocab.json",
+            "workers": self.settings.workers,
+        }
+        return TrainingConfig(**{**defaults, **fields})
+
+
+def prepare(settings: Settings, folder: Path) -> Material:
+    """Draw or find the images, and write the data set and the weights into the folder."""
+    paths = choose_images(settings, folder)
+    data, vocab = make_data_set(folder, paths)
+    weights = make_weights(folder / "resnet50.pth", paths, settings.image_size)
+    return Material(settings, folder, paths, data, vocab, weights)
+
+
+def choose_images(settings: Settings, folder: Path) -> list[Path]:
+    """The images to train on and to caption."""
+    if settings.photos is None:
+        return drawn.draw_photos(folder / "photos", settings.count)
+    paths = [path for path in find_photos([settings.photos]) if isinstance(path, Path)][: settings.count]
+    if len(paths) <= VAL_IMAGES:
+        raise InputError(f"{settings.photos} holds {len(paths)} photos; more than {VAL_IMAGES} are needed.")
+    return [path.resolve() for path in paths]
+
+
+def make_data_set(folder: Path, paths: list[Path]) -> tuple[Path, Vocabulary]:
+    """The images with five captions each as a data set, and a vocabulary of COCO's size."""
+    captions = drawn.draw_captions(drawn.CAPTIONS)
+    vocab = Vocabulary.build(captions, 5)
+    vocab.save(folder / "vocab.json")
+    for split, some in (("train", paths), ("val", paths[:VAL_IMAGES])):
+        (folder / "data" / "images" / split).mkdir(parents=True)
+        for path in some:
+            (folder / "data" / "images" / split / path.name).symlink_to(path)
+        annotations = folder / "data" / "annotations" / f"captions_{split}.json"
+        drawn.write_annotations(annotations, [path.name for path in some], captions[: 5 * len(some)])
+    return folder / "data", vocab
+
+
+def make_empty_data_set(folder: Path, images: int) -> Path:
+    """A data set of empty files with five captions each, for trainings on made-up features."""
+    for split, count in (("train", images), ("val", VAL_IMAGES)):
+        names = [f"{i:012d}.jpg" for i in range(count)]
+        (folder / "images" / split).mkdir(parents=True)
+        for name in names:
+            (folder / "images" / split / name).touch()
+        annotations = folder / "annotations" / f"captions_{split}.json"
+        drawn.write_annotations(annotations, names, drawn.draw_captions(5 * count))
+    return folder
+
+
+def make_weights(path: Path, paths: list[Path], image_size: int) -> Path:
+    """A random ResNet-50 whose batch norms know the images, so that its numbers are of an ordinary size."""
+    torch.manual_seed(0)
+    backbone = resnet50(weights=None).train()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    images = Photos(paths, build_transform(False, image_size))
+    with torch.no_grad():
+        backbone(torch.stack([images[i] for i in range(8)]))
+    torch.save(backbone.state_dict(), path)
+    return path
