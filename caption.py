@@ -98,8 +98,9 @@ def main(
         save_figure(draw_sheet([sources[i] for i in drawn], [captions[i].text for i in drawn]), sheet)
     if attention is not None and captions:
         first, caption = next(iter(captions.items()))
-        size = captioner.description.preprocessing.image_size
-        save_figure(draw_attention(sources[first], caption, size), attention)
+        preprocessing = captioner.description.preprocessing
+        figure = draw_attention(sources[first], caption, preprocessing.image_size, preprocessing.crop)
+        save_figure(figure, attention)
     for error in failed:
         log(f"error: {error}")
     if failed:

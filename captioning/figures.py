@@ -82,13 +82,13 @@ def overlay_attention(view: Image.Image, weights: Tensor) -> Image.Image:
     return Image.composite(view, ImageEnhance.Brightness(view).enhance(DARKEST), mask)
 
 
-def draw_attention(source: Source, caption: Caption, image_size: int) -> Figure:
-    """Where the decoder looked for each word: its map over the part of the image that the encoder took."""
+def draw_attention(source: Source, caption: Caption, image_size: int, crop: str = "center") -> Figure:
+    """Where the decoder looked for each word: its map over what the encoder took of the image."""
     from matplotlib.figure import Figure
 
     if caption.attention is None:
         raise InputError("this model's decoder does not attend; train one with --decoder attention.")
-    pixels = Photos([source], build_transform(False, image_size, normalise=False))[0]  # (3, image_size, image_size)
+    pixels = Photos([source], build_transform(False, image_size, False, crop))[0]  # (3, image_size, image_size)
     view = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     columns = min(5, len(caption.tokens) + 1)
     rows = -(-(len(caption.tokens) + 1) // columns)
