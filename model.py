@@ -446,25 +446,28 @@ class TransformerDecoder(DecoderModule):
         attention = self.layers[-1].attention(query, image[:, :, -1])[:, 0]  # pyright: ignore[reportCallIssue]
         return self.linear(self.norm(x[:, 0])), (torch.stack(key_values, 2), image, attention)
 
-    def unroll(
-        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """As `DecoderRNN.unroll`, for the tokens after `<start>`: (P, cells, embed_size), (B, T) -> (tokens, E)."""
+    def hidden(self, features: Tensor, words: Tensor, row: Tensor | None = None) -> Tensor:
+        """What the output layer reads: (P, cells, embed_size), (B, T) -> (B, T, embed_size); `row` as in `unroll`."""
         _, image, _ = self.init_state(features)  # keys and values are computed once per image
         image = image if row is None else image.index_select(0, row)
-        words = captions[:, :-1]
         positions = torch.arange(words.shape[1], device=words.device).clamp(max=self.positions - 1)
         x = self.dropout(self.embed(words) + self.position(positions))
         for i, layer in enumerate(self.layers):
             x, _, _ = layer(x, image[:, :, i])
-        return pack_sequences(self.norm(x), None if lengths is None else lengths - 1)[0].data, None
+        return self.norm(x)
+
+    def unroll(
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """As `DecoderRNN.unroll`, for the tokens after `<start>`: (P, cells, embed_size), (B, T) -> (tokens, E)."""
+        hidden = self.hidden(features, captions[:, :-1], row)
+        return pack_sequences(hidden, None if lengths is None else lengths - 1)[0].data, None
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits of every token after `<start>`, as `AttentionDecoder.forward`."""
-        logits = self.linear(self.unroll(features, captions, lengths)[0])
         if lengths is not None:
-            return logits
-        return logits.unflatten(0, (captions.shape[1] - 1, -1)).transpose(0, 1)
+            return self.linear(self.unroll(features, captions, lengths)[0])
+        return self.linear(self.hidden(features, captions[:, :-1]))
 
 
 def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, Tensor]:
