@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 
 import gradio_main
+from captioning import checkpoint
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import read_description
 from captioning.errors import InputError
@@ -781,7 +782,7 @@ def test_keeping_and_the_menu_of_models_are_there_where_asked_for(slow: SlowCapt
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)  # neither here nor in the project's own folder
     with pytest.raises(InputError, match=r"make demo.*download.py weights"):
         gradio_main.main()
 

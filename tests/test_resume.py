@@ -133,7 +133,7 @@ def test_a_backbone_that_had_only_a_name_is_stored_for_every_epoch_when_it_learn
         patch.setattr(checkpoint, "save_resume", lambda *_: 1 / 0)  # killed just after it has changed
         with pytest.raises(ZeroDivisionError):
             train(settings)
-    assert read_description(folder).architecture.backbone == "stored"
+    assert read_description(folder).architecture.backbone_weights == "epoch"
     for epoch in (1, 2):
         stored = checkpoint.load_model(folder, epoch)[0].resnet.state_dict()
         assert all(stored[key].equal(published[key]) for key in published)
