@@ -259,7 +259,7 @@ class Kit:
         """A copy of the model's folder with a file replaced (or without it) or its description changed."""
         folder = self.folder / "model"
         folder.mkdir()
-        for file in ("captioner.json", "encoder-1.pkl", "decoder-1.pkl"):
+        for file in ("captioner.json", "backbone.pkl", "encoder-1.pkl", "decoder-1.pkl"):
             shutil.copy(self.trained / file, folder)
         if name and content is None:
             (folder / name).unlink()
@@ -337,7 +337,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations that are a folder": (
         lambda k: (k.data, k.annotations.unlink(), k.annotations.mkdir(), CaptionDataset(k.folder / "data")),
-        r"captions_train\.json cannot be read",
+        r"captions_train\.json is not a regular file",
     ),
     "annotations: empty file": (lambda k: k.read_data(b""), r"captions_train\.json is not JSON"),
     "annotations: torn": (lambda k: k.read_data(b'{"images": [{"id"'), r"captions_train\.json is not JSON"),
@@ -559,7 +559,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "model: an absurd photo": (
         lambda k: load_model(k.model(preprocessing__image_size=10**6)),
-        r"image_size: ",
+        r"image_size must be from 32 to 2048",
     ),
     "model: the largest sizes": (
         lambda k: load_model(k.model(architecture__hidden_size=1 << 14, architecture__num_layers=16)),
@@ -613,13 +613,13 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "training: dropout that is no number": (lambda k: k.small(dropout=float("nan")), r"dropout must be"),
     "training: learning rate": (lambda k: k.small(learning_rate=-1.0), r"learning_rate must be above 0"),
     "training: a seed below 0": (lambda k: k.small(seed=-1), r"seed must be at least 0"),
-    "training: tiny photos": (lambda k: k.small(image_size=16), r"image_size must be at least 32"),
+    "training: tiny photos": (lambda k: k.small(image_size=16), r"image_size must be from 32 to 2048, not 16"),
     "training: absurd sizes": (lambda k: k.small(hidden_size=10**9), r"hidden_size must be at most"),
     "training: a log elsewhere": (lambda k: k.small(log_file="../log.txt"), r"log_file must be a name"),
     "training: a name elsewhere": (lambda k: k.small(name="../model"), r"name must be a name"),
-    "training: six parts of five": (lambda k: train(k.small(fine_tune=6)), r"fine_tune .* 5 parts .* not 6"),
+    "training: six parts of five": (lambda k: train(k.small(fine_tune=6)), r"fine_tune .* 5 stages .* not 6"),
     "training: no weights file": (lambda k: train(k.small(weights="none.pth")), r"none\.pth does not exist"),
-    "training: a folder that is a file": (lambda k: train(k.small(models=Path(__file__))), r"cannot be made"),
+    "training: a folder that is a file": (lambda k: train(k.small(models=Path(__file__))), r"cannot be written \(Not a directory\)"),
     "training: nothing to resume": (
         lambda k: resumed_config(k.folder / "none"),
         r"none is not a trained model",
@@ -699,7 +699,7 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
         "decoder-1.pkl": lambda path: load_model(folder, 1),
         "resume.pt": lambda path: load_resume(folder, print),
         "resume-previous.pt": lambda path: load_resume(folder, print),
-        "weights.pth": lambda path: EncoderCNN(8, path),
+        "weights.pth": lambda path: EncoderCNN(8, weights=path),
         "vocab.json": Vocabulary.load,
         "captions_train.json": lambda path: read_annotations(path, tmp_path),
         "photo.jpg": read_photo,
