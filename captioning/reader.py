@@ -135,13 +135,16 @@ def prepare_photo(path: Path, name: str, transform: T.Compose, view_size: int) -
     read.
     """
     resize, crop = transform.transforms[:2]
-    enlarge = T.Resize(round(resize.size * view_size / crop.size[0]))
+    squashes = not isinstance(resize.size, int)  # then the model sees the whole photo
     if not path.exists():
         raise InputError(f"{name} is no longer on the server; upload it again.")
     try:
-        photo = read_photo(path, resize.size)
+        photo = read_photo(path, max(resize.size) if squashes else resize.size)
     except InputError as error:
         raise InputError(str(error).replace(str(path), name)) from None
+    if squashes:
+        return resize(photo), T.Resize((view_size, view_size))(photo)
+    enlarge = T.Resize(round(resize.size * view_size / crop.size[0]))
     width, height = photo.size  # only the centre is looked at, so a long strip is not enlarged whole
     photo = T.CenterCrop((min(height, 2 * width), min(width, 2 * height)))(photo)
     return resize(photo), T.CenterCrop(view_size)(enlarge(photo))

@@ -183,3 +183,10 @@ def test_what_is_no_zip_file_is_a_sentence(tmp_path: Path, content: bytes):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(InputError, match=r"^a\.zip is not a zip file that can be read"):
         unpack(tmp_path / "a.zip")
+
+
+def test_a_squashing_model_sees_the_whole_photo(tmp_path: Path):
+    Image.new("RGB", (300, 100), "red").save(tmp_path / "wide.png")
+    transform = build_transform(False, 64, False, "squash")
+    photo, view = prepare_photo(tmp_path / "wide.png", "wide.png", transform, 96)
+    assert (photo.size, view.size) == ((64, 64), (96, 96))
