@@ -24,6 +24,19 @@ from model import DECODERS, EncoderCNN
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
+# Source of peak(), a process's own peak memory in bytes, for the scripts that tests run in another process. Linux's
+# getrusage will not do: what it reports begins at the peak of the process that started this one.
+PEAK = """
+import resource, sys
+
+def peak():
+    if sys.platform == "linux":
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from conftest import PEAK
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -307,13 +308,12 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a safetensors header": (huge_header, ""),
 }
 
-CHILD = """
-import json, resource, sys
+CHILD = (
+    PEAK
+    + """
+import json
 from captioning.errors import InputError
 from captioning.weights import read_state_dict
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 virtual = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (virtual + (5 << 30),) * 2)
@@ -323,8 +323,9 @@ for path in sys.argv[1:]:
         result = repr(read_state_dict(path))[:200]
     except InputError as error:
         result = f"InputError: {error}"
-    print(json.dumps([result, peak() - before]), flush=True)
+    print(json.dumps([result, (peak() - before) / 1e6]), flush=True)
 """
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
