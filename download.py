@@ -15,7 +15,9 @@ import json
 import os
 import shutil
 import sys
+import threading
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -25,7 +27,17 @@ import tyro
 from PIL import Image
 
 from captioning.errors import InputError, run_command
-from captioning.fetching import NetworkError, Progress, connect, describe_error, extract, fetch, read, require_space
+from captioning.fetching import (
+    TIMEOUT_SECONDS,
+    NetworkError,
+    Progress,
+    connect,
+    describe_error,
+    extract,
+    fetch,
+    read,
+    require_space,
+)
 from importers import import_weights
 
 COCO_SERVER = "http://images.cocodataset.org"  # its https certificate names another host; SHA-256 protects us
@@ -77,7 +89,8 @@ WEIGHTS_URL = "https://drive.google.com/uc?id=1s3aRAdt8ZMqn53UUSSFLCDBJ_F-KNbpE"
 VOCAB_URL = "https://raw.githubusercontent.com/iamirmasoud/image_captioning/HEAD/vocab.pkl"
 VOCAB_BYTES = 273174
 VOCAB_SHA256 = "f1bc5899fc86273f07fc1c3bd18c192317cc35a51023faeadf9cabc6448fa8b1"
-WEIGHTS_BYTES = 500_000_000  # the most that the two weight files may have, unpacked
+WEIGHTS_BYTES = 500_000_000  # the most that the two weight files may have, zipped or not
+WEIGHTS_SECONDS = 3600  # the most that downloading them may take; the same command goes on after it
 
 AT_ONCE = 16  # requests for images
 IMAGE_BYTES = 200_000  # a COCO image has 163,000 on average
@@ -282,10 +295,7 @@ def weights(to: Path = Path("models/published")) -> None:
         work.mkdir(parents=True, exist_ok=True)
         asyncio.run(_fetch_vocabulary(work / "vocab.pkl"))
         if not archive.exists():
-            try:
-                gdown.download(WEIGHTS_URL, str(archive), quiet=not sys.stderr.isatty(), resume=True)
-            except Exception as error:  # gdown's own errors share no base class with its HTTP library's
-                raise InputError(f"{WEIGHTS_URL} cannot be downloaded: {describe_error(error)}.") from error
+            _fetch_weights(gdown.download, archive)
         if not zipfile.is_zipfile(archive):
             archive.unlink(missing_ok=True)
             raise InputError(f"{WEIGHTS_URL} gave something else than a zip archive; try again later.")
@@ -296,6 +306,33 @@ def weights(to: Path = Path("models/published")) -> None:
         shutil.rmtree(work)
     except OSError as error:
         raise InputError(f"{to} cannot be written: {error.strerror or error}.") from error
+
+
+def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
+    """Have gdown download the zip of the published weights, within bounds of size and time; a part is continued."""
+
+    def check(received: int, _: int | None) -> None:
+        if received > WEIGHTS_BYTES:
+            raise NetworkError(f"it has more than {WEIGHTS_BYTES:,} bytes")
+
+    late = threading.Event()
+    timer = threading.Timer(WEIGHTS_SECONDS, late.set)
+    timer.start()
+    options: dict[str, Any] = {"quiet": not sys.stderr.isatty(), "resume": True, "timeout": TIMEOUT_SECONDS}
+    try:
+        download(WEIGHTS_URL, str(archive), **options, progress=check, cancel=late)
+    except TypeError as error:
+        raise InputError("the gdown here is older than 6.5: pip install --upgrade gdown") from error
+    except NetworkError as error:
+        shutil.rmtree(archive.parent)  # or the next run would go on with it
+        raise InputError(f"{WEIGHTS_URL} cannot be downloaded: {error}.") from error
+    except Exception as error:  # gdown's own errors share no base class with its HTTP library's
+        reason = f"it takes more than {WEIGHTS_SECONDS:,} seconds; run the same command again to resume"
+        raise InputError(
+            f"{WEIGHTS_URL} cannot be downloaded: {reason if late.is_set() else describe_error(error)}."
+        ) from error
+    finally:
+        timer.cancel()
 
 
 async def _fetch_vocabulary(path: Path) -> None:

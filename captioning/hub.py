@@ -26,6 +26,7 @@ from captioning.checkpoint import (
     Description,
     choose_epoch,
     read_description,
+    weight_file,
     weight_files,
     write_description,
 )
@@ -101,7 +102,10 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
     description.training = _without_folders(description.training)
-    for path in _files_to_share(model, epoch):
+    files = weight_files(model, epoch)
+    if description.architecture.backbone_weights == "shared":  # any other backbone.* is not this model's
+        files += (weight_file(model, "backbone"),)
+    for path in files:
         state = {key: value.contiguous() for key, value in read_state_dict(path).items()}
         write_file(folder / f"{path.stem}.pkl", partial(torch.save, state))
         content = save(state, metadata={"format": "pt"})
@@ -109,12 +113,6 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     write_description(folder, description)
     card = model_card(description, name, licence)
     write_file(folder / "README.md", lambda file: file.write(card.encode()))
-
-
-def _files_to_share(model: Path, epoch: int) -> list[Path]:
-    """An epoch's files of weights, and the backbone's where its epochs share one."""
-    backbone = (model / f"backbone{suffix}" for suffix in (".pkl", ".safetensors"))
-    return [*weight_files(model, epoch), *[path for path in backbone if path.exists()][:1]]
 
 
 def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:

@@ -786,8 +786,34 @@ def test_another_vocabulary_than_the_published_one_is_refused(published, tmp_pat
 
 
 def test_weights_that_unpack_to_more_than_is_due_are_refused(published, tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("encoder-3.pkl", "decoder-3.pkl"):
+            archive.writestr(name, bytes(1_000_000))
+    published.files["/weights"] = buffer.getvalue()
     monkeypatch.setattr(download, "WEIGHTS_BYTES", 100_000)
     with pytest.raises(InputError, match=r"weights.zip unpacks to [\d,]+ bytes, more than the 100,000 expected"):
+        download.weights(tmp_path / "published")
+
+
+def test_weights_that_are_larger_or_slower_than_is_due_are_not_downloaded_whole(published, tmp_path, monkeypatch):
+    published.files["/weights"] = bytes(50_000_000)
+    monkeypatch.setattr(download, "WEIGHTS_BYTES", 1_000_000)
+    with pytest.raises(InputError, match="/weights cannot be downloaded: it has more than 1,000,000 bytes"):
+        download.weights(tmp_path / "published")
+    assert published.sent["/weights"] < 20_000_000  # what the connection holds is sent, too
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(download, "WEIGHTS_SECONDS", 1)
+    published.pause = 0.7
+    with pytest.raises(InputError, match="cannot be downloaded: it takes more than 1 seconds; run the same command"):
+        download.weights(tmp_path / "published")
+
+
+def test_an_old_gdown_is_one_sentence(published, tmp_path, monkeypatch):
+    import gdown
+
+    monkeypatch.setattr(gdown, "download", lambda url, output, quiet, resume: None)
+    with pytest.raises(InputError, match="older than 6.5: pip install --upgrade gdown"):
         download.weights(tmp_path / "published")
 
 

@@ -221,6 +221,18 @@ def test_what_is_shared_is_one_epoch_twice_and_a_card(served, trained):
             assert all(torch.equal(state[key], original[key]) for key in original)
 
 
+def test_a_backbone_that_is_not_the_models_is_not_shared(tmp_path):
+    folder, shared = tmp_path / "model", tmp_path / "shared"
+    folder.mkdir()
+    shared.mkdir()
+    words = ["<start>", "<end>", "<unk>", "a"]
+    write_kind(folder, "lstm", *build_kind("lstm", len(words)), words)  # whose backbone is in encoder-1.pkl
+    torch.save({"private": torch.ones(3)}, folder / "backbone.pkl")
+    hub.write_shared(folder, shared, "me/mine", "mit")
+    assert not list(shared.glob("backbone.*"))
+    assert Captioner.load(shared).vocab.words == words
+
+
 def test_no_folder_of_the_sharers_computer_goes_along(served, trained):
     repository = share(served, trained)
     training = read_description(trained).training
