@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 from tqdm.auto import tqdm
 
-from captioning.bulk import as_json, find_photos, write_captions
+from captioning.bulk import as_json, find_images, write_captions
 from captioning.captioner import Caption, Captioner, Decoding, Precision, Source
 from captioning.checkpoint import default_model
 from captioning.distributed import this_process
@@ -30,7 +30,7 @@ from captioning.files import check_output
 
 
 def main(
-    photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO_OR_FOLDER")],
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE_OR_FOLDER")],
     decoding: Annotated[Decoding, tyro.conf.arg(name=""), tyro.conf.DisallowNone],
     model: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     precision: Precision = "auto",
@@ -43,10 +43,10 @@ def main(
     export: Path | None = None,
     workers: int = min(4, os.cpu_count() or 1),
 ) -> None:
-    """Caption photos and folders of photos with a trained model.
+    """Caption images and folders of images with a trained model.
 
     Args:
-        photos: photos, folders of photos, and tar files of photos as WebDataset has them.
+        images: images, folders of images, and tar files of images as WebDataset has them.
         decoding: how words are chosen; by default with a beam of 3 that never repeats three words.
         model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
             trained on photos. Given several times, the models' probabilities are averaged.
@@ -64,29 +64,29 @@ def main(
     if workers < 0:
         raise InputError(f"--workers must be at least 0, not {workers}.")
     if export is not None:
-        if photos or decoding != Decoding(max_length=decoding.max_length) or precision != "auto" or len(model) > 1:
+        if images or decoding != Decoding(max_length=decoding.max_length) or precision != "auto" or len(model) > 1:
             raise InputError("--export takes no photos, one --model, and of the options of decoding only --max-length.")
         from captioning.export import export_onnx
 
         export_onnx(model[0] if model else default_model(), export, decoding.max_length)
         return
-    decoding = decoding.for_photos()
+    decoding = decoding.with_defaults()
     decoding.check()
-    if not photos:
+    if not images:
         raise InputError("no photo was named; name photos or folders of photos.")
     if output is not None:
         if json_ or sheet is not None or attention is not None:
             raise InputError("--output goes with none of --json, --sheet and --attention.")
         if decoding.temperature is not None and decoding.seed is None:
             raise InputError("--output with --temperature needs a --seed, so that a run that was stopped can resume.")
-        write_file(photos, recursive, model, precision, decoding, output, workers, strict)
+        write_file(images, recursive, model, precision, decoding, output, workers, strict)
         return
     if this_process().num_processes > 1:
         raise InputError("several processes caption into one file; add --output captions.jsonl.")
     for path in (sheet, attention):
         if path is not None:
             check_output(path)
-    sources = find_photos(photos, recursive, log)
+    sources = find_images(images, recursive, log)
     captioner = Captioner.load(model or default_model(), precision=precision)
     if attention is not None and not captioner.decoder.attends:
         raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")
@@ -113,7 +113,7 @@ def log(message: str) -> None:
 
 
 def write_file(
-    photos: tuple[Path, ...],
+    images: tuple[Path, ...],
     recursive: bool,
     model: tuple[Path, ...],
     precision: Precision,
@@ -129,7 +129,7 @@ def write_file(
     with process.local_main_process_first():  # what it downloads the others find
         captioner = Captioner.load(model or default_model(), precision=precision)
     try:
-        rows, unreadable = write_captions(captioner, photos, decoding, output, workers, strict, recursive, log)
+        rows, unreadable = write_captions(captioner, images, decoding, output, workers, strict, recursive, log)
     except OSError as error:
         raise InputError(
             f"{output} cannot be written ({error.strerror or error}); its rows stay, and the same command resumes."

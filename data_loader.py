@@ -28,10 +28,10 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from captioning.annotations import PhotoFiles, read_annotations, read_captions, read_images
+from captioning.annotations import ImageFiles, read_annotations, read_captions, read_images
 from captioning.errors import InputError
 from captioning.files import CACHE
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 from captioning.shards import SUFFIX, index_shards
 from vocabulary import END, START, Vocabulary
 
@@ -97,13 +97,13 @@ class CaptionDataset(Dataset):
         must_exist: bool = True,  # where False, a missing image raises `InputError` only when it is read
     ):
         self.mode = mode
-        self.annotation_file, self.photo_folder = find_split(Path(folder), mode, cache)
+        self.annotation_file, self.image_folder = find_split(Path(folder), mode, cache)
         annotations = read_annotations(self.annotation_file, cache)
         self.image_ids = annotations.image_ids
-        self.paths = PhotoFiles(self.photo_folder, annotations.file_names, annotations.places)
+        self.paths = ImageFiles(self.image_folder, annotations.file_names, annotations.places)
         if annotations.places is None and must_exist:
-            self._check_photos_exist()
-        self.photo = annotations.photo  # (captions,) each caption's image, a row of image_ids
+            self._check_images_exist()
+        self.image_rows = annotations.image_rows  # (captions,) each caption's image, a row of image_ids
         words = annotations.words
         if vocab is None:
             counts = np.bincount(annotations.tokens, minlength=len(words))
@@ -116,14 +116,14 @@ class CaptionDataset(Dataset):
         inner[self.offsets[:-1]] = inner[self.offsets[1:] - 1] = False
         self.tokens[self.offsets[:-1]], self.tokens[self.offsets[1:] - 1] = START, END
         self.tokens[inner] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
-        self.photos = Photos(self.paths, transform or build_transform(train=mode == "train"))
+        self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
-    def _check_photos_exist(self) -> None:
+    def _check_images_exist(self) -> None:
         """Raise `InputError` if images are missing; hashes of names are compared, a million of which take 8 MB."""
         names, present = self.paths.names, array("q")
         for folder in {os.path.dirname(name) for name in names}:
             try:
-                for entry in os.scandir(self.photo_folder / folder):
+                for entry in os.scandir(self.image_folder / folder):
                     if entry.is_file():
                         present.append(hash(os.path.join(folder, entry.name)))
             except OSError:  # no such folder, or no way to read it: its images are missing
@@ -140,13 +140,13 @@ class CaptionDataset(Dataset):
         """Remove the images in these rows of `paths`, and their captions."""
         keep = np.ones(len(self.paths), bool)
         keep[list(rows)] = False
-        captions = keep[self.photo]
+        captions = keep[self.image_rows]
         inside = np.repeat(captions, self.lengths)
         self.tokens, self.lengths = self.tokens[inside], self.lengths[captions]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.photo = (np.cumsum(keep) - 1)[self.photo[captions]].astype(np.int32)
+        self.image_rows = (np.cumsum(keep) - 1)[self.image_rows[captions]].astype(np.int32)
         self.image_ids, self.paths = self.image_ids[keep], self.paths[keep]
-        self.photos.paths = self.paths
+        self.images.paths = self.paths
 
     def caption(self, index: int) -> Tensor:
         """Return a caption's indices from `<start>` to `<end>`: (length,) int64."""
@@ -164,7 +164,7 @@ class CaptionDataset(Dataset):
     def coco(self) -> COCO:
         """The split behind pycocotools' API, for exploring it; all its entries are in memory."""
         coco = COCO()
-        captions = read_captions(self.annotation_file) if len(self.photo) else ()
+        captions = read_captions(self.annotation_file) if len(self.image_rows) else ()
         coco.dataset = {  # pyright: ignore[reportAttributeAccessIssue]  its stub lists detection's fields
             "images": [{**entry, "id": i} for i, entry in read_images(self.annotation_file)],
             "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions, 1)],
@@ -176,7 +176,7 @@ class CaptionDataset(Dataset):
     def references(self) -> dict[int, list[str]]:
         """Read the captions of each image as they are written, for metrics: image id -> captions."""
         references: dict[int, list[str]] = {int(i): [] for i in self.image_ids}
-        if len(self.photo):
+        if len(self.image_rows):
             for image_id, caption in read_captions(self.annotation_file):
                 if image_id in references:
                     references[image_id].append(caption)
@@ -191,12 +191,12 @@ class CaptionDataset(Dataset):
         return {i: entry["scene"] for i, entry in images if i in ids and "scene" in entry}
 
     def __len__(self) -> int:
-        return len(self.paths) if self.mode == "test" else len(self.photo)
+        return len(self.paths) if self.mode == "test" else len(self.image_rows)
 
     def __getitem__(self, index: int) -> tuple:
-        row = index if self.mode == "test" else int(self.photo[index])
-        photo = self.photos[row, int(torch.randint(1 << 31, ()))]  # another random crop each time, from torch's seed
-        return (int(self.image_ids[row]), photo) if self.mode == "test" else (photo, self.caption(index))
+        row = index if self.mode == "test" else int(self.image_rows[index])
+        image = self.images[row, int(torch.randint(1 << 31, ()))]  # another random crop each time, from torch's seed
+        return (int(self.image_ids[row]), image) if self.mode == "test" else (image, self.caption(index))
 
 
 # Batches
@@ -236,34 +236,34 @@ class LengthBatches(Sampler):
         self.epoch += 1
 
 
-class PhotoBatches(Sampler):
+class ImageBatches(Sampler):
     """Sample batches of caption indices that hold all captions of each of their images, every caption once an epoch.
 
     For training with the backbone, which then processes an image once an epoch and not once a caption.
     """
 
-    def __init__(self, photo: np.ndarray, batch_size: int, seed: int = 0):
+    def __init__(self, image_rows: np.ndarray, batch_size: int, seed: int = 0):
         self.seed, self.epoch = seed, 0
-        self.captions = np.argsort(photo, kind="stable")
-        self.ends = np.cumsum(np.bincount(photo))  # image i has captions[ends[i - 1]:ends[i]]
-        self.photos = max(1, round(batch_size * len(self.ends) / len(photo)))
+        self.captions = np.argsort(image_rows, kind="stable")
+        self.ends = np.cumsum(np.bincount(image_rows))  # image i has captions[ends[i - 1]:ends[i]]
+        self.images_per_batch = max(1, round(batch_size * len(self.ends) / len(image_rows)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.ends) // self.photos)
+        return -(-len(self.ends) // self.images_per_batch)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.ends))
-        for start in range(0, len(order), self.photos):
-            rows = order[start : start + self.photos]
+        for start in range(0, len(order), self.images_per_batch):
+            rows = order[start : start + self.images_per_batch]
             yield np.concatenate([self.captions[self.ends[i - 1] if i else 0 : self.ends[i]] for i in rows])
         self.epoch += 1
 
 
-CaptionBatches = LengthBatches | PhotoBatches
+CaptionBatches = LengthBatches | ImageBatches
 
 
 def get_loader(

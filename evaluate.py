@@ -102,7 +102,7 @@ def evaluate(
     if results is not None:
         write_file(results, lambda file: file.write(json.dumps(evaluation.results()).encode()))
     hypotheses = evaluation.hypotheses()
-    if len(dataset.photo):
+    if len(dataset.image_rows):
         references = dataset.references()
         evaluation.scores = score(hypotheses, {i: references[i] for i in hypotheses}, java=java)
     evaluation.scenes = check_scenes(dataset, hypotheses)
@@ -228,7 +228,7 @@ def _choose_model(data: Path) -> Path:
 
 def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None:
     """The file for the captions, which can be written; one is needed where they cannot be scored."""
-    if results is None and not len(dataset.photo):
+    if results is None and not len(dataset.image_rows):
         results = Path(f"captions_{dataset.mode}_results.json")
         _log(f"{dataset.annotation_file} has no captions to score against; the model's are written to {results}")
     if results is not None:

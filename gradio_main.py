@@ -29,13 +29,13 @@ from gradio.themes import Soft
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from captioning.bulk import find_photos
+from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, run_command
-from captioning.page import FILE, Answers, Files, Page, Photo
+from captioning.page import FILE, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
-from captioning.web import LOOPBACK, MOST_PHOTOS, MOST_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
+from captioning.web import LOOPBACK, MAX_IMAGES, MOST_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
 
 AGE = 3600  # seconds after which uploads are deleted
 MOST_WAITING = 128  # requests; the next one is told to come back later
@@ -61,7 +61,7 @@ CSS = """
 # Layout
 
 
-def example_photos(captioners: dict[str, Captioner], folder: Path) -> list[tuple[Path, str]]:
+def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple[Path, str]]:
     """Photos to try, each with what it shows, of the kinds that the models were trained on.
 
     A model's own, in its folder's `examples/`; else the project's photos, or for a model of the sample data set
@@ -70,17 +70,17 @@ def example_photos(captioners: dict[str, Captioner], folder: Path) -> list[tuple
     examples: dict[Path, str] = {}
     for captioner in captioners.values():
         if captioner.folder is not None and (captioner.folder / "examples").is_dir():
-            photos = [path for path in find_photos([captioner.folder / "examples"]) if isinstance(path, Path)]
+            images = [path for path in find_images([captioner.folder / "examples"]) if isinstance(path, Path)]
         elif captioner.description.data.get("folder") != SAMPLE:
-            photos = sorted(IMAGES.glob("*.jpg"))
+            images = sorted(IMAGES.glob("*.jpg"))
         else:
-            photos = [folder / f"scene-{i}.jpg" for i in range(1, 7)]
-            for path in photos:
+            images = [folder / f"scene-{i}.jpg" for i in range(1, 7)]
+            for path in images:
                 image, _, (text, *_) = draw_scene(random.Random(f"page/{path.stem}"))
                 exif = Image.Exif()
                 exif[DESCRIPTION_TAG] = text
                 image.convert("RGB").save(path, quality=90, exif=exif)
-        for path in photos:
+        for path in images:
             with Image.open(path) as image:
                 examples[path] = str(image.getexif().get(DESCRIPTION_TAG, path.stem))
     return list(examples.items())
@@ -92,15 +92,15 @@ def describe_model(name: str, description: Description) -> str:
     backbone = BACKBONES.get(architecture.backbone, architecture.backbone)
     decoder = DECODERS.get(architecture.decoder, architecture.decoder)
     text = f"**Model `{name}`**: {backbone} and {decoder}, {len(description.vocabulary):,} words"
-    photos, captions = data.get("train_photos"), data.get("train_captions")
-    if isinstance(photos, int) and isinstance(captions, int):
-        text += f", trained on {captions:,} captions of {photos:,} photos (`{data.get('folder')}`)"
+    images, captions = data.get("train_photos"), data.get("train_captions")
+    if isinstance(images, int) and isinstance(captions, int):
+        text += f", trained on {captions:,} captions of {images:,} photos (`{data.get('folder')}`)"
     return f"{text}."
 
 
 def build_page(
     server: Server, examples: list[tuple[Path, str]], folder: Path, flag_folder: Path | None = None
-) -> tuple[Page, Photo]:
+) -> tuple[Page, ImageInput]:
     """The page and its input of a photo."""
     answers = Answers(server, folder)
     uploaded = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
@@ -110,18 +110,18 @@ def build_page(
         model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
         options = [*_lay_out_options(), model]
         with gr.Tab("One photo"):
-            photo = _lay_out_photo(answers, options, uploaded, flag_folder)
+            image = _lay_out_image(answers, options, uploaded, flag_folder)
         with gr.Tab("Several photos"):
-            _lay_out_photos(answers, options)
+            _lay_out_images(answers, options)
         with gr.Accordion("How words are chosen", open=False):
             for option in options[:-1]:
                 option.render()
         about = "\n\n".join(describe_model(name, server.captioners[name].description) for name in names)
         gr.Markdown(f"{about}\n\n{OTHER_MODELS}")
     if uploaded:
-        photo.sample, _ = uploaded[0]
+        image.sample, _ = uploaded[0]
     page.queue(max_size=MOST_WAITING, api_open=False)
-    return page, photo
+    return page, image
 
 
 def _lay_out_options() -> list[Option]:
@@ -144,16 +144,16 @@ def _lay_out_options() -> list[Option]:
     return [method, beam_size, temperature]
 
 
-def _lay_out_photo(
+def _lay_out_image(
     answers: Answers,
     options: list[Option],
     examples: list[tuple[str, str]],
     flag_folder: Path | None,
-) -> Photo:
+) -> ImageInput:
     """A photo and its caption, side by side; on a phone one under the other."""
     with gr.Row():
         with gr.Column(min_width=320):
-            photo = Photo(label="Photo", height=360, image_mode=None, buttons=[], sources=SOURCES)
+            image = ImageInput(label="Photo", height=360, image_mode=None, buttons=[], sources=SOURCES)
             gr.Markdown("**Examples**")
             gallery = gr.Gallery(
                 examples,
@@ -177,7 +177,7 @@ def _lay_out_photo(
             with gr.Column(visible=False) as result:
                 score = gr.Markdown()
                 if flag_folder is not None:
-                    _lay_out_flag(photo, caption, options, flag_folder)
+                    _lay_out_flag(image, caption, options, flag_folder)
             table = gr.Dataframe(
                 label="Alternatives",
                 headers=["caption", PER_WORD],
@@ -205,35 +205,35 @@ def _lay_out_photo(
             raise gr.Error("Choose one of the examples.", print_exception=False)
         return examples[event.index][0]
 
-    gallery.select(choose, None, photo, show_progress="hidden", api_visibility="private")
-    photo.change(None, None, caption, js="() => ''", api_visibility="private")  # it belongs to another photo
+    gallery.select(choose, None, image, show_progress="hidden", api_visibility="private")
+    image.change(None, None, caption, js="() => ''", api_visibility="private")  # it belongs to another photo
     shown = gr.on(
-        [photo.change, *(option.change for option in options)],
+        [image.change, *(option.change for option in options)],
         answers.show,
-        [photo, *options],
+        [image, *options],
         [caption, result, score, table, looks, maps],
         api_visibility="private",
         concurrency_limit=HANDLED_AT_ONCE,
         concurrency_id="photo",
         trigger_mode="always_last",
     )
-    shown.failure(lambda: None, None, photo, show_progress="hidden", api_visibility="private")
+    shown.failure(lambda: None, None, image, show_progress="hidden", api_visibility="private")
     gr.on(
         [],
         answers.caption,
-        [photo, *options],
+        [image, *options],
         [caption, table, maps, gr.Number(label=PER_WORD, visible=False)],
         api_name="caption",
         concurrency_limit=HANDLED_AT_ONCE,
         concurrency_id="photo",
     )
-    return photo
+    return image
 
 
-def _lay_out_flag(photo: Photo, caption: gr.Textbox, options: list[Option], folder: Path) -> None:
+def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option], folder: Path) -> None:
     """A button that keeps a photo, its caption and the options in a folder."""
     logger = gr.CSVLogger(verbose=False)
-    logger.setup([photo, caption, *options], folder)
+    logger.setup([image, caption, *options], folder)
 
     def keep(upload: Upload | None, text: str, *values: Any) -> None:
         if upload is None or not text:
@@ -242,12 +242,12 @@ def _lay_out_flag(photo: Photo, caption: gr.Textbox, options: list[Option], fold
         gr.Info("Kept; thank you.")
 
     button = gr.Button("Keep this photo and caption")
-    button.click(keep, [photo, caption, *options], api_visibility="private")
+    button.click(keep, [image, caption, *options], api_visibility="private")
 
 
-def _lay_out_photos(answers: Answers, options: list[Option]) -> None:
+def _lay_out_images(answers: Answers, options: list[Option]) -> None:
     """Several photos, and a table of their captions to download."""
-    gr.Markdown(f"Up to {MOST_PHOTOS} photos at once, of {MOST_UPLOADED >> 20} MB in all; a zip file of them will do.")
+    gr.Markdown(f"Up to {MAX_IMAGES} photos at once, of {MOST_UPLOADED >> 20} MB in all; a zip file of them will do.")
     files = Files(
         label="Photos",
         file_count="multiple",
@@ -294,7 +294,7 @@ def load_models(folders: tuple[Path, ...]) -> dict[str, Captioner]:
     return captioners
 
 
-def serve(page: Page, photo: Photo, server: Server, listener: socket.socket, share: bool) -> None:
+def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket, share: bool) -> None:
     """Serve the page on a socket until SIGTERM or Ctrl-C; if `share`, through a public tunnel as well."""
     address, port = listener.getsockname()[:2]
     host = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address))
@@ -315,7 +315,7 @@ def serve(page: Page, photo: Photo, server: Server, listener: socket.socket, sha
         css=CSS,
     )
     page.has_launched = True  # until then Gradio takes any path for an upload's
-    photo.sample = f"{url}{FILE}{photo.sample}"
+    image.sample = f"{url}{FILE}{image.sample}"
     gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK)
     if share:
         try:
@@ -365,10 +365,10 @@ def main(
         # Gradio serves all that is in this folder, by default one that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
         server = Server(captioners)
-        page, photo = build_page(
-            server, example_photos(captioners, Path(folder)), Path(folder) / "uploads", flag_folder
+        page, image = build_page(
+            server, example_images(captioners, Path(folder)), Path(folder) / "uploads", flag_folder
         )
-        serve(page, photo, server, listener, share)
+        serve(page, image, server, listener, share)
     gc.freeze()  # Python would look through all that was imported, for seconds, before it ends
 
 

@@ -19,7 +19,7 @@ from captioning.backbones import preprocessing_of
 from captioning.captioner import Captioner, Decoding
 from captioning.distributed import fast_dtype
 from captioning.features import BATCH
-from captioning.images import Photos, build_transform, read_batches
+from captioning.images import ImageDataset, build_transform, read_batches
 from model import EncoderCNN
 
 RESNET, LITE = "resnet50", "tf_efficientnet_lite2"
@@ -77,7 +77,7 @@ def load_models(material: Material, folder: Path) -> dict[str, Model]:
     encoder, decoder, vocab, description = checkpoint.load_model(folder)
     preprocessing = preprocessing_of(LITE, material.settings.lite_image_size)
     lite = EncoderCNN(encoder.embed.out_features, LITE).eval()
-    images = Photos(material.paths, build_transform(False, **asdict(preprocessing), normalise=False))
+    images = ImageDataset(material.paths, build_transform(False, **asdict(preprocessing), normalise=False))
     with torch.no_grad():  # so that the decoder reads numbers of the size that it knows
         lite.standardise(lite.features(torch.stack([images[i] for i in range(min(STANDARDISED_ON, len(images)))])))
     other = description.model_copy(update={"preprocessing": preprocessing})
@@ -124,7 +124,7 @@ def backbone_turns(model: Model, material: Material) -> dict[str, Callable[[], i
         return times * BATCH
 
     def read() -> int:
-        return sum(len(keys) for keys, _ in read_batches(Photos(paths, captioner.transform), batches, workers))
+        return sum(len(keys) for keys, _ in read_batches(ImageDataset(paths, captioner.transform), batches, workers))
 
     return {
         "photos_per_second": lambda: len(list(captioner.stream(paths, Decoding(), workers))),

@@ -15,18 +15,18 @@ from captioning.scenes.composition import paint_scene
 from captioning.scenes.world import plan
 
 # COCO's train2014
-PHOTOS, CAPTIONS = 82_783, 414_113
+IMAGES, CAPTIONS = 82_783, 414_113
 SIZES, SIZE_SHARES = ((640, 480), (640, 427), (480, 640), (500, 375), (427, 640)), (6, 6, 3, 1, 1)
 
 
-def draw_photos(folder: Path, count: int) -> list[Path]:
+def draw_images(folder: Path, count: int) -> list[Path]:
     """Draw photos of COCO's sizes in pixels and, with noise, its sizes in bytes."""
     folder.mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
-        return list(pool.map(partial(_draw_photo, folder), range(count), chunksize=8))
+        return list(pool.map(partial(_draw_image, folder), range(count), chunksize=8))
 
 
-def _draw_photo(folder: Path, index: int) -> Path:
+def _draw_image(folder: Path, index: int) -> Path:
     rng, noise = random.Random(f"speed/{index}"), np.random.default_rng(index)
     size = rng.choices(SIZES, SIZE_SHARES)[0]
     scene = paint_scene(rng, plan(rng)).convert("RGB").resize(size, Image.Resampling.BICUBIC)

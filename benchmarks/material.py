@@ -12,9 +12,9 @@ from torchvision.models import resnet50
 
 from benchmarks import drawn
 from benchmarks.timing import GPU
-from captioning.bulk import find_photos
+from captioning.bulk import find_images
 from captioning.errors import InputError
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 from captioning.training import TrainingConfig
 from vocabulary import Vocabulary
 
@@ -34,7 +34,7 @@ class Settings:
     decoder_steps: int = 60 if GPU else 8  # training steps of each decoder that are timed
     decoder_images: int = 20_000 if GPU else 2_000  # with five captions each, in the data set of those steps
     repeats: int = 3  # of every measurement but the recipe's start-up; the best counts
-    start_up_photos: int = drawn.PHOTOS  # of the simulated data set
+    start_up_photos: int = drawn.IMAGES  # of the simulated data set
     start_up_captions: int = drawn.CAPTIONS
     workers: int = min(4, os.cpu_count() or 1)  # processes that read images for the project and the peer
     results: Path = Path("benchmarks/results")  # where the JSON is written
@@ -79,8 +79,8 @@ def prepare(settings: Settings, folder: Path) -> Material:
 def choose_images(settings: Settings, folder: Path) -> list[Path]:
     """The images to train on and to caption."""
     if settings.photos is None:
-        return drawn.draw_photos(folder / "photos", settings.count)
-    paths = [path for path in find_photos([settings.photos]) if isinstance(path, Path)][: settings.count]
+        return drawn.draw_images(folder / "photos", settings.count)
+    paths = [path for path in find_images([settings.photos]) if isinstance(path, Path)][: settings.count]
     if len(paths) <= VAL_IMAGES:
         raise InputError(f"{settings.photos} holds {len(paths)} photos; more than {VAL_IMAGES} are needed.")
     return [path.resolve() for path in paths]
@@ -119,7 +119,7 @@ def make_weights(path: Path, paths: list[Path], image_size: int) -> Path:
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
-    images = Photos(paths, build_transform(False, image_size))
+    images = ImageDataset(paths, build_transform(False, image_size))
     with torch.no_grad():
         backbone(torch.stack([images[i] for i in range(8)]))
     torch.save(backbone.state_dict(), path)

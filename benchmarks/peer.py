@@ -21,7 +21,7 @@ from benchmarks.timing import DEVICE, best_rates, log
 from benchmarks.training_speed import RECIPE_BATCH, WARM_UP
 from captioning.distributed import autocast, fast_dtype
 from captioning.features import BATCH
-from captioning.images import Photos, build_transform, read_batches
+from captioning.images import ImageDataset, build_transform, read_batches
 from data_loader import CaptionDataset
 from vocabulary import END, START
 
@@ -74,7 +74,7 @@ def read_pixels(
     material: Material, paths: Sequence[Path], batches: Iterable[list[int]], train: bool
 ) -> Iterator[Tensor]:
     """Batches of images as the ViT takes them, (B, 3, H, W) from -1 to 1."""
-    images = Photos(paths, build_transform(train, material.settings.image_size, normalise=False))
+    images = ImageDataset(paths, build_transform(train, material.settings.image_size, normalise=False))
     for _, pixels in read_batches(images, batches, material.settings.workers):
         yield pixels.to(DEVICE, non_blocking=True).float() / 127.5 - 1
 
@@ -86,9 +86,9 @@ def train_peer(peer: Any, material: Material) -> Iterator[int]:
     optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
     rng = np.random.default_rng(0)
     steps = WARM_UP + settings.repeats * settings.recipe_steps
-    order = [rng.integers(len(data.photo), size=RECIPE_BATCH) for _ in range(steps)]
+    order = [rng.integers(len(data.image_rows), size=RECIPE_BATCH) for _ in range(steps)]
     peer.train()
-    pixels = read_pixels(material, data.paths, [data.photo[batch].tolist() for batch in order], train=True)
+    pixels = read_pixels(material, data.paths, [data.image_rows[batch].tolist() for batch in order], train=True)
     for batch, images in zip(order, pixels, strict=True):
         captions, lengths = data.captions(batch)
         labels = captions[:, 1:].masked_fill(torch.arange(captions.shape[1] - 1) >= lengths[:, None] - 1, -100)

@@ -46,7 +46,7 @@ class Captions(Dataset):
     def __init__(
         self,
         annotations: Path,
-        photos: Path,
+        image_folder: Path,
         threshold: int = 5,
         words: list[str] | None = None,
         image_size: int = 224,
@@ -55,7 +55,7 @@ class Captions(Dataset):
     ):
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
             self.coco = COCO(str(annotations))
-        self.photos, self.ids = photos, list(self.coco.anns)
+        self.image_folder, self.ids = image_folder, list(self.coco.anns)
         if words is None:
             counts: Counter[str] = Counter()
             for i in self.ids:
@@ -75,9 +75,9 @@ class Captions(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         annotation = self.coco.anns[self.ids[i]]
         name = self.coco.loadImgs(annotation["image_id"])[0]["file_name"]
-        photo = self.transform(Image.open(self.photos / name).convert("RGB"))
+        image = self.transform(Image.open(self.image_folder / name).convert("RGB"))
         tokens = [self.index.get(word, 2) for word in words_of(annotation["caption"])]
-        return photo, torch.tensor([0, *tokens, 1])
+        return image, torch.tensor([0, *tokens, 1])
 
     def draw(self, batch_size: int) -> list[int]:
         """Captions for one step, all of the length that one drawn at random has."""
@@ -147,9 +147,9 @@ def train(data: Captions, encoder: Encoder, decoder: Decoder, batch_size: int, d
 
 
 @torch.no_grad()
-def caption(photo: Path, data: Captions, encoder: Encoder, decoder: Decoder, device: torch.device) -> str:
+def caption(path: Path, data: Captions, encoder: Encoder, decoder: Decoder, device: torch.device) -> str:
     """The caption of one photo."""
-    image = data.test_transform(Image.open(photo).convert("RGB"))[None].to(device)
+    image = data.test_transform(Image.open(path).convert("RGB"))[None].to(device)
     tokens = decoder.sample(encoder(image)[:, None])
     words = list(data.index)
     return " ".join(words[token] for token in tokens if token > 2)

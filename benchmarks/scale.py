@@ -32,11 +32,11 @@ from accelerate.utils import gather_object
 
 from benchmarks import drawn
 from captioning import checkpoint, training
-from captioning.bulk import stream_photos
+from captioning.bulk import stream_images
 from captioning.distributed import this_process
 from data_loader import CaptionDataset, LengthBatches
 
-CAPTIONS_A_PHOTO = 5
+CAPTIONS_PER_IMAGE = 5
 FEATURE_SIZE = 2048  # of ResNet-50
 CHUNK = 100_000  # captions that are drawn at once
 ROWS = {  # what is printed of what is measured
@@ -92,9 +92,9 @@ class Peak:
         self.megabytes = max(self.megabytes, megabytes())
 
 
-def make(folder: Path, photos: int) -> None:
+def make(folder: Path, image_count: int) -> None:
     """Write a data set of so many photos, a hundred to validate on, and their features."""
-    for split, size in (("train", photos), ("val", 100)):
+    for split, size in (("train", image_count), ("val", 100)):
         inside = folder / "images" / split
         inside.mkdir(parents=True)
         for i in range(size):
@@ -107,7 +107,7 @@ def make(folder: Path, photos: int) -> None:
                 image = {"license": 1, "file_name": f"{i:012d}.jpg", "height": 480, "width": 640, "id": i + 1}
                 file.write((", " if i else "") + json.dumps({**image, "date_captured": "2013-11-14 17:02:52"}))
             file.write('], "annotations": [')
-            for i, text in enumerate(_captions(size * CAPTIONS_A_PHOTO)):
+            for i, text in enumerate(_captions(size * CAPTIONS_PER_IMAGE)):
                 annotation = {"image_id": i % size + 1, "id": i + 1, "caption": text}
                 file.write((", " if i else "") + json.dumps(annotation))
             file.write("]}")
@@ -128,7 +128,7 @@ def array_megabytes(data: CaptionDataset) -> float:
     names = data.paths.names
     arrays = [
         data.image_ids,
-        data.photo,
+        data.image_rows,
         data.lengths,
         data.offsets,
         data.tokens,
@@ -156,16 +156,16 @@ def measure(folder: Path, steps: int) -> list[dict[str, float]]:
         data = CaptionDataset(folder, cache=folder / "cache")
     held = megabytes() - before
     row |= {"seconds_warm": peak.seconds, "megabytes_warm": peak.megabytes - before}
-    row |= {"photos": len(data.paths), "captions": len(data.photo)}
+    row |= {"photos": len(data.paths), "captions": len(data.image_rows)}
     row |= {"words": len(data.vocab), "megabytes_of_arrays": array_megabytes(data)}
     row["megabytes_beyond_arrays"] = held - row["megabytes_of_arrays"]
     with Peak() as peak:
         batches = sum(1 for _ in LengthBatches(data.lengths, 128))
     row |= {"seconds_order": peak.seconds, "batches": batches}
     with Peak() as peak:
-        photos = sum(1 for _ in stream_photos([folder / "images" / "train"]))
+        image_count = sum(1 for _ in stream_images([folder / "images" / "train"]))
     row["seconds_folder"] = peak.seconds
-    assert photos == len(data.paths)
+    assert image_count == len(data.paths)
     del data
     return gather_object([row | _train(folder, steps)])
 

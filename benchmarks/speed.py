@@ -57,8 +57,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         log("captioning")
         captioning = results["captioning"] = measure_captioning(material, model)
         log("the peer")
-        photo_rate = captioning["backbones"][RESNET]["photos_per_second"]
-        results["peer"] = measure_peer(material, training["captions_per_second"], photo_rate)
+        image_rate = captioning["backbones"][RESNET]["photos_per_second"]
+        results["peer"] = measure_peer(material, training["captions_per_second"], image_rate)
         log("where the time goes")
         results["profile"] = measure_profile(material, model)
         log(f"start-up with {settings.start_up_captions} captions")

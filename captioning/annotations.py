@@ -228,7 +228,7 @@ class Names(Sequence[str]):
         return self.block[start:end].tobytes().decode()
 
 
-class PhotoFiles(Sequence[Path | Member]):
+class ImageFiles(Sequence[Path | Member]):
     """The image files of a data set: paths in a folder, or members of tar files, built when they are indexed.
 
     places: (images, 2) each image's offset and size in its tar file, or None.
@@ -244,13 +244,13 @@ class PhotoFiles(Sequence[Path | Member]):
     def __getitem__(self, index: int) -> Path | Member: ...
 
     @overload
-    def __getitem__(self, index: slice | np.ndarray) -> PhotoFiles: ...
+    def __getitem__(self, index: slice | np.ndarray) -> ImageFiles: ...
 
-    def __getitem__(self, index: int | slice | np.ndarray) -> Path | Member | PhotoFiles:
+    def __getitem__(self, index: int | slice | np.ndarray) -> Path | Member | ImageFiles:
         name = self.names[index]
         place = None if self.places is None else self.places[index]
         if isinstance(name, Names):
-            return PhotoFiles(self.folder, name, place)
+            return ImageFiles(self.folder, name, place)
         if place is None:
             return self.folder / name
         shard, _, inside = name.partition("/")
@@ -262,7 +262,7 @@ class Annotations:
     """An annotation file as flat arrays.
 
     `tokens[offsets[i]:offsets[i + 1]]` are caption i's indices into `words`, which holds all words of the file in
-    order of first appearance; `photo[i]` is the caption's image, a row of `image_ids` and `file_names`.
+    order of first appearance; `image_rows[i]` is the caption's image, a row of `image_ids` and `file_names`.
     """
 
     image_ids: np.ndarray  # (images,) int64
@@ -270,7 +270,7 @@ class Annotations:
     words: list[str]
     tokens: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (captions + 1,) int64
-    photo: np.ndarray  # (captions,) int32
+    image_rows: np.ndarray  # (captions,) int32
     places: np.ndarray | None  # (images, 2) int64 offset and size, where the images are in tar files
     skipped: list[str]  # one sentence for each kind of entry that was left out
 
@@ -281,7 +281,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     Skips empty captions and, where the file has captions, images without any, and says so on stderr. Raises
     `InputError` where the file is missing, not JSON, not COCO's, or empty.
     """
-    name = f"captions/{hash_file(path, b'3' + path.name[:8].encode())[:32]}.npz"
+    name = f"captions/{hash_file(path, b'4' + path.name[:8].encode())[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)
@@ -384,12 +384,12 @@ def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.nd
 
 def _drop_images_without_captions(annotations: Annotations, skipped: Skipped) -> None:
     """Keep the images that have captions: the others have nothing to teach."""
-    used, photo = np.unique(annotations.photo, return_inverse=True)
+    used, image_rows = np.unique(annotations.image_rows, return_inverse=True)
     names = annotations.file_names
     unused = np.setdiff1d(np.arange(len(names)), used)
     if not len(unused):
         return
     for row in unused:
         skipped.add("images without captions", repr(names[row]))
-    annotations.image_ids, annotations.photo = annotations.image_ids[used], photo.astype(np.int32)
+    annotations.image_ids, annotations.image_rows = annotations.image_ids[used], image_rows.astype(np.int32)
     annotations.file_names = Names(np.frombuffer("\n".join(names[used]).encode(), np.uint8))

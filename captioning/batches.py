@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captioning.config import TrainingConfig
-from captioning.images import Photos, build_transform, read_batches
+from captioning.images import ImageDataset, build_transform, read_batches
 from captioning.losses import Batch
 from data_loader import CaptionBatches, CaptionDataset
 
@@ -66,7 +66,7 @@ class EpochBatches:
         """
         self.sampler.set_epoch(epoch)
         order = list(self.sampler)[first_step:]
-        image, whole_images = self.data.photo, self.features is None
+        image, whole_images = self.data.image_rows, self.features is None
         shares = [share(batch, image, self.rank, self.processes, whole_images) for batch in order]
         local = [mine if len(mine) else whole[:1] for mine, whole in zip(shares, order, strict=True)]
         batches = self._from_pixels(local, epoch) if whole_images else self._from_features(local, epoch)
@@ -77,11 +77,13 @@ class EpochBatches:
 
     def _from_pixels(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         seed = int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1, np.uint64)[0])
-        keys = [[(int(i), seed) for i in np.unique(self.data.photo[batch])] for batch in order]
-        images = Photos(self.data.paths, build_transform(True, **asdict(self.config.preprocessing), normalise=False))
+        keys = [[(int(i), seed) for i in np.unique(self.data.image_rows[batch])] for batch in order]
+        images = ImageDataset(
+            self.data.paths, build_transform(True, **asdict(self.config.preprocessing), normalise=False)
+        )
         pixels = (batch for _, batch in read_batches(images, keys, self.config.workers))
         for batch, inputs in zip(order, pixels, strict=True):
-            index, row = np.unique(self.data.photo[batch], return_inverse=True)
+            index, row = np.unique(self.data.image_rows[batch], return_inverse=True)
             yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), index)
 
     def _from_features(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
@@ -89,10 +91,12 @@ class EpochBatches:
         assert self.features is not None
         views = self.features.shape[1]
         rng = np.random.default_rng((self.config.seed, epoch))
-        view = rng.integers(views, size=len(self.data.photo), dtype=np.int32)
+        view = rng.integers(views, size=len(self.data.image_rows), dtype=np.int32)
         rows = self.features.flatten(0, 1)
         for batch in order:
-            wanted, row = np.unique(self.data.photo[batch].astype(np.int64) * views + view[batch], return_inverse=True)
+            wanted, row = np.unique(
+                self.data.image_rows[batch].astype(np.int64) * views + view[batch], return_inverse=True
+            )
             inputs = rows.index_select(0, torch.from_numpy(wanted).to(rows.device))
             yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), wanted // views)
 

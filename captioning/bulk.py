@@ -22,8 +22,8 @@ from captioning.captioner import Caption, Captioner, Decoding, Source
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable
 from captioning.features import BATCH
-from captioning.files import HEIF_SUFFIXES, WEB_ADDRESS, missing_file, photo_suffixes
-from captioning.shards import SUFFIX, Member, is_shard, read_photos
+from captioning.files import HEIF_SUFFIXES, WEB_ADDRESS, image_suffixes, missing_file
+from captioning.shards import SUFFIX, Member, is_shard, list_images
 
 NAMES = 1 << 18  # of a folder's entries that are held at once, some 30 MB
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
@@ -33,12 +33,12 @@ NAMED = 10  # suffixes in the sentence on what was left out
 Log = Callable[[str], object]
 
 
-def find_photos(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> list[Path | Member]:
-    """The images at the paths, as `stream_photos` finds them."""
-    return list(stream_photos(paths, recursive, log))
+def find_images(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> list[Path | Member]:
+    """The images at the paths, as `stream_images` finds them."""
+    return list(stream_images(paths, recursive, log))
 
 
-def stream_photos(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> Iterator[Path | Member]:
+def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> Iterator[Path | Member]:
     """The images at the paths, in the order given: of a folder the files with an image's suffix, in name order.
 
     With `recursive` a subfolder's images come where its name comes; each folder is entered once, wherever links lead.
@@ -51,7 +51,7 @@ def stream_photos(paths: Iterable[Path], recursive: bool = False, log: Log | Non
         if WEB_ADDRESS.match(str(path)) and not os.path.exists(path):
             raise missing_file(path)
         left_out: Counter[str] = Counter()
-        if next(_photos_at(path, recursive, left_out), None) is None:
+        if next(_images_at(path, recursive, left_out), None) is None:
             instead = f" but {_describe(left_out)}" if left_out else ""
             raise InputError(f"{path} holds no photos{instead}; name a photo or a folder of them.")
     return _stream(paths, recursive, log)
@@ -60,18 +60,18 @@ def stream_photos(paths: Iterable[Path], recursive: bool = False, log: Log | Non
 def _stream(paths: list[Path], recursive: bool, log: Log | None) -> Iterator[Path | Member]:
     for path in paths:
         left_out: Counter[str] = Counter()
-        yield from _photos_at(path, recursive, left_out)
+        yield from _images_at(path, recursive, left_out)
         if left_out and log is not None:
             log(f"left out of {path}: {_describe(left_out)}")
 
 
-def _photos_at(path: Path, recursive: bool, left_out: Counter[str]) -> Iterator[Path | Member]:
+def _images_at(path: Path, recursive: bool, left_out: Counter[str]) -> Iterator[Path | Member]:
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have, too
         for file in _walk(path, recursive, left_out):
-            yield from _photos_at(file, False, left_out)
+            yield from _images_at(file, False, left_out)
     elif is_shard(path) and (os.path.isfile(path) or not os.path.lexists(path)):
-        yield from read_photos(path)
-    else:  # also a pipe or a link to nothing: `read_photo` says so
+        yield from list_images(path)
+    else:  # also a pipe or a link to nothing: `read_image` says so
         yield path
 
 
@@ -127,7 +127,7 @@ def _is_wanted(entry: os.DirEntry[str], recursive: bool, left_out: Counter[str] 
         is_folder = entry.is_dir()
     hidden = entry.name.startswith(".")
     suffix = FOLDER if is_folder else os.path.splitext(entry.name)[1].lower()
-    if (recursive and not hidden) if is_folder else (suffix in photo_suffixes() or suffix == SUFFIX):
+    if (recursive and not hidden) if is_folder else (suffix in image_suffixes() or suffix == SUFFIX):
         return True
     if left_out is not None and not hidden:
         left_out[suffix] += 1
@@ -173,17 +173,17 @@ def write_captions(
     done = failed = earlier = first_index = 0
     with ExitStack() as stack:
         if is_main:  # which alone looks for the images and reads and writes the file
-            photos = stream_photos(paths, recursive, log)
+            images = stream_images(paths, recursive, log)
             stack.enter_context(exclusive_lock(output))
             file = stack.enter_context(open(output, "a+b"))
-            done, failed, last_batch = _read_rows(file, photos)
+            done, failed, last_batch = _read_rows(file, images)
             earlier, first_index = done, done - len(last_batch)
-            photos = chain([photo for photo, _ in last_batch], photos)  # in whole batches, as if never stopped
+            images = chain([image for image, _ in last_batch], images)  # in whole batches, as if never stopped
         progress = stack.enter_context(
             tqdm(desc="captions", initial=done, unit="photo", delay=2, disable=None if is_main else True)
         )
         while True:
-            chunk = list(islice(photos, CHUNK * process.num_processes)) if is_main else []
+            chunk = list(islice(images, CHUNK * process.num_processes)) if is_main else []
             chunk, first_index = broadcast_object_list([chunk, first_index])
             if not chunk:
                 break
@@ -236,10 +236,10 @@ def exclusive_lock(output: Path) -> Iterator[None]:
             os.unlink(lock.lock_file)
 
 
-def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, int, list[tuple[Path | Member, dict]]]:
+def _read_rows(file: BinaryIO, images: Iterator[Path | Member]) -> tuple[int, int, list[tuple[Path | Member, dict]]]:
     """How many rows the file holds, how many of them are errors, and those of the last batch, with their images.
 
-    `photos` is moved on past them; a row that was cut short by a kill is removed.
+    `images` is moved on past them; a row that was cut short by a kill is removed.
     """
     done = failed = end = 0
     batch: list[tuple[Path | Member, dict]] = []
@@ -247,34 +247,34 @@ def _read_rows(file: BinaryIO, photos: Iterator[Path | Member]) -> tuple[int, in
     for line in file:
         if not line.endswith(b"\n") and line[:10] == b'{"photo": '[: len(line)]:
             break
-        photo = next(photos, None)
+        image = next(images, None)
         try:
             row = json.loads(line)
-            if photo is None or row["photo"] != str(photo):
+            if image is None or row["photo"] != str(image):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(
-                f"{file.name}, line {done + 1} is not of {photo or 'any photo'}; caption the photos that it was "
+                f"{file.name}, line {done + 1} is not of {image or 'any photo'}; caption the photos that it was "
                 "begun with, or name another file."
             ) from None
         if done % BATCH == 0:
             batch = []
-        batch.append((photo, row))
+        batch.append((image, row))
         done, failed, end = done + 1, failed + ("error" in row), end + len(line)
     file.truncate(end)
     return done, failed, batch
 
 
 def _caption_share(
-    captioner: Captioner, photos: list[Path | Member], how: Decoding, workers: int, strict: bool, first_index: int
+    captioner: Captioner, images: list[Path | Member], how: Decoding, workers: int, strict: bool, first_index: int
 ) -> list[tuple[int, dict[str, Any]]]:
     """This process's share of the images as rows, with their indices, in any order."""
     rows: list[tuple[int, dict[str, Any]]] = []
-    unreadable = None if strict else lambda i, error: rows.append((i, as_json(photos[i], error)))
-    if len(photos) <= 2 * BATCH * this_process().num_processes:
+    unreadable = None if strict else lambda i, error: rows.append((i, as_json(images[i], error)))
+    if len(images) <= 2 * BATCH * this_process().num_processes:
         workers = 0
-    for i, caption in captioner.stream(photos, how, workers, unreadable, shared=True, first_index=first_index):
-        rows.append((i, as_json(photos[i], caption)))
+    for i, caption in captioner.stream(images, how, workers, unreadable, shared=True, first_index=first_index):
+        rows.append((i, as_json(images[i], caption)))
     return rows
 
 

@@ -18,7 +18,7 @@ from captioning.distributed import fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 from captioning.shards import Member
 from model import EncoderCNN
 from vocabulary import UNK, UNK_WORD, Vocabulary
@@ -56,14 +56,14 @@ class Decoding:
     groups: int | None = None  # groups of the beam that are kept different from one another
     diversity: float | None = None  # how different the groups are kept; 0.5 is usual
 
-    def for_photos(self) -> Decoding:
-        """These options, completed by those of `PHOTO_DECODING` that were not given.
+    def with_defaults(self) -> Decoding:
+        """These options, completed by those of `DEFAULT_DECODING` that were not given.
 
         Greedy decoding and sampling, where asked for, stay as they are.
         """
         if self.temperature is not None or self.beam_size == 1:
             return self
-        return replace(PHOTO_DECODING, **self._given(vars(self)))
+        return replace(DEFAULT_DECODING, **self._given(vars(self)))
 
     def check(self) -> None:
         """Raise `InputError` if an option is out of range or has no effect."""
@@ -119,7 +119,7 @@ class Decoding:
 
 
 # What `caption.py`, the page and `Captioner` choose words by unless told otherwise.
-PHOTO_DECODING = Decoding(beam_size=3, block_trigrams=True)
+DEFAULT_DECODING = Decoding(beam_size=3, block_trigrams=True)
 
 
 @dataclass
@@ -204,14 +204,14 @@ class Captioner:
     def __call__(self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any) -> list[Caption]:
         """One `Caption` per image, in their order; images are PIL images or paths, one or many.
 
-        Words are chosen as `PHOTO_DECODING` says. Its fields can be given by name: `captioner(image, beam_size=5)`;
+        Words are chosen as `DEFAULT_DECODING` says. Its fields can be given by name: `captioner(image, beam_size=5)`;
         or all of it as `how`. Raises `InputError` naming the first image that cannot be read, or an option that
         has no effect.
         """
         if how is not None and options:
             raise InputError(f"{next(iter(options))} has no effect beside a whole Decoding; set it there.")
         sources = [images] if isinstance(images, Source) else list(images)
-        how = how or Decoding(**options).for_photos()
+        how = how or Decoding(**options).with_defaults()
         return [caption for _, caption in self.stream(sources, how)]
 
     def stream(
@@ -250,8 +250,8 @@ class Captioner:
         unreadable: Callable[[int, InputError], object] | None,
     ) -> Iterator[tuple[list[int], Any]]:
         """Read and encode batches of images: yields their indices and what the decoder takes."""
-        photos = Photos(sources, self.transform)
-        for indices, features in encode(self.encoder, photos, batches, workers, unreadable):
+        dataset = ImageDataset(sources, self.transform)
+        for indices, features in encode(self.encoder, dataset, batches, workers, unreadable):
             embedded = self.encoder.embed(features)
             if not embedded.isfinite().all():
                 raise InputError(

@@ -26,6 +26,8 @@ Objective = Literal["cross-entropy", "cider"]
 
 LARGEST_SEED = 2**64 - 1  # what torch.manual_seed takes
 
+RENAMED = {"val_photos": "val_images"}  # options that older captioner.json files hold under their former names
+
 # The smallest and the largest value of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "embed_size": (1, 1 << 14),
@@ -38,7 +40,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "workers": (0, 1024),
     "seed": (0, LARGEST_SEED),
     **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, math.inf)),
-    **dict.fromkeys(("val_photos", "patience", "vocab_threshold"), (1, math.inf)),
+    **dict.fromkeys(("val_images", "patience", "vocab_threshold"), (1, math.inf)),
 }
 
 
@@ -50,7 +52,7 @@ class DataOptions:
     vocab_threshold: int = 5  # a word must occur this often to be in the vocabulary
     vocab_from_file: bool = False  # take the vocabulary from --vocab-file rather than from the captions
     vocab_file: Path = Path("vocab.json")  # JSON list of words
-    val_photos: int = 5000  # validation images scored after each epoch: the first ones
+    val_images: int = 5000  # validation images scored after each epoch: the first ones
     skip_unreadable: bool = False  # leave out images that cannot be read, rather than stop
 
 
@@ -195,6 +197,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
     """
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     saved = checkpoint.read_description(folder).training
+    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     values = {name: saved[name] for name in names if name in saved}
     if objective is not None and objective != values.get("objective", "cross-entropy"):
         values["objective"] = objective

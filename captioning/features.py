@@ -32,7 +32,7 @@ from captioning.backbones import Preprocessing
 from captioning.distributed import fast_dtype, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE
-from captioning.images import Photos, build_transform, read_batches
+from captioning.images import ImageDataset, build_transform, read_batches
 from captioning.shards import Member
 from model import EncoderCNN
 
@@ -60,7 +60,7 @@ class Views:
 @torch.inference_mode()
 def encode(
     encoder: EncoderCNN,
-    photos: Photos,
+    dataset: ImageDataset,
     batches: Sequence[Sequence[int]],
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
@@ -71,7 +71,7 @@ def encode(
     `grid`, or with a transform of several `Views`, (B, views, ...). `unreadable` as in `read_batches`.
     """
     device = encoder.embed.weight.device
-    for indices, images in read_batches(photos, batches, workers, unreadable):
+    for indices, images in read_batches(dataset, batches, workers, unreadable):
         if indices:
             images = images.to(device, non_blocking=True)
             features = encoder.features(images.flatten(0, -4)).float()
@@ -191,7 +191,7 @@ def _fill(
     failed: dict[int, InputError] = {}
     assert state.device is not None
     fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
-    found = encode(fast, Photos(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
+    found = encode(fast, ImageDataset(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
     progress = tqdm(
         total=len(batches) * BATCH,
         desc="backbone",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captioning.captioner import Caption, Source
 from captioning.errors import InputError, printable
-from captioning.images import Photos, build_transform, read_photo
+from captioning.images import ImageDataset, build_transform, read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int 
         bottom += MARGIN + THUMBNAIL[1]  # of the row's thumbnails
         for column, i in enumerate(row):
             middle = column * CELL + CELL // 2
-            thumbnail = ImageOps.contain(read_photo(sources[i], min(THUMBNAIL)), THUMBNAIL)
+            thumbnail = ImageOps.contain(read_image(sources[i], min(THUMBNAIL)), THUMBNAIL)
             sheet.paste(thumbnail, (middle - thumbnail.width // 2, bottom - thumbnail.height))
             for line, text in enumerate(texts[i]):
                 draw.text((middle, bottom + MARGIN + line * LINE_HEIGHT), text, "black", font, anchor="ma")
@@ -88,7 +88,7 @@ def draw_attention(source: Source, caption: Caption, image_size: int, crop: str 
 
     if caption.attention is None:
         raise InputError("this model's decoder does not attend; train one with --decoder attention.")
-    pixels = Photos([source], build_transform(False, image_size, False, crop))[0]  # (3, image_size, image_size)
+    pixels = ImageDataset([source], build_transform(False, image_size, False, crop))[0]  # (3, image_size, image_size)
     view = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     columns = min(5, len(caption.tokens) + 1)
     rows = -(-(len(caption.tokens) + 1) // columns)

@@ -181,7 +181,7 @@ def register_heif() -> bool:
 
 
 @cache
-def photo_suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
     """The suffixes of images' file names, in lower case."""
     formats = set(image_formats())
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}

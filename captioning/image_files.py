@@ -56,7 +56,7 @@ JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 
 
-def read_photo(
+def read_image(
     source: str | Path | Member | Image.Image,
     shorter_side: int | None = None,
     formats: Collection[str] | None = None,

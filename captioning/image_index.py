@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from captioning.errors import InputError
-from captioning.files import photo_suffixes
+from captioning.files import image_suffixes
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -55,7 +55,7 @@ class ImageIndex:
         self.by_name: dict[str, set[str]] = defaultdict(set)  # file name -> keys of `paths`
         self.by_stem: dict[str, set[str]] = defaultdict(set)  # file name without its suffix -> keys
         for path in walk_files(folder):
-            if path.suffix.lower() in photo_suffixes():
+            if path.suffix.lower() in image_suffixes():
                 key = _normalize(path.relative_to(folder).as_posix())
                 self.paths[key].append(path)
                 name = posixpath.basename(key)
@@ -92,7 +92,7 @@ class ImageIndex:
                 key = posixpath.relpath(key, os.path.abspath(self.folder))
             folder, base = posixpath.split(key)
             candidates = self.by_name.get(base, set())
-            if not candidates and posixpath.splitext(base)[1].lower() not in photo_suffixes():
+            if not candidates and posixpath.splitext(base)[1].lower() not in image_suffixes():
                 candidates = self.by_stem.get(base, set())
             folders = {candidate: posixpath.dirname(candidate) for candidate in sorted(candidates)}
             keys = [

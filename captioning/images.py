@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from captioning.errors import InputError
 from captioning.files import CACHE
-from captioning.image_files import read_photo
+from captioning.image_files import read_image
 from captioning.shards import Member
 
-__all__ = ["Photos", "build_transform", "find_unreadable", "read_batches", "read_photo"]
+__all__ = ["ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
 
 
 def build_transform(
@@ -59,8 +59,8 @@ def build_transform(
     return T.Compose([*resize, *cut, *flip, *tensor])
 
 
-class Photos(Dataset):
-    """The images at `paths` (or PIL images), transformed; `photos[index]` or, for another draw, `photos[index, seed]`.
+class ImageDataset(Dataset):
+    """The images at `paths` (or PIL images), transformed: `dataset[index]`, or `dataset[index, seed]` for another draw.
 
     A random transform draws from the seed and the index alone, so that what a worker returns depends on
     neither the number of workers nor on what was read before.
@@ -79,7 +79,7 @@ class Photos(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]))
             try:
-                return self.transform(read_photo(self.paths[index], self.shorter_side))
+                return self.transform(read_image(self.paths[index], self.shorter_side))
             except MemoryError:
                 raise InputError(f"{self.paths[index]} takes more memory than there is; make it smaller.") from None
 
@@ -100,12 +100,12 @@ def _resized_side(transform: Callable) -> int | None:
 class _Attempts(Dataset):
     """The images of `keys`, or in the place of one that cannot be read, its `InputError`."""
 
-    def __init__(self, photos: Photos):
-        self.photos = photos
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor | InputError:
         try:
-            return self.photos[key]
+            return self.dataset[key]
         except InputError as error:
             return error
 
@@ -117,7 +117,7 @@ def _ignore_signals(_: int) -> None:
 
 
 def read_batches(
-    photos: Photos,
+    dataset: ImageDataset,
     batches: Iterable[Sequence[Any]],
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
@@ -132,7 +132,7 @@ def read_batches(
     pin = torch.cuda.is_available()
     batches = list(batches)
     loader = DataLoader(
-        _Attempts(photos),
+        _Attempts(dataset),
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  ranges do, too
         num_workers=workers,
         collate_fn=list,
@@ -164,11 +164,11 @@ def _name_lost_workers(loader: DataLoader) -> Iterator[list]:
         ) from None
 
 
-class _Checks(Photos):
+class _Checks(ImageDataset):
     """Images read at an eighth of their size where their format allows it, which still reads every byte of them."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
-        read_photo(self.paths[int(key[0] if isinstance(key, tuple) else key)], shorter_side=1)
+        read_image(self.paths[int(key[0] if isinstance(key, tuple) else key)], shorter_side=1)
         return torch.empty(0)
 
 

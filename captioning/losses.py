@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from data_loader import CaptionBatches, CaptionDataset, LengthBatches, PhotoBatches
+from data_loader import CaptionBatches, CaptionDataset, ImageBatches, LengthBatches
 from model import DecoderModule, EncoderCNN, pack
 
 # The float32 logits that exist at a time. On a CPU they stay in its cache.
@@ -72,7 +72,7 @@ class CrossEntropy:
         """Captions of one length where features are stored, else all captions of an image in one batch."""
         if frozen:
             return LengthBatches(data.lengths, batch_size, seed)
-        return PhotoBatches(data.photo, batch_size, seed)
+        return ImageBatches(data.image_rows, batch_size, seed)
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
         """The tokens that the decoder predicts, and the captions."""

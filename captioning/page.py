@@ -21,7 +21,7 @@ from gradio_client import handle_file
 from PIL import Image
 
 from captioning.bulk import as_json
-from captioning.captioner import PHOTO_DECODING, Caption, Decoding
+from captioning.captioner import DEFAULT_DECODING, Caption, Decoding
 from captioning.errors import InputError
 from captioning.web import Server, Upload
 
@@ -51,7 +51,7 @@ def to_path(component: Component, url_or_path: str | Path | None) -> str | Path 
     return locate(component, FileData(path=path)).path
 
 
-class Photo(gr.Image):
+class ImageInput(gr.Image):
     """Gradio's image input, which decodes nothing."""
 
     is_template = True  # Gradio shows it as its base class
@@ -117,7 +117,7 @@ def explain_unusable(block: Component, value: object) -> str | None:
         names = [name for _, name in block.choices]
         if value not in names:
             return f"{block.label} must be one of {', '.join(map(str, names))}, not {json.dumps(value)[:40]}."
-    if isinstance(block, Photo | Files) and value is not None:
+    if isinstance(block, ImageInput | Files) and value is not None:
         for file in value if isinstance(block, Files) and isinstance(value, list) else [value]:
             if not isinstance(file, dict) or not isinstance(file.get("path"), str):
                 return 'The photo must be an uploaded file, {"path": what the upload returned}; upload the photo first.'
@@ -199,7 +199,7 @@ def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
         return Decoding()
     if method == "sampling":
         return Decoding(temperature=temperature, alternatives=4)
-    return replace(PHOTO_DECODING, beam_size=beam_size, alternatives=min(beam_size, 5) - 1)
+    return replace(DEFAULT_DECODING, beam_size=beam_size, alternatives=min(beam_size, 5) - 1)
 
 
 def per_word(caption: Caption) -> float:

@@ -21,7 +21,7 @@ from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import hash_file
-from captioning.images import Photos, build_transform, find_unreadable, read_batches
+from captioning.images import ImageDataset, build_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DECODERS, DecoderModule, EncoderCNN
@@ -72,7 +72,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
         unreadable = dict(sorted(gather_object([(rank + i * processes, error) for i, error in local.items()])))
         split.drop(unreadable)
         failed += unreadable.values()
-        if not len(split.photo):
+        if not len(split.image_rows):
             raise InputError(f"no photo of {split.annotation_file} can be read; the first: {failed[0]}")
     if failed and not config.skip_unreadable:
         raise InputError(
@@ -98,9 +98,9 @@ def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, 
         data={
             "folder": config.data.name,
             "train_photos": len(data.paths),
-            "train_captions": len(data.photo),
+            "train_captions": len(data.image_rows),
             "train_sha256": hash_file(data.annotation_file),
-            "val_photos": min(len(val.paths), config.val_photos),
+            "val_photos": min(len(val.paths), config.val_images),
         },
         training=settings,
         environment=checkpoint.environment(),
@@ -156,7 +156,7 @@ def first_features(
     some = np.random.default_rng(config.seed).permutation(len(data.paths))[:FIRST_IMAGES]
     if features is not None:
         return features[torch.from_numpy(some).to(features.device), 0].to(device).float()
-    reader = Photos(data.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
+    reader = ImageDataset(data.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
     pixels = next(read_batches(reader, [some.tolist()]))[1].to(device)
     statistics = {key: value.clone() for key, value in encoder.network.state_dict().items()}
     with autocast(device, config.precision):

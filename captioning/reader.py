@@ -23,8 +23,8 @@ from PIL import Image
 from torchvision import transforms as T
 
 from captioning.errors import InputError
-from captioning.files import photo_suffixes
-from captioning.images import read_photo
+from captioning.files import image_suffixes
+from captioning.images import read_image
 
 MOST_MEMORY = 2 << 30  # bytes of a process's data
 START_SECONDS = 120
@@ -128,7 +128,7 @@ def serve() -> None:
         answers.flush()
 
 
-def prepare_photo(path: Path, name: str, transform: T.Compose, view_size: int) -> tuple[Image.Image, Image.Image]:
+def prepare_image(path: Path, name: str, transform: T.Compose, view_size: int) -> tuple[Image.Image, Image.Image]:
     """A photo resized as a model's transform begins, and the part of it that the model sees, for people to look at.
 
     The second is a square of `view_size` pixels. Raises `InputError`, which calls the file `name`, where it cannot be
@@ -139,26 +139,26 @@ def prepare_photo(path: Path, name: str, transform: T.Compose, view_size: int) -
     if not path.exists():
         raise InputError(f"{name} is no longer on the server; upload it again.")
     try:
-        photo = read_photo(path, max(resize.size) if squashes else resize.size)
+        image = read_image(path, max(resize.size) if squashes else resize.size)
     except InputError as error:
         raise InputError(str(error).replace(str(path), name)) from None
     if squashes:
-        return resize(photo), T.Resize((view_size, view_size))(photo)
+        return resize(image), T.Resize((view_size, view_size))(image)
     enlarge = T.Resize(round(resize.size * view_size / crop.size[0]))
-    width, height = photo.size  # only the centre is looked at, so a long strip is not enlarged whole
-    photo = T.CenterCrop((min(height, 2 * width), min(width, 2 * height)))(photo)
-    return resize(photo), T.CenterCrop(view_size)(enlarge(photo))
+    width, height = image.size  # only the centre is looked at, so a long strip is not enlarged whole
+    image = T.CenterCrop((min(height, 2 * width), min(width, 2 * height)))(image)
+    return resize(image), T.CenterCrop(view_size)(enlarge(image))
 
 
-def unpack_photos(
-    path: Path, folder: Path, most_photos: int, most_bytes: int
+def unpack_images(
+    path: Path, folder: Path, max_images: int, most_bytes: int
 ) -> tuple[list[tuple[str, Path | InputError]], int]:
     """Unpack a zip file's photos into a folder: each one's name and where it is, or why it cannot be unpacked.
 
     With them comes the number of other files, which are left out. Raises `InputError` where the zip file cannot be
-    read, or has more than `most_photos`, or they have more than `most_bytes` in all.
+    read, or has more than `max_images`, or they have more than `most_bytes` in all.
     """
-    photos: list[tuple[str, Path | InputError]] = []
+    images: list[tuple[str, Path | InputError]] = []
     try:
         with zipfile.ZipFile(path) as archive:
             names = [PurePosixPath(info.filename) for info in archive.infolist()]
@@ -167,20 +167,20 @@ def unpack_photos(
                 for name, info in zip(names, archive.infolist(), strict=True)
                 if not info.is_dir() and not name.name.startswith(".") and "__MACOSX" not in name.parts
             ]
-            members = [(name, info) for name, info in files if name.suffix.lower() in photo_suffixes()]
-            if len(members) > most_photos:
-                raise InputError(f"{path.name} holds {len(members):,} photos; send at most {most_photos} at once.")
+            members = [(name, info) for name, info in files if name.suffix.lower() in image_suffixes()]
+            if len(members) > max_images:
+                raise InputError(f"{path.name} holds {len(members):,} photos; send at most {max_images} at once.")
             if sum(info.file_size for _, info in members) > most_bytes:  # of none more is read than it says
                 raise InputError(f"The photos in {path.name} are more than {most_bytes >> 20} MB; send fewer at once.")
             for i, (name, info) in enumerate(members):
                 target = folder / f"{i:04}{name.suffix.lower()}"
                 try:
                     target.write_bytes(archive.read(info))
-                    photos.append((str(name), target))
+                    images.append((str(name), target))
                 except Exception as error:  # a broken archive makes its decoders raise nearly anything
-                    photos.append((str(name), InputError(f"{name} cannot be unpacked ({error}).")))
+                    images.append((str(name), InputError(f"{name} cannot be unpacked ({error}).")))
     except InputError:
         raise
     except Exception:
         raise InputError(f"{path.name} is not a zip file that can be read; make it anew.") from None
-    return photos, len(files) - len(members)
+    return images, len(files) - len(members)

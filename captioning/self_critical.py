@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from captioning.cider import CiderD
 from captioning.decoding import sample
 from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
-from data_loader import CaptionDataset, PhotoBatches
+from data_loader import CaptionDataset, ImageBatches
 from model import DecoderModule, EncoderCNN, pack
 from vocabulary import END, START, UNK
 
@@ -36,7 +36,7 @@ class CiderReward:
     def __init__(self, data: CaptionDataset):
         tokens, starts, ends = data.tokens.tolist(), data.offsets[:-1].tolist(), data.offsets[1:].tolist()
         references: dict[Hashable, list[list[int]]] = {}
-        for image, start, end in zip(data.photo.tolist(), starts, ends, strict=True):
+        for image, start, end in zip(data.image_rows.tolist(), starts, ends, strict=True):
             references.setdefault(image, []).append(tokens[start + 1 : end])
         self.cider = CiderD(references)
 
@@ -51,10 +51,10 @@ class SelfCritical:
     def __init__(self, data: CaptionDataset):
         self.reward = CiderReward(data)
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> PhotoBatches:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> ImageBatches:
         """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all."""
-        sampler = PhotoBatches(np.arange(len(data.paths)), max(1, batch_size // DRAWS), seed)
-        sampler.captions = np.unique(data.photo, return_index=True)[1]
+        sampler = ImageBatches(np.arange(len(data.paths)), max(1, batch_size // DRAWS), seed)
+        sampler.captions = np.unique(data.image_rows, return_index=True)[1]
         return sampler
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:

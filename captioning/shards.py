@@ -25,7 +25,7 @@ from tempfile import TemporaryFile, mkdtemp
 from typing import Any, BinaryIO
 
 from captioning.errors import InputError, Skipped, warn_once
-from captioning.files import photo_suffixes, write_cache, write_file
+from captioning.files import image_suffixes, write_cache, write_file
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # how the name of an index ends
@@ -92,7 +92,7 @@ def read_samples(shard: Path, skipped: Skipped) -> Iterator[tuple[Member | None,
             stem, suffix = str(path.with_suffix("")), path.suffix.lower()
             if suffix in CAPTION_SUFFIXES:
                 texts.setdefault(stem, {}).setdefault(suffix, member)
-            elif suffix in photo_suffixes():
+            elif suffix in image_suffixes():
                 images.setdefault(stem, member)
             else:
                 continue
@@ -182,12 +182,12 @@ def _read_json_captions(file: Member) -> list[str]:
     return captions
 
 
-def read_photos(shard: Path) -> Iterator[Member]:
+def list_images(shard: Path) -> Iterator[Member]:
     """Yield the images of a tar file, in its order; says on stderr which kinds of members it has skipped."""
     skipped = Skipped()
-    for photo, _ in read_samples(shard, skipped):
-        if photo is not None:
-            yield photo
+    for member, _ in read_samples(shard, skipped):
+        if member is not None:
+            yield member
     for sentence in skipped.sentences():
         warn_once(f"{shard}: {sentence}")
 
@@ -216,28 +216,28 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
 
 def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
     skipped = Skipped()
-    photos = captions = 0
+    image_count = captions = 0
     with TemporaryFile() as images:  # the list of images, until all captions are written
         file.write(b'{"annotations": [')
         for shard in shards:
-            for photo, files in read_samples(shard, skipped):
+            for member, files in read_samples(shard, skipped):
                 texts = read_captions_of(files)
-                if photo is None or not texts:
-                    if photo is not None:
-                        skipped.add("images without captions", repr(str(photo)))
+                if member is None or not texts:
+                    if member is not None:
+                        skipped.add("images without captions", repr(str(member)))
                     elif texts:
                         skipped.add("captions without an image", repr(str(next(iter(files.values())))))
                     continue
-                photos += 1
-                image = {"id": photos, "file_name": f"{shard.name}/{photo.name}"}
-                image |= {"offset": photo.offset, "size": photo.size}
-                images.write(b", " * (photos > 1) + json.dumps(image).encode())
+                image_count += 1
+                image = {"id": image_count, "file_name": f"{shard.name}/{member.name}"}
+                image |= {"offset": member.offset, "size": member.size}
+                images.write(b", " * (image_count > 1) + json.dumps(image).encode())
                 for text in texts:
                     captions += 1
-                    row = {"id": captions, "image_id": photos, "caption": text}
+                    row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
         where = f"{shards[0].parent}/{mode}*{SUFFIX}"
-        if not photos:
+        if not image_count:
             about = f" ({' '.join(skipped.sentences()).rstrip('.')})" if skipped.kinds else ""
             raise InputError(f"{where} hold no photos with captions, in a .txt or .json of the same name{about}.")
         file.write(b'], "images": [')

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.errors import InputError
-from captioning.files import photo_suffixes, read_text
+from captioning.files import image_suffixes, read_text
 
 SPLITS = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("train", "training", "restval"), "train"),
@@ -279,6 +279,6 @@ def _holds_rows(cell: str, delimiter: str, suffix: str) -> bool:
     `suffix` is how the row's own image ends: a line that names another such image is a row.
     """
     lines = [line.split(delimiter) for line in cell.split("\n") if delimiter in line] if "\n" in cell else []
-    if suffix not in photo_suffixes():
+    if suffix not in image_suffixes():
         return bool(lines)
     return any(part.strip(' "').lower().endswith(suffix) for parts in lines for part in parts)

@@ -203,7 +203,7 @@ class Run:
         self.encoder.to(self.device)
         if config.fine_tune == 0:
             stored = {"cache": config.cache, "workers": config.workers}
-            val_paths = self.val.paths[: config.val_photos]
+            val_paths = self.val.paths[: config.val_images]
             with self.interruption.immediate():
                 features = stored_features(self.encoder, self.data.paths, config.preprocessing, config.views, **stored)
                 self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
@@ -263,7 +263,7 @@ class Run:
             checkpoint.write_description(self.folder, self.description)  # first: what is resumed from here on is new
             self.save()
         self.log(
-            f"training on {len(self.data.photo)} captions of {len(self.data.paths)} photos, "
+            f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "
             f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
         )
 

@@ -16,7 +16,7 @@ from captioning.config import TrainingConfig
 from captioning.decoding import greedy
 from captioning.distributed import autocast, fast_dtype
 from captioning.features import BATCH, encode
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
 from captioning.metrics import score
 from data_loader import CaptionDataset
@@ -40,23 +40,23 @@ def validate(
     features: (images, ...) stored features of the validation images, or None to run the backbone.
     """
     encoder, decoder, cross_entropy = model.eval().encoder, model.decoder, CrossEntropy()
-    images = min(len(val.paths), config.val_photos)
+    images = min(len(val.paths), config.val_images)
     size = BATCH if features is None else FEATURE_BATCH
     batches = [list(range(i, min(i + size, images))) for i in range(0, images, size)]
     local = batches[accelerator.process_index :: accelerator.num_processes]
     if features is not None:
         chunks = ((rows, features[rows]) for rows in local)
     else:
-        reader = Photos(val.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
+        reader = ImageDataset(val.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
         chunks = encode(encoder.for_inference(fast_dtype(accelerator.device)), reader, local, config.workers)
-    order = np.argsort(val.photo, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
-    ends = np.concatenate([[0], np.cumsum(np.bincount(val.photo, minlength=len(val.paths)))])
+    order = np.argsort(val.image_rows, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(val.image_rows, minlength=len(val.paths)))])
     loss, tokens, hypotheses = 0.0, 0, {}
     for rows, chunk in chunks:
         inputs = chunk.to(accelerator.device).float()
         first, last = rows[0], rows[-1]  # a batch's images are consecutive
         which = order[ends[first] : ends[last + 1]]
-        batch = Batch(inputs, torch.from_numpy(val.photo[which].astype(np.int64) - first), *val.captions(which))
+        batch = Batch(inputs, torch.from_numpy(val.image_rows[which].astype(np.int64) - first), *val.captions(which))
         with autocast(accelerator.device, config.precision):
             summed, _ = cross_entropy(encoder, decoder, batch.to(accelerator.device))
             captions = greedy(decoder, encoder.embed(inputs))

@@ -24,13 +24,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.errors import InputError
 from captioning.features import BATCH
-from captioning.reader import Reader, prepare_photo, unpack_photos
+from captioning.reader import Reader, prepare_image, unpack_images
 
 MOST_UPLOADED = 100 << 20  # bytes of an upload
 MOST_BODY = 1 << 20  # bytes of any other request
-MOST_PHOTOS = 200  # captioned at once for one visitor
+MAX_IMAGES = 200  # captioned at once for one visitor
 MOST_UNPACKED = 400 << 20  # bytes of the photos in a zip file
-PHOTO_SECONDS = 10  # to read a photo
+IMAGE_SECONDS = 10  # to read a photo
 ZIP_SECONDS = 30  # to unpack a zip file
 STOP_SECONDS = 2  # for the last batch, once the server is being stopped
 VIEW_SIZE = 224  # pixels of the part of the photo that the model sees, as it is drawn under attention maps
@@ -143,13 +143,13 @@ class Server:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def caption(self, photo: Upload, model: str, how: Decoding) -> tuple[Caption, Image.Image]:
+    def caption(self, image: Upload, model: str, how: Decoding) -> tuple[Caption, Image.Image]:
         """A photo's caption and the part of it that the model saw, as a square of `VIEW_SIZE` pixels.
 
-        Raises `InputError` for what is no photo, and for one that takes more than `PHOTO_SECONDS` to read.
+        Raises `InputError` for what is no photo, and for one that takes more than `IMAGE_SECONDS` to read.
         """
         transform = self.captioners[model].transform
-        small, view = self.reader(prepare_photo, (photo.path, photo.name, transform, VIEW_SIZE), PHOTO_SECONDS)
+        small, view = self.reader(prepare_image, (image.path, image.name, transform, VIEW_SIZE), IMAGE_SECONDS)
         answer: Future[Caption] = Future()
         self.waiting.put(_Job(small, model, how, answer))
         while not self.closed:
@@ -164,44 +164,44 @@ class Server:
         there are no photos or too many.
         """
         with tempfile.TemporaryDirectory(dir=folder) as unpacked:
-            photos, left_out = self._unpack(uploads, Path(unpacked))
-            if not photos:
+            images, left_out = self._unpack(uploads, Path(unpacked))
+            if not images:
                 raise InputError("There is no photo among these files; send photos or a zip file of them.")
-            if len(photos) > MOST_PHOTOS:
-                raise InputError(f"These are {len(photos):,} photos; send at most {MOST_PHOTOS} at once.")
-            progress = Progress(len(photos), left_out, [])
+            if len(images) > MAX_IMAGES:
+                raise InputError(f"These are {len(images):,} photos; send at most {MAX_IMAGES} at once.")
+            progress = Progress(len(images), left_out, [])
             pool = ThreadPoolExecutor(8)  # some wait for captions while others are read
             try:
-                for row in pool.map(lambda photo: self._caption_one(photo, model, how), photos):
+                for row in pool.map(lambda image: self._caption_one(image, model, how), images):
                     progress.rows.append(row)
                     yield progress
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _unpack(self, uploads: list[Upload], folder: Path) -> tuple[list[Upload | tuple[str, InputError]], int]:
-        photos: list[Upload | tuple[str, InputError]] = []
+        images: list[Upload | tuple[str, InputError]] = []
         others = 0
         for i, upload in enumerate(uploads):
             if not upload.name.lower().endswith(".zip"):
-                photos.append(upload)
+                images.append(upload)
                 continue
             inside = folder / str(i)
             inside.mkdir()
-            limits = (MOST_PHOTOS, MOST_UNPACKED)
-            members, left_out = self.reader(unpack_photos, (upload.path, inside, *limits), ZIP_SECONDS)
+            limits = (MAX_IMAGES, MOST_UNPACKED)
+            members, left_out = self.reader(unpack_images, (upload.path, inside, *limits), ZIP_SECONDS)
             others += left_out
-            photos += [(name, at) if isinstance(at, InputError) else Upload(at, name) for name, at in members]
-        return photos, others
+            images += [(name, at) if isinstance(at, InputError) else Upload(at, name) for name, at in members]
+        return images, others
 
     def _caption_one(
-        self, photo: Upload | tuple[str, InputError], model: str, how: Decoding
+        self, image: Upload | tuple[str, InputError], model: str, how: Decoding
     ) -> tuple[str, Caption | InputError]:
-        if isinstance(photo, tuple):
-            return photo
+        if isinstance(image, tuple):
+            return image
         try:
-            return photo.name, self.caption(photo, model, how)[0]
+            return image.name, self.caption(image, model, how)[0]
         except InputError as error:
-            return photo.name, error
+            return image.name, error
 
     def _work(self) -> None:
         while True:
@@ -219,7 +219,7 @@ class Server:
     def _caption_group(self, jobs: list[_Job]) -> None:
         captioner, how = self.captioners[jobs[0].model], jobs[0].how
         try:
-            for job, caption in zip(jobs, captioner([job.photo for job in jobs], how), strict=True):
+            for job, caption in zip(jobs, captioner([job.image for job in jobs], how), strict=True):
                 job.answer.set_result(caption)
         except Exception as error:  # it belongs to these requests; the next ones go on
             print_exception(error)
@@ -236,7 +236,7 @@ class Server:
 
 @dataclass
 class _Job:
-    photo: Image.Image
+    image: Image.Image
     model: str
     how: Decoding
     answer: Future[Caption]

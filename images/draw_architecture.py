@@ -33,17 +33,17 @@ INK, GREY = "#222233", "#777788"
 ENCODER, LINEAR, WORD, LSTM = "#7fb3d5", "#f5b971", "#ffffff", "#a9d18e"
 
 
-def example_photo() -> Image.Image:
+def example_image() -> Image.Image:
     """A square picture in the manner of the sample data set: a dog that runs on a beach."""
     for seed in count():
         rng = random.Random(f"figure/{seed}")
         scene = plan(rng)
         wanted = {"kind": "dog", "action": "running", "setting": "beach", "light": "day", "colour": "red"}
         if wanted.items() <= scene.items() and scene["count"] == 1 and not scene["others"]:
-            photo = paint_scene(rng, scene).convert("RGB")
-            side = min(photo.size)
-            left, top = (photo.width - side) // 2, (photo.height - side) // 2
-            return photo.crop((left, top, left + side, top + side))
+            image = paint_scene(rng, scene).convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            return image.crop((left, top, left + side, top + side))
     raise AssertionError("an endless search ended")
 
 
@@ -76,7 +76,7 @@ def volume(axes: Axes, x: float, y: float, depth: float, side: float) -> None:
 def draw_encoder(axes: Axes, embed_size: int, image_size: int) -> tuple[float, float]:
     """Draw the upper half; return where the decoder's input comes from."""
     y = 6.85  # the middle of the row
-    axes.imshow(example_photo(), extent=(0.1, 2.1, y - 1, y + 1), zorder=2)
+    axes.imshow(example_image(), extent=(0.1, 2.1, y - 1, y + 1), zorder=2)
     axes.text(1.1, y - 1.15, f"photo\n3 × {image_size} × {image_size}", ha="center", va="top", fontsize=10)
     x = 2.85
     arrow(axes, (2.2, y), (x - 0.05, y))

@@ -108,7 +108,7 @@ def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResNet]:
 
 
 @pytest.fixture
-def photo(tmp_path: Path) -> Path:
+def image_path(tmp_path: Path) -> Path:
     """A photo of 80 x 60: red on the left, blue on the right."""
     pixels = np.zeros((60, 80, 3), np.uint8)
     pixels[:, :40, 0] = pixels[:, 40:, 2] = 255

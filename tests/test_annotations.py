@@ -86,7 +86,7 @@ def check(folder: Path) -> None:
     data = CaptionDataset(folder, vocab_threshold=1, cache=folder / "cache")
     assert data.references() == REFERENCES
     assert data.image_ids.tolist() == [1, 2]
-    assert data.photo.tolist() == [0, 0, 1]
+    assert data.image_rows.tolist() == [0, 0, 1]
     assert data.vocab.decode(data.caption(1)[1:].tolist()) == "zwei hunde, 狗 🐕"
     assert {i: [a["caption"] for a in data.coco.imgToAnns[i]] for i in data.coco.imgs} == REFERENCES
     assert [entry["file_name"] for _, entry in read_images(data.annotation_file)] == list(CAPTIONS)
@@ -251,12 +251,12 @@ def test_an_annotation_file_becomes_flat_arrays(tmp_path: Path):
         [arrays.words[i] for i in arrays.tokens[a:b]] for a, b in zip(arrays.offsets, arrays.offsets[1:], strict=False)
     ]
     assert captions == [["a", "dog", "."], ["the", "dog", "runs"], ["a", "cat"]]
-    assert arrays.photo.tolist() == [0, 0, 1]
+    assert arrays.image_rows.tolist() == [0, 0, 1]
 
 
 def assert_same(one: annotations.Annotations, other: annotations.Annotations) -> None:
     assert (list(one.file_names), one.words) == (list(other.file_names), other.words)
-    for name in ("image_ids", "tokens", "offsets", "photo"):
+    for name in ("image_ids", "tokens", "offsets", "image_rows"):
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
@@ -290,7 +290,7 @@ def test_another_file_never_finds_what_was_kept_of_the_first(tmp_path: Path):
 def test_the_real_captions_are_read_whole(shared: Path, tmp_path: Path):
     path = shared / "captions_val2017.json"
     arrays = read_annotations(path, tmp_path)
-    assert len(arrays.photo) == 25014
+    assert len(arrays.image_rows) == 25014
     assert len(arrays.image_ids) == 5000
     for i in (0, 10_000, 25_013):
         text = json.loads(path.read_text())["annotations"][i]["caption"]

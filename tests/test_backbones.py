@@ -14,7 +14,7 @@ from captioning.backbones import PACKAGED, Preprocessing, preprocessing_of
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_model, read_description
 from captioning.errors import InputError
-from captioning.images import build_transform, read_photo
+from captioning.images import build_transform, read_image
 from captioning.training import TrainingConfig, train
 from model import EncoderCNN
 
@@ -83,7 +83,7 @@ def test_the_packaged_weights_have_timm_s_names_and_shapes(name: str):
 
 
 @pytest.mark.parametrize(("image", "label"), [("cat.jpg", 285), ("coffee.jpg", 967)])  # Egyptian cat, espresso
-def test_the_packaged_weights_name_what_a_photo_shows(image: str, label: int):
+def test_the_packaged_weights_name_what_an_image_shows(image: str, label: int):
     import timm
 
     name = "tf_efficientnet_lite2"
@@ -95,7 +95,7 @@ def test_the_packaged_weights_name_what_a_photo_shows(image: str, label: int):
     classifier.weight.data, classifier.bias.data = weights
     transform = build_transform(**asdict(preprocessing_of(name)), normalise=False)
     with torch.no_grad():
-        logits = classifier(encoder.features(transform(read_photo(IMAGES / image))[None]).mean(1))
+        logits = classifier(encoder.features(transform(read_image(IMAGES / image))[None]).mean(1))
     assert logits.argmax().item() == label
 
 
@@ -173,7 +173,7 @@ def test_squashing_shows_the_whole_image():
 @pytest.mark.parametrize("weights", ["random", "file"])
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "test_vit"])
 def test_any_family_trains_is_saved_loaded_and_captions(
-    name: str, weights: str, small: Callable[..., TrainingConfig], tmp_path: Path, photo: Path
+    name: str, weights: str, small: Callable[..., TrainingConfig], tmp_path: Path, image_path: Path
 ):
     if weights == "file":
         torch.manual_seed(3)
@@ -192,10 +192,10 @@ def test_any_family_trains_is_saved_loaded_and_captions(
         state = torch.load(weights, weights_only=True)
         assert all(torch.equal(state[key], value) for key, value in encoder.network.state_dict().items())
     assert encoder.mean == description.preprocessing.mean
-    assert isinstance(Captioner.load(folder)(photo)[0].text, str)
+    assert isinstance(Captioner.load(folder)(image_path)[0].text, str)
 
 
-def test_published_weights_are_named_and_not_stored(small: Callable[..., TrainingConfig], photo: Path):
+def test_published_weights_are_named_and_not_stored(small: Callable[..., TrainingConfig], image_path: Path):
     folder = train(small(backbone="tf_efficientnet_lite2", weights="pretrained"))
     assert read_description(folder).architecture.backbone_weights == "published"
     assert not (folder / "backbone.pkl").exists()
@@ -203,7 +203,7 @@ def test_published_weights_are_named_and_not_stored(small: Callable[..., Trainin
     before = EncoderCNN(8, "tf_efficientnet_lite2").network.state_dict()
     after = load_model(folder)[0].network.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    Captioner.load(folder)(photo)
+    Captioner.load(folder)(image_path)
 
 
 @pytest.mark.parametrize(("stored", "weights"), [("IMAGENET1K_V1", "published"), ("stored", "epoch")])

@@ -84,7 +84,7 @@ def test_the_peer_is_measured_where_it_is_installed(
     assert len(captions) == settings.count
 
 
-def test_a_folder_with_too_few_photos_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_too_few_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
     with pytest.raises(InputError, match="holds 1 photos"):
         material.choose_images(material.Settings(photos=tmp_path), tmp_path)
@@ -111,13 +111,13 @@ def test_the_recipe_is_the_same_network(tmp_path: Path) -> None:
     assert plain_decoder.sample(seen[:1, None]) == decoder.sample(seen[:1])[0]
 
 
-def test_the_recipe_draws_captions_of_one_length_with_their_photos(tmp_path: Path) -> None:
-    names = [path.name for path in drawn.draw_photos(tmp_path / "photos", 3)]
+def test_the_recipe_draws_captions_of_one_length_with_their_images(tmp_path: Path) -> None:
+    names = [path.name for path in drawn.draw_images(tmp_path / "photos", 3)]
     captions = drawn.draw_captions(40)
     drawn.write_annotations(tmp_path / "captions_train.json", names, captions)
     data = recipe.Captions(tmp_path / "captions_train.json", tmp_path / "photos", threshold=2, image_size=32)
     items = [data[i] for i in data.draw(6)]
-    assert {photo.shape for photo, _ in items} == {(3, 32, 32)}
+    assert {image.shape for image, _ in items} == {(3, 32, 32)}
     assert len({len(caption) for _, caption in items}) == 1
     assert data.lengths[0] == len(recipe.words_of(captions[0]))
 

@@ -9,14 +9,14 @@ import pytest
 from conftest import draw_noise
 
 from captioning import bulk
-from captioning.bulk import find_photos, stream_photos
+from captioning.bulk import find_images, stream_images
 from captioning.errors import InputError
 from captioning.images import find_unreadable
 
 
 @pytest.fixture(autouse=True)
 def _without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "photo_suffixes", lambda: frozenset({".jpg", ".png"}))
+    monkeypatch.setattr(bulk, "image_suffixes", lambda: frozenset({".jpg", ".png"}))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def names(folder: Path, found: list) -> list[str]:
 
 def test_what_a_folder_leaves_out_is_said(album: Path):
     said: list[str] = []
-    assert names(album, find_photos([album], log=said.append)) == ["a.jpg", "z.jpg"]
+    assert names(album, find_images([album], log=said.append)) == ["a.jpg", "z.jpg"]
     assert len(said) == 1
     where, what = said[0].split(": ", 1)
     assert where == f"left out of {album}"
@@ -51,7 +51,7 @@ def test_what_a_folder_leaves_out_is_said(album: Path):
 def test_folders_in_folders_come_in_name_order(album: Path):
     said: list[str] = []
     expected = ["2024/b.jpg", "2025/trip/c.JPG", "a.jpg", "z.jpg"]
-    assert names(album, find_photos([album], True, said.append)) == expected
+    assert names(album, find_images([album], True, said.append)) == expected
     assert "--recursive" not in said[0]
     assert "1 .md file" in said[0]
 
@@ -59,7 +59,7 @@ def test_folders_in_folders_come_in_name_order(album: Path):
 def test_a_large_folder_is_counted_once(album: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bulk, "NAMES", 1)
     said: list[str] = []
-    find_photos([album], True, said.append)
+    find_images([album], True, said.append)
     assert "2 .heic files" in said[0]
 
 
@@ -68,7 +68,7 @@ def test_many_suffixes_are_not_all_named(tmp_path: Path):
     for i in range(100):
         (tmp_path / f"file.{i:03}").touch()
     said: list[str] = []
-    find_photos([tmp_path], log=said.append)
+    find_images([tmp_path], log=said.append)
     assert said[0].endswith(" file, 90 others")
     assert said[0].count(" file,") == 10
 
@@ -82,17 +82,17 @@ def test_many_suffixes_are_not_all_named(tmp_path: Path):
         ("2025/.hidden", False, None),
     ],
 )
-def test_a_folder_without_photos_says_what_it_has(album: Path, name: str, recursive: bool, expected: str | None):
+def test_a_folder_without_images_says_what_it_has(album: Path, name: str, recursive: bool, expected: str | None):
     if expected is None:
-        assert len(find_photos([album / name], recursive)) == 1
+        assert len(find_images([album / name], recursive)) == 1
         return
     with pytest.raises(InputError) as error:
-        stream_photos([album / name], recursive)
+        stream_images([album / name], recursive)
     assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_links_and_pipes_cost_no_other_photo(tmp_path: Path, recursive: bool):
+def test_links_and_pipes_cost_no_other_image(tmp_path: Path, recursive: bool):
     draw_noise(0).save(tmp_path / "a.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
@@ -100,7 +100,7 @@ def test_links_and_pipes_cost_no_other_photo(tmp_path: Path, recursive: bool):
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / "gone.tar").symlink_to("nowhere.tar")
     (tmp_path / "loop").symlink_to("loop")
-    found = find_photos([tmp_path], recursive)
+    found = find_images([tmp_path], recursive)
     failed = find_unreadable(found, cache=tmp_path / "cache")
     assert [found[i].name for i in range(len(found)) if i not in failed] == ["a.png"]
     assert len(failed) == 5
@@ -111,7 +111,7 @@ def test_a_folder_that_links_to_its_own_parent_is_entered_once(tmp_path: Path):
     draw_noise(0).save(tmp_path / "a" / "a.png")
     (tmp_path / "a" / "up").symlink_to("..")
     (tmp_path / "b").symlink_to("a")
-    assert names(tmp_path, find_photos([tmp_path], True)) == ["a/a.png"]
+    assert names(tmp_path, find_images([tmp_path], True)) == ["a/a.png"]
 
 
 @pytest.mark.parametrize(("name", "depth"), [("a", sys.getrecursionlimit() + 100), ("a" * 200, 30)])
@@ -127,7 +127,7 @@ def test_folders_deeper_than_python_or_the_system_reaches(tmp_path: Path, name: 
     finally:
         os.chdir(here)
     try:
-        found = find_photos([tmp_path], True)
+        found = find_images([tmp_path], True)
         failed = find_unreadable(found, cache=tmp_path / "cache")
         assert found[-1].name == "b.png"
         assert len(found) == 2
@@ -148,13 +148,13 @@ def test_a_folder_that_cannot_be_read_is_counted(album: Path, monkeypatch: pytes
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
-        assert names(album, find_photos([album], True, said.append)) == ["2025/trip/c.JPG", "a.jpg", "z.jpg"]
+        assert names(album, find_images([album], True, said.append)) == ["2025/trip/c.JPG", "a.jpg", "z.jpg"]
         with pytest.raises(InputError, match="2024 cannot be read"):
-            find_photos([album / "2024"])
+            find_images([album / "2024"])
     assert "1 folder that cannot be read" in said[0]
 
 
 @pytest.mark.parametrize("address", ["https://example.org/photo.jpg", "https://example.org/shard.tar"])
 def test_a_web_address_is_a_sentence(address: str):
     with pytest.raises(InputError, match=f"^{address} is a web address, and nothing is fetched"):
-        stream_photos([Path(address)])
+        stream_images([Path(address)])

@@ -16,13 +16,13 @@ from PIL import Image
 import caption as caption_module
 from caption import main
 from captioning import bulk
-from captioning.bulk import find_photos
+from captioning.bulk import find_images
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
 from captioning.errors import InputError, run_command
 from captioning.figures import draw_attention
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 
 
 @pytest.fixture(scope="module")
@@ -31,103 +31,103 @@ def captioner(memorised: Path) -> Captioner:
 
 
 @pytest.fixture
-def photos(eight: Path) -> list[Path]:
+def image_paths(eight: Path) -> list[Path]:
     return [eight / "images" / "val" / name for name in EIGHT]
 
 
-def test_different_pictures_get_different_captions(captioner: Captioner, photos: list[Path]):
-    texts = [caption.text for caption in captioner(photos)]
-    assert len(set(texts)) == len(photos)
+def test_different_pictures_get_different_captions(captioner: Captioner, image_paths: list[Path]):
+    texts = [caption.text for caption in captioner(image_paths)]
+    assert len(set(texts)) == len(image_paths)
 
 
-def test_a_reloaded_model_captions_as_before(memorised: Path, photos: list[Path]):
-    before, after = Captioner.load(memorised)(photos), Captioner.load(memorised)(photos)
+def test_a_reloaded_model_captions_as_before(memorised: Path, image_paths: list[Path]):
+    before, after = Captioner.load(memorised)(image_paths), Captioner.load(memorised)(image_paths)
     assert [(c.text, c.log_probability) for c in before] == [(c.text, c.log_probability) for c in after]
 
 
-def test_the_caption_is_what_the_networks_give_photo_by_photo(
-    memorised: Path, photos: list[Path], captioner: Captioner
+def test_the_caption_is_what_the_networks_give_image_by_image(
+    memorised: Path, image_paths: list[Path], captioner: Captioner
 ):
     encoder, decoder, vocab, description = load_model(memorised)
-    pictures = Photos(photos, build_transform(image_size=description.preprocessing.image_size))
-    for index, caption in enumerate(captioner(photos)):
+    pictures = ImageDataset(image_paths, build_transform(image_size=description.preprocessing.image_size))
+    for index, caption in enumerate(captioner(image_paths)):
         with torch.no_grad():
             found = greedy(decoder, encoder(pictures[index][None]))[0]
         assert caption.text == vocab.decode(found.tokens)
         assert caption.tokens == vocab.tokens(found.tokens)
 
 
-def test_one_image_or_many_paths_or_pictures(captioner: Captioner, photos: list[Path]):
-    text = captioner(photos[0])[0].text
-    assert captioner(str(photos[0]))[0].text == text
-    assert captioner(Image.open(photos[0]))[0].text == text
-    assert [c.text for c in captioner(iter([Image.open(photos[0]), photos[0]]))] == [text, text]
+def test_one_image_or_many_paths_or_pictures(captioner: Captioner, image_paths: list[Path]):
+    text = captioner(image_paths[0])[0].text
+    assert captioner(str(image_paths[0]))[0].text == text
+    assert captioner(Image.open(image_paths[0]))[0].text == text
+    assert [c.text for c in captioner(iter([Image.open(image_paths[0]), image_paths[0]]))] == [text, text]
     assert captioner([]) == []
 
 
-def test_more_photos_than_a_batch_keep_their_order(captioner: Captioner, photos: list[Path]):
-    many = photos * 5
+def test_more_images_than_a_batch_keep_their_order(captioner: Captioner, image_paths: list[Path]):
+    many = image_paths * 5
     texts = [caption.text for caption in captioner(many)]
     assert texts == texts[:8] * 5
 
 
-def test_the_log_probability_is_the_sentence_s(captioner: Captioner, photos: list[Path]):
-    for caption in captioner(photos, beam_size=3):
+def test_the_log_probability_is_the_sentence_s(captioner: Captioner, image_paths: list[Path]):
+    for caption in captioner(image_paths, beam_size=3):
         assert -20 < caption.log_probability <= 0
         assert not math.isnan(caption.log_probability)
 
 
-def test_where_the_decoder_looked_for_each_word(captioner: Captioner, photos: list[Path]):
-    caption = captioner(photos[0])[0]
+def test_where_the_decoder_looked_for_each_word(captioner: Captioner, image_paths: list[Path]):
+    caption = captioner(image_paths[0])[0]
     if not captioner.decoder.attends:
         assert caption.attention is None
         with pytest.raises(InputError, match="--decoder attention"):
-            draw_attention(photos[0], caption, 64)
+            draw_attention(image_paths[0], caption, 64)
         return
     assert caption.attention.shape == (len(caption.tokens), 4)
     torch.testing.assert_close(caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02)
-    figure = draw_attention(photos[0], caption, 64)
+    figure = draw_attention(image_paths[0], caption, 64)
     assert [axes.get_title() for axes in figure.axes][: len(caption.tokens) + 1] == ["photo", *caption.tokens]
 
 
-def test_alternatives_come_after_the_best(captioner: Captioner, photos: list[Path]):
-    caption = captioner(photos[0], beam_size=4, alternatives=3)[0]
+def test_alternatives_come_after_the_best(captioner: Captioner, image_paths: list[Path]):
+    caption = captioner(image_paths[0], beam_size=4, alternatives=3)[0]
     texts = [caption.text, *(other.text for other in caption.alternatives)]
     assert len(set(texts)) == len(texts) == 4
     ranks = [each.log_probability / (len(each.tokens) + 1) for each in (caption, *caption.alternatives)]
     assert ranks == sorted(ranks, reverse=True)
 
 
-def test_drawn_captions_repeat_with_their_seed(captioner: Captioner, photos: list[Path]):
+def test_drawn_captions_repeat_with_their_seed(captioner: Captioner, image_paths: list[Path]):
     how = Decoding(temperature=3.0, seed=5, alternatives=2)
-    first, again = captioner(photos, how), captioner(photos, how)
+    first, again = captioner(image_paths, how), captioner(image_paths, how)
     assert first[0].text == again[0].text
     assert len(first[0].alternatives) == 2
-    assert first[0].text != captioner(photos, temperature=3.0, seed=6)[0].text
+    assert first[0].text != captioner(image_paths, temperature=3.0, seed=6)[0].text
 
 
-def test_a_photo_that_cannot_be_read_is_named(captioner: Captioner, photos: list[Path], tmp_path: Path):
+def test_an_image_that_cannot_be_read_is_named(captioner: Captioner, image_paths: list[Path], tmp_path: Path):
     (tmp_path / "bad.jpg").write_text("no photo")
     with pytest.raises(InputError, match=r"bad\.jpg"):
-        captioner([photos[0], tmp_path / "bad.jpg"])
+        captioner([image_paths[0], tmp_path / "bad.jpg"])
     failed: dict[int, InputError] = {}
-    sources = [photos[0], tmp_path / "bad.jpg", photos[1]]
+    sources = [image_paths[0], tmp_path / "bad.jpg", image_paths[1]]
     found = list(captioner.stream(sources, Decoding(), unreadable=failed.__setitem__))
     assert [index for index, _ in found] == [0, 2]
     assert list(failed) == [1]
 
 
-def test_a_folder_stands_for_its_photos_in_name_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_stands_for_its_images_in_name_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("b.jpg", "a.PNG", "c.txt", "d.pdf", ".hidden"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "deeper.jpg").mkdir()
     expected = [tmp_path / "a.PNG", tmp_path / "b.jpg", tmp_path / "x.jpg"]
-    assert find_photos([tmp_path, tmp_path / "x.jpg"]) == expected
+    assert find_images([tmp_path, tmp_path / "x.jpg"]) == expected
     monkeypatch.setattr(bulk, "NAMES", 1)  # read anew for every name
-    assert find_photos([tmp_path, tmp_path / "x.jpg"]) == expected
+    assert find_images([tmp_path, tmp_path / "x.jpg"]) == expected
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty holds no photos"):
-        find_photos([tmp_path / "empty"])
+        find_images([tmp_path / "empty"])
 
 
 # The command line
@@ -159,32 +159,32 @@ def album(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_photo_gives_one_sentence(command: Callable, trained: Path, photo: Path):
-    expected = Captioner.load(trained)(photo)[0].text
-    assert command(photo, "--model", trained) == (0, f"{expected}\n", "")
+def test_one_image_gives_one_sentence(command: Callable, trained: Path, image_path: Path):
+    expected = Captioner.load(trained)(image_path)[0].text
+    assert command(image_path, "--model", trained) == (0, f"{expected}\n", "")
 
 
-def test_json_is_one_document_in_the_order_given(command: Callable, trained: Path, photo: Path, drawn: Path):
+def test_json_is_one_document_in_the_order_given(command: Callable, trained: Path, image_path: Path, drawn: Path):
     folder = drawn / "images" / "val"
-    code, output, _ = command(folder, photo, "--model", trained, "--json")
+    code, output, _ = command(folder, image_path, "--model", trained, "--json")
     rows = json.loads(output)
     assert code == 0
-    assert [row["photo"] for row in rows] == [*map(str, sorted(folder.iterdir())), str(photo)]
+    assert [row["photo"] for row in rows] == [*map(str, sorted(folder.iterdir())), str(image_path)]
     assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows)
 
 
-def test_a_name_that_is_no_text_is_shown_as_it_can_be(trained: Path, photo: Path, tmp_path: Path):
+def test_a_name_that_is_no_text_is_shown_as_it_can_be(trained: Path, image_path: Path, tmp_path: Path):
     name = os.fsdecode(b"caf\xe9.png")
-    shutil.copy(photo, tmp_path / name)
+    shutil.copy(image_path, tmp_path / name)
     script = Path(caption_module.__file__)
-    arguments = [script, photo, tmp_path / name, "--model", trained]
+    arguments = [script, image_path, tmp_path / name, "--model", trained]
     found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert "caf\\udce9.png: " in found.stdout
 
 
 @pytest.mark.parametrize("json_", [False, True])
-def test_ten_bad_photos_cost_no_other_its_caption(command: Callable, trained: Path, album: Path, json_: bool):
+def test_ten_bad_images_cost_no_other_its_caption(command: Callable, trained: Path, album: Path, json_: bool):
     code, output, errors = command(album, "--model", trained, *(["--json"] if json_ else []))
     assert code == 2
     assert (len(json.loads(output)) if json_ else len(output.splitlines())) == 40
@@ -194,7 +194,7 @@ def test_ten_bad_photos_cost_no_other_its_caption(command: Callable, trained: Pa
     assert lines[10] == "error: 10 of 50 photos could not be read; 40 are captioned."
 
 
-def test_strict_stops_at_the_first_bad_photo(command: Callable, trained: Path, album: Path):
+def test_strict_stops_at_the_first_bad_image(command: Callable, trained: Path, album: Path):
     code, output, errors = command(album, "--model", trained, "--strict")
     assert code == 2
     assert output == ""
@@ -202,28 +202,28 @@ def test_strict_stops_at_the_first_bad_photo(command: Callable, trained: Path, a
     assert "00-bad.png" in errors
 
 
-def test_a_sheet_is_drawn(command: Callable, trained: Path, photo: Path, tmp_path: Path):
-    code, _, errors = command(photo, "--model", trained, "--sheet", tmp_path / "new" / "sheet.png")
+def test_a_sheet_is_drawn(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
+    code, _, errors = command(image_path, "--model", trained, "--sheet", tmp_path / "new" / "sheet.png")
     assert code == 0
     assert "sheet.png" in errors
     assert Image.open(tmp_path / "new" / "sheet.png").width > 300
 
 
-def test_attention_is_drawn(command: Callable, attending: Path, photo: Path, tmp_path: Path):
-    code, _, _ = command(photo, "--model", attending, "--attention", tmp_path / "attention.png")
+def test_attention_is_drawn(command: Callable, attending: Path, image_path: Path, tmp_path: Path):
+    code, _, _ = command(image_path, "--model", attending, "--attention", tmp_path / "attention.png")
     assert code == 0
     assert Image.open(tmp_path / "attention.png").width > 300
 
 
-def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
     for arguments, expected in (
-        ([photo, "--model", tmp_path], r"is not a trained model's folder"),
+        ([image_path, "--model", tmp_path], r"is not a trained model's folder"),
         ([tmp_path / "no.jpg", "--model", trained], "no.jpg does not exist"),
-        ([photo, "--model", trained, "--attention", tmp_path / "a.png"], "--decoder attention"),
-        ([photo, "--model", trained, "--max-length", 0], "max_length is 0"),
-        ([photo, "--model", trained, "--temperature", 1, "--seed", 99999999999999999999], "seed is out of range"),
-        ([photo, "--model", trained, "--temperature", 1, "--seed=-1"], "seed is out of range"),
-        ([photo, "--model", trained, "--workers=-1"], "--workers must be at least 0"),
+        ([image_path, "--model", trained, "--attention", tmp_path / "a.png"], "--decoder attention"),
+        ([image_path, "--model", trained, "--max-length", 0], "max_length is 0"),
+        ([image_path, "--model", trained, "--temperature", 1, "--seed", 99999999999999999999], "seed is out of range"),
+        ([image_path, "--model", trained, "--temperature", 1, "--seed=-1"], "seed is out of range"),
+        ([image_path, "--model", trained, "--workers=-1"], "--workers must be at least 0"),
         (["https://example.org/a.jpg", "--model", trained], "https://example.org/a.jpg is a web address, and nothing"),
         (["a" * 300, "--model", trained], "File name too long"),
     ):
@@ -235,13 +235,13 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, photo:
 
 @pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
-    command: Callable, trained: Path, photo: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
     monkeypatch.setattr(Captioner, "load", lambda *_: pytest.fail("the work has begun"))
-    photos = [] if option == "--export" else [photo]
+    image_paths = [] if option == "--export" else [image_path]
     for output in (tmp_path / "file" / "out.png", tmp_path, tmp_path / ("a" * 300)):
-        code, _, errors = command(*photos, "--model", trained, option, output)
+        code, _, errors = command(*image_paths, "--model", trained, option, output)
         assert code == 2
         assert f"{output} cannot be written" in errors
         assert len(errors.splitlines()) == 1
@@ -260,11 +260,11 @@ def test_what_was_written_is_said_also_where_nothing_was_left_to_do(
     assert [row["photo"] for row in rows] == list(map(str, good))
 
 
-def test_what_was_left_out_is_said(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+def test_what_was_left_out_is_said(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
     folder = tmp_path / "album"
     (folder / "2024").mkdir(parents=True)
-    shutil.copy(photo, folder / "a.png")
-    shutil.copy(photo, folder / "2024" / "b.png")
+    shutil.copy(image_path, folder / "a.png")
+    shutil.copy(image_path, folder / "2024" / "b.png")
     (folder / "c.CR2").touch()
     code, output, errors = command(folder, "--model", trained, "--json")
     assert code == 0
@@ -275,11 +275,11 @@ def test_what_was_left_out_is_said(command: Callable, trained: Path, photo: Path
     assert errors == f"left out of {folder}: 1 .cr2 file\n"
 
 
-def test_names_do_not_steer_the_terminal(command: Callable, trained: Path, photo: Path, tmp_path: Path):
+def test_names_do_not_steer_the_terminal(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
     evil = "a\x1b[2J\x9b2J\n\u202e.png"
-    shutil.copy(photo, tmp_path / evil)
+    shutil.copy(image_path, tmp_path / evil)
     (tmp_path / f"bad-{evil}").touch()
-    code, output, errors = command(photo, tmp_path / evil, tmp_path / f"bad-{evil}", "--model", trained)
+    code, output, errors = command(image_path, tmp_path / evil, tmp_path / f"bad-{evil}", "--model", trained)
     assert code == 2
     assert "a\\x1b[2J\\x9b2J\\n\\u202e.png: " in output
     assert "bad-a\\x1b[2J" in errors
@@ -289,12 +289,12 @@ def test_names_do_not_steer_the_terminal(command: Callable, trained: Path, photo
 
 def test_a_sheet_says_where_it_ends(command: Callable, trained: Path, album: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(caption_module, "MAX_SHEET", 2)
-    photos = [album / "01.png", album / "02.png", album / "03.png"]
-    _, _, errors = command(*photos, "--model", trained, "--sheet", album / "sheet.jpg")
+    image_paths = [album / "01.png", album / "02.png", album / "03.png"]
+    _, _, errors = command(*image_paths, "--model", trained, "--sheet", album / "sheet.jpg")
     assert "sheet.jpg shows the first 2 of 3 photos" in errors
 
 
-def test_one_caption_imports_what_it_uses_only(trained: Path, photo: Path):
+def test_one_caption_imports_what_it_uses_only(trained: Path, image_path: Path):
     script = (
         "import sys, tyro\n"
         "from caption import main\n"
@@ -302,7 +302,7 @@ def test_one_caption_imports_what_it_uses_only(trained: Path, photo: Path):
         "run_command(lambda: tyro.cli(main))\n"
         "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)\n"
     )
-    command = [sys.executable, "-c", script, photo, "--model", trained]
+    command = [sys.executable, "-c", script, image_path, "--model", trained]
     root = Path(caption_module.__file__).parent
     imported = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stderr
     for name in (

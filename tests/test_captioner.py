@@ -15,7 +15,7 @@ import caption as caption_command
 import evaluate as evaluate_command
 from captioning import bulk
 from captioning import captioner as captioner_module
-from captioning.captioner import PHOTO_DECODING, Captioner, Decoding, Ensemble
+from captioning.captioner import DEFAULT_DECODING, Captioner, Decoding, Ensemble
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -26,7 +26,7 @@ def model(trained: Path) -> Captioner:
 
 
 @pytest.fixture
-def photos(eight: Path) -> list[Path]:
+def image_paths(eight: Path) -> list[Path]:
     return [eight / "images" / "val" / name for name in EIGHT]
 
 
@@ -108,8 +108,8 @@ def test_an_option_with_effect_is_accepted(options: dict):
     ],
     ids=str,
 )
-def test_a_beam_of_three_without_repetition_is_the_default_for_photos(given: dict, expected: dict):
-    assert Decoding(**given).for_photos() == Decoding(**{**given, **expected})
+def test_a_beam_of_three_without_repetition_is_the_default_for_images(given: dict, expected: dict):
+    assert Decoding(**given).with_defaults() == Decoding(**{**given, **expected})
 
 
 def arguments_of(options: dict) -> list[str]:
@@ -124,9 +124,9 @@ def arguments_of(options: dict) -> list[str]:
 )
 def test_the_command_line_says_so_before_any_work(options: dict, sentence: str):
     for command in (caption_command.main, evaluate_command.main):
-        photo = ["no.jpg"] if command is caption_command.main else ["--data", "no"]
+        image_path = ["no.jpg"] if command is caption_command.main else ["--data", "no"]
         with pytest.raises(InputError, match=re.escape(sentence)):
-            tyro.cli(command, args=[*photo, "--model", "none", *arguments_of(options)])
+            tyro.cli(command, args=[*image_path, "--model", "none", *arguments_of(options)])
 
 
 def test_the_command_line_tells_given_options_from_defaults():
@@ -148,35 +148,37 @@ def test_the_command_line_tells_given_options_from_defaults():
 # Captioner
 
 
-def test_a_captioner_chooses_words_as_the_command_does(model: Captioner, trained: Path, photos: list[Path], capsys):
-    texts = [caption.text for caption in model(photos)]
-    assert texts == [caption.text for caption in model(photos, PHOTO_DECODING)]
-    assert texts == [caption.text for caption in model(photos, beam_size=3)]
-    caption_command.main(tuple(photos), Decoding(), (trained,), json_=True, workers=0)
+def test_a_captioner_chooses_words_as_the_command_does(
+    model: Captioner, trained: Path, image_paths: list[Path], capsys
+):
+    texts = [caption.text for caption in model(image_paths)]
+    assert texts == [caption.text for caption in model(image_paths, DEFAULT_DECODING)]
+    assert texts == [caption.text for caption in model(image_paths, beam_size=3)]
+    caption_command.main(tuple(image_paths), Decoding(), (trained,), json_=True, workers=0)
     assert [row["caption"] for row in json.loads(capsys.readouterr().out)] == texts
-    assert model(photos, Decoding())[0].text == model(photos, beam_size=1)[0].text
+    assert model(image_paths, Decoding())[0].text == model(image_paths, beam_size=1)[0].text
     with pytest.raises(InputError, match="--top-k has no effect"):
-        model(photos, top_k=3)
+        model(image_paths, top_k=3)
     with pytest.raises(InputError, match="beam_size has no effect beside a whole Decoding"):
-        model(photos, Decoding(), beam_size=3)
+        model(image_paths, Decoding(), beam_size=3)
 
 
-def test_a_caption_has_the_score_that_it_was_ranked_by(model: Captioner, photos: list[Path]):
+def test_a_caption_has_the_score_that_it_was_ranked_by(model: Captioner, image_paths: list[Path]):
     for options, penalty in (({}, 1), ({"length_penalty": 0.5}, 0.5), ({"beam_size": 1}, 1), ({"temperature": 1.0}, 1)):
-        for caption in model(photos, max_length=50, **options):
+        for caption in model(image_paths, max_length=50, **options):
             # A caption of fewer than max_length tokens has ended with <end>.
             length = len(caption.tokens) + (len(caption.tokens) < 50)
             assert caption.score == pytest.approx(caption.log_probability / length**penalty)
-    best, *others = (lambda c: [c, *c.alternatives])(model(photos[0], beam_size=4, alternatives=3)[0])
+    best, *others = (lambda c: [c, *c.alternatives])(model(image_paths[0], beam_size=4, alternatives=3)[0])
     scores = [caption.score for caption in (best, *others)]
     assert scores == sorted(scores, reverse=True)
 
 
 def test_a_sample_depends_on_the_seed_and_the_index_alone(
-    model: Captioner, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+    model: Captioner, image_paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
     how = Decoding(temperature=1.5, seed=3, max_length=8)
-    copies = photos[:1] * 40
+    copies = image_paths[:1] * 40
     texts = [caption.text for caption in model(copies, how)]
     assert len(set(texts)) > 30  # and none of another batch's
     monkeypatch.setattr(captioner_module, "BATCH", 7)
@@ -186,12 +188,12 @@ def test_a_sample_depends_on_the_seed_and_the_index_alone(
 
 
 def test_samples_written_to_a_file_are_those_of_one_pass(
-    model: Captioner, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Captioner, image_paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     how = Decoding(temperature=1.5, seed=3)
     copies = [tmp_path / f"{i:02}.png" for i in range(20)]
     for path in copies:
-        shutil.copy(photos[0], path)
+        shutil.copy(image_paths[0], path)
     texts = [caption.text for caption in model(copies, how)]
     monkeypatch.setattr(bulk, "CHUNK", 6)
     output = tmp_path / "captions.jsonl"
@@ -236,49 +238,51 @@ def test_evaluation_says_in_which_precision(trained: Path, drawn: Path, capsys, 
 # Ensembles
 
 
-def test_a_model_twice_captions_as_once(model: Captioner, trained: Path, photos: list[Path]):
+def test_a_model_twice_captions_as_once(model: Captioner, trained: Path, image_paths: list[Path]):
     assert type(Captioner.load([trained])) is Captioner
     twice = Captioner.load([trained, str(trained)])
     assert isinstance(twice, Ensemble)
-    for how in (Decoding(), PHOTO_DECODING, Decoding(temperature=1.0, seed=2)):
-        for one, other in zip(model(photos, how), twice(photos, how), strict=True):
+    for how in (Decoding(), DEFAULT_DECODING, Decoding(temperature=1.0, seed=2)):
+        for one, other in zip(model(image_paths, how), twice(image_paths, how), strict=True):
             assert one.text == other.text
             assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
             assert other.attention is None
 
 
 def test_models_of_different_decoders_average_their_probabilities(
-    model: Captioner, trained: Path, attending: Path, photos: list[Path]
+    model: Captioner, trained: Path, attending: Path, image_paths: list[Path]
 ):
     ensemble, other = Captioner.load([trained, attending], precision="fp32"), Captioner.load(attending)
-    first = ensemble(photos[0], Decoding(max_length=1))[0]
+    first = ensemble(image_paths[0], Decoding(max_length=1))[0]
     together = first.log_probability
     word = ensemble.vocab[first.tokens[0]] if first.tokens else END
 
     def probability(one: Captioner) -> float:
-        _, features = next(one._embed(photos[:1], [[0]], 0, None))
+        _, features = next(one._embed(image_paths[:1], [[0]], 0, None))
         logits, _ = one.decoder.step(torch.tensor([0], device=one.device), one.decoder.init_state(features))
         return logits.softmax(1)[0, word].item()
 
     assert math.exp(together) == pytest.approx((probability(model) + probability(other)) / 2, rel=0.05)
-    for how in (Decoding(), PHOTO_DECODING, Decoding(temperature=1.0, seed=2)):
-        for caption in ensemble(photos, how):
+    for how in (Decoding(), DEFAULT_DECODING, Decoding(temperature=1.0, seed=2)):
+        for caption in ensemble(image_paths, how):
             assert caption.attention.shape == (len(caption.tokens), 4)
             torch.testing.assert_close(caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02)
     assert ensemble.description.architecture.decoder == "attention"
 
 
-def test_an_image_that_cannot_be_read_is_reported_once(trained: Path, attending: Path, photos: list[Path], tmp_path):
+def test_an_image_that_cannot_be_read_is_reported_once(
+    trained: Path, attending: Path, image_paths: list[Path], tmp_path
+):
     (tmp_path / "bad.jpg").write_text("no photo")
-    sources, reported = [photos[0], tmp_path / "bad.jpg", photos[1]], []
+    sources, reported = [image_paths[0], tmp_path / "bad.jpg", image_paths[1]], []
     captions = Captioner.load([trained, attending]).stream(sources, Decoding(), 0, lambda i, _: reported.append(i))
     assert [i for i, _ in captions] == [0, 2]
     assert reported == [1]
 
 
-def test_several_models_on_the_command_line(trained: Path, attending: Path, photos: list[Path], capsys):
-    expected = Captioner.load([trained, attending])(photos[0])[0].text
-    arguments = [str(photos[0]), "--model", str(trained), "--model", str(attending)]
+def test_several_models_on_the_command_line(trained: Path, attending: Path, image_paths: list[Path], capsys):
+    expected = Captioner.load([trained, attending])(image_paths[0])[0].text
+    arguments = [str(image_paths[0]), "--model", str(trained), "--model", str(attending)]
     tyro.cli(caption_command.main, args=arguments)
     assert capsys.readouterr().out == f"{expected}\n"
     with pytest.raises(InputError, match="--export takes no photos, one --model"):

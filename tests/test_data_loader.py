@@ -12,50 +12,50 @@ from PIL import Image
 from torchvision import transforms as T
 
 from captioning.errors import InputError
-from captioning.images import Photos, build_transform, read_batches
-from data_loader import CaptionDataset, LengthBatches, PhotoBatches, find_split, get_loader
+from captioning.images import ImageDataset, build_transform, read_batches
+from data_loader import CaptionDataset, ImageBatches, LengthBatches, find_split, get_loader
 from vocabulary import END, START, Vocabulary, tokenize
 
 # Photos
 
 
 def test_the_recipe_s_transforms():
-    photo = draw_noise(0, (640, 480))
-    used = build_transform()(photo)
+    image = draw_noise(0, (640, 480))
+    used = build_transform()(image)
     assert used.shape == (3, 224, 224)
-    resized = T.CenterCrop(224)(T.Resize(256)(photo))
+    resized = T.CenterCrop(224)(T.Resize(256)(image))
     expected = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(T.ToTensor()(resized))
     torch.testing.assert_close(used, expected)
     trained = build_transform(train=True)
     assert [type(step) for step in trained.transforms] == [
         *(T.Resize, T.RandomCrop, T.RandomHorizontalFlip, T.ToTensor, T.Normalize)
     ]
-    assert trained(photo).shape == (3, 224, 224)
+    assert trained(image).shape == (3, 224, 224)
 
 
 def test_a_random_transform_draws_from_the_seed_and_the_index_alone():
     pictures = [draw_noise(0)] * 2
-    photos = Photos(pictures, build_transform(train=True, image_size=32, normalise=False))
-    drawn = {(i, seed): photos[i, seed] for i in range(2) for seed in range(8)}
+    dataset = ImageDataset(pictures, build_transform(train=True, image_size=32, normalise=False))
+    drawn = {(i, seed): dataset[i, seed] for i in range(2) for seed in range(8)}
     torch.rand(5)
-    assert all(torch.equal(photos[key], value) for key, value in drawn.items())
+    assert all(torch.equal(dataset[key], value) for key, value in drawn.items())
     assert len({value.numpy().tobytes() for value in drawn.values()}) > 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_photos_come_in_order_from_any_number_of_workers(workers: int):
-    photos = Photos([draw_noise(i) for i in range(10)], build_transform(True, 32, normalise=False))
+def test_batches_of_images_come_in_order_from_any_number_of_workers(workers: int):
+    dataset = ImageDataset([draw_noise(i) for i in range(10)], build_transform(True, 32, normalise=False))
     batches = [[(0, 1), (1, 1)], [(9, 1)], [(3, 2), (2, 2), (3, 3)]]
-    found = list(read_batches(photos, batches, workers))
+    found = list(read_batches(dataset, batches, workers))
     assert [keys for keys, _ in found] == batches
     for keys, images in found:
-        assert torch.equal(images, torch.stack([photos[key] for key in keys]))
+        assert torch.equal(images, torch.stack([dataset[key] for key in keys]))
 
 
 def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path: Path):
     draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg", quality=95)
     whole = build_transform(normalise=False)(Image.open(tmp_path / "large.jpg").convert("RGB"))
-    fast = Photos([tmp_path / "large.jpg"], build_transform(normalise=False))[0]
+    fast = ImageDataset([tmp_path / "large.jpg"], build_transform(normalise=False))[0]
     assert fast.shape == whole.shape
     assert (fast.float() - whole.float()).abs().mean() < 2
 
@@ -63,24 +63,24 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path: Path):
 def test_an_image_that_was_given_is_left_as_it_is(tmp_path: Path):
     draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg")
     image = Image.open(tmp_path / "large.jpg")
-    Photos([image], build_transform(image_size=64))[0]
+    ImageDataset([image], build_transform(image_size=64))[0]
     assert image.size == (1600, 1200)
 
 
 # Data sets
 
 
-def test_an_item_is_a_photo_and_its_caption_s_indices(drawn: Path, cache: Path):
+def test_an_item_is_an_image_and_its_caption_s_indices(drawn: Path, cache: Path):
     data = CaptionDataset(drawn, "val", vocab_threshold=1, cache=cache)
     references = data.references()
     assert len(data) == 5 * len(references) == 40
     for i in (0, 17, 39):
-        photo, caption = data[i]
-        assert photo.shape == (3, 224, 224)
+        image, caption = data[i]
+        assert image.shape == (3, 224, 224)
         assert caption.dtype == torch.int64
         assert (caption[0], caption[-1]) == (START, END)
         words = [data.vocab.words[j] for j in caption[1:-1]]
-        assert words in [tokenize(text) for text in references[int(data.image_ids[data.photo[i]])]]
+        assert words in [tokenize(text) for text in references[int(data.image_ids[data.image_rows[i]])]]
 
 
 def test_captions_of_several_lengths_are_padded_on_the_right(drawn: Path, cache: Path):
@@ -98,7 +98,7 @@ def test_a_year_may_be_in_the_names(tmp_path: Path):
     assert find_split(tmp_path, "val") == (path, tmp_path / "images" / "val2017")
 
 
-def test_test_photos_without_public_captions(tmp_path: Path, cache: Path):
+def test_test_images_without_public_captions(tmp_path: Path, cache: Path):
     path = write_split(tmp_path, "test2014", {"a.png": [], "b.png": []})
     path.rename(path.with_name("image_info_test2014.json"))
     for name in "ab":
@@ -120,17 +120,17 @@ def test_every_caption_comes_once_an_epoch_and_a_batch_has_one_length():
     assert sum(len(batch) == 32 for batch in batches) >= 1000 // 32 - 14
 
 
-def test_a_photo_s_captions_come_together_and_each_once_an_epoch():
-    photo = np.random.default_rng(0).integers(0, 100, 500)
-    photo[:100] = range(100)
-    batches = list(PhotoBatches(photo, 32))
-    assert len(batches) == len(PhotoBatches(photo, 32))
+def test_an_image_s_captions_come_together_and_each_once_an_epoch():
+    image_rows = np.random.default_rng(0).integers(0, 100, 500)
+    image_rows[:100] = range(100)
+    batches = list(ImageBatches(image_rows, 32))
+    assert len(batches) == len(ImageBatches(image_rows, 32))
     assert sorted(np.concatenate(batches)) == list(range(500))
-    seen = Counter(row for batch in batches for row in set(photo[batch].tolist()))
+    seen = Counter(row for batch in batches for row in set(image_rows[batch].tolist()))
     assert set(seen.values()) == {1}
 
 
-@pytest.mark.parametrize("sampler", [LengthBatches, PhotoBatches])
+@pytest.mark.parametrize("sampler", [LengthBatches, ImageBatches])
 def test_the_order_depends_on_the_seed_and_the_epoch_alone(sampler: type):
     numbers = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 5))
 
@@ -144,7 +144,7 @@ def test_the_order_depends_on_the_seed_and_the_epoch_alone(sampler: type):
     assert order(0, 1) != order(1, 1)
 
 
-@pytest.mark.parametrize("sampler", [LengthBatches, PhotoBatches])
+@pytest.mark.parametrize("sampler", [LengthBatches, ImageBatches])
 def test_without_set_epoch_each_pass_has_an_order_of_its_own(sampler: type):
     batches = sampler(np.repeat(np.arange(20), 5), 8)
     first, second = ([batch.tolist() for batch in batches] for _ in range(2))
@@ -176,7 +176,7 @@ def test_training_and_validation_batches(drawn: Path, vocab_file: Path, mode: st
     assert captions == {"train": 120, "val": 40}[mode]
 
 
-def test_test_batches_are_image_ids_and_photos_in_the_file_s_order(drawn: Path, vocab_file: Path):
+def test_test_batches_are_image_ids_and_images_in_the_file_s_order(drawn: Path, vocab_file: Path):
     loader = get_loader(mode="test", batch_size=3, vocab_file=vocab_file, cocoapi_loc=drawn)
     ids = []
     for batch_ids, images in loader:
@@ -198,7 +198,7 @@ def test_workers_persist_and_each_pass_crops_anew(drawn: Path, vocab_file: Path)
     assert not torch.equal(*passes)
 
 
-def test_real_photos_and_captions(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_real_images_and_captions(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     loader = get_loader(batch_size=8, vocab_threshold=4, vocab_from_file=False, cocoapi_loc=shared / "coco-mini")
     assert (tmp_path / "vocab.json").exists()
@@ -230,7 +230,7 @@ def test_two_years_in_one_folder(tmp_path: Path):
         CaptionDataset(tmp_path, "train", cache=tmp_path)
 
 
-def test_a_photo_that_is_missing(tmp_path: Path):
+def test_an_image_that_is_missing(tmp_path: Path):
     write_split(tmp_path, "train", {"a.png": ["a dog"], "b.png": ["a cat"]})
     draw_noise(0).save(tmp_path / "images" / "train" / "a.png")
     with pytest.raises(InputError, match=r"1 of 2 photos .*captions_train\.json .*b\.png"):
@@ -259,7 +259,7 @@ def memory(folder: Path, captions: int) -> tuple[int, int, int]:
     finally:
         tracemalloc.stop()
     names = data.paths.names
-    arrays = [data.image_ids, data.photo, data.lengths, data.offsets, data.tokens]
+    arrays = [data.image_ids, data.image_rows, data.lengths, data.offsets, data.tokens]
     size = sum(array.nbytes for array in [*arrays, names.block, names.starts, names.ends])
     return size, held - size, peak
 

@@ -138,17 +138,17 @@ def assert_alike(one: Path, other: Path, epoch: int) -> None:
 # Which process learns what
 
 
-@pytest.mark.parametrize("whole_photos", [False, True])
+@pytest.mark.parametrize("whole_images", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
-def test_each_caption_is_one_process_s(processes: int, whole_photos: bool):
+def test_each_caption_is_one_process_s(processes: int, whole_images: bool):
     rng = np.random.default_rng(0)
-    photo = rng.integers(20, size=100)
+    image_rows = rng.integers(20, size=100)
     batch = rng.permutation(100)[:33]
-    shares = [share(batch, photo, rank, processes, whole_photos) for rank in range(processes)]
+    shares = [share(batch, image_rows, rank, processes, whole_images) for rank in range(processes)]
     assert sorted(np.concatenate(shares)) == sorted(batch)
-    if whole_photos:
-        owners = [set(photo[mine]) for mine in shares]
-        assert sum(map(len, owners)) == len(set(photo[batch]))
+    if whole_images:
+        owners = [set(image_rows[mine]) for mine in shares]
+        assert sum(map(len, owners)) == len(set(image_rows[batch]))
     else:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -289,7 +289,7 @@ def captioned(album: Path, tiny: Path, launch_in: Callable, tmp_path_factory: py
     return output.read_bytes()
 
 
-def test_every_photo_has_its_row_in_order(album: Path, captioned: bytes):
+def test_every_image_has_its_row_in_order(album: Path, captioned: bytes):
     rows = [json.loads(line) for line in captioned.splitlines()]
     assert [row["photo"] for row in rows] == [*map(str, sorted(album.iterdir()))]
     assert [i for i, row in enumerate(rows) if "error" in row] == [3, *range(BATCH, 2 * BATCH)]
@@ -334,7 +334,7 @@ def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
 
 
 def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, captioned: bytes, tmp_path: Path):
-    captioner, how = caption.Captioner.load(tiny), caption.Decoding().for_photos()
+    captioner, how = caption.Captioner.load(tiny), caption.Decoding().with_defaults()
     output = tmp_path / "captions.jsonl"
     lines = captioned.splitlines(keepends=True)
     other = {**json.loads(lines[-1]), "caption": "of another model"}

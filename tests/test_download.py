@@ -27,7 +27,7 @@ from captioning import checkpoint, fetching
 from captioning.errors import InputError, run_command
 
 SPLITS = ("train", "val", "test")
-PHOTOS = 6
+IMAGES = 6
 NAMES = ("captions_train2017.json", "captions_val2017.json", "image_info_test2017.json")
 
 
@@ -113,15 +113,15 @@ def coco(server, monkeypatch):
     annotations: dict[str, bytes] = {"annotations/instances_train2017.json": b"{}"}
     archives: dict[str, bytes] = {}
     for s, split in enumerate(SPLITS):
-        images, captions, photos = [], [], {}
-        for i in range(PHOTOS):
+        images, captions, files = [], [], {}
+        for i in range(IMAGES):
             name, width, height = f"{100 * s + i:012d}.jpg", 90 + i, 80
-            photos[f"{split}2017/{name}"] = server.files[f"/{split}2017/{name}"] = jpeg(width, height)
+            files[f"{split}2017/{name}"] = server.files[f"/{split}2017/{name}"] = jpeg(width, height)
             url = f"{server.url}/{split}2017/{name}"
             image_id = 100 * s + i
             images.append({"id": image_id, "file_name": name, "width": width, "height": height, "coco_url": url})
             captions += [{"id": 10 * image_id + k, "image_id": image_id, "caption": "A dog."} for k in range(5)]
-        archives[f"zips/{split}2017.zip"] = zipped({f"{split}2017/": b"", **photos})
+        archives[f"zips/{split}2017.zip"] = zipped({f"{split}2017/": b"", **files})
         document = {"info": {"year": 2017}, "licenses": [], "images": images}
         if split == "test":
             text = json.dumps(document | {"categories": []}).encode()
@@ -156,17 +156,17 @@ def files_below(folder: Path) -> set[str]:
 
 
 def whole() -> set[str]:
-    photos = {f"images/{s}2017/{100 * n + i:012d}.jpg" for n, s in enumerate(SPLITS) for i in range(PHOTOS)}
-    return photos | {f"annotations/{name}" for name in NAMES}
+    images = {f"images/{s}2017/{100 * n + i:012d}.jpg" for n, s in enumerate(SPLITS) for i in range(IMAGES)}
+    return images | {f"annotations/{name}" for name in NAMES}
 
 
 def test_all_of_coco(coco, tmp_path, capsys):
     root = tmp_path / "data" / "coco"
     download.coco(root)
     assert files_below(root) == whole()
-    photo = root / "images" / "val2017" / "000000000103.jpg"
-    assert photo.read_bytes() == coco.files["/val2017/000000000103.jpg"]
-    assert len(document(root, "captions_train2017.json")["annotations"]) == 5 * PHOTOS
+    image = root / "images" / "val2017" / "000000000103.jpg"
+    assert image.read_bytes() == coco.files["/val2017/000000000103.jpg"]
+    assert len(document(root, "captions_train2017.json")["annotations"]) == 5 * IMAGES
     assert not (root / ".download").exists()
     assert "is ready" in capsys.readouterr().out
 
@@ -305,7 +305,7 @@ def test_a_disk_that_fills_up_while_unpacking_leaves_nothing_half_unpacked(coco,
     full = True
 
     def copy(source, target, _length):
-        if full and source.name == f"train2017/{PHOTOS - 1:012d}.jpg":
+        if full and source.name == f"train2017/{IMAGES - 1:012d}.jpg":
             raise OSError(28, "No space left on device")
         target.write(source.read())
 
@@ -323,8 +323,8 @@ def test_a_disk_that_fills_up_while_unpacking_leaves_nothing_half_unpacked(coco,
 
 @pytest.mark.parametrize("name", ["../../outside.jpg", "/tmp/outside.jpg", "val2017/../../outside.jpg"])
 def test_a_zip_that_writes_outside_of_its_folder_is_refused(coco, tmp_path, name):
-    photo = jpeg(8, 8)
-    publish(coco, "zips/val2017.zip", zipped({"val2017/000000000100.jpg": photo, name: photo}))
+    image = jpeg(8, 8)
+    publish(coco, "zips/val2017.zip", zipped({"val2017/000000000100.jpg": image, name: image}))
     root = tmp_path / "a" / "b" / "coco"
     with pytest.raises(InputError, match=r"val2017.zip wants to write outside of its folder"):
         download.coco(root)
@@ -366,10 +366,10 @@ def test_ctrl_c_stops_at_once_and_keeps_what_came(coco, tmp_path):
     assert 0 < part.stat().st_size < 4 << 20
 
 
-def test_the_first_photos_of_each_split(coco, tmp_path):
+def test_the_first_images_of_each_split(coco, tmp_path):
     download.coco(tmp_path, limit=2)
-    photos = {f"images/{s}2017/{100 * n + i:012d}.jpg" for n, s in enumerate(SPLITS) for i in range(2)}
-    assert files_below(tmp_path) == photos | {f"annotations/{name}" for name in NAMES}
+    images = {f"images/{s}2017/{100 * n + i:012d}.jpg" for n, s in enumerate(SPLITS) for i in range(2)}
+    assert files_below(tmp_path) == images | {f"annotations/{name}" for name in NAMES}
     train = document(tmp_path, "captions_train2017.json")
     assert [image["id"] for image in train["images"]] == [0, 1]
     assert {a["image_id"] for a in train["annotations"]} == {0, 1}
@@ -386,13 +386,13 @@ def test_a_limit_beyond_the_split_takes_all_of_it(coco, tmp_path):
     assert files_below(tmp_path) == whole()
 
 
-def test_photos_are_downloaded_many_at_once(coco, tmp_path):
+def test_images_are_downloaded_many_at_once(coco, tmp_path):
     coco.pause = 0.1
-    download.coco(tmp_path, limit=PHOTOS)
+    download.coco(tmp_path, limit=IMAGES)
     assert coco.most_at_once >= 8
 
 
-def test_a_photo_that_is_gone_is_named_and_the_others_are_kept(coco, tmp_path):
+def test_an_image_that_is_gone_is_named_and_the_others_are_kept(coco, tmp_path):
     del coco.files["/train2017/000000000001.jpg"]
     with pytest.raises(InputError, match=r"1 photos could not .*/train2017/000000000001.jpg \(.*404"):
         download.coco(tmp_path, limit=3)
@@ -403,7 +403,7 @@ def test_a_photo_that_is_gone_is_named_and_the_others_are_kept(coco, tmp_path):
     assert len([p for p, _ in coco.requests if p == "/train2017/000000000001.jpg"]) == 1
 
 
-def test_a_photo_that_is_something_else_is_named(coco, tmp_path):
+def test_an_image_that_is_something_else_is_named(coco, tmp_path):
     coco.files["/val2017/000000000100.jpg"] = b"<html>Not found</html>"
     coco.files["/val2017/000000000101.jpg"] = jpeg(5, 5)
     with pytest.raises(InputError, match=r"2 photos could not .*it is not a photo.*it has 5 x 5 pixels"):
@@ -411,15 +411,15 @@ def test_a_photo_that_is_something_else_is_named(coco, tmp_path):
     assert len(document(tmp_path, "captions_val2017.json")["images"]) == 1
 
 
-def test_a_photo_whose_connection_breaks_is_tried_again(coco, tmp_path):
+def test_an_image_whose_connection_breaks_is_tried_again(coco, tmp_path):
     coco.cut_after["/val2017/000000000100.jpg"] = [100, 100]
     coco.status["/val2017/000000000101.jpg"] = [500]
     download.coco(tmp_path, limit=3)
-    photo = tmp_path / "images" / "val2017" / "000000000100.jpg"
-    assert photo.read_bytes() == coco.files["/val2017/000000000100.jpg"]
+    image = tmp_path / "images" / "val2017" / "000000000100.jpg"
+    assert image.read_bytes() == coco.files["/val2017/000000000100.jpg"]
 
 
-def test_photos_that_came_before_the_network_failed_are_kept_for_the_next_run(coco, tmp_path):
+def test_images_that_came_before_the_network_failed_are_kept_for_the_next_run(coco, tmp_path):
     coco.status["/test2017/000000000202.jpg"] = [500] * fetching.ATTEMPTS
     with pytest.raises(InputError, match=r"000000000202.jpg cannot be downloaded: .*500.* run the same"):
         download.coco(tmp_path, limit=3)
@@ -452,7 +452,7 @@ def test_annotations_of_another_shape_are_one_sentence(tmp_path, content):
         download.coco(tmp_path)
 
 
-def test_all_photos_do_not_pass_for_a_limited_download(coco, tmp_path):
+def test_all_images_do_not_pass_for_a_limited_download(coco, tmp_path):
     download.coco(tmp_path)
     with pytest.raises(InputError, match="holds all photos"):
         download.coco(tmp_path, limit=2)
@@ -675,7 +675,7 @@ def test_without_a_network_it_says_so(monkeypatch):
         read("http://images.cocodataset.org/a.jpg")
 
 
-def test_a_photo_of_another_format_is_not_opened(coco, tmp_path, monkeypatch):
+def test_an_image_of_another_format_is_not_opened(coco, tmp_path, monkeypatch):
     ghostscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 80\n%%EndComments\nshowpage\n%%EOF\n"
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_args, **_keywords: pytest.fail("Ghostscript runs"))
     png = io.BytesIO()

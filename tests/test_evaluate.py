@@ -63,7 +63,7 @@ def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path):
             check_scenes(data, {first: "a dog"})
 
 
-def test_only_the_first_photos_with_a_limit(trained: Path, drawn: Path, cache: Path):
+def test_only_the_first_images_with_a_limit(trained: Path, drawn: Path, cache: Path):
     captioner = Captioner.load(trained)
     data = CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache)
     evaluation = evaluate(captioner, data, limit=3, java=False)

@@ -26,7 +26,7 @@ from captioning.checkpoint import load_model
 from captioning.decoding import greedy
 from captioning.errors import InputError
 from captioning.export import export_onnx
-from captioning.images import build_transform, read_photo
+from captioning.images import build_transform, read_image
 from vocabulary import END, SPECIAL_WORDS, START, UNK
 
 ROOT = Path(__file__).parents[1]
@@ -70,21 +70,21 @@ def exported(model: Path) -> Path:
     return model / "model.onnx"
 
 
-def noise(photos: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(photos)
-    coarse = torch.randint(0, 256, (photos, 3, 4, 4), dtype=torch.uint8, generator=generator)
+def noise(batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    coarse = torch.randint(0, 256, (batch, 3, 4, 4), dtype=torch.uint8, generator=generator)
     return coarse.repeat_interleave(16, 2).repeat_interleave(16, 3)
 
 
-@pytest.mark.parametrize("photos", [1, 2, 13])
-def test_captions_are_pytorchs_for_any_batch_size(model, exported, photos, capfd):
+@pytest.mark.parametrize("batch", [1, 2, 13])
+def test_captions_are_pytorchs_for_any_batch_size(model, exported, batch, capfd):
     session = onnxruntime.InferenceSession(exported)
     assert capfd.readouterr().err == "", "onnxruntime warns of something"
-    tokens, log_probability = session.run(None, {"images": noise(photos).numpy()})
+    tokens, log_probability = session.run(None, {"images": noise(batch).numpy()})
     encoder, decoder, _, _ = load_model(model)
     with torch.no_grad():
-        expected = greedy(decoder, encoder(noise(photos)), max_length=LENGTH)
-    assert tokens.shape == (photos, LENGTH)
+        expected = greedy(decoder, encoder(noise(batch)), max_length=LENGTH)
+    assert tokens.shape == (batch, LENGTH)
     assert tokens.dtype == np.int64
     for row, total, hypothesis in zip(tokens.tolist(), log_probability, expected, strict=True):
         assert row == hypothesis.tokens + [END] * (LENGTH - len(hypothesis.tokens))
@@ -116,17 +116,17 @@ def test_the_documented_use_gives_the_captions_words(model, exported, tmp_path, 
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     encoder, decoder, vocabulary, _ = load_model(model)
-    seen = build_transform(False, SIZE, normalise=False)(read_photo("photo.jpg"))
+    seen = build_transform(False, SIZE, normalise=False)(read_image("photo.jpg"))
     with torch.no_grad():
         [expected] = greedy(decoder, encoder(seen[None]), max_length=LENGTH)
     assert capsys.readouterr().out.split() == vocabulary.tokens(expected.tokens)
 
 
-def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, photo, monkeypatch):
+def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, image_path, monkeypatch):
     path = tmp_path / "model.onnx"
-    for photos, how in (((photo,), Decoding()), ((), Decoding(beam_size=3))):
+    for images, how in (((image_path,), Decoding()), ((), Decoding(beam_size=3))):
         with pytest.raises(InputError, match="--export takes no photos"):
-            caption.main(photos, how, model=(model,), export=path)
+            caption.main(images, how, model=(model,), export=path)
     with pytest.raises(InputError, match="max_length is 0"):
         export_onnx(model, path, max_length=0)
     with pytest.raises(InputError, match=r"none/model.onnx cannot be written: there is no folder"):

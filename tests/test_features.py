@@ -10,7 +10,7 @@ from captioning import features
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.features import BATCH, Views, encode, stored_features
-from captioning.images import Photos, build_transform, read_photo
+from captioning.images import ImageDataset, build_transform, read_image
 from captioning.losses import Batch, CaptioningModel
 from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
@@ -48,7 +48,7 @@ def count_seen(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -
 def test_what_is_stored_is_what_the_backbone_sees(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
     stored = stored_features(encoder, paths, SIZE, cache=tmp_path)
     assert stored.shape == (len(paths), 1, 2048)
-    images = torch.stack([build_transform(image_size=64)(read_photo(path)) for path in paths])
+    images = torch.stack([build_transform(image_size=64)(read_image(path)) for path in paths])
     with torch.no_grad():
         expected = encoder.features(images)
     assert (stored[:, 0].float() - expected).norm() < 0.03 * expected.norm()
@@ -69,8 +69,8 @@ def test_several_views_are_the_centre_and_then_random_crops(encoder: EncoderCNN,
     torch.testing.assert_close(stored[:, 0], centre[:, 0], rtol=0.02, atol=0.02)
     assert not torch.equal(stored[:, 1], stored[:, 0])
     assert not torch.equal(stored[:, 1], stored[:, 2])
-    photos = Photos(paths, Views(SIZE, 3))
-    assert torch.equal(photos[0], photos[0])
+    dataset = ImageDataset(paths, Views(SIZE, 3))
+    assert torch.equal(dataset[0], dataset[0])
 
 
 def test_a_second_pass_computes_nothing(
@@ -110,7 +110,7 @@ def test_a_torn_entry_of_a_killed_pass_counts_for_nothing(
     assert torch.equal(resumed, stored_features(encoder, paths, SIZE, cache=tmp_path / "other"))
 
 
-def test_other_weights_sizes_views_or_photos_never_find_a_store(
+def test_other_weights_sizes_views_or_images_never_find_a_store(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     some = paths[:2]
@@ -133,7 +133,7 @@ def test_other_weights_sizes_views_or_photos_never_find_a_store(
     assert computed(encoder, some, SIZE) == 2
 
 
-def test_unreadable_photos_are_listed_after_the_whole_pass(
+def test_unreadable_images_are_listed_after_the_whole_pass(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "a.png").write_bytes(b"")
@@ -149,7 +149,7 @@ def test_unreadable_photos_are_listed_after_the_whole_pass(
     assert not stored[[0, -1]].any()
 
 
-def test_of_many_unreadable_photos_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):
+def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):
     some = [tmp_path / f"{i}.png" for i in range(12)]
     for path in some:
         path.write_bytes(b"")
@@ -185,10 +185,10 @@ def test_stored_features_and_pixels_give_the_same_loss(
     encoder.grid = DECODERS[name].attends
     model = CaptioningModel(encoder, DECODERS[name](8, 16, len(data.vocab))).eval()
     stored = stored_features(encoder, data.paths, SIZE, cache=tmp_path)[:, 0]
-    photos = Photos(data.paths, build_transform(image_size=64, normalise=False))
-    pixels = torch.stack([photos[i] for i in range(len(photos))])
+    dataset = ImageDataset(data.paths, build_transform(image_size=64, normalise=False))
+    pixels = torch.stack([dataset[i] for i in range(len(dataset))])
     captions, lengths = data.captions(np.arange(len(data)))
-    row = torch.from_numpy(data.photo).long()
+    row = torch.from_numpy(data.image_rows).long()
     with torch.no_grad():
         from_store, from_pixels = (model(Batch(x, row, captions, lengths))[0].item() for x in (stored, pixels))
     assert from_store == pytest.approx(from_pixels, rel=1e-2)

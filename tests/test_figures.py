@@ -28,13 +28,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (1600, 900), (640, 20), (3, 3)], ids=str)
-def test_a_caption_stands_below_its_photo(size: tuple[int, int]):
+def test_a_caption_stands_below_its_image(size: tuple[int, int]):
     text = "Çà et là, a very long caption of a red dog that runs, jumps and swims"
     sheet = np.asarray(draw_sheet([Image.new("RGB", size, "red")], [text], columns=1)).astype(int)
     rows, columns = np.where(np.abs(sheet - (255, 0, 0)).sum(2) < 30)
-    photo = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    assert np.abs(photo - (255, 0, 0)).max() < 30  # nothing is drawn over it
-    assert photo.shape[1] == THUMBNAIL[0] or photo.shape[0] == THUMBNAIL[1]
+    thumbnail = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert np.abs(thumbnail - (255, 0, 0)).max() < 30  # nothing is drawn over it
+    assert thumbnail.shape[1] == THUMBNAIL[0] or thumbnail.shape[0] == THUMBNAIL[1]
     dark = np.where(sheet.sum(2) < 200)
     assert dark[0].min() > rows.max() + MARGIN // 2
     assert dark[0].max() < len(sheet) - MARGIN // 2
@@ -52,7 +52,7 @@ def test_a_sheet_shows_so_many_at_most():
         draw_sheet([draw_noise(0)] * (MAX_SHEET + 1), ["a"] * (MAX_SHEET + 1))
 
 
-def test_a_sheet_keeps_no_photo_whole(tmp_path: Path):
+def test_a_sheet_keeps_no_image_whole(tmp_path: Path):
     draw_noise(0, (4000, 3000)).save(tmp_path / "a.jpg")
     script = (
         "from captioning.figures import draw_sheet\n"
@@ -86,12 +86,12 @@ def test_a_map_is_bright_where_the_decoder_looked():
     assert np.abs(drawn[40:, 40:] - (40, 20, 10)).max() < 5
 
 
-def test_words_are_no_mathematics(tmp_path: Path, photo: Path):
+def test_words_are_no_mathematics(tmp_path: Path, image_path: Path):
     caption = Caption("costs $5 or $\\frac", ["costs", "$5", "$\\frac$"], -1.0, torch.rand(3, 4))
-    save_figure(draw_attention(photo, caption, 64), tmp_path / "a.png")
+    save_figure(draw_attention(image_path, caption, 64), tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 300
     with pytest.raises(InputError, match="does not attend"):
-        draw_attention(photo, Caption("a", ["a"], -1.0), 64)
+        draw_attention(image_path, Caption("a", ["a"], -1.0), 64)
 
 
 def test_a_figure_that_cannot_be_written(tmp_path: Path):

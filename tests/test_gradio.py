@@ -86,9 +86,9 @@ class Page:
         reply.raise_for_status()
         return reply.json()[0]
 
-    def call(self, photo: object, *options: object) -> tuple:
+    def call(self, image: object, *options: object) -> tuple:
         """The event that ended the call, "complete" or "error", and its data."""
-        body = {"data": [photo, *options]}
+        body = {"data": [image, *options]}
         reply = self.client.post(f"{self.api}/call/caption", json=body)
         reply.raise_for_status()
         events = self.client.get(f"{self.api}/call/caption/{reply.json()['event_id']}").text
@@ -221,7 +221,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     tab.close()
 
 
-def test_several_photos_become_a_table_to_download(page: Page, browser, scene: Image.Image, tmp_path: Path):
+def test_several_images_become_a_table_to_download(page: Page, browser, scene: Image.Image, tmp_path: Path):
     (tmp_path / "one.jpg").write_bytes(encoded(scene))
     (tmp_path / "broken.jpg").write_text("not a photo at all")
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
@@ -400,12 +400,12 @@ def test_the_sample_of_use_via_api_works(page: Page, monkeypatch, capfd):
     endpoint = httpx.get(f"{page.api}/info").json()["named_endpoints"]["/caption"]
     exec(endpoint["code_snippets"]["python"], {})
     assert "'headers': ['caption', '% per word']" in capfd.readouterr().out
-    photo, *_ = endpoint["parameters"]
-    assert photo["example_input"]["url"] in endpoint["code_snippets"]["javascript"]
-    assert httpx.get(photo["example_input"]["url"]).headers["content-type"] == "image/jpeg"
+    image, *_ = endpoint["parameters"]
+    assert image["example_input"]["url"] in endpoint["code_snippets"]["javascript"]
+    assert httpx.get(image["example_input"]["url"]).headers["content-type"] == "image/jpeg"
 
 
-def good_photos() -> dict[str, bytes]:
+def good_images() -> dict[str, bytes]:
     scene = draw_scene(random.Random(5))[0].convert("RGB")
     noise = np.random.default_rng(0).integers(0, 256, (2560, 2560, 3), np.uint8)
     grey = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
@@ -429,10 +429,10 @@ def good_photos() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def good() -> dict[str, bytes]:
-    return good_photos()
+    return good_images()
 
 
-PHOTOS = [
+IMAGES = [
     "animated.gif",
     "cmyk.jpg",
     "16-bit.png",
@@ -445,8 +445,8 @@ PHOTOS = [
 ]
 
 
-@pytest.mark.parametrize("name", [*PHOTOS, "noise of 20 MB.png", "a'b\"<b>&ü.jpg"])
-def test_every_photo_gets_a_caption(page: Page, good: dict[str, bytes], name: str):
+@pytest.mark.parametrize("name", [*IMAGES, "noise of 20 MB.png", "a'b\"<b>&ü.jpg"])
+def test_every_image_gets_a_caption(page: Page, good: dict[str, bytes], name: str):
     event, data = page.caption(good[name], name)
     assert event == "complete"
     assert data[0]
@@ -541,7 +541,7 @@ def test_another_website_may_neither_ask_nor_upload(page: Page, scene: Image.Ima
     "meta",
     [{}, {"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "gradio.FileData"}, "is_stream": True}],
 )
-def test_a_path_of_the_server_is_no_photo(page: Page, tmp_path: Path, scene: Image.Image, meta: dict):
+def test_a_path_of_the_server_is_no_image(page: Page, tmp_path: Path, scene: Image.Image, meta: dict):
     scene.save(tmp_path / "private.jpg")
     (page.temporary / "private.jpg").write_bytes((tmp_path / "private.jpg").read_bytes())
     upload = page.upload(encoded(scene))
@@ -568,8 +568,8 @@ def test_a_path_of_the_server_is_no_photo(page: Page, tmp_path: Path, scene: Ima
         {"url": "data:image/png;base64,iVBORw0KGgo="},
     ],
 )
-def test_the_server_fetches_nothing(page: Page, photo: dict):
-    event, answer = page.call(photo)
+def test_the_server_fetches_nothing(page: Page, image: dict):
+    event, answer = page.call(image)
     assert event == "error"
     assert answer["error"].startswith(("Upload the photo", "The photo must be an uploaded file"))
 
@@ -612,7 +612,7 @@ def test_no_file_but_uploads_is_served(page: Page, scene: Image.Image):
 
 
 def test_two_hundred_requests_from_sixteen_clients(page: Page, scene: Image.Image, capsys):
-    photos = [encoded(scene.rotate(5 * i)) for i in range(16)]
+    images = [encoded(scene.rotate(5 * i)) for i in range(16)]
     process = psutil.Process(page.process.pid)
     seconds: list[float] = []
     memory: list[int] = []
@@ -620,7 +620,7 @@ def test_two_hundred_requests_from_sixteen_clients(page: Page, scene: Image.Imag
 
     def ask(i: int) -> None:
         start = time.perf_counter()
-        event, answer = page.caption(photos[i % 16], f"{i}.jpg", ("beam", "greedy", "sampling")[i % 3])
+        event, answer = page.caption(images[i % 16], f"{i}.jpg", ("beam", "greedy", "sampling")[i % 3])
         assert event == "complete", answer
         with lock:
             seconds.append(time.perf_counter() - start)
@@ -644,9 +644,9 @@ class SlowCaptioner:
         self.transform, self.description, self.folder = captioner.transform, captioner.description, captioner.folder
         self.go = threading.Event()
 
-    def __call__(self, photos: list, how: Decoding) -> list[Caption]:
+    def __call__(self, images: list, how: Decoding) -> list[Caption]:
         self.go.wait(30)
-        return [Caption(f"caption {how.beam_size}", ["a"], 0.0)] * len(photos)
+        return [Caption(f"caption {how.beam_size}", ["a"], 0.0)] * len(images)
 
 
 @pytest.fixture
@@ -685,17 +685,17 @@ def test_a_full_queue_says_so(slow: SlowCaptioner, scene: Image.Image, monkeypat
         assert httpx.get(api.removesuffix("gradio_api"), timeout=60).status_code == 200  # it answers meanwhile
 
 
-def test_uploads_are_deleted_and_examples_stay(slow: SlowCaptioner, photo: Path, monkeypatch, tmp_path: Path):
+def test_uploads_are_deleted_and_examples_stay(slow: SlowCaptioner, image_path: Path, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(gradio_main, "AGE", 6)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    with served(slow, [(photo, "red and blue")], tmp_path) as api:
+    with served(slow, [(image_path, "red and blue")], tmp_path) as api:
         path = httpx.post(f"{api}/upload", files={"files": ("a.jpg", b"a")}).json()[0]
         (example,) = (tmp_path / "uploads").glob("*/photo.png")
         end = time.monotonic() + 30
         while httpx.get(f"{api}/file={path}").status_code == 200 and time.monotonic() < end:
             time.sleep(0.5)
         assert not Path(path).exists()
-        assert httpx.get(f"{api}/file={example}").content == photo.read_bytes()
+        assert httpx.get(f"{api}/file={example}").content == image_path.read_bytes()
 
 
 # The parts
@@ -737,31 +737,31 @@ def test_it_says_which_model_it_is(attending: Path):
         assert "trained" not in gradio_main.describe_model("small", strange)
 
 
-def test_examples_are_the_models_own_or_of_its_kind(tmp_path: Path, photo: Path, trained: Path):
+def test_examples_are_the_models_own_or_of_its_kind(tmp_path: Path, image_path: Path, trained: Path):
     drawn = Captioner.load(trained)
-    assert {path.stem[:6] for path, _ in gradio_main.example_photos({"a": drawn}, tmp_path)} == {"scene-"}
+    assert {path.stem[:6] for path, _ in gradio_main.example_images({"a": drawn}, tmp_path)} == {"scene-"}
     real = Captioner.load(trained)
     real.description.data["folder"] = "coco"
     real.folder = tmp_path
-    photos = dict(gradio_main.example_photos({"a": real}, tmp_path))
-    assert {path.parent for path in photos} == {ROOT / "images"}
-    assert len(gradio_main.example_photos({"a": real, "b": drawn}, tmp_path)) == len(photos) + 6
+    images = dict(gradio_main.example_images({"a": real}, tmp_path))
+    assert {path.parent for path in images} == {ROOT / "images"}
+    assert len(gradio_main.example_images({"a": real, "b": drawn}, tmp_path)) == len(images) + 6
     (tmp_path / "examples").mkdir()
-    shutil.copy(photo, tmp_path / "examples")
-    assert gradio_main.example_photos({"a": real}, tmp_path) == [(tmp_path / "examples" / "photo.png", "photo")]
+    shutil.copy(image_path, tmp_path / "examples")
+    assert gradio_main.example_images({"a": real}, tmp_path) == [(tmp_path / "examples" / "photo.png", "photo")]
 
 
-def test_every_photo_is_credited_and_they_are_small():
+def test_every_image_is_credited_and_they_are_small():
     rows = re.findall(r"\| `(.*?)` \| (.*?) \| (.*?) \| (.*?) \| .* \|", (ROOT / "images" / "README.md").read_text())
-    photos = sorted((ROOT / "images").glob("*.jpg"))
-    assert [name for name, *_ in rows] == [photo.name for photo in photos]
-    for photo, (_, text, author, licence) in zip(photos, rows, strict=True):
-        with Image.open(photo) as image:
+    paths = sorted((ROOT / "images").glob("*.jpg"))
+    assert [name for name, *_ in rows] == [path.name for path in paths]
+    for path, (_, text, author, licence) in zip(paths, rows, strict=True):
+        with Image.open(path) as image:
             exif = image.getexif()
             assert max(image.size) <= 512
         assert [exif[tag] for tag in (0x010E, 0x013B, 0x8298)] == [text, author, licence]
         assert licence in ("CC0", "public domain")
-    assert sum(photo.stat().st_size for photo in photos) < 300_000
+    assert sum(path.stat().st_size for path in paths) < 300_000
 
 
 def test_models_of_one_name_are_told_apart(trained: Path, attending: Path):
@@ -810,10 +810,10 @@ def test_where_no_public_address_can_be_had_it_says_to_leave_out_share(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(gradio_main, "setup_tunnel", lambda *_: 1 / 0)
     server = Server({"slow": slow})
-    page, photo = gradio_main.build_page(server, [], tmp_path)
+    page, image = gradio_main.build_page(server, [], tmp_path)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         pytest.raises(InputError, match="leave out --share"),
     ):
-        gradio_main.serve(page, photo, server, listener, share=True)
+        gradio_main.serve(page, image, server, listener, share=True)
     server.close()

@@ -186,11 +186,11 @@ def share(served: Hub, model: Path, name: str = "ada/scenes") -> Path:
     return served.root / name
 
 
-def test_a_shared_model_captions_as_the_original_does(served, trained, photo):
+def test_a_shared_model_captions_as_the_original_does(served, trained, image_path):
     share(served, trained)
     captioner = Captioner.load("ada/scenes")
     assert {Path(name).suffix for name in served.asked} == {".json", ".safetensors"}
-    ours, theirs = Captioner.load(trained)([photo] * 2, beam_size=3), captioner([photo] * 2, beam_size=3)
+    ours, theirs = Captioner.load(trained)([image_path] * 2, beam_size=3), captioner([image_path] * 2, beam_size=3)
     assert [(c.text, c.log_probability) for c in theirs] == [(c.text, c.log_probability) for c in ours]
 
 
@@ -291,10 +291,10 @@ def test_a_fetched_model_is_there_without_a_network(served, trained):
     Captioner.load("ada/scenes")
 
 
-def test_the_command_line_takes_a_name(served, trained, photo, capsys):
+def test_the_command_line_takes_a_name(served, trained, image_path, capsys):
     share(served, trained)
-    caption.main((photo,), Decoding(), model=(Path("ada/scenes"),), json_=True)
-    assert json.loads(capsys.readouterr().out)[0]["caption"] == Captioner.load(trained)(photo)[0].text
+    caption.main((image_path,), Decoding(), model=(Path("ada/scenes"),), json_=True)
+    assert json.loads(capsys.readouterr().out)[0]["caption"] == Captioner.load(trained)(image_path)[0].text
 
 
 def test_a_folder_goes_before_the_hub(served, trained):

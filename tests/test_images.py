@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 
 from captioning import files, image_files, images
 from captioning.errors import InputError
-from captioning.image_files import read_photo
-from captioning.images import Photos, build_transform, find_unreadable, read_batches
+from captioning.image_files import read_image
+from captioning.images import ImageDataset, build_transform, find_unreadable, read_batches
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,19 +65,19 @@ def test_a_jpeg_is_decoded_smaller_only_for_a_resize_that_comes_first(tmp_path: 
         return image
 
     transform = T.Compose([*steps, T.PILToTensor()])
-    photos = Photos([path], transform)
-    read = photos[0].float()
+    dataset = ImageDataset([path], transform)
+    read = dataset[0].float()
     torch.manual_seed(int(np.random.SeedSequence((0, 0)).generate_state(1, np.uint64)[0]))
     expected = transform(Image.open(path).convert("RGB")).float()
     assert (read - expected).abs().mean() < 2
-    Photos.__getitem__(_with(photos, note), 0)
+    ImageDataset.__getitem__(_with(dataset, note), 0)
     assert (sizes[0] != (800, 600)) == drafted
 
 
-def _with(photos: Photos, note: Callable) -> Photos:
+def _with(dataset: ImageDataset, note: Callable) -> ImageDataset:
     """The same images read for the same size, of which `note` learns before they are transformed."""
-    other = Photos(photos.paths, lambda image: T.PILToTensor()(note(image)))
-    other.shorter_side = photos.shorter_side
+    other = ImageDataset(dataset.paths, lambda image: T.PILToTensor()(note(image)))
+    other.shorter_side = dataset.shorter_side
     return other
 
 
@@ -143,10 +143,10 @@ def read_alone(path: Path, shorter_side: int | None = None) -> tuple[str, int]:
     """What reading a file gives, a size or a sentence, and its peak memory in MB, in a process that may take 3 GB."""
     script = (
         "from captioning.errors import InputError\n"
-        "from captioning.image_files import read_photo\n"
+        "from captioning.image_files import read_image\n"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "before = peak()\n"
-        "try: print(read_photo(sys.argv[1], int(sys.argv[2]) or None).size)\n"
+        "try: print(read_image(sys.argv[1], int(sys.argv[2]) or None).size)\n"
         "except InputError as error: print(error)\n"
         "print((peak() - before) // 2**20)\n"
     )
@@ -185,61 +185,61 @@ def test_a_jpeg_of_a_phone_is_reduced_before_it_is_decoded(tmp_path: Path, size:
     assert peak < 100
     with pytest.MonkeyPatch.context() as patch:  # and where nothing is said of the size that is needed
         patch.setattr(image_files, "MAX_BYTES", 40_000_000)
-        assert read_photo(tmp_path / "phone.jpg").size[0] in (size[0] // 8, size[0] // 4)
+        assert read_image(tmp_path / "phone.jpg").size[0] in (size[0] // 8, size[0] // 4)
 
 
-def test_progressive_photos_are_read(tmp_path: Path):
+def test_progressive_images_are_read(tmp_path: Path):
     smooth((1200, 900)).save(tmp_path / "a.jpg", progressive=True, quality=95)
     assert (tmp_path / "a.jpg").read_bytes().count(b"\xff\xda") > 5
-    assert read_photo(tmp_path / "a.jpg").size == (1200, 900)
+    assert read_image(tmp_path / "a.jpg").size == (1200, 900)
 
 
-def test_only_the_scans_of_the_photo_itself_count(tmp_path: Path):
+def test_only_the_scans_of_the_image_itself_count(tmp_path: Path):
     jpeg = encode(smooth((1200, 900)), "JPEG")
     thumbnail = with_exif(jpeg, b"II*\0\x08\0\0\0\0\0\0\0\0\0" + b"\xff\xda\0\x08" * 5000)
     (tmp_path / "phone.jpg").write_bytes(thumbnail + b"\xff\xda video" * 5000)
-    assert read_photo(tmp_path / "phone.jpg").size == (1200, 900)
+    assert read_image(tmp_path / "phone.jpg").size == (1200, 900)
 
 
 def test_a_slow_decoder_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     draw_noise(0).save(tmp_path / "a.png")
     monkeypatch.setattr(image_files, "MAX_SECONDS", -1)
     with pytest.raises(InputError, match=r"a\.png .*more than -1 seconds"):
-        read_photo(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
-def test_a_file_too_large_for_a_photo_is_not_read(tmp_path: Path):
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path):
     with open(tmp_path / "a.webp", "wb") as file:
         file.write(b"RIFF\0\0\0\0WEBPVP8 ")
         file.truncate(100 << 30)
     with pytest.raises(InputError, match=r"a\.webp .*102,400 MB"):
-        read_photo(tmp_path / "a.webp")
+        read_image(tmp_path / "a.webp")
 
 
 def test_an_icon_that_is_larger_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     png = plain(300, 300, "PNG")
     entry = struct.pack("<BBBBHHLL", 16, 16, 0, 0, 1, 32, len(png), 22)
     (tmp_path / "a.ico").write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + png)
-    assert read_photo(tmp_path / "a.ico").size == (300, 300)
+    assert read_image(tmp_path / "a.ico").size == (300, 300)
     monkeypatch.setattr(image_files, "MAX_BYTES", 8 * 299 * 300)
     with pytest.raises(InputError, match="300 x 300"):
-        read_photo(tmp_path / "a.ico")
+        read_image(tmp_path / "a.ico")
 
 
 @pytest.mark.parametrize("size", [(65000, 1), (1, 65000), (30000, 1), (16000, 40), (999, 10)])
 @pytest.mark.parametrize("train", [False, True])
 def test_thin_images_are_resized_from_their_middle(tmp_path: Path, size: tuple[int, int], train: bool):
     Image.new("RGB", size, (40, 160, 60)).save(tmp_path / "thin.png")
-    image = read_photo(tmp_path / "thin.png")
+    image = read_image(tmp_path / "thin.png")
     assert max(image.size) in (32 * min(size), 32 * min(size) + 1)
-    pixels = Photos([tmp_path / "thin.png"], build_transform(train, 64, normalise=False))[0]
+    pixels = ImageDataset([tmp_path / "thin.png"], build_transform(train, 64, normalise=False))[0]
     assert pixels.flatten(1).float().mean(1).tolist() == [40, 160, 60]
 
 
 def test_a_cut_leaves_what_the_centre_crop_takes():
     image = smooth((4001, 40))
     transform = build_transform(False, 64, normalise=False)
-    assert (transform(read_photo(image)).float() - transform(image).float()).abs().mean() < 1
+    assert (transform(read_image(image)).float() - transform(image).float()).abs().mean() < 1
 
 
 def test_want_of_memory_loses_only_the_image_itself(tmp_path: Path):
@@ -251,21 +251,21 @@ def test_want_of_memory_loses_only_the_image_itself(tmp_path: Path):
     for i, width in enumerate((80, 800, 80)):
         draw_noise(i, (width, 60)).save(tmp_path / f"{i}.png")
     failed: dict[int, InputError] = {}
-    photos = Photos(sorted(tmp_path.iterdir()), transform)
+    dataset = ImageDataset(sorted(tmp_path.iterdir()), transform)
     for workers in (0, 1):
-        ((keys, pixels),) = read_batches(photos, [[0, 1, 2]], workers, failed.__setitem__)
+        ((keys, pixels),) = read_batches(dataset, [[0, 1, 2]], workers, failed.__setitem__)
         assert keys == [0, 2]
         assert len(pixels) == 2
         assert "1.png takes more memory than there is" in str(failed[1])
 
 
 def test_a_worker_that_the_system_ends_is_a_sentence(tmp_path: Path):
-    photos = Photos([tmp_path / "a.png"], lambda _: os._exit(9))
+    dataset = ImageDataset([tmp_path / "a.png"], lambda _: os._exit(9))
     draw_noise(0).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="use fewer --workers"):
-        list(read_batches(photos, [[0]], 1))
+        list(read_batches(dataset, [[0]], 1))
     with pytest.raises(InputError, match="workers must be at least 0, not -1"):
-        list(read_batches(photos, [[0]], -1))
+        list(read_batches(dataset, [[0]], -1))
 
 
 # Levels
@@ -307,16 +307,16 @@ def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monk
     monkeypatch.setattr(image_files, "BAND_PIXELS", band)
     levels, expected = LEVELS[name]
     Image.fromarray(levels).save(tmp_path / "a.tif")
-    read = np.asarray(read_photo(tmp_path / "a.tif")).astype(float)
+    read = np.asarray(read_image(tmp_path / "a.tif")).astype(float)
     assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
 
 
 def test_transparency_over_white_in_bands(monkeypatch: pytest.MonkeyPatch):
     image = smooth((80, 60)).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize((80, 60)))
-    whole = np.asarray(read_photo(image))
+    whole = np.asarray(read_image(image))
     monkeypatch.setattr(image_files, "BAND_PIXELS", 333)
-    assert (np.asarray(read_photo(image)) == whole).all()
+    assert (np.asarray(read_image(image)) == whole).all()
 
 
 # Formats
@@ -324,7 +324,7 @@ def test_transparency_over_white_in_bands(monkeypatch: pytest.MonkeyPatch):
 
 def test_avif_is_read(tmp_path: Path):
     RED.save(tmp_path / "a.avif")
-    assert np.abs(np.asarray(read_photo(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
+    assert np.abs(np.asarray(read_image(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a"])
@@ -332,32 +332,32 @@ def test_heic_is_read_whatever_its_name(tmp_path: Path, name: str):
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.from_pillow(RED).save(tmp_path / "a.heif", quality=90)
     (tmp_path / "a.heif").rename(tmp_path / name)
-    assert np.abs(np.asarray(read_photo(tmp_path / name), int) - (255, 0, 0)).max() < 9
+    assert np.abs(np.asarray(read_image(tmp_path / name), int) - (255, 0, 0)).max() < 9
 
 
 def test_heic_without_pillow_heif_is_a_sentence_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(InputError, match=r"a\.heic .*pip install pillow-heif"):
-        read_photo(tmp_path / "a.heic")
+        read_image(tmp_path / "a.heic")
     monkeypatch.setattr(files, "find_spec", lambda _: None)
-    assert ".heic" not in files.photo_suffixes.__wrapped__()
+    assert ".heic" not in files.image_suffixes.__wrapped__()
     monkeypatch.setattr(files, "find_spec", lambda _: True)
-    assert {".heic", ".jpg"} <= files.photo_suffixes.__wrapped__()
+    assert {".heic", ".jpg"} <= files.image_suffixes.__wrapped__()
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".pdf", ".grib"])
 def test_files_that_are_no_images_are_not_taken_for_such(suffix: str):
-    assert suffix not in files.photo_suffixes()
+    assert suffix not in files.image_suffixes()
 
 
 def test_only_the_formats_that_are_allowed(tmp_path: Path):
     RED.save(tmp_path / "a.bmp")
     RED.save(tmp_path / "a.jpg")
-    assert read_photo(tmp_path / "a.bmp", formats=("BMP",)).size == (64, 64)
+    assert read_image(tmp_path / "a.bmp", formats=("BMP",)).size == (64, 64)
     for name in ("a.bmp", "a.jpg"):
         with pytest.raises(InputError, match="of no image format"):
-            read_photo(tmp_path / name, formats=("PNG",))
+            read_image(tmp_path / name, formats=("PNG",))
 
 
 # Paths
@@ -376,21 +376,21 @@ def test_what_is_no_file_is_a_sentence(tmp_path: Path):
         (Path("/".join(["a" * 200] * 30)), r"name too long"),
     ):
         with pytest.raises(InputError, match=expected):
-            read_photo(path)
+            read_image(path)
 
 
 @pytest.mark.parametrize("address", ["https://example.org/a/b.jpg", "http://example.org/b.jpg", "s3://bucket/b.jpg"])
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_web_address_is_not_fetched(address: str, kind: type):
     with pytest.raises(InputError) as error:
-        read_photo(kind(address))
+        read_image(kind(address))
     assert str(error.value) == f"{address} is a web address, and nothing is fetched; download the file and name it."
 
 
-def test_a_photo_that_is_missing_is_found_with_the_others(tmp_path: Path):
+def test_an_image_that_is_missing_is_found_with_the_others(tmp_path: Path):
     draw_noise(0).save(tmp_path / "a.png")
     failed = find_unreadable([tmp_path / "a.png", tmp_path / "gone.png"], cache=tmp_path / "cache")
     assert list(failed) == [1]
     (tmp_path / "file").touch()
     assert list(find_unreadable([tmp_path / "gone.png"], cache=tmp_path / "file")) == [0]
-    assert images.read_photo is read_photo
+    assert images.read_image is read_image

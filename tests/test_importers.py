@@ -23,7 +23,7 @@ from vocabulary import Vocabulary
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def photo(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
+def make_image(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (len(path.name) % 256, 0, 0)).save(path, "JPEG")
     return path
@@ -51,7 +51,7 @@ def flickr8k(tmp_path: Path) -> Path:
     source = tmp_path / "Flickr8k"
     names = ["1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg", "5_e.jpg"]
     for name in names:
-        photo(source / "Flicker8k_Dataset" / name)
+        make_image(source / "Flicker8k_Dataset" / name)
     lines = [f"{name}#{i}\tA dog number {i} runs ." for name in names for i in range(5)]
     lines += [f"2258277193_586949ec62.jpg.1#{i}\tPeople wait ." for i in range(5)]
     folder = source / "Flickr8k_text"
@@ -77,13 +77,13 @@ def test_flickr8k_in_its_own_files(flickr8k, tmp_path):
     assert not (destination / "images" / "val" / "5_e.jpg").exists()
 
 
-def test_photos_are_linked_not_copied_where_that_is_possible(flickr8k, tmp_path):
+def test_images_are_linked_not_copied_where_that_is_possible(flickr8k, tmp_path):
     importers.import_flickr(flickr8k, tmp_path / "out")
     linked = tmp_path / "out" / "images" / "train" / "1_a.jpg"
     assert os.path.samefile(linked, flickr8k / "Flicker8k_Dataset" / "1_a.jpg")
 
 
-def test_photos_are_copied_where_links_are_not_possible(flickr8k, tmp_path, monkeypatch):
+def test_images_are_copied_where_links_are_not_possible(flickr8k, tmp_path, monkeypatch):
     def no_links(*_args):
         raise OSError(18, "Invalid cross-device link")
 
@@ -107,7 +107,7 @@ def test_without_split_files_the_oddity_of_flickr8k_is_left_out(flickr8k, tmp_pa
 def test_captions_txt_with_quoted_commas(tmp_path):
     source = tmp_path / "kaggle"
     for i in range(4):
-        photo(source / "Images" / f"{i}.jpg")
+        make_image(source / "Images" / f"{i}.jpg")
     rows = ["image,caption"] + [f'{i}.jpg,"A man , a dog and ""{i}"" balls ."' for i in range(4)]
     text(source / "captions.txt", "\n".join(rows))
     text(source / "train.txt", "0.jpg\n1.jpg\n2.jpg\n")
@@ -120,7 +120,7 @@ def test_captions_txt_with_quoted_commas(tmp_path):
 def test_flickr30k_token_file_with_bare_numbers_in_the_splits(tmp_path):
     source = tmp_path / "flickr30k"
     for i in (1000092795, 10002456):
-        photo(source / "flickr30k-images" / f"{i}.jpg")
+        make_image(source / "flickr30k-images" / f"{i}.jpg")
     text(source / "results_20130124.token", "1000092795.jpg#0\tTwo men .\n10002456.jpg#0\tA crane .\n")
     text(source / "train.txt", "1000092795\n")
     text(source / "val.txt", "10002456\n")
@@ -133,7 +133,7 @@ def test_flickr30k_csv_with_its_broken_row(tmp_path):
     source = tmp_path / "flickr30k"
     rows = ["image_name| comment_number| comment"]
     for name in ("1.jpg", "2.jpg", "2199200615.jpg"):
-        photo(source / "flickr30k_images" / name)
+        make_image(source / "flickr30k_images" / name)
         rows.append(f'{name}| 0| A dog "runs" , across the grass .')
     text(source / "results.csv", "\n".join([*rows, "2199200615.jpg| 4   A dog runs across the grass ."]))
     importers.import_flickr(source, tmp_path / "out")
@@ -157,7 +157,7 @@ def karpathy(source: Path) -> Path:
         for i, split in enumerate(splits)
     ]
     for image in images:
-        photo(source / image["filepath"] / image["filename"])
+        make_image(source / image["filepath"] / image["filename"])
     return text(source / "dataset_coco.json", json.dumps({"images": images, "dataset": "coco"}))
 
 
@@ -170,7 +170,7 @@ def test_karpathy_splits_keep_coco_ids_and_train_on_restval(tmp_path):
     assert set(captions(tmp_path / "out", "test")) == {"COCO_val2014_3.jpg"}
 
 
-def test_karpathy_file_with_the_photos_elsewhere(tmp_path):
+def test_karpathy_file_with_the_images_elsewhere(tmp_path):
     path = karpathy(tmp_path / "coco")
     moved = text(tmp_path / "elsewhere" / "dataset_coco.json", path.read_text())
     with pytest.raises(InputError, match="holds no images"):
@@ -179,7 +179,7 @@ def test_karpathy_file_with_the_photos_elsewhere(tmp_path):
     assert len(captions(tmp_path / "out", "train")) == 2
 
 
-def test_karpathy_names_the_entry_whose_photo_is_missing(tmp_path):
+def test_karpathy_names_the_entry_whose_image_is_missing(tmp_path):
     karpathy(tmp_path / "source")
     (tmp_path / "source" / "val2014" / "COCO_val2014_2.jpg").unlink()
     with pytest.raises(InputError, match=r"dataset_coco.json, images\[2\]: val2014/COCO_val2014_2.jpg is not under"):
@@ -227,14 +227,14 @@ def only_sentences(act: Callable[[], object], destination: Path) -> None:
     )
 )
 def test_any_karpathy_file(tmp_path, content):
-    photo(tmp_path / "source" / "a.jpg")
+    make_image(tmp_path / "source" / "a.jpg")
     text(tmp_path / "source" / "dataset_any.json", json.dumps(content))
     only_sentences(lambda: importers.import_karpathy(tmp_path / "source", tmp_path / "out"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"images": 1' + "0" * 5000 + "}"], ids=["deep", "long"])
 def test_json_that_python_cannot_hold_is_one_sentence(tmp_path, content):
-    photo(tmp_path / "source" / "a.jpg")
+    make_image(tmp_path / "source" / "a.jpg")
     text(tmp_path / "source" / "dataset_any.json", content)
     with pytest.raises(InputError, match=r"dataset_any\.json is not JSON that can be read"):
         importers.import_karpathy(tmp_path / "source", tmp_path / "out")
@@ -255,21 +255,21 @@ def test_json_that_python_cannot_hold_is_one_sentence(tmp_path, content):
     )
 )
 def test_any_json_lines(tmp_path, rows):
-    photo(tmp_path / "source" / "a.jpg")
+    make_image(tmp_path / "source" / "a.jpg")
     text(tmp_path / "source" / "captions.jsonl", "\n".join(json.dumps(row) for row in rows))
     only_sentences(lambda: importers.import_folder(tmp_path / "source", tmp_path / "out"), tmp_path / "out")
 
 
-def own_photos(source: Path, table: str, name: str = "captions.csv") -> Path:
+def own_images(source: Path, table: str, name: str = "captions.csv") -> Path:
     for i in range(5):
-        photo(source / "holiday" / f"{i}.jpg")
+        make_image(source / "holiday" / f"{i}.jpg")
     text(source / name, table)
     return source
 
 
 def test_folder_with_csv_keeps_splits_and_subfolders(tmp_path):
     table = "split,photo,caption\ntrain,holiday/0.jpg,Sand.\ntrain,holiday/0.jpg,Sea.\nval,holiday/1.jpg,Sun.\n"
-    importers.import_folder(own_photos(tmp_path / "mine", table), tmp_path / "out")
+    importers.import_folder(own_images(tmp_path / "mine", table), tmp_path / "out")
     assert captions(tmp_path / "out", "train") == {"holiday/0.jpg": ["Sand.", "Sea."]}
     assert (tmp_path / "out" / "images" / "val" / "holiday" / "1.jpg").is_file()
 
@@ -278,13 +278,13 @@ def test_folder_with_csv_keeps_splits_and_subfolders(tmp_path):
 def test_folder_with_a_spreadsheets_csv(tmp_path, separator):
     rows = [("\ufeffImage", "Caption")] + [(f"holiday/{i}.jpg", "Sand, sea.") for i in range(5)]
     table = "\r\n".join(separator.join(row) for row in rows)
-    importers.import_folder(own_photos(tmp_path / "mine", table), tmp_path / "out")
+    importers.import_folder(own_images(tmp_path / "mine", table), tmp_path / "out")
     assert list(captions(tmp_path / "out", "val").values()) == [["Sand, sea."]]
 
 
 def test_folder_with_json_lines_splits_the_same_way_every_time(tmp_path):
     rows = [json.dumps({"file_name": f"holiday/{i}.jpg", "caption": f"Nummer {i}, schön."}) for i in range(5)]
-    source = own_photos(tmp_path / "mine", "\n".join(rows), "captions.jsonl")
+    source = own_images(tmp_path / "mine", "\n".join(rows), "captions.jsonl")
     importers.import_folder(source, tmp_path / "one")
     (source / "captions.jsonl").write_text("\n\n".join(reversed(rows)), encoding="utf-8")
     importers.import_folder(source / "captions.jsonl", tmp_path / "two")
@@ -316,7 +316,7 @@ def test_folder_with_json_lines_splits_the_same_way_every_time(tmp_path):
 )
 def test_folder_mistakes_are_named_with_file_and_line(tmp_path, table, message):
     with pytest.raises(InputError, match=message) as caught:
-        importers.import_folder(own_photos(tmp_path / "mine", table), tmp_path / "out")
+        importers.import_folder(own_images(tmp_path / "mine", table), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -325,7 +325,7 @@ def test_folder_mistakes_are_named_with_file_and_line(tmp_path, table, message):
 def test_json_lines_mistakes_are_named_with_file_and_line(tmp_path, line):
     rows = '{"photo": "holiday/0.jpg", "caption": "x"}\n' + line
     with pytest.raises(InputError, match=r"captions.jsonl, line 2"):
-        importers.import_folder(own_photos(tmp_path / "mine", rows, "captions.jsonl"), tmp_path / "out")
+        importers.import_folder(own_images(tmp_path / "mine", rows, "captions.jsonl"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_text_that_is_not_utf8_is_one_sentence(flickr8k, tmp_path):
 
 
 def test_a_folder_without_captions_is_one_sentence(tmp_path):
-    photo(tmp_path / "photos" / "a.jpg")
+    make_image(tmp_path / "photos" / "a.jpg")
     with pytest.raises(InputError, match="has no captions"):
         importers.import_flickr(tmp_path / "photos", tmp_path / "out")
     with pytest.raises(InputError, match="does not exist"):
@@ -366,7 +366,7 @@ def test_a_folder_without_captions_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("bomb", [False, True])
-def test_a_broken_photo_is_named_and_nothing_is_left(flickr8k, tmp_path, bomb):
+def test_a_broken_image_is_named_and_nothing_is_left(flickr8k, tmp_path, bomb):
     broken = flickr8k / "Flicker8k_Dataset" / "3_c.jpg"
     broken.write_bytes(b"P6 60000 60000 255 " if bomb else b"<html>not found</html>")
     with pytest.raises(InputError, match=r"3_c.jpg cannot be read as an image"):
@@ -446,7 +446,7 @@ def test_the_real_flickr8k_imports_and_trains(tmp_path, small, tiny_backbone):
 
 def six(folder: Path, **tables: str | bytes) -> Path:
     for i in range(6):
-        photo(folder / f"{i}.jpg", (8 + i, 6))
+        make_image(folder / f"{i}.jpg", (8 + i, 6))
     for name, content in tables.items():
         path = folder / name.replace("__", ".")
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -551,7 +551,7 @@ def test_names_of_splits(tmp_path):
 
 def test_a_validation_split_is_made_from_the_training_split_and_said(tmp_path, capsys):
     for i in range(45):
-        photo(tmp_path / "in" / f"{i}.jpg")
+        make_image(tmp_path / "in" / f"{i}.jpg")
     table = "image,caption,split\n" + "".join(
         f"{i}.jpg,a red ball,{'test' if i > 40 else 'train'}\n" for i in range(45)
     )
@@ -580,8 +580,8 @@ def test_karpathys_filepath_tells_images_of_one_name_apart(tmp_path):
         [("cats", "train"), ("dogs", "train"), ("cats", "val"), ("birds", "val")], 10
     ):
         name = f"{split}.jpg"
-        photo(tmp_path / "in" / folder / name, (width, 6))
-        photo(tmp_path / "in" / "a_small" / folder / name, (2, 2))
+        make_image(tmp_path / "in" / folder / name, (width, 6))
+        make_image(tmp_path / "in" / "a_small" / folder / name, (2, 2))
         sentences = [{"raw": f"{folder} {width}"}]
         entries.append({"filepath": folder, "filename": name, "split": split, "sentences": sentences})
     text(tmp_path / "in" / "dataset_x.json", json.dumps({"images": entries}))
@@ -599,7 +599,7 @@ def test_karpathys_filepath_tells_images_of_one_name_apart(tmp_path):
 @pytest.mark.parametrize("where", [".", "extra/train2014", "images"])
 def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, where):
     for i in range(3):
-        photo(tmp_path / "in" / where / f"{i}.jpg")
+        make_image(tmp_path / "in" / where / f"{i}.jpg")
     sentences = [{"tokens": ["a", "cat"]}]
     entries = [
         {"filepath": "train2014", "filename": f"{i}.jpg", "split": "train", "sentences": sentences} for i in range(3)
@@ -613,8 +613,8 @@ def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, where):
 
 
 def test_karpathys_entries_that_share_an_image_or_an_id_are_refused(tmp_path):
-    photo(tmp_path / "in" / "0.jpg")
-    photo(tmp_path / "in" / "1.jpg")
+    make_image(tmp_path / "in" / "0.jpg")
+    make_image(tmp_path / "in" / "1.jpg")
     rows = [
         {"filename": name, "split": "train", "cocoid": 7, "sentences": [{"raw": "a"}]} for name in ("0.jpg", "1.jpg")
     ]
@@ -627,13 +627,13 @@ def test_karpathys_entries_that_share_an_image_or_an_id_are_refused(tmp_path):
 
 
 def test_flickrs_images_of_one_name_in_several_folders_are_refused(flickr8k, tmp_path):
-    photo(flickr8k / "resized" / "1_a.jpg")
+    make_image(flickr8k / "resized" / "1_a.jpg")
     with pytest.raises(
         InputError, match=r"1_a\.jpg may be .*/Flicker8k_Dataset/1_a\.jpg or .*/resized/1_a\.jpg; .*--images"
     ):
         importers.import_flickr(flickr8k, tmp_path / "out")
     importers.import_flickr(flickr8k, tmp_path / "out", images=flickr8k / "Flicker8k_Dataset")
-    photo(flickr8k / "Flicker8k_Dataset" / "resized" / "2_b.jpg")
+    make_image(flickr8k / "Flicker8k_Dataset" / "resized" / "2_b.jpg")
     importers.import_flickr(flickr8k, tmp_path / "out2", images=flickr8k / "Flicker8k_Dataset")
     linked = tmp_path / "out2" / "images" / "train" / "2_b.jpg"
     assert os.path.samefile(linked, flickr8k / "Flicker8k_Dataset" / "2_b.jpg")
@@ -661,7 +661,7 @@ def test_a_missing_image_is_not_taken_from_a_subfolder(tmp_path):
 
 
 def test_composed_and_decomposed_names_are_one(tmp_path):
-    photo(tmp_path / "in" / "cafe\u0301.jpg")
+    make_image(tmp_path / "in" / "cafe\u0301.jpg")
     text(tmp_path / "in" / "c.csv", "image,caption,split\ncaf\u00e9.jpg,a café,train\n")
     importers.import_folder(tmp_path / "in", tmp_path / "out")
     assert all_captions(tmp_path / "out") == {"caf\u00e9.jpg": ["a café"]}
@@ -695,7 +695,7 @@ def test_captions_that_are_no_file_are_one_sentence(tmp_path, make):
     make(tmp_path / "captions.csv")
     make(tmp_path / "dataset_x.json")
     make(tmp_path / "x.token.txt")
-    photo(tmp_path / "a.jpg")
+    make_image(tmp_path / "a.jpg")
     for act in (importers.import_folder, importers.import_karpathy, importers.import_flickr):
         with pytest.raises(
             InputError, match=r"(captions\.csv|dataset_x\.json|x\.token\.txt) (is not a|cannot be read)"
@@ -706,7 +706,7 @@ def test_captions_that_are_no_file_are_one_sentence(tmp_path, make):
 def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path):
     source = tmp_path / "in\x1b[31m"
     six(source, **{f"{i}__txt": "a red ball" for i in range(6)})
-    photo(source / "new\nline.jpg")
+    make_image(source / "new\nline.jpg")
     text(source / "new\nline.txt", "a red ball")
     command = [sys.executable, Path(importers.__file__), "folder", source, tmp_path / "out\x1b[2J"]
     refused = subprocess.run(command, capture_output=True, text=True)
@@ -721,7 +721,7 @@ def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path):
 
 
 def test_a_name_that_is_not_text_is_one_sentence(tmp_path):
-    photo(tmp_path / "in" / os.fsdecode(b"caf\xe9.jpg"))
+    make_image(tmp_path / "in" / os.fsdecode(b"caf\xe9.jpg"))
     text(tmp_path / "in" / os.fsdecode(b"caf\xe9.txt"), "a red ball")
     with pytest.raises(InputError, match="which a data set cannot hold; rename it"):
         importers.import_folder(six(tmp_path / "in", **{f"{i}__txt": "a" for i in range(6)}), tmp_path / "out")

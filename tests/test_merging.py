@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_importers import captions, photo, text
+from test_importers import captions, make_image, text
 
 import importers
 from captioning.errors import InputError
@@ -16,7 +16,7 @@ def data_set(folder: Path, year: str = "", splits: dict[str, list[int]] | None =
         images, annotations = [], []
         for number, image_id in enumerate(ids):
             name = f"{number}.jpg"
-            photo(folder / "images" / f"{split}{year}" / name, (width + image_id, 6))
+            make_image(folder / "images" / f"{split}{year}" / name, (width + image_id, 6))
             images.append({"id": image_id, "file_name": name, "width": width + image_id, "height": 6})
             caption = f"A  {folder.name} {split},\n{image_id}."
             annotations.append({"id": number, "image_id": image_id, "caption": caption})

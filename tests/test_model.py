@@ -42,7 +42,7 @@ def test_state_dict_keys_and_shapes_are_the_published_ones(shared: Path):
         assert ours == published[f"{name}-3.pkl"]
 
 
-def test_the_encoder_maps_a_photo_to_its_embedding_or_its_grid():
+def test_the_encoder_maps_an_image_to_its_embedding_or_its_grid():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 96)
     encoder = EncoderCNN(EMBED, weights="random")

@@ -16,7 +16,7 @@ import evaluate
 from captioning import checkpoint
 from captioning.captioner import Captioner, Decoding
 from captioning.errors import InputError
-from captioning.images import build_transform, read_photo
+from captioning.images import build_transform, read_image
 from captioning.original_weights import MAX_PICKLE_BYTES, read_vocab_pickle
 from importers import import_weights
 from model import DecoderRNN
@@ -170,7 +170,7 @@ def triple(original, tmp_path) -> tuple[Path, Path, Path]:
 
 
 @pytest.fixture
-def photos() -> list[Path]:
+def image_paths() -> list[Path]:
     """Ten photos of COCO."""
     found = sorted((DATA / "coco-mini" / "images" / "val2017").glob("*.jpg"))[:10]
     if not found:
@@ -188,7 +188,7 @@ RECIPE = transforms.Compose(
 )
 
 
-def test_imported_weights_give_the_originals_token_sequences(original, triple, photos, tmp_path):
+def test_imported_weights_give_the_originals_token_sequences(original, triple, image_paths, tmp_path):
     import_weights(*triple, tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
         "captioner.json",
@@ -199,24 +199,24 @@ def test_imported_weights_give_the_originals_token_sequences(original, triple, p
     assert vocabulary.words == WORDS
 
     with torch.no_grad():
-        images = [RECIPE(Image.open(path).convert("RGB")) for path in photos]
+        images = [RECIPE(Image.open(path).convert("RGB")) for path in image_paths]
         expected = [original[1].sample(original[0](image[None])) for image in images]
         ours = build_transform(image_size=description.preprocessing.image_size)
-        found = decoder.sample(encoder(torch.stack([ours(read_photo(path)) for path in photos])))
+        found = decoder.sample(encoder(torch.stack([ours(read_image(path)) for path in image_paths])))
     assert len({tuple(tokens) for tokens in expected}) > 3
     assert found == expected
 
 
-def test_a_trained_model_says_what_the_original_code_says_word_for_word(photos, tmp_path):
+def test_a_trained_model_says_what_the_original_code_says_word_for_word(image_paths, tmp_path):
     document = json.loads((DATA / "coco-mini" / "annotations" / "captions_val2017.json").read_text())
     ids = {image["file_name"]: image["id"] for image in document["images"]}
     said = {a["image_id"]: a["caption"] for a in document["annotations"]}
-    sentences = [said[ids[path.name]] for path in photos]
+    sentences = [said[ids[path.name]] for path in image_paths]
     vocabulary = Vocabulary.build(sentences, 1)
     torch.manual_seed(0)
     encoder, decoder = OriginalEncoder(32).eval(), DecoderRNN(32, 64, len(vocabulary))
     with torch.no_grad():
-        seen = encoder.resnet(torch.stack([RECIPE(Image.open(path).convert("RGB")) for path in photos])).flatten(1)
+        seen = encoder.resnet(torch.stack([RECIPE(Image.open(path).convert("RGB")) for path in image_paths])).flatten(1)
         embedded = encoder.embed(seen)
         encoder.embed.weight /= embedded.std(0)[:, None]
         encoder.embed.bias.copy_((encoder.embed.bias - embedded.mean(0)) / embedded.std(0))
@@ -236,18 +236,18 @@ def test_a_trained_model_says_what_the_original_code_says_word_for_word(photos, 
     with torch.no_grad():
         expected = [restated.sample(feature) for feature in features]
     assert all(tokens[0] == 0 and tokens[-1] == 1 for tokens in expected)
-    assert len({tuple(tokens) for tokens in expected}) == len(photos)
+    assert len({tuple(tokens) for tokens in expected}) == len(image_paths)
 
     files = tmp_path / "encoder-3.pkl", tmp_path / "decoder-3.pkl", tmp_path / "vocab.pkl"
     torch.save(encoder.state_dict(), files[0])
     torch.save(restated.state_dict(), files[1])
     vocabulary_pickle(files[2], {"word2idx": vocabulary.index})
     import_weights(*files, tmp_path / "model")
-    found = Captioner.load(tmp_path / "model")(photos)
+    found = Captioner.load(tmp_path / "model")(image_paths)
     assert [c.tokens for c in found] == [[vocabulary.words[i] for i in tokens[1:-1]] for tokens in expected]
 
 
-def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(photos, tmp_path, monkeypatch, capsys):
+def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(image_paths, tmp_path, monkeypatch, capsys):
     if not (DATA / "published_vocab.pkl").exists():
         pytest.skip("../shared/data/published_vocab.pkl is not here")
     sizes = json.loads((DATA / "published_checkpoint_keys.json").read_text())
@@ -262,7 +262,7 @@ def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(photos, t
 
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    caption.main(tuple(photos[:2]), Decoding(beam_size=2), model=(Path("published"),), json_=True, workers=0)
+    caption.main(tuple(image_paths[:2]), Decoding(beam_size=2), model=(Path("published"),), json_=True, workers=0)
     [first, second] = json.loads(capsys.readouterr().out)
     assert first["caption"]
     assert second["log_probability"] < 0

@@ -28,7 +28,7 @@ def test_it_is_whole_and_small():
         assert {str(value.dtype) for value in state.values()} <= {"torch.float16", "torch.int64"}
 
 
-def test_a_photo_is_captioned_by_it_wherever_no_model_is_named(tmp_path: Path):
+def test_an_image_is_captioned_by_it_wherever_no_model_is_named(tmp_path: Path):
     script = f"import runpy; sys.argv = ['caption.py', {get_image('lion.jpg')!r}]\n"
     script += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'caption.py')!r}, run_name='__main__')\n"
     script += "print(peak(), file=sys.stderr)"
@@ -39,7 +39,7 @@ def test_a_photo_is_captioned_by_it_wherever_no_model_is_named(tmp_path: Path):
     assert int(done.stderr) < 1.5e9
 
 
-def test_it_captions_photos_that_it_was_not_trained_on(shared: Path, tmp_path: Path):
+def test_it_captions_images_that_it_was_not_trained_on(shared: Path, tmp_path: Path):
     flickr8k = shared / "flickr8k"
     names = (flickr8k / "Flickr_8k.devImages.txt").read_text().split()[:200]
     captions: dict[str, list[str]] = {name: [] for name in names}

@@ -17,7 +17,7 @@ from PIL import Image
 
 from captioning.errors import InputError
 from captioning.images import build_transform
-from captioning.reader import MOST_MEMORY, Reader, prepare_photo, unpack_photos
+from captioning.reader import MOST_MEMORY, Reader, prepare_image, unpack_images
 
 EXIF_ORIENTATION = 0x0112
 
@@ -33,7 +33,7 @@ def reader() -> Iterator[Reader]:
 def test_it_returns_what_the_function_returns_or_raises(reader: Reader):
     assert reader(pow, (2, 10), 5) == 1024
     with pytest.raises(InputError, match="no longer on the server"):
-        reader(prepare_photo, (Path("none.jpg"), "none.jpg", build_transform(normalise=False), 224), 5)
+        reader(prepare_image, (Path("none.jpg"), "none.jpg", build_transform(normalise=False), 224), 5)
 
 
 def test_two_that_take_too_long_are_stopped_and_do_not_stop_the_next(reader: Reader):
@@ -81,20 +81,20 @@ def test_closing_ends_a_call_at_once():
         reader(abs, (1,), 60)
 
 
-def test_a_photo_is_read_upright_and_as_its_owner_calls_it(photo: Path, tmp_path: Path):
+def test_an_image_is_read_upright_and_as_its_owner_calls_it(image_path: Path, tmp_path: Path):
     transform = build_transform(image_size=64, normalise=False)
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
-    turned = Image.open(photo).transpose(Image.Transpose.ROTATE_90)
+    turned = Image.open(image_path).transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    small, view = prepare_photo(tmp_path / "turned.jpg", "mine.jpg", transform, 224)
-    expected, _ = prepare_photo(photo, "mine.png", transform, 224)
+    small, view = prepare_image(tmp_path / "turned.jpg", "mine.jpg", transform, 224)
+    expected, _ = prepare_image(image_path, "mine.png", transform, 224)
     assert np.abs(np.asarray(small, int) - np.asarray(expected, int)).mean() < 5
     assert min(small.size) == round(64 * 256 / 224)
     assert view.size == (224, 224)
     (tmp_path / "broken.jpg").write_text("no photo")
     with pytest.raises(InputError, match=r"^mine\.jpg cannot be read as a photo") as caught:
-        prepare_photo(tmp_path / "broken.jpg", "mine.jpg", transform, 224)
+        prepare_image(tmp_path / "broken.jpg", "mine.jpg", transform, 224)
     assert str(tmp_path) not in str(caught.value)
 
 
@@ -102,7 +102,7 @@ def test_the_view_is_what_the_model_sees(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     Image.fromarray(pixels).resize((900, 600), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     transform = build_transform(image_size=64, normalise=False)
-    small, view = prepare_photo(tmp_path / "a.png", "a.png", transform, 224)
+    small, view = prepare_image(tmp_path / "a.png", "a.png", transform, 224)
     seen = Image.fromarray(transform(small).permute(1, 2, 0).numpy()).resize((224, 224))
     assert np.abs(np.asarray(seen, int) - np.asarray(view, int)).mean() < 10
 
@@ -127,25 +127,25 @@ def pack(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
     return pack
 
 
-def unpack(path: Path, most_photos: int = 10, most_bytes: int = 1 << 20) -> tuple[list, int]:
+def unpack(path: Path, max_images: int = 10, most_bytes: int = 1 << 20) -> tuple[list, int]:
     folder = path.parent / "unpacked"
     folder.mkdir(exist_ok=True)
-    return unpack_photos(path, folder, most_photos, most_bytes)
+    return unpack_images(path, folder, max_images, most_bytes)
 
 
-def test_photos_of_any_folder_are_unpacked_into_one_and_others_are_counted(pack, tmp_path: Path):
+def test_images_of_any_folder_are_unpacked_into_one_and_others_are_counted(pack, tmp_path: Path):
     data = encoded()
     names = ["a.png", "sub/a.PNG", "../../escape.png", "/etc/absolute.png", "ü\x1b[31m.png"]
     others = {"notes.txt": b"x", "sub/more.pdf": b"x", "__MACOSX/._a.png": b"x", ".hidden.png": b"x", "folder/": b""}
-    photos, left_out = unpack(pack({**dict.fromkeys(names, data), **others}))
-    assert [name for name, _ in photos] == names
+    unpacked, left_out = unpack(pack({**dict.fromkeys(names, data), **others}))
+    assert [name for name, _ in unpacked] == names
     assert left_out == 2
-    assert {path.parent for _, path in photos} == {tmp_path / "unpacked"}
-    assert all(path.read_bytes() == data for _, path in photos)
+    assert {path.parent for _, path in unpacked} == {tmp_path / "unpacked"}
+    assert all(path.read_bytes() == data for _, path in unpacked)
     assert not (tmp_path.parent / "escape.png").exists()
 
 
-def test_one_damaged_photo_costs_itself_alone(pack):
+def test_one_damaged_image_costs_itself_alone(pack):
     path = pack({"a.png": bytes(range(256)) * 9, "b.png": encoded()})
     content = bytearray(path.read_bytes())
     content[60] ^= 255
@@ -156,7 +156,7 @@ def test_one_damaged_photo_costs_itself_alone(pack):
     assert whole.read_bytes() == encoded()
 
 
-def test_an_encrypted_photo_says_so(pack):
+def test_an_encrypted_image_says_so(pack):
     path = pack({"a.png": encoded()})
     content = bytearray(path.read_bytes())
     content[6] |= 1
@@ -185,8 +185,8 @@ def test_what_is_no_zip_file_is_a_sentence(tmp_path: Path, content: bytes):
         unpack(tmp_path / "a.zip")
 
 
-def test_a_squashing_model_sees_the_whole_photo(tmp_path: Path):
+def test_a_squashing_model_sees_the_whole_image(tmp_path: Path):
     Image.new("RGB", (300, 100), "red").save(tmp_path / "wide.png")
     transform = build_transform(False, 64, False, "squash")
-    photo, view = prepare_photo(tmp_path / "wide.png", "wide.png", transform, 96)
-    assert (photo.size, view.size) == ((64, 64), (96, 96))
+    small, view = prepare_image(tmp_path / "wide.png", "wide.png", transform, 96)
+    assert (small.size, view.size) == ((64, 64), (96, 96))

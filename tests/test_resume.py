@@ -239,6 +239,12 @@ def test_resuming_keeps_the_options_and_takes_new_ones(config: Make):
     assert epochs_saved(folder) == [1, 2]
 
 
+def test_an_option_that_has_been_renamed_is_read_under_its_old_name(stopped: Path):
+    path = stopped / "captioner.json"
+    path.write_text(path.read_text().replace('"val_images": 5000', '"val_photos": 7'))
+    assert resumed_config(stopped).val_images == 7
+
+
 # Files torn and gone
 
 
@@ -297,7 +303,7 @@ def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path,
         train(again)
 
 
-def test_another_size_of_photos_is_refused(stopped: Path):
+def test_another_size_of_images_is_refused(stopped: Path):
     again = resumed_config(stopped)
     again.image_size = 64
     with pytest.raises(InputError, match="trained with --image-size 32, which cannot change"):
@@ -417,13 +423,13 @@ def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: p
 
 
 @pytest.mark.parametrize("fine_tune", [0, 5])
-def test_unreadable_photos_stop_training_before_its_first_epoch_or_are_left_out(
+def test_unreadable_images_stop_training_before_its_first_epoch_or_are_left_out(
     config: Make, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fine_tune: int
 ):
     shutil.copytree(eight, tmp_path / "data")
-    photos = tmp_path / "data" / "images" / "train"
-    (photos / "2.png").write_bytes(b"")
-    (photos / "5.png").write_bytes((photos / "5.png").read_bytes()[:100])
+    images = tmp_path / "data" / "images" / "train"
+    (images / "2.png").write_bytes(b"")
+    (images / "5.png").write_bytes((images / "5.png").read_bytes()[:100])
     fields = {"data": tmp_path / "data", "fine_tune": fine_tune, "num_epochs": 1, "batch_size": 200}
     with monkeypatch.context() as patch:
         at_step(patch, 0, lambda: pytest.fail("it has begun"))

@@ -23,13 +23,13 @@ from PIL import Image, ImageCms, ImageOps
 from captioning import images
 from captioning.annotations import read_annotations
 from captioning.backbones import Preprocessing
-from captioning.bulk import find_photos
+from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_model, load_resume, read_description
 from captioning.errors import InputError
 from captioning.features import stored_features
 from captioning.fetching import extract
-from captioning.images import find_unreadable, read_photo
+from captioning.images import find_unreadable, read_image
 from captioning.metrics import score_results
 from captioning.original_weights import read_vocab_pickle
 from captioning.training import TrainingConfig, train
@@ -60,7 +60,7 @@ def assert_two_colours(image: Image.Image, left: tuple = RED, right: tuple = BLU
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_turned_photo_stands_upright(tmp_path: Path, orientation: int, form: str):
+def test_a_turned_image_stands_upright(tmp_path: Path, orientation: int, form: str):
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -76,12 +76,12 @@ def test_a_turned_photo_stands_upright(tmp_path: Path, orientation: int, form: s
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / "photo", form, exif=exif)
-    assert_two_colours(read_photo(tmp_path / "photo"))
+    assert_two_colours(read_image(tmp_path / "photo"))
 
 
-def test_a_broken_exif_costs_the_turn_and_not_the_photo(tmp_path: Path):
+def test_a_broken_exif_costs_the_turn_and_not_the_image(tmp_path: Path):
     two_colours().save(tmp_path / "photo.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff\x01\x12")
-    assert_two_colours(read_photo(tmp_path / "photo.jpg"))
+    assert_two_colours(read_image(tmp_path / "photo.jpg"))
 
 
 @pytest.mark.parametrize("form", ["memory", "TIFF", "JPEG", "PNG", "GIF"])
@@ -99,7 +99,7 @@ def test_any_mode_becomes_rgb(mode: str, form: str):
         file = io.BytesIO()
         image.save(file, form)
         image = Image.open(file)
-    assert_two_colours(read_photo(image), tolerance=25 if mode == "LAB" else 12)
+    assert_two_colours(read_image(image), tolerance=25 if mode == "LAB" else 12)
 
 
 @pytest.mark.parametrize("form", ["TIFF", "PNG", "memory"])
@@ -111,16 +111,16 @@ def test_sixteen_bits_keep_their_brightness(form: str):
         file = io.BytesIO()
         image.save(file, form)
         image = Image.open(file)
-    assert_two_colours(read_photo(image), (64,) * 3, (191,) * 3)
+    assert_two_colours(read_image(image), (64,) * 3, (191,) * 3)
 
 
 def test_floating_point_and_black_and_white():
     pixels = np.full((60, 80), 0.25, np.float32)
     pixels[:, 40:] = 1.0
-    assert_two_colours(read_photo(Image.fromarray(pixels)), (64,) * 3, (255,) * 3)
+    assert_two_colours(read_image(Image.fromarray(pixels)), (64,) * 3, (255,) * 3)
     image = two_colours().convert("L").point(lambda value: 255 * (value > 50)).convert("1")
-    assert_two_colours(read_photo(image), (255,) * 3, (0,) * 3)
-    assert_two_colours(read_photo(two_colours().convert("L")), (76,) * 3, (29,) * 3)
+    assert_two_colours(read_image(image), (255,) * 3, (0,) * 3)
+    assert_two_colours(read_image(two_colours().convert("L")), (76,) * 3, (29,) * 3)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
@@ -130,7 +130,7 @@ def test_what_is_transparent_is_white(mode: str):
     alpha.paste(0, (40, 0, 80, 60))
     image.putalpha(alpha)
     left = image.getpixel((10, 30))[:3]
-    assert_two_colours(read_photo(image.convert(mode)), left, (255,) * 3)
+    assert_two_colours(read_image(image.convert(mode)), left, (255,) * 3)
 
 
 def test_a_palette_s_transparent_colour_is_white(tmp_path: Path):
@@ -139,7 +139,7 @@ def test_a_palette_s_transparent_colour_is_white(tmp_path: Path):
     image.paste(1, (40, 0, 80, 60))
     for name in ("a.png", "a.gif"):
         image.save(tmp_path / name, transparency=1)
-        assert_two_colours(read_photo(tmp_path / name), RED, (255,) * 3)
+        assert_two_colours(read_image(tmp_path / name), RED, (255,) * 3)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
@@ -147,14 +147,14 @@ def test_of_many_frames_the_first_counts(tmp_path: Path, form: str):
     others = [Image.new("RGB", (80, 60), "green")] * 2
     two_colours().save(tmp_path / "photo", form, save_all=True, append_images=others)
     assert Image.open(tmp_path / "photo").n_frames > 1
-    assert_two_colours(read_photo(tmp_path / "photo"))
+    assert_two_colours(read_image(tmp_path / "photo"))
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"quality": 30}], ids=str)
 @pytest.mark.parametrize("shorter_side", [None, 20])
 def test_jpegs_of_every_kind(tmp_path: Path, options: dict, shorter_side: int | None):
     two_colours().resize((800, 600)).save(tmp_path / "photo.jpg", **options)
-    assert_two_colours(read_photo(tmp_path / "photo.jpg", shorter_side).resize((80, 60)))
+    assert_two_colours(read_image(tmp_path / "photo.jpg", shorter_side).resize((80, 60)))
 
 
 # Photos that cannot be read
@@ -176,7 +176,7 @@ def encoded(form: str) -> bytes:
     return file.getvalue()
 
 
-def test_unreadable_photos_are_found_in_one_pass(tmp_path: Path):
+def test_unreadable_images_are_found_in_one_pass(tmp_path: Path):
     paths = []
     for i in range(6):
         paths.append(tmp_path / f"{i}.jpg")
@@ -187,7 +187,7 @@ def test_unreadable_photos_are_found_in_one_pass(tmp_path: Path):
         assert "1.jpg" in str(found[1])
 
 
-def test_photos_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     paths = [tmp_path / f"{i}.jpg" for i in range(4)]
     for path in paths:
         path.write_bytes(encoded("JPEG"))
@@ -196,14 +196,14 @@ def test_photos_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatc
 
     def counting(path: Path, *arguments: object, **options: object) -> Image.Image:
         read.append(path)
-        return read_photo(path, *arguments, **options)
+        return read_image(path, *arguments, **options)
 
     def check() -> list[Path]:
         read.clear()
         assert list(find_unreadable(paths, cache=tmp_path)) == [2]
         return list(read)
 
-    monkeypatch.setattr(images, "read_photo", counting)
+    monkeypatch.setattr(images, "read_image", counting)
     assert check() == paths
     assert check() == [paths[2]]
     os.utime(paths[0], ns=(0, 0))
@@ -251,10 +251,10 @@ class Kit:
         (self.folder / "vocab.json").write_text(content)
         Vocabulary.load(self.folder / "vocab.json")
 
-    def read_photo(self, content: bytes) -> None:
+    def read_image(self, content: bytes) -> None:
         """Read a photo file that holds this."""
         (self.folder / "photo.jpg").write_bytes(content)
-        read_photo(self.folder / "photo.jpg")
+        read_image(self.folder / "photo.jpg")
 
     def model(self, name: str = "", content: bytes | None = None, **changes: object) -> Path:
         """A copy of the model's folder with a file replaced (or without it) or its description changed."""
@@ -517,21 +517,21 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         r"vocab_from_file=True",
     ),
     # a photo
-    "photo: missing": (lambda k: read_photo(k.folder / "none.jpg"), r"none\.jpg does not exist"),
-    "photo: empty": (lambda k: k.read_photo(b""), r"photo\.jpg cannot be read as a photo"),
-    "photo: text": (lambda k: k.read_photo(b"no photo at all"), r"photo\.jpg cannot be read as a photo"),
-    "photo: a folder": (lambda k: read_photo(k.folder), r"cannot be read as a photo"),
-    "photo: a torn JPEG": (lambda k: k.read_photo(encoded("JPEG")[:1500]), r"photo\.jpg .*truncated"),
-    "photo: a torn PNG": (lambda k: k.read_photo(encoded("PNG")[:500]), r"photo\.jpg cannot be read"),
-    "photo: a torn GIF": (lambda k: k.read_photo(encoded("GIF")[:500]), r"photo\.jpg cannot be read"),
-    "photo: a torn WebP": (lambda k: k.read_photo(encoded("WEBP")[:500]), r"photo\.jpg cannot be read"),
+    "photo: missing": (lambda k: read_image(k.folder / "none.jpg"), r"none\.jpg does not exist"),
+    "photo: empty": (lambda k: k.read_image(b""), r"photo\.jpg cannot be read as a photo"),
+    "photo: text": (lambda k: k.read_image(b"no photo at all"), r"photo\.jpg cannot be read as a photo"),
+    "photo: a folder": (lambda k: read_image(k.folder), r"cannot be read as a photo"),
+    "photo: a torn JPEG": (lambda k: k.read_image(encoded("JPEG")[:1500]), r"photo\.jpg .*truncated"),
+    "photo: a torn PNG": (lambda k: k.read_image(encoded("PNG")[:500]), r"photo\.jpg cannot be read"),
+    "photo: a torn GIF": (lambda k: k.read_image(encoded("GIF")[:500]), r"photo\.jpg cannot be read"),
+    "photo: a torn WebP": (lambda k: k.read_image(encoded("WEBP")[:500]), r"photo\.jpg cannot be read"),
     "photo: a program": (
-        lambda k: k.read_photo(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+        lambda k: k.read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
         r"photo\.jpg .*no image format",
     ),
-    "photo: a name longer than any": (lambda k: find_photos([Path("a" * 999)]) and read_photo("a" * 999), r"a{999}"),
-    "photo: a bomb": (lambda k: k.read_photo(bomb(60_000, 60_000)), r"photo\.jpg .*3600000000 pixels"),
-    "photo: a folder without any": (lambda k: find_photos([k.folder]), r"holds no photos"),
+    "photo: a name longer than any": (lambda k: find_images([Path("a" * 999)]) and read_image("a" * 999), r"a{999}"),
+    "photo: a bomb": (lambda k: k.read_image(bomb(60_000, 60_000)), r"photo\.jpg .*3600000000 pixels"),
+    "photo: a folder without any": (lambda k: find_images([k.folder]), r"holds no photos"),
     # a model's folder
     "model: no folder": (lambda k: load_model(k.folder / "none"), r"none is not a trained model's folder"),
     "model: a name longer than any": (lambda k: Captioner.load("a" * 999), r"a{999} is not a trained model"),
@@ -659,13 +659,13 @@ def test_a_bad_input_gives_one_sentence_that_names_it(
     assert str(found.value).endswith((".", ")"))
 
 
-def test_a_photo_without_permission_is_named(photo: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_image_without_permission_is_named(image_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(io, "FileIO", refuse)
     with pytest.raises(InputError, match=r"photo\.png cannot be read as a photo .*Permission denied"):
-        read_photo(photo)
+        read_image(image_path)
 
 
 # No pickle is executed
@@ -706,7 +706,7 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
         "weights.pth": lambda path: EncoderCNN(8, weights=path),
         "vocab.json": Vocabulary.load,
         "captions_train.json": lambda path: read_annotations(path, tmp_path),
-        "photo.jpg": read_photo,
+        "photo.jpg": read_image,
         "encoder-7.safetensors": read_state_dict,
         "results.json": lambda path: score_results(trained / "captioner.json", path),
         "vocab.pkl": read_vocab_pickle,
@@ -725,18 +725,18 @@ def test_no_pickle_is_executed_in_whatever_file_it_is_planted(
         assert not proof.exists(), name
     # what was kept of an annotation file is made anew
     data = kit.data
-    photos = [data / "images" / "train" / "a.png"]
+    image_paths = [data / "images" / "train" / "a.png"]
     before = read_annotations(kit.annotations, tmp_path / "cache")
     next((tmp_path / "cache").rglob("*.npz")).write_bytes(planted)
     assert read_annotations(kit.annotations, tmp_path / "cache").words == before.words
-    assert list(find_unreadable(photos, cache=tmp_path / "cache")) == []
+    assert list(find_unreadable(image_paths, cache=tmp_path / "cache")) == []
     next((tmp_path / "cache" / "unreadable").iterdir()).write_bytes(planted)
-    assert list(find_unreadable(photos, cache=tmp_path / "cache")) == []
+    assert list(find_unreadable(image_paths, cache=tmp_path / "cache")) == []
     encoder = EncoderCNN(8, weights="random").eval()
-    stored_features(encoder, photos, Preprocessing(32), cache=tmp_path / "cache")
+    stored_features(encoder, image_paths, Preprocessing(32), cache=tmp_path / "cache")
     next((tmp_path / "cache").rglob("features.npy")).write_bytes(planted)
     with pytest.raises((ValueError, TypeError)):
-        stored_features(encoder, photos, Preprocessing(32), cache=tmp_path / "cache")
+        stored_features(encoder, image_paths, Preprocessing(32), cache=tmp_path / "cache")
     assert not proof.exists()
     pickle.loads(pickle.dumps(harm))  # the harm is real
     assert proof.exists()
@@ -824,7 +824,7 @@ def test_any_annotation_file(tmp_path: Path, content: object):
     def act() -> None:
         data = CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path / "cache")
         data.references()
-        assert data.captions(np.arange(len(data)))[0].shape[0] == len(data.photo)
+        assert data.captions(np.arange(len(data)))[0].shape[0] == len(data.image_rows)
 
     only_sentences(act)
 
@@ -856,7 +856,7 @@ def test_any_description(tmp_path: Path, trained: Path, data: st.DataObject):
     end=st.floats(0, 1),
 )
 @example(form="PNG", flips=[], end=1.0)
-def test_any_photo(tmp_path: Path, form: str, flips: list[tuple[float, int]], end: float):
+def test_any_image(tmp_path: Path, form: str, flips: list[tuple[float, int]], end: float):
     file = io.BytesIO()
     draw_noise(0, (64, 48)).save(file, form)
     content = bytearray(file.getvalue())
@@ -865,7 +865,7 @@ def test_any_photo(tmp_path: Path, form: str, flips: list[tuple[float, int]], en
     (tmp_path / "photo").write_bytes(content[: int(end * len(content))])
 
     def act() -> None:
-        image = read_photo(tmp_path / "photo", 32)
+        image = read_image(tmp_path / "photo", 32)
         assert image.mode == "RGB"
         assert ImageOps.exif_transpose(image).size == image.size
 
@@ -875,18 +875,18 @@ def test_any_photo(tmp_path: Path, form: str, flips: list[tuple[float, int]], en
 @quick
 @given(TEXTS | st.text(min_size=256, max_size=300))
 def test_any_path(path: str):
-    only_sentences(lambda: [read_photo(found) for found in find_photos([Path(path)])])
-    only_sentences(lambda: read_photo(path))
+    only_sentences(lambda: [read_image(found) for found in find_images([Path(path)])])
+    only_sentences(lambda: read_image(path))
 
 
 @quick
 @given(st.binary(max_size=300))
-def test_any_bytes_are_no_photo(tmp_path: Path, content: bytes):
+def test_any_bytes_are_no_image(tmp_path: Path, content: bytes):
     (tmp_path / "photo").write_bytes(content)
-    only_sentences(lambda: read_photo(tmp_path / "photo"))
+    only_sentences(lambda: read_image(tmp_path / "photo"))
 
 
-def test_the_smallest_and_the_longest_photos_are_captioned(trained: Path):
+def test_the_smallest_and_the_longest_images_are_captioned(trained: Path):
     captioner = Captioner.load(trained)
     for size in ((1, 1), (1, 50), (300, 2)):
         assert isinstance(captioner(Image.new("RGB", size, "green"))[0].text, str)

@@ -22,7 +22,7 @@ from captioning.checkpoint import epochs_saved, load_model, load_resume, read_de
 from captioning.decoding import sample
 from captioning.errors import InputError
 from captioning.hub import write_shared
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel
 from captioning.self_critical import DRAWS, CiderReward, SelfCritical, advantages, reinforce
 from captioning.training import TrainingConfig, read_log, train
@@ -45,7 +45,7 @@ def objective() -> SelfCritical:
     captions = [[START, 3, 4, 3, END], [START, 3, 3, END], [START, 4, END]]
     return SelfCritical(
         SimpleNamespace(
-            tokens=np.concatenate(captions), offsets=np.array([0, 5, 9, 12]), photo=np.array([0, 0, 1], np.int32)
+            tokens=np.concatenate(captions), offsets=np.array([0, 5, 9, 12]), image_rows=np.array([0, 0, 1], np.int32)
         )
     )
 
@@ -130,17 +130,17 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(model: CaptioningM
 
 def test_the_gradient_of_what_is_drawn_tends_to_it(model: CaptioningModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(self_critical, "sample", functools.partial(sample, max_length=LONGEST))
-    features, photos = make_features(model), 4000
+    features, count = make_features(model), 4000
     exact = exact_gradient(model, features)
     torch.manual_seed(0)
-    copies = features.expand(photos, *features.shape[1:])
-    loss, _ = model(sampled(copies, np.zeros(photos, np.int64)))
+    copies = features.expand(count, *features.shape[1:])
+    loss, _ = model(sampled(copies, np.zeros(count, np.int64)))
     loss.backward()
-    found = gradient(model) / (photos * DRAWS)
+    found = gradient(model) / (count * DRAWS)
     assert (found + exact).norm() < 0.1 * exact.norm()
 
 
-def test_the_advantages_of_a_photo_sum_to_zero_and_no_draw_is_in_its_own_baseline():
+def test_the_advantages_of_an_image_sum_to_zero_and_no_draw_is_in_its_own_baseline():
     rewards = torch.rand(7, DRAWS) * 10
     found = advantages(rewards)
     torch.testing.assert_close(found.sum(1), torch.zeros(7), atol=1e-5, rtol=0)
@@ -195,11 +195,11 @@ def test_training_raises_the_mean_cider_d(config: Make, cache: Path, decoder: st
     def measure(epoch: int) -> float:
         encoder, network, vocab, _ = load_model(folder, epoch=epoch)
         data = CaptionDataset(settings.data, "train", vocab=vocab, cache=cache)
-        photos = Photos(data.paths, build_transform(False, 32, normalise=False))
+        dataset = ImageDataset(data.paths, build_transform(False, 32, normalise=False))
         with torch.no_grad():
-            features = encoder(torch.stack([photos[i] for i in range(len(photos))]))
+            features = encoder(torch.stack([dataset[i] for i in range(len(dataset))]))
         drawn = sample(network, features, seed=0, n=60)
-        ids = np.arange(len(photos)).repeat(60)
+        ids = np.arange(len(dataset)).repeat(60)
         return CiderReward(data)(ids, [hypothesis.tokens for hypothesis in drawn]).mean()
 
     before = measure(read_description(folder).best_epoch)  # that it starts from

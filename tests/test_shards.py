@@ -12,11 +12,11 @@ import pytest
 import webdataset
 from conftest import EIGHT, draw_noise, write_split
 
-from captioning.bulk import find_photos
+from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.errors import InputError, Skipped, warn_once
-from captioning.images import find_unreadable, read_photo
-from captioning.shards import read_captions_of, read_photos, read_samples
+from captioning.images import find_unreadable, read_image
+from captioning.shards import list_images, read_captions_of, read_samples
 from captioning.training import TrainingConfig, train
 from data_loader import CaptionDataset
 
@@ -64,15 +64,15 @@ def test_samples_are_webdataset_s_own(shard: Path):
             assert member.read() == whole[member.name.split(".", 1)[1].lower()]
 
 
-def test_a_shard_s_photos_are_read_where_they_lie(shard: Path):
-    photos = list(read_photos(shard))
-    assert [photo.name for photo in photos] == [*(f"some/{i:03}.png" for i in range(5)), "last.JPG"]
+def test_a_shard_s_images_are_read_where_they_lie(shard: Path):
+    images = list(list_images(shard))
+    assert [image.name for image in images] == [*(f"some/{i:03}.png" for i in range(5)), "last.JPG"]
     for i in range(5):
-        assert np.array_equal(read_photo(photos[i]), draw_noise(i))
-    assert str(photos[0]) == f"{shard}/some/000.png"
+        assert np.array_equal(read_image(images[i]), draw_noise(i))
+    assert str(images[0]) == f"{shard}/some/000.png"
     shard.write_bytes(shard.read_bytes().replace(encoded(1), bytes(len(encoded(1)))))
     with pytest.raises(InputError, match=r"a\.tar/some/001\.png cannot be read as a photo"):
-        read_photo(photos[1])
+        read_image(images[1])
 
 
 PNG = encoded(0)
@@ -126,7 +126,7 @@ def test_captions_of_an_image(
         errors = capsys.readouterr().err
         assert re.search(said, errors) if said else not errors, errors
         assert errors.count("\n") == bool(said)
-    assert [photo.name for photo in read_photos(shard)] == ["0.png", "a.png"]
+    assert [image.name for image in list_images(shard)] == ["0.png", "a.png"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_name_in_another_encoding(tmp_path: Path):
     pack(tmp_path / "train-0.tar", files)
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
     assert data.paths[0].name == "caf\\xe9.png"
-    assert read_photo(data.paths[0]).size == (80, 60)
+    assert read_image(data.paths[0]).size == (80, 60)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_links_in_a_tar_file_are_reported(tmp_path: Path, capsys: pytest.Capture
             link = tarfile.TarInfo("link.png")
             link.type, link.linkname = kind, "a.png"
             tar.addfile(link)
-        assert [photo.name for photo in read_photos(shard)] == ["a.png"]
+        assert [image.name for image in list_images(shard)] == ["a.png"]
         assert re.search(r"links and special files skipped: 1, .*/link\.png", capsys.readouterr().err)
 
 
@@ -209,13 +209,13 @@ def test_tar_files_are_used_without_a_cache(packed: Path, tmp_path: Path, capsys
     assert len(re.findall("cannot be written", capsys.readouterr().err)) == 1
 
 
-def test_shards_are_captioned_like_their_photos(trained: Path, shard: Path, tmp_path: Path):
+def test_shards_are_captioned_like_their_images(trained: Path, shard: Path, tmp_path: Path):
     loose = [tmp_path / f"{i}.png" for i in range(5)]
     for i, path in enumerate(loose):
         draw_noise(i).save(path)
     captioner = Captioner.load(trained)
-    assert [c.text for c in captioner(find_photos([shard]))][:5] == [c.text for c in captioner(loose)]
-    assert find_photos([tmp_path]) == [*loose, *read_photos(shard)]  # 0.png ... 4.png, a.tar
+    assert [c.text for c in captioner(find_images([shard]))][:5] == [c.text for c in captioner(loose)]
+    assert find_images([tmp_path]) == [*loose, *list_images(shard)]  # 0.png ... 4.png, a.tar
 
 
 @pytest.mark.parametrize("harm", ["text", "torn", "gone", "compressed", "empty"])
@@ -235,7 +235,7 @@ def test_what_is_no_shard_is_named(shard: Path, harm: str):
             for _ in range(2 if harm == "twice" else 0):
                 tar.addfile(tarfile.TarInfo("a.png"))
     with pytest.raises(InputError, match=r"a\.tar (cannot be read as a tar file \(.+\)|holds no photos; .+)\.$"):
-        find_photos([shard])
+        find_images([shard])
 
 
 # Training
@@ -273,9 +273,9 @@ def test_a_data_set_in_shards_is_the_same_data_set(packed: Path, loose: Path, tm
         a, b = (CaptionDataset(folder, mode, vocab_threshold=1, cache=tmp_path / "cache") for folder in (loose, packed))
         assert [Path(path.name).name for path in b.paths] == [path.name for path in a.paths]
         for one, other in zip(a.paths, b.paths, strict=True):
-            assert np.array_equal(read_photo(one), read_photo(other))
+            assert np.array_equal(read_image(one), read_image(other))
         assert a.vocab.words == b.vocab.words
-        assert (a.tokens.tolist(), a.photo.tolist()) == (b.tokens.tolist(), b.photo.tolist())
+        assert (a.tokens.tolist(), a.image_rows.tolist()) == (b.tokens.tolist(), b.image_rows.tolist())
         assert list(a.references().values()) == list(b.references().values())
     a.drop([1])
     b.drop([1])
@@ -295,7 +295,7 @@ def test_shards_are_indexed_once(packed: Path, tmp_path: Path, monkeypatch: pyte
     ]
 
 
-def test_a_photo_in_a_shard_that_cannot_be_read_is_named(packed: Path, tmp_path: Path):
+def test_an_image_in_a_shard_that_cannot_be_read_is_named(packed: Path, tmp_path: Path):
     write_shard(packed / "val-000000.tar", [{"__key__": "bad", "png": b"no photo", "txt": "a dog"}])
     data = CaptionDataset(packed, "val", vocab_threshold=1, cache=tmp_path / "cache")
     for _ in range(2):  # the second time from what was kept
@@ -303,7 +303,7 @@ def test_a_photo_in_a_shard_that_cannot_be_read_is_named(packed: Path, tmp_path:
 
 
 @pytest.mark.parametrize("fine_tune", [0, 5])
-def test_training_on_shards_is_training_on_the_photos(
+def test_training_on_shards_is_training_on_the_images(
     small: Callable[..., TrainingConfig],
     packed: Path,
     loose: Path,

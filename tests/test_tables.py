@@ -9,7 +9,7 @@ import importers
 from captioning.errors import InputError
 
 HUGGING_FACE = json_rows(file_name="{}.jpg", text="a red ball")
-PHOTOS = json_rows(photo="{}.jpg", caption="a red ball")
+ROWS = json_rows(photo="{}.jpg", caption="a red ball")
 SEVERAL = json_rows(photo="{}.jpg", caption=["a red ball", "one ball"])
 WIDE = csv_rows("image,caption_1,caption_2,caption3", "{}.jpg,a red ball,one ball,the ball")
 
@@ -17,10 +17,10 @@ ONE, TWO, THREE = ["a red ball"], ["a red ball", "one ball"], ["a red ball", "on
 FORMS = {
     "Hugging Face's metadata.jsonl": ("metadata__jsonl", lines(HUGGING_FACE), ONE),
     "Hugging Face's metadata.csv": ("metadata__csv", csv_rows("file_name,text"), ONE),
-    "JSON array": ("c__json", json.dumps(PHOTOS), ONE),
-    "indented JSON array": ("c__json", json.dumps(PHOTOS, indent=1), ONE),
-    "array in .jsonl": ("c__jsonl", json.dumps(PHOTOS), ONE),
-    "JSON Lines in .json": ("c__json", lines(PHOTOS), ONE),
+    "JSON array": ("c__json", json.dumps(ROWS), ONE),
+    "indented JSON array": ("c__json", json.dumps(ROWS, indent=1), ONE),
+    "array in .jsonl": ("c__jsonl", json.dumps(ROWS), ONE),
+    "JSON Lines in .json": ("c__json", lines(ROWS), ONE),
     "JSON object from names to captions": ("c__json", json.dumps({f"{i}.jpg": TWO for i in range(6)}), TWO),
     "list of captions": ("c__jsonl", lines(SEVERAL), TWO),
     "captions": ("c__jsonl", lines(json_rows(photo="{}.jpg", captions=TWO)), TWO),
@@ -57,7 +57,7 @@ FORMS = {
     "a caption of two lines first": ("c__csv", csv_rows("caption,image", '"a red\nball",{}.jpg'), ONE),
     "UTF-8 with a mark": ("c__csv", csv_rows("image,caption").encode("utf-8-sig"), ONE),
     "UTF-16": ("c__csv", csv_rows("image,caption").encode("utf-16"), ONE),
-    "UTF-16, big end first": ("c__jsonl", b"\xfe\xff" + lines(PHOTOS).encode("utf-16-be"), ONE),
+    "UTF-16, big end first": ("c__jsonl", b"\xfe\xff" + lines(ROWS).encode("utf-16-be"), ONE),
     "UTF-32": ("c__csv", csv_rows("image,caption").encode("utf-32"), ONE),
 }
 for mark in "\u2028\u2029\x85\x0b\x0c\x1c":
@@ -165,7 +165,7 @@ def test_empty_captions_are_left_out_and_counted(tmp_path, capsys, empty):
 
 @pytest.mark.parametrize("nothing", ['""', "null", "NaN", "[]", '[""]'])
 def test_an_image_whose_captions_are_empty_is_left_out_and_named(tmp_path, capsys, nothing):
-    rows = lines(PHOTOS[:5]) + f'{{"photo": "5.jpg", "caption": {nothing}}}\n'
+    rows = lines(ROWS[:5]) + f'{{"photo": "5.jpg", "caption": {nothing}}}\n'
     importers.import_folder(six(tmp_path / "in", c__jsonl=rows), tmp_path / "out")
     assert set(all_captions(tmp_path / "out")) == {f"{i}.jpg" for i in range(5)}
     error = capsys.readouterr().err

@@ -27,7 +27,7 @@ from captioning.captioner import Captioner
 from captioning.checkpoint import epochs_saved, load_model, read_description
 from captioning.config import load_config
 from captioning.errors import InputError
-from captioning.images import Photos, build_transform
+from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
 from captioning.training import TrainingConfig, learning_rate_factor, read_log, train
 from captioning.validation import validate
@@ -118,8 +118,8 @@ def test_the_learning_rate_rises_and_then_falls_to_zero():
 
 
 def test_training_knows_eight_pictures_by_heart(memorised: Path, eight: Path):
-    photos = [eight / "images" / "val" / name for name in EIGHT]
-    captions = Captioner.load(memorised)(photos)
+    image_paths = [eight / "images" / "val" / name for name in EIGHT]
+    captions = Captioner.load(memorised)(image_paths)
     assert [caption.text for caption in captions] == list(EIGHT.values())
     epochs = read_description(memorised).epochs
     assert epochs[-1]["Bleu_4"] == pytest.approx(1, abs=1e-3)
@@ -218,11 +218,11 @@ def test_the_validation_loss_is_what_the_saved_model_loses(trained: Path, drawn:
     encoder, decoder, vocab, description = load_model(trained, epoch=2)
     data = CaptionDataset(drawn, "val", vocab=vocab, cache=cache)
     model = CaptioningModel(encoder, decoder).eval()
-    photos = Photos(data.paths, build_transform(False, 64, normalise=False))
-    pixels = torch.stack([photos[i] for i in range(len(photos))])
+    dataset = ImageDataset(data.paths, build_transform(False, 64, normalise=False))
+    pixels = torch.stack([dataset[i] for i in range(len(dataset))])
     captions, lengths = data.captions(np.arange(len(data)))
     with torch.no_grad():
-        loss, _ = model(Batch(pixels, torch.from_numpy(data.photo).long(), captions, lengths))
+        loss, _ = model(Batch(pixels, torch.from_numpy(data.image_rows).long(), captions, lengths))
     expected = loss.item() / loss_tokens(lengths, decoder)
     assert description.epochs[1]["val_loss"] == pytest.approx(expected, rel=1e-2)
 
@@ -274,7 +274,7 @@ def test_the_vocabulary_can_come_from_a_file(small: Make, tmp_path: Path, tiny_b
     assert read_description(folder).vocabulary == words
 
 
-def test_real_photos_and_captions_train(small: Make, shared: Path, tiny_backbone: Callable):
+def test_real_images_and_captions_train(small: Make, shared: Path, tiny_backbone: Callable):
     folder = train(small(data=shared / "coco-mini", image_size=32, vocab_threshold=4))
     description = read_description(folder)
     assert description.data["train_photos"] == 80

@@ -145,12 +145,12 @@ class SlowCaptioner:
         self.sizes: list[int] = []
         self.go = threading.Event()
 
-    def __call__(self, photos: list, how: Decoding) -> list[Caption]:
+    def __call__(self, images: list, how: Decoding) -> list[Caption]:
         self.go.wait(30)
-        self.sizes.append(len(photos))
-        if photos[0].getpixel((0, 0)) == (0, 255, 0):
+        self.sizes.append(len(images))
+        if images[0].getpixel((0, 0)) == (0, 255, 0):
             raise RuntimeError("broken")
-        return [Caption(f"caption {how.beam_size}", ["a"], 0.0)] * len(photos)
+        return [Caption(f"caption {how.beam_size}", ["a"], 0.0)] * len(images)
 
 
 @pytest.fixture
@@ -180,8 +180,8 @@ class FakeReader:
 BEAM = [Decoding(beam_size=size) for size in range(5)]
 
 
-def test_requests_that_wait_together_are_captioned_together(server: Server, slow: SlowCaptioner, photo: Path):
-    upload = Upload(photo, "photo.png")
+def test_requests_that_wait_together_are_captioned_together(server: Server, slow: SlowCaptioner, image_path: Path):
+    upload = Upload(image_path, "photo.png")
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(server.caption, upload, "slow", BEAM[3])
         while not server.waiting.empty() or first.running() is False:
@@ -197,19 +197,19 @@ def test_requests_that_wait_together_are_captioned_together(server: Server, slow
 
 
 def test_a_failure_belongs_to_its_requests_alone(
-    server: Server, slow: SlowCaptioner, photo: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    server: Server, slow: SlowCaptioner, image_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     slow.go.set()
     Image.new("RGB", (40, 40), (0, 255, 0)).save(tmp_path / "bad.png")
     with pytest.raises(InputError, match="The model failed on this photo"):
         server.caption(Upload(tmp_path / "bad.png", "bad.png"), "slow", BEAM[3])
     assert "RuntimeError: broken" in capfd.readouterr().err
-    assert server.caption(Upload(photo, "good.png"), "slow", BEAM[3])[0].text == "caption 3"
+    assert server.caption(Upload(image_path, "good.png"), "slow", BEAM[3])[0].text == "caption 3"
 
 
-def test_closing_ends_requests_that_wait_for_a_caption(server: Server, photo: Path):
+def test_closing_ends_requests_that_wait_for_a_caption(server: Server, image_path: Path):
     with ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(server.caption, Upload(photo, "a.png"), "slow", BEAM[1]) for _ in range(3)]
+        waiting = [pool.submit(server.caption, Upload(image_path, "a.png"), "slow", BEAM[1]) for _ in range(3)]
         time.sleep(0.3)
         start = time.monotonic()
         server.close()
@@ -219,19 +219,19 @@ def test_closing_ends_requests_that_wait_for_a_caption(server: Server, photo: Pa
     assert time.monotonic() - start < 8
 
 
-def test_several_photos_and_zip_files_are_captioned_in_order(
-    server: Server, slow: SlowCaptioner, photo: Path, tmp_path: Path
+def test_several_images_and_zip_files_are_captioned_in_order(
+    server: Server, slow: SlowCaptioner, image_path: Path, tmp_path: Path
 ):
     slow.go.set()
     (tmp_path / "broken.jpg").write_text("no photo")
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
-        archive.write(photo, "sub/b.png")
+        archive.write(image_path, "sub/b.png")
         archive.writestr("notes.txt", "")
-        archive.write(photo, "sub/c.png")
+        archive.write(image_path, "sub/c.png")
     folder = tmp_path / "uploads"
     folder.mkdir()
     uploads = [
-        Upload(photo, "a.png"),
+        Upload(image_path, "a.png"),
         Upload(tmp_path / "broken.jpg", "broken.jpg"),
         Upload(tmp_path / "more.zip", "More.ZIP"),
     ]
@@ -247,20 +247,22 @@ def test_several_photos_and_zip_files_are_captioned_in_order(
     assert list(folder.iterdir()) == []
 
 
-def test_none_and_too_many_photos_are_sentences(server: Server, photo: Path, tmp_path: Path, monkeypatch):
+def test_none_and_too_many_images_are_sentences(server: Server, image_path: Path, tmp_path: Path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
         archive.writestr("notes.txt", "")
     for uploads in ([], [Upload(tmp_path / "none.zip", "none.zip")]):
         with pytest.raises(InputError, match="There is no photo among these files"):
             next(server.caption_all(uploads, "slow", BEAM[3], tmp_path))
-    monkeypatch.setattr(web, "MOST_PHOTOS", 2)
+    monkeypatch.setattr(web, "MAX_IMAGES", 2)
     with pytest.raises(InputError, match="These are 3 photos; send at most 2 at once"):
-        next(server.caption_all([Upload(photo, "a.png")] * 3, "slow", BEAM[3], tmp_path))
+        next(server.caption_all([Upload(image_path, "a.png")] * 3, "slow", BEAM[3], tmp_path))
 
 
-def test_a_visitor_who_leaves_ends_the_captioning(server: Server, slow: SlowCaptioner, photo: Path, tmp_path: Path):
+def test_a_visitor_who_leaves_ends_the_captioning(
+    server: Server, slow: SlowCaptioner, image_path: Path, tmp_path: Path
+):
     slow.go.set()
-    rows = server.caption_all([Upload(photo, "a.png")] * 100, "slow", BEAM[3], tmp_path)
+    rows = server.caption_all([Upload(image_path, "a.png")] * 100, "slow", BEAM[3], tmp_path)
     next(rows)
     rows.close()
     assert sum(slow.sizes) < 100
