@@ -99,7 +99,7 @@ def main(
     if attention is not None and captions:
         first, caption = next(iter(captions.items()))
         preprocessing = captioner.description.preprocessing
-        figure = draw_attention(sources[first], caption, preprocessing.image_size, preprocessing.crop)
+        figure = draw_attention(sources[first], caption, preprocessing)
         save_figure(figure, attention)
     for error in failed:
         log(f"error: {error}")

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, overload
 import ijson
 import numpy as np
 
-from captioning.errors import InputError, Skipped, warn_once
+from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, hash_file, write_cache
+from captioning.reports import Report
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
 
@@ -323,7 +324,7 @@ def _parse_annotations(path: Path) -> Annotations:
     image_ids, names, places = array("q"), bytearray(), array("q")
     tokens, offsets, image_of = array("i"), array("q", [0]), array("q")
     index: dict[str, int] = {}
-    skipped, sentences = Skipped(), []
+    report, sentences = Report(), []
     for name, number, entry in _read_entries(path, lists):
         if name == "images":
             image_id, fields = entry
@@ -334,11 +335,11 @@ def _parse_annotations(path: Path) -> Annotations:
         elif name == "annotations":
             image_id, captions = entry
             if not captions:
-                skipped.add("empty captions", f"annotations[{number}]")
+                report.add("empty caption{s}", f"annotations[{number}]")
             for caption in captions:
                 words = tokenize(caption)
                 if not words:
-                    skipped.add("empty captions", f"annotations[{number}]")
+                    report.add("empty caption{s}", f"annotations[{number}]")
                     continue
                 tokens.extend([index.setdefault(word, len(index)) for word in words])
                 offsets.append(len(tokens))
@@ -348,7 +349,7 @@ def _parse_annotations(path: Path) -> Annotations:
     if not image_ids:
         raise InputError(f'{path} holds no photos: its list of "images" is empty.')
     if "annotations" in lists and not image_of:
-        reason = "each of them is empty" if skipped.kinds else 'its list of "annotations" is empty'
+        reason = "each of them is empty" if report.entries else 'its list of "annotations" is empty'
         raise InputError(f"{path} holds no captions: {reason}.")
     annotations = Annotations(
         np.frombuffer(image_ids, np.int64),
@@ -361,8 +362,8 @@ def _parse_annotations(path: Path) -> Annotations:
         sentences,
     )
     if image_of:
-        _drop_images_without_captions(annotations, skipped)
-    annotations.skipped += skipped.sentences()
+        _drop_images_without_captions(annotations, report)
+    annotations.skipped += [f"{line}." for line in report.lines()]
     return annotations
 
 
@@ -382,7 +383,7 @@ def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.nd
     return rows.astype(np.int32)
 
 
-def _drop_images_without_captions(annotations: Annotations, skipped: Skipped) -> None:
+def _drop_images_without_captions(annotations: Annotations, report: Report) -> None:
     """Keep the images that have captions: the others have nothing to teach."""
     used, image_rows = np.unique(annotations.image_rows, return_inverse=True)
     names = annotations.file_names
@@ -390,6 +391,6 @@ def _drop_images_without_captions(annotations: Annotations, skipped: Skipped) ->
     if not len(unused):
         return
     for row in unused:
-        skipped.add("images without captions", repr(names[row]))
+        report.add("image{s} without captions", repr(names[row]))
     annotations.image_ids, annotations.image_rows = annotations.image_ids[used], image_rows.astype(np.int32)
     annotations.file_names = Names(np.frombuffer("\n".join(names[used]).encode(), np.uint8))

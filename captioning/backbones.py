@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn as nn
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -76,6 +77,16 @@ class Preprocessing:
             raise ValueError(f'interpolation must be "bilinear" or "bicubic", not "{self.interpolation}"')
         if not all(0 < value < 10 for value in self.std) or not all(-10 < value < 10 for value in self.mean):
             raise ValueError("mean and std must be of RGB values from 0 to 1")
+
+    def view(self, image: Image.Image, size: int) -> Image.Image:
+        """Show what the network sees of an image: the center or, squashed, the whole, as a square of `size` pixels."""
+        width, height = image.size
+        box = (0.0, 0.0, float(width), float(height))
+        if self.crop == "center":
+            side = min(width, height) * self.crop_pct
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+        return image.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
 def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | None = None) -> Preprocessing:

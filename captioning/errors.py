@@ -23,21 +23,6 @@ def warn_once(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-class Skipped:
-    """Counts what is skipped while a data set is read, and keeps the first of each kind."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[str, list] = {}
-
-    def add(self, kind: str, entry: str) -> None:
-        """Count one more; `kind` is a plural noun, `entry` says which one this is."""
-        self.kinds.setdefault(kind, [0, entry])[0] += 1
-
-    def sentences(self) -> list[str]:
-        """One sentence for each kind."""
-        return [f"{kind} skipped: {count}, the first is {entry}." for kind, (count, entry) in self.kinds.items()]
-
-
 def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
     """The first of many errors in a sentence, and how many more there are."""
     errors = list(errors)

@@ -1,10 +1,10 @@
-"""What a frozen backbone sees, computed once for a data set and memory-mapped.
+"""The features of a frozen backbone, computed once for a data set and memory-mapped.
 
-A frozen backbone gives the same feature for the same photo in every epoch and for each of its captions,
-so it is asked once. A store is a folder named after all that its numbers depend on (the backbone's
-weights, the transform, the photos' names, sizes and dates), so a stale one is never found. While it is
-being filled, by all processes of one training, its name ends in ".partial"; `done` lists the batches that are
-on disk, and a pass that was interrupted goes on from there, with as many processes as there are then.
+A frozen backbone computes the same feature for an image in every epoch and for each of its captions, so each image is
+processed once. The features are in a folder named by a hash of all that they depend on: the backbone's weights, the
+transform, the images' paths, sizes and dates. So a cached feature is never out of date. While all processes of one
+training fill the folder, its name ends in ".partial"; the files `done-*` list the batches that are on disk, and an
+interrupted pass resumes from there, with any number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from captioning.backbones import Preprocessing
 from captioning.distributed import fast_dtype, this_process
 from captioning.errors import InputError, summarize_errors
-from captioning.files import CACHE
+from captioning.files import CACHE, write_file
 from captioning.images import ImageDataset, build_transform, read_batches
 from captioning.shards import Member
 from model import EncoderCNN
@@ -155,21 +155,25 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     """Make the array's file, all of it on disk: writing to a hole in a map kills the process where the disk is full."""
     if path.exists():
         return
-    needed = 2 * int(np.prod(shape))
-    beside = path.with_name("features.new.npy")
-    try:
-        if shutil.disk_usage(path.parent).free < needed:
+    size = 2 * int(np.prod(shape))
+
+    def write(file: BinaryIO) -> None:
+        if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, "the disk has less")
-        np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape).flush()
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        file.flush()
         if hasattr(os, "posix_fallocate"):  # macOS has none
-            with open(beside, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+        else:
+            file.truncate(file.tell() + size)
+
+    try:
+        write_file(path, write)
+    except InputError as error:
+        reason = getattr(error.__cause__, "strerror", error)
         raise InputError(
-            f"{path} needs {needed / 1e9:.1f} GB and cannot be made ({error.strerror}); make room or use fewer views."
+            f"{path} needs {size / 1e9:.1f} GB and cannot be made ({reason}); make room or use fewer views."
         ) from None
-    os.replace(beside, path)
 
 
 def _fill(

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from torch import Tensor
 
+from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Source
 from captioning.errors import InputError, printable
-from captioning.images import ImageDataset, build_transform, read_image
+from captioning.image_files import read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,14 +83,14 @@ def overlay_attention(view: Image.Image, weights: Tensor) -> Image.Image:
     return Image.composite(view, ImageEnhance.Brightness(view).enhance(DARKEST), mask)
 
 
-def draw_attention(source: Source, caption: Caption, image_size: int, crop: str = "center") -> Figure:
-    """Where the decoder looked for each word: its map over what the encoder took of the image."""
+def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessing) -> Figure:
+    """Draw a caption's attention: for each word its map over the encoder's view of the image."""
     from matplotlib.figure import Figure
 
     if caption.attention is None:
         raise InputError("this model's decoder does not attend; train one with --decoder attention.")
-    pixels = ImageDataset([source], build_transform(False, image_size, False, crop))[0]  # (3, image_size, image_size)
-    view = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    size = preprocessing.image_size
+    view = preprocessing.view(read_image(source, size), size)
     columns = min(5, len(caption.tokens) + 1)
     rows = -(-(len(caption.tokens) + 1) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.45 * rows), layout="constrained")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from captioning.errors import InputError
-from captioning.files import CACHE
+from captioning.files import CACHE, write_cache
 from captioning.image_files import read_image
 from captioning.shards import Member
 
@@ -69,7 +68,7 @@ class ImageDataset(Dataset):
     def __init__(self, paths: Sequence[str | Path | Member | Image.Image], transform: Callable):
         self.paths = paths
         self.transform = transform
-        self.shorter_side = _resized_side(transform)
+        self.shorter_side = resized_side(transform)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -84,7 +83,7 @@ class ImageDataset(Dataset):
                 raise InputError(f"{self.paths[index]} takes more memory than there is; make it smaller.") from None
 
 
-def _resized_side(transform: Callable) -> int | None:
+def resized_side(transform: Callable) -> int | None:
     """The side that an image of any size is resized to before anything else is done with it, or None.
 
     Only then may it be decoded at a reduced size: a crop, for one, would cut out something else.
@@ -184,10 +183,10 @@ def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Pat
             key.update(
                 f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
             )
-    known = cache / "unreadable" / f"{key.hexdigest()[:32]}.json"
+    name = f"unreadable/{key.hexdigest()[:32]}.json"
     rows: Sequence[int] = range(len(paths))
     with suppress(OSError, ValueError):
-        rows = json.loads(known.read_bytes())
+        rows = json.loads((cache / name).read_bytes())
     failed: dict[int, InputError] = {}
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for _ in tqdm(
@@ -198,9 +197,5 @@ def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Pat
         disable=None,
     ):
         pass
-    with suppress(OSError):  # without a cache they are all read again
-        known.parent.mkdir(parents=True, exist_ok=True)
-        new = known.with_name(f"{known.stem}.{os.getpid()}.new")
-        new.write_text(json.dumps(sorted(failed)))
-        os.replace(new, known)
+    write_cache(cache, name, lambda file: file.write(json.dumps(sorted(failed)).encode()))
     return failed

@@ -16,15 +16,16 @@ import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
-from torchvision import transforms as T
 
+from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import image_suffixes
-from captioning.images import read_image
+from captioning.images import build_transform, read_image, resized_side
 
 MOST_MEMORY = 2 << 30  # bytes of a process's data
 START_SECONDS = 120
@@ -128,26 +129,22 @@ def serve() -> None:
         answers.flush()
 
 
-def prepare_image(path: Path, name: str, transform: T.Compose, view_size: int) -> tuple[Image.Image, Image.Image]:
-    """A photo resized as a model's transform begins, and the part of it that the model sees, for people to look at.
+def prepare_image(
+    path: Path, name: str, preprocessing: Preprocessing, view_size: int
+) -> tuple[Image.Image, Image.Image]:
+    """Read an image, resized for a model, and the view that the model has of it, a square of `view_size` pixels.
 
-    The second is a square of `view_size` pixels. Raises `InputError`, which calls the file `name`, where it cannot be
-    read.
+    Raises `InputError`, which calls the file `name`, where it cannot be read.
     """
-    resize, crop = transform.transforms[:2]
-    squashes = not isinstance(resize.size, int)  # then the model sees the whole photo
+    transform = build_transform(False, **asdict(preprocessing))
     if not path.exists():
         raise InputError(f"{name} is no longer on the server; upload it again.")
     try:
-        image = read_image(path, max(resize.size) if squashes else resize.size)
+        image = read_image(path, resized_side(transform))
     except InputError as error:
         raise InputError(str(error).replace(str(path), name)) from None
-    if squashes:
-        return resize(image), T.Resize((view_size, view_size))(image)
-    enlarge = T.Resize(round(resize.size * view_size / crop.size[0]))
-    width, height = image.size  # only the centre is looked at, so a long strip is not enlarged whole
-    image = T.CenterCrop((min(height, 2 * width), min(width, 2 * height)))(image)
-    return resize(image), T.CenterCrop(view_size)(enlarge(image))
+    resize = transform.transforms[0]
+    return resize(image), preprocessing.view(image, view_size)
 
 
 def unpack_images(

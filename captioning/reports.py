@@ -1,4 +1,4 @@
-"""What a command says on standard error about entries that it treats in one way: how many, and the first."""
+"""What is said about entries that are all treated in one way: how many they are, and which is the first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from captioning.errors import printable
 
 
 class Report:
-    """Counts entries by kind and remembers the first of each."""
+    """Counts entries by kind and keeps the first of each."""
 
     def __init__(self):
         self.entries: dict[tuple[str, str], list] = {}
@@ -17,8 +17,15 @@ class Report:
         """Count an entry; `kind` is a noun with "{s}" where its plural has an s."""
         self.entries.setdefault((verb, kind), [0, entry])[0] += 1
 
+    def lines(self) -> list[str]:
+        """One line for each kind, such as "left out 3 empty captions, the first is captions.csv, line 5"."""
+        lines = []
+        for (verb, kind), (count, first) in self.entries.items():
+            plural, which = ("", ":") if count == 1 else ("s", ", the first is")
+            lines.append(f"{verb} {count:,} {kind.format(s=plural)}{which} {first}")
+        return lines
+
     def print(self) -> None:
-        """One line a kind, such as "left out 3 empty captions, the first is captions.csv, line 5"."""
-        for (verb, kind), (number, first) in self.entries.items():
-            line = f"{verb} {number:,} {kind.format(s='' if number == 1 else 's')}"
-            print(printable(f"{line}{': ' if number == 1 else ', the first is '}{first}"), file=sys.stderr)
+        """Print the lines on stderr."""
+        for line in self.lines():
+            print(printable(line), file=sys.stderr)

@@ -24,8 +24,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile, mkdtemp
 from typing import Any, BinaryIO
 
-from captioning.errors import InputError, Skipped, warn_once
+from captioning.errors import InputError, warn_once
 from captioning.files import image_suffixes, write_cache, write_file
+from captioning.reports import Report
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # how the name of an index ends
@@ -68,16 +69,16 @@ def is_shard(path: Path) -> bool:
     return path.suffix.lower() == SUFFIX
 
 
-def read_samples(shard: Path, skipped: Skipped) -> Iterator[tuple[Member | None, dict[str, Member]]]:
+def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, dict[str, Member]]]:
     """Yield each image of a tar file with the files that may hold its captions, by suffix; None for no image.
 
     Files belong together whose names are equal without the suffix. Where that finds an image no captions, it takes
     those of its WebDataset key, the name up to the first dot, if no other image has the key. Files need not be
-    adjacent. What cannot be used is counted in `skipped`. Raises `InputError` where the tar file cannot be read.
+    adjacent. What cannot be used is counted in `report`. Raises `InputError` where the tar file cannot be read.
     """
     groups: dict[str, list[Member]] = {}
     try:
-        for member in _members(shard, skipped):
+        for member in _members(shard, report):
             folder, slash, name = member.name.rpartition("/")
             if not name.startswith("._"):  # in which macOS keeps a file's attributes
                 groups.setdefault(folder + slash + name.split(".", 1)[0], []).append(member)
@@ -97,9 +98,9 @@ def read_samples(shard: Path, skipped: Skipped) -> Iterator[tuple[Member | None,
             else:
                 continue
             if member not in (images.get(stem), *texts.get(stem, {}).values()):
-                skipped.add("files with the name of another", repr(str(member)))
+                report.add("file{s} with the name of another", repr(str(member)))
         for stem in [stem for stem in images if key in images and stem != key and stem not in texts]:
-            skipped.add("further images of a sample", repr(str(images.pop(stem))))
+            report.add("further image{s} of a sample", repr(str(images.pop(stem))))
         for stem, image in images.items():
             own = texts.pop(stem, {})
             if not own and len(images) == 1:
@@ -109,7 +110,7 @@ def read_samples(shard: Path, skipped: Skipped) -> Iterator[tuple[Member | None,
         yield from ((None, files) for files in texts.values())
 
 
-def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
+def _members(shard: Path, report: Report) -> Iterator[Member]:
     """Yield the files of a tar file; raises `tarfile.ReadError` where it is cut off or damaged."""
     size = os.stat(shard).st_size
     with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as tar:
@@ -122,9 +123,9 @@ def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
             if info.isdir():
                 continue
             if not info.isreg() or info.issparse():
-                skipped.add("links and special files", where)
+                report.add("link{s} or special file{s}", where)
             elif path.is_absolute() or ".." in path.parts or "\n" in info.name or "\0" in info.name:
-                skipped.add("files whose name leads out of the tar file or has a line break", where)
+                report.add("file{s} whose name leads out of the tar file or has a line break", where)
             else:
                 yield Member(shard, str(path), info.offset_data, info.size)
         end = tar.offset
@@ -183,13 +184,13 @@ def _read_json_captions(file: Member) -> list[str]:
 
 
 def list_images(shard: Path) -> Iterator[Member]:
-    """Yield the images of a tar file, in its order; says on stderr which kinds of members it has skipped."""
-    skipped = Skipped()
-    for member, _ in read_samples(shard, skipped):
+    """Yield the images of a tar file, in its order; says on stderr which kinds of members it has left out."""
+    report = Report()
+    for member, _ in read_samples(shard, report):
         if member is not None:
             yield member
-    for sentence in skipped.sentences():
-        warn_once(f"{shard}: {sentence}")
+    for line in report.lines():
+        warn_once(f"{shard}: {line}.")
 
 
 def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
@@ -203,7 +204,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = "".join(f"{p.resolve()}\n{p.stat().st_size}\n{p.stat().st_mtime_ns}\n" for p in shards)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(f'2{about}'.encode()).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(f'3{about}'.encode()).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -215,18 +216,18 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
 
 
 def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
-    skipped = Skipped()
+    report = Report()
     image_count = captions = 0
     with TemporaryFile() as images:  # the list of images, until all captions are written
         file.write(b'{"annotations": [')
         for shard in shards:
-            for member, files in read_samples(shard, skipped):
+            for member, files in read_samples(shard, report):
                 texts = read_captions_of(files)
                 if member is None or not texts:
                     if member is not None:
-                        skipped.add("images without captions", repr(str(member)))
+                        report.add("image{s} without captions", repr(str(member)))
                     elif texts:
-                        skipped.add("captions without an image", repr(str(next(iter(files.values())))))
+                        report.add("caption{s} without an image", repr(str(next(iter(files.values())))))
                     continue
                 image_count += 1
                 image = {"id": image_count, "file_name": f"{shard.name}/{member.name}"}
@@ -238,9 +239,9 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
         where = f"{shards[0].parent}/{mode}*{SUFFIX}"
         if not image_count:
-            about = f" ({' '.join(skipped.sentences()).rstrip('.')})" if skipped.kinds else ""
+            about = f" ({'; '.join(lines)})" if (lines := report.lines()) else ""
             raise InputError(f"{where} hold no photos with captions, in a .txt or .json of the same name{about}.")
         file.write(b'], "images": [')
         images.seek(0)
         shutil.copyfileobj(images, file)
-        file.write(f'], "skipped": {json.dumps([f"{where}: {text}" for text in skipped.sentences()])}}}'.encode())
+        file.write(f'], "skipped": {json.dumps([f"{where}: {line}." for line in report.lines()])}}}'.encode())

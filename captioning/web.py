@@ -148,8 +148,8 @@ class Server:
 
         Raises `InputError` for what is no photo, and for one that takes more than `IMAGE_SECONDS` to read.
         """
-        transform = self.captioners[model].transform
-        small, view = self.reader(prepare_image, (image.path, image.name, transform, VIEW_SIZE), IMAGE_SECONDS)
+        preprocessing = self.captioners[model].description.preprocessing
+        small, view = self.reader(prepare_image, (image.path, image.name, preprocessing, VIEW_SIZE), IMAGE_SECONDS)
         answer: Future[Caption] = Future()
         self.waiting.put(_Job(small, model, how, answer))
         while not self.closed:

@@ -168,7 +168,7 @@ def test_empty_captions_are_skipped_and_counted(tmp_path: Path, capsys: pytest.C
     for _ in range(2):  # the second time from the cache
         warn_once.cache_clear()
         check(tmp_path)
-        expected = f"warning: {path}: empty captions skipped: 4, the first is annotations[1].\n"
+        expected = f"warning: {path}: left out 4 empty captions, the first is annotations[1].\n"
         assert capsys.readouterr().err == expected
 
 
@@ -178,7 +178,7 @@ def test_images_without_captions_are_skipped_and_counted(tmp_path: Path, capsys:
 
     path = write(tmp_path, change)
     assert list(read_annotations(path, tmp_path / "cache").file_names) == ["a.png", "b.png"]
-    assert capsys.readouterr().err.endswith(": images without captions skipped: 2, the first is '7.png'.\n")
+    assert capsys.readouterr().err.endswith(": left out 2 images without captions, the first is '7.png'.\n")
 
 
 def test_without_a_cache_everything_works_and_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -16,6 +16,7 @@ from PIL import Image
 import caption as caption_module
 from caption import main
 from captioning import bulk
+from captioning.backbones import Preprocessing
 from captioning.bulk import find_images
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
@@ -82,11 +83,11 @@ def test_where_the_decoder_looked_for_each_word(captioner: Captioner, image_path
     if not captioner.decoder.attends:
         assert caption.attention is None
         with pytest.raises(InputError, match="--decoder attention"):
-            draw_attention(image_paths[0], caption, 64)
+            draw_attention(image_paths[0], caption, Preprocessing(64))
         return
     assert caption.attention.shape == (len(caption.tokens), 4)
     torch.testing.assert_close(caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02)
-    figure = draw_attention(image_paths[0], caption, 64)
+    figure = draw_attention(image_paths[0], caption, Preprocessing(64))
     assert [axes.get_title() for axes in figure.axes][: len(caption.tokens) + 1] == ["photo", *caption.tokens]
 
 

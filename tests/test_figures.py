@@ -10,6 +10,7 @@ import torch
 from conftest import PEAK, draw_noise
 from PIL import Image
 
+from captioning.backbones import Preprocessing
 from captioning.captioner import Caption
 from captioning.errors import InputError
 from captioning.figures import (
@@ -88,10 +89,10 @@ def test_a_map_is_bright_where_the_decoder_looked():
 
 def test_words_are_no_mathematics(tmp_path: Path, image_path: Path):
     caption = Caption("costs $5 or $\\frac", ["costs", "$5", "$\\frac$"], -1.0, torch.rand(3, 4))
-    save_figure(draw_attention(image_path, caption, 64), tmp_path / "a.png")
+    save_figure(draw_attention(image_path, caption, Preprocessing(64)), tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 300
     with pytest.raises(InputError, match="does not attend"):
-        draw_attention(image_path, Caption("a", ["a"], -1.0), 64)
+        draw_attention(image_path, Caption("a", ["a"], -1.0), Preprocessing(64))
 
 
 def test_a_figure_that_cannot_be_written(tmp_path: Path):

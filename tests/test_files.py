@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from captioning.errors import Skipped, warn_once
+from captioning.errors import warn_once
 from captioning.files import write_cache
+from captioning.reports import Report
 
 
 def test_a_cache_file_is_written_whole_or_not_at_all(tmp_path: Path):
@@ -39,11 +40,14 @@ def test_a_full_disk_leaves_no_cache_file(tmp_path: Path, capsys: pytest.Capture
     assert not list((tmp_path / "kind").iterdir())
 
 
-def test_what_is_skipped_is_counted_by_kind(capsys: pytest.CaptureFixture):
-    skipped = Skipped()
-    for kind, entry in (("cats", "1"), ("dogs", "2"), ("cats", "3")):
-        skipped.add(kind, entry)
-    assert skipped.sentences() == ["cats skipped: 2, the first is 1.", "dogs skipped: 1, the first is 2."]
+def test_a_report_counts_by_kind_and_names_the_first():
+    report = Report()
+    for kind, entry in (("cat{s}", "1"), ("dog{s}", "2"), ("cat{s}", "3")):
+        report.add(kind, entry)
+    assert report.lines() == ["left out 2 cats, the first is 1", "left out 1 dog: 2"]
+
+
+def test_a_warning_is_printed_once(capsys: pytest.CaptureFixture):
     for _ in range(2):
         warn_once("something of this test")
     assert capsys.readouterr().err == "warning: something of this test\n"

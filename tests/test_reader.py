@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.images import build_transform
 from captioning.reader import MOST_MEMORY, Reader, prepare_image, unpack_images
@@ -33,7 +34,7 @@ def reader() -> Iterator[Reader]:
 def test_it_returns_what_the_function_returns_or_raises(reader: Reader):
     assert reader(pow, (2, 10), 5) == 1024
     with pytest.raises(InputError, match="no longer on the server"):
-        reader(prepare_image, (Path("none.jpg"), "none.jpg", build_transform(normalise=False), 224), 5)
+        reader(prepare_image, (Path("none.jpg"), "none.jpg", Preprocessing(), 224), 5)
 
 
 def test_two_that_take_too_long_are_stopped_and_do_not_stop_the_next(reader: Reader):
@@ -82,19 +83,19 @@ def test_closing_ends_a_call_at_once():
 
 
 def test_an_image_is_read_upright_and_as_its_owner_calls_it(image_path: Path, tmp_path: Path):
-    transform = build_transform(image_size=64, normalise=False)
+    preprocessing = Preprocessing(64)
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
     turned = Image.open(image_path).transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    small, view = prepare_image(tmp_path / "turned.jpg", "mine.jpg", transform, 224)
-    expected, _ = prepare_image(image_path, "mine.png", transform, 224)
+    small, view = prepare_image(tmp_path / "turned.jpg", "mine.jpg", preprocessing, 224)
+    expected, _ = prepare_image(image_path, "mine.png", preprocessing, 224)
     assert np.abs(np.asarray(small, int) - np.asarray(expected, int)).mean() < 5
     assert min(small.size) == round(64 * 256 / 224)
     assert view.size == (224, 224)
     (tmp_path / "broken.jpg").write_text("no photo")
     with pytest.raises(InputError, match=r"^mine\.jpg cannot be read as a photo") as caught:
-        prepare_image(tmp_path / "broken.jpg", "mine.jpg", transform, 224)
+        prepare_image(tmp_path / "broken.jpg", "mine.jpg", preprocessing, 224)
     assert str(tmp_path) not in str(caught.value)
 
 
@@ -102,7 +103,7 @@ def test_the_view_is_what_the_model_sees(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     Image.fromarray(pixels).resize((900, 600), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     transform = build_transform(image_size=64, normalise=False)
-    small, view = prepare_image(tmp_path / "a.png", "a.png", transform, 224)
+    small, view = prepare_image(tmp_path / "a.png", "a.png", Preprocessing(64), 224)
     seen = Image.fromarray(transform(small).permute(1, 2, 0).numpy()).resize((224, 224))
     assert np.abs(np.asarray(seen, int) - np.asarray(view, int)).mean() < 10
 
@@ -187,6 +188,5 @@ def test_what_is_no_zip_file_is_a_sentence(tmp_path: Path, content: bytes):
 
 def test_a_squashing_model_sees_the_whole_image(tmp_path: Path):
     Image.new("RGB", (300, 100), "red").save(tmp_path / "wide.png")
-    transform = build_transform(False, 64, False, "squash")
-    small, view = prepare_image(tmp_path / "wide.png", "wide.png", transform, 96)
+    small, view = prepare_image(tmp_path / "wide.png", "wide.png", Preprocessing(64, "squash"), 96)
     assert (small.size, view.size) == ((64, 64), (96, 96))

@@ -14,8 +14,9 @@ from conftest import EIGHT, draw_noise, write_split
 
 from captioning.bulk import find_images
 from captioning.captioner import Captioner
-from captioning.errors import InputError, Skipped, warn_once
+from captioning.errors import InputError, warn_once
 from captioning.images import find_unreadable, read_image
+from captioning.reports import Report
 from captioning.shards import list_images, read_captions_of, read_samples
 from captioning.training import TrainingConfig, train
 from data_loader import CaptionDataset
@@ -56,7 +57,7 @@ def pack(path: Path, files: list[tuple[str, bytes]]) -> Path:
 
 def test_samples_are_webdataset_s_own(shard: Path):
     expected = list(webdataset.WebDataset(str(shard), shardshuffle=False))
-    samples = list(read_samples(shard, Skipped()))
+    samples = list(read_samples(shard, Report()))
     assert len(samples) == len(expected) == 7
     for (image, texts), whole in zip(samples, expected, strict=True):
         for member in [*([image] if image else []), *texts.values()]:
@@ -100,10 +101,10 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
             for mark in "\u2028\u2029\u0085\u000b\u000c\u001c"
         ),
         pytest.param([("about.json", b"{}"), ("0.txt", BALL)], ["a red ball"], "", id="json of nothing"),
-        pytest.param([], [], r"images without captions skipped: 1, .*/0\.png", id="no captions"),
-        pytest.param([("0.json", b"[]")], [], "images without captions skipped: 1", id="json without captions"),
-        pytest.param([("0.json", b'{"caption": null}')], [], "images without captions skipped: 1", id="null"),
-        pytest.param([("0.cls", b"3")], [], "images without captions skipped: 1", id="a class only"),
+        pytest.param([], [], r"left out 1 image without captions: .*/0\.png", id="no captions"),
+        pytest.param([("0.json", b"[]")], [], "left out 1 image without captions", id="json without captions"),
+        pytest.param([("0.json", b'{"caption": null}')], [], "left out 1 image without captions", id="null"),
+        pytest.param([("0.cls", b"3")], [], "left out 1 image without captions", id="a class only"),
         pytest.param([("0.txt", BALL), ("1.txt", BALL)], ["a red ball"], r"without an image .*/1\.txt", id="no image"),
         pytest.param([("0.txt", BALL), ("0.TXT", b"a")], ["a red ball"], r"name of another .*0\.TXT", id="two texts"),
         pytest.param([("0.jpg", PNG), ("0.txt", BALL)], ["a red ball"], r"name of another .*/0\.jpg", id="same name"),
@@ -171,7 +172,7 @@ def test_a_name_in_another_encoding(tmp_path: Path):
     ],
 )
 def test_captions_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: bytes, message: str):
-    ((_, texts),) = read_samples(pack(tmp_path / "a.tar", [("0.png", PNG), (name, content)]), Skipped())
+    ((_, texts),) = read_samples(pack(tmp_path / "a.tar", [("0.png", PNG), (name, content)]), Report())
     with pytest.raises(InputError, match=message):
         read_captions_of(texts)
 
@@ -184,14 +185,14 @@ def test_links_in_a_tar_file_are_reported(tmp_path: Path, capsys: pytest.Capture
             link.type, link.linkname = kind, "a.png"
             tar.addfile(link)
         assert [image.name for image in list_images(shard)] == ["a.png"]
-        assert re.search(r"links and special files skipped: 1, .*/link\.png", capsys.readouterr().err)
+        assert re.search(r"left out 1 link or special file: .*/link\.png", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("harm", ["in a header", "after a header", "in a file", "no end", "a damaged header", "joined"])
 def test_a_tar_file_that_is_not_whole_is_an_error(tmp_path: Path, harm: str):
     shard = pack(tmp_path / "a.tar", [(f"{i}.txt", b"x" * 600) for i in range(3)])  # each 512 + 1024 bytes
     data = shard.read_bytes()
-    assert len(list(read_samples(shard, Skipped()))) == 3
+    assert len(list(read_samples(shard, Report()))) == 3
     cuts = {"in a header": 3072 + 100, "after a header": 3072 + 512, "in a file": 3072 + 700, "no end": 4608}
     if harm == "a damaged header":
         data = data[: 3072 + 100] + b"damage" + data[3072 + 106 :]
@@ -199,7 +200,7 @@ def test_a_tar_file_that_is_not_whole_is_an_error(tmp_path: Path, harm: str):
         data += data
     shard.write_bytes(data[: cuts.get(harm)])
     with pytest.raises(InputError, match=r"a\.tar cannot be read as a tar file \(.+\)\.$"):
-        list(read_samples(shard, Skipped()))
+        list(read_samples(shard, Report()))
 
 
 def test_tar_files_are_used_without_a_cache(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -19,9 +20,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from captioning import web
+from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Decoding
 from captioning.errors import InputError
-from captioning.images import build_transform
 from captioning.web import LOOPBACK, MOST_BODY, MOST_UPLOADED, Gate, Server, Upload
 
 # Requests
@@ -139,7 +140,7 @@ def test_a_body_is_read_up_to_its_limit(path: str, limit: int):
 class SlowCaptioner:
     """Captions with how many photos it was given at once, when it is let."""
 
-    transform = build_transform(image_size=32, normalise=False)
+    description = SimpleNamespace(preprocessing=Preprocessing(32))
 
     def __init__(self):
         self.sizes: list[int] = []
