@@ -1,12 +1,12 @@
-"""The encoder and the decoders: an image becomes a feature, a feature becomes words.
+"""The encoder and the decoders of the captioning models.
 
     EncoderCNN          a backbone (ResNet-50, or any of timm's) and a linear layer on its features
     DecoderRNN          an LSTM that reads the image's feature once, before the first word (arXiv 1411.4555)
     AttentionDecoder    an LSTM that attends to a part of the image for every word (arXiv 1502.03044)
     TransformerDecoder  self-attention over the words, cross-attention over the image (arXiv 1706.03762)
 
-Every decoder is a `DecoderModule`: `unroll` for training, `init_state` and `step` for decoding, and `forward` for
-export. Nothing else is asked of it, so a new decoder is one class here and one line in `DECODERS`.
+Every decoder is a `DecoderModule`: `unroll` for training, `init_state` and `step` for decoding. A new decoder is one
+class here and one line in `DECODERS`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ class EncoderCNN(nn.Module):
     """A backbone without its classifier, and `embed`, a linear layer on its features.
 
     Args:
-        embed_size: what `embed` maps the backbone's features to.
+        embed_size: output size of `embed`.
         backbone: "resnet50" for torchvision's ResNet-50 (arXiv 1512.03385), or the name of a timm model.
-        weights: "pretrained" for the backbone's published weights, "random", or a file with the state dict of such a
-            backbone or of an EncoderCNN.
-        fine_tune: how many of the backbone's stages, counted from the last, are trained. The weights of the other
-            stages never change. Batch norms' statistics change only where all stages are trained.
-        grid: give the features of all cells rather than their mean.
-        grid_size: with `grid`, average the feature map to this many rows and columns; by default it stays as it is.
+        weights: "pretrained" for the published weights, "random", or a file with its or an encoder's state dict.
+        fine_tune: number of stages to train, counted from the last; the other stages are frozen. The statistics of
+            batch norms are updated only if all stages are trained.
+        grid: return the features of all cells rather than their mean.
+        grid_size: with `grid`, average the feature map to this many rows and columns.
 
-    `stages` is how many stages the backbone has (5 for ResNet-50: the stem and four), `feature_size` how many
-    channels (2048). Raises `InputError` for an unknown backbone and where the weights cannot be had.
+    `stages` is the number of the backbone's stages (5 for ResNet-50: the stem and four), `feature_size` the number of
+    its channels (2048). Raises `InputError` for an unknown backbone and for weights that cannot be loaded.
     """
 
     def __init__(
@@ -77,11 +76,11 @@ class EncoderCNN(nn.Module):
 
     @property
     def network(self) -> Any:
-        """The backbone, a module of torchvision or timm, whose state-dict keys begin with `module_name`."""
+        """The backbone; its state-dict keys begin with `module_name`."""
         return self.get_submodule(self.module_name)
 
     def train(self, mode: bool = True) -> EncoderCNN:
-        """Set the training mode; a backbone that is not trained whole stays in evaluation mode."""
+        """Set the training mode; a backbone with frozen stages stays in evaluation mode."""
         super().train(mode)
         self.network.train(mode and self.fine_tune == self.stages)
         return self
@@ -96,11 +95,9 @@ class EncoderCNN(nn.Module):
             mean, std = (torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (self.mean, self.std))
             images = (images - mean) / std
         images = images.to(dtype, memory_format=torch.channels_last)
+        run = self.network[:-1] if self.backbone_name == RESNET50 else self.network.forward_features
         try:
-            if self.backbone_name == RESNET50:
-                features = self.network[:-1](images)
-            else:
-                features = self.network.forward_features(images)
+            features = run(images)
         except (RuntimeError, NotImplementedError) as error:
             if dtype == torch.bfloat16 and "BFloat16" in str(error):
                 raise InputError(f"{self.backbone_name} does not run in bfloat16; use --precision fp32.") from error
@@ -109,7 +106,7 @@ class EncoderCNN(nn.Module):
         return cells if self.grid else cells.mean(1)
 
     def _cells(self, features: Tensor) -> Tensor:
-        """What a backbone returns, as cells: (B, C, h, w), (B, h, w, C) or (B, tokens, C) -> (B, cells, C)."""
+        """Flatten a backbone's output: (B, C, h, w), (B, h, w, C) or (B, tokens, C) -> (B, cells, C)."""
         if features.ndim == 3:  # a transformer's class and register tokens come before its patches
             features = features[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
         elif getattr(self.network, "output_fmt", "NCHW") == "NHWC":
@@ -125,11 +122,10 @@ class EncoderCNN(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Scale and shift `embed` so that these features (N, ..., feature_size) leave it with mean 0 and deviation 1.
+        """Scale and shift `embed` so that it maps these features (N, ..., feature_size) to mean 0 and deviation 1.
 
-        The features of different images differ little compared with their mean. Without this, the decoder learns to
-        ignore them (data-dependent initialisation, arXiv 1511.06422). A single row has no deviation; it is only
-        shifted.
+        Features of different images differ little compared with their mean, and without this data-dependent
+        initialisation (arXiv 1511.06422) the decoder learns to ignore them.
         """
         embedded = self.embed(features.to(self.embed.weight.dtype)).flatten(0, -2)
         std, mean = torch.std_mean(embedded, 0, correction=0)
@@ -154,36 +150,53 @@ def init_forget_bias(lstm: nn.LSTM) -> None:
 
 
 class DecoderModule(nn.Module):
-    """What training and decoding need of a decoder."""
+    """What training, decoding and export need of a decoder.
 
-    attends: bool  # whether it reads the image's cells, and a state ends with its attention over them
+    A decoder that attends takes the cells of the image's grid (cells, embed_size), any other one vector (embed_size).
+    """
+
+    attends: bool  # if so, the last tensor of a state is the attention over the cells
     embed: nn.Embedding  # of the words
     linear: nn.Linear  # the output layer
 
     def unroll(
         self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What `linear` reads for every token of whole captions; and each cell's weight, or None without attention."""
+        """Run the decoder over whole captions: the output layer's input for each token, given the tokens before it.
+
+        Args:
+            features: (P, embed_size) or (P, cells, embed_size), the embedded images.
+            captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
+            row: (B,) each caption's row in `features`, or None where caption i belongs to image i.
+
+        Returns the input (tokens, H), ordered as `pack` does, of all tokens, or if the decoder attends, of those after
+        `<start>`; and if it is recorded, the attention (B, cells) summed over each caption, in the order of `pack`.
+        """
         raise NotImplementedError
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """The state before `<start>`, after reading the images' features."""
+        """The state before `<start>`, given the embedded images."""
         raise NotImplementedError
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The next token's logits (B, vocab_size) after tokens (B,), and the next state."""
+        """Decode one token: tokens (B,) and the state -> the next token's logits (B, vocab_size) and the next state."""
         raise NotImplementedError
+
+    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The logits of the tokens that `unroll` runs over: (B, T or T - 1, vocab_size), with `lengths` packed."""
+        logits = self.linear(self.unroll(features, captions, lengths)[0])
+        return logits.unflatten(0, (-1, len(captions))).transpose(0, 1) if lengths is None else logits
 
 
 class DecoderRNN(DecoderModule):
-    """The LSTM of Show and Tell (arXiv 1411.4555): the photo is its first input, then `<start>`, then words.
+    """The LSTM of Show and Tell (arXiv 1411.4555): its inputs are the image, `<start>` and the words.
 
     Args:
-        embed_size: of the photo's embedding and the words'.
+        embed_size: embedding dimension of the image and the words.
         hidden_size: of the LSTM.
-        vocab_size: words.
+        vocab_size: number of words.
         num_layers: of the LSTM.
-        dropout: on the embedded words and on what the output layer reads, in training.
+        dropout: on the embedded words and on the input of the output layer, in training.
     """
 
     attends = False
@@ -199,50 +212,31 @@ class DecoderRNN(DecoderModule):
     def unroll(
         self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Run the decoder over whole captions: what the output layer reads for every token, `<start>` included.
-
-        Args:
-            features: (P, embed_size) embedded images.
-            captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
-            row: (B,) each caption's row in `features`, or None where caption i belongs to image i.
-
-        Returns the hidden states (tokens, H), as `pack` orders the tokens. No step is computed on padding.
-        """
+        """Run the LSTM over whole captions, without a step on padding."""
         if row is not None:
-            features = features.index_select(0, row)  # unlike [row], its gradient adds up in one order on any threads
+            features = features.index_select(0, row)  # unlike features[row], its gradient is deterministic
         words = self.dropout(self.embed(captions[:, :-1]))
         inputs = torch.cat([features[:, None], words], 1)  # (B, T, E): the image, <start>, words
         packed, _ = pack_sequences(inputs, lengths)
         return self.dropout(self.lstm(packed)[0].data), None
 
-    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The logits of every token of the captions, `<start>` included, each given those before it.
-
-        (B, embed_size), (B, T) -> (B, T, vocab_size), or with `lengths` (B,) only the tokens that are not padding, as
-        `pack` orders them.
-        """
-        logits = self.linear(self.unroll(features, captions, lengths)[0])
-        if lengths is not None:
-            return logits
-        return logits.unflatten(0, (captions.shape[1], -1)).transpose(0, 1)
-
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(B, embed_size) -> the LSTM's state after the photo: hidden and cell, each (B, layers, H)."""
+        """(B, embed_size) -> the LSTM's state after the image: hidden and cell, each (B, layers, H)."""
         _, (h, c) = self.lstm(features[:, None])
         return h.transpose(0, 1), c.transpose(0, 1)
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One word on: tokens (B,) and the state -> the next token's logits (B, vocab_size) and the state."""
+        """Decode one token."""
         h, c = (x.transpose(0, 1).contiguous() for x in state)
         hidden, (h, c) = self.lstm(self.embed(tokens)[:, None], (h, c))
         return self.linear(hidden[:, 0]), (h.transpose(0, 1), c.transpose(0, 1))
 
     @torch.no_grad()
     def sample(self, features: Tensor, max_len: int = 20) -> list[list[int]]:
-        """The recipe's own greedy decoding of a batch: (B, embed_size) -> at most `max_len` tokens a photo.
+        """Decode a batch greedily as the original recipe does: (B, embed_size) -> at most `max_len` tokens an image.
 
-        It feeds the photo and then its own choices, the first of which a trained model makes `<start>`,
-        and ends after `<end>`. `decoding.greedy` starts from `<start>` instead and emits words only.
+        The first input is the image; a trained model answers it with `<start>`. Decoding ends with `<end>`.
+        `decoding.greedy` feeds `<start>` itself and returns words only.
         """
         inputs, state, tokens = features[:, None], None, []
         for _ in range(max_len):
@@ -254,10 +248,10 @@ class DecoderRNN(DecoderModule):
 
 
 class AttentionDecoder(DecoderModule):
-    """Soft attention over the photo's grid (Show, Attend and Tell, arXiv 1502.03044).
+    """An LSTM with soft attention over the image's cells (Show, Attend and Tell, arXiv 1502.03044).
 
-    For every word the LSTM weighs the grid's cells (equations 4 to 6), looks at their weighted mean
-    through a gate (section 4.2.1), and starts from the mean of all cells. Arguments as `DecoderRNN`'s.
+    Its state begins with the mean of the cells. For every word it weighs the cells (equations 4 to 6); their weighted
+    mean, gated (section 4.2.1), is an input with the word. The arguments are those of `DecoderRNN`.
     """
 
     attends = True
@@ -286,11 +280,10 @@ class AttentionDecoder(DecoderModule):
     def _advance(self, words: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         h, c, features, keys, _ = state
         last = h[:, -1]  # (B, H)
-        scores = self.score(torch.tanh(keys + self.query(last)[:, None]))[..., 0]  # (B, cells)
-        attention = scores.softmax(1)
-        seen = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
-        seen = torch.sigmoid(self.gate(last)) * seen
-        hidden, steps = torch.cat([words, seen], 1), []
+        attention = self.score(torch.tanh(keys + self.query(last)[:, None]))[..., 0].softmax(1)  # (B, cells)
+        context = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
+        context = torch.sigmoid(self.gate(last)) * context
+        hidden, steps = torch.cat([words, context], 1), []
         for weights, *before in zip(self.lstm.all_weights, h.unbind(1), c.unbind(1), strict=True):  # faster than `lstm`
             hidden, cell = torch.lstm_cell(hidden, before, *weights)
             steps.append((hidden, cell))
@@ -298,18 +291,14 @@ class AttentionDecoder(DecoderModule):
         return hidden, (h, c, features, keys, attention)
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One word on, as `DecoderRNN.step`; the last tensor of the state is where this step looked."""
+        """Decode one token."""
         hidden, state = self._advance(self.embed(tokens), state)
         return self.linear(hidden), state
 
     def unroll(
         self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `DecoderRNN.unroll`, for the tokens after `<start>`; and each cell's weight summed over the caption.
-
-        features are (P, cells, embed_size). The weights are (B, cells), captions in the order of `pack`; the doubly
-        stochastic regularisation (equation 14) draws them towards one. Keys are computed once per image.
-        """
+        """Run the LSTM over whole captions; the summed attention is for the doubly stochastic loss (equation 14)."""
         words = self.dropout(self.embed(captions[:, :-1]))
         packed, order = pack_sequences(words, None if lengths is None else lengths - 1)
         order = order if row is None else row.index_select(0, order)
@@ -323,24 +312,9 @@ class AttentionDecoder(DecoderModule):
             attention = attention + F.pad(state[-1].float(), (0, 0, 0, batch - rows))
         return self.dropout(torch.cat(hidden)), attention
 
-    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The logits of every token after `<start>`, each given those before it.
-
-        (B, cells, embed_size), (B, T) -> (B, T - 1, vocab_size), or with `lengths` (B,) only the tokens that
-        are not padding, as `pack` orders them.
-        """
-        logits = self.linear(self.unroll(features, captions, lengths)[0])
-        if lengths is not None:
-            return logits
-        return logits.unflatten(0, (captions.shape[1] - 1, -1)).transpose(0, 1)
-
 
 class TransformerLayer(nn.Module):
-    """A pre-norm transformer layer: causal self-attention, cross-attention over the image, a feed-forward network.
-
-    Args:
-        size: of the vectors. heads: of both attentions. hidden_size: of the feed-forward network.
-    """
+    """A pre-norm transformer layer: causal self-attention, cross-attention over the image, a feed-forward network."""
 
     def __init__(self, size: int, heads: int, hidden_size: int, dropout: float):
         super().__init__()
@@ -359,15 +333,10 @@ class TransformerLayer(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, image: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the layer on words after those of `history`.
+        """Run the layer on words (B, T, size), causally or, after the t words of `history`, on one word.
 
-        Args:
-            x: (B, T, size); without history the words attend causally, with history T is 1.
-            image: (B, cells, 2 * size) the image's keys and values.
-            history: (B, t, 2 * size) the keys and values of the words before.
-
-        Returns the output (B, T, size), the keys and values of all words (B, t + T, 2 * size), and the queries of the
-        cross-attention (B, T, size).
+        `image` (B, cells, 2 * size) and `history` (B, t, 2 * size) are keys and values. Returns the output
+        (B, T, size), the keys and values of all words, and the queries of the cross-attention (B, T, size).
         """
         query, key_value = self.self_query_key_value(self.norm_self(x)).split([x.shape[2], 2 * x.shape[2]], 2)
         if history is not None:
@@ -380,11 +349,8 @@ class TransformerLayer(nn.Module):
         return x, key_value, query
 
     def _attend(self, query: Tensor, key_value: Tensor, causal: bool = False) -> Tensor:
-        key, value = key_value.chunk(2, 2)
-        attended = F.scaled_dot_product_attention(
-            self.split(query), self.split(key), self.split(value), is_causal=causal
-        )
-        return attended.transpose(1, 2).flatten(2)
+        query, key, value = (self.split(x) for x in (query, *key_value.chunk(2, 2)))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
 
     def attention(self, query: Tensor, image: Tensor) -> Tensor:
         """The mean weights of the cross-attention's heads: (B, T, size), (B, cells, 2 * size) -> (B, T, cells)."""
@@ -395,15 +361,8 @@ class TransformerLayer(nn.Module):
 class TransformerDecoder(DecoderModule):
     """A transformer decoder (Vaswani et al., arXiv 1706.03762) with cross-attention over the image's cells.
 
-    As in captioning by Herdade et al. (arXiv 1906.05963), without their boxes: pre-norm layers, learned positions,
-    trained on whole captions at once. Decoding keeps the keys and values of the words before.
-
-    Args:
-        embed_size: of the image's embedding, the words' and all layers.
-        hidden_size: of the feed-forward networks.
-        vocab_size: number of words.
-        num_layers: number of layers.
-        dropout: on the embedded words and on what each sublayer adds, in training.
+    Its layers are pre-norm and its positions learned. Decoding caches the keys and values of the words. The arguments
+    are those of `DecoderRNN`; the layers are `embed_size` wide and their feed-forward networks `hidden_size`.
     """
 
     attends = True
@@ -415,9 +374,8 @@ class TransformerDecoder(DecoderModule):
         self.embed = nn.Embedding(vocab_size, embed_size)
         self.position = nn.Embedding(self.positions, embed_size)
         self.norm_image = nn.LayerNorm(embed_size)
-        self.layers = nn.ModuleList(
-            TransformerLayer(embed_size, heads, hidden_size, dropout) for _ in range(num_layers)
-        )
+        layers = (TransformerLayer(embed_size, heads, hidden_size, dropout) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(embed_size)
         self.linear = nn.Linear(embed_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
@@ -428,14 +386,13 @@ class TransformerDecoder(DecoderModule):
                 nn.init.zeros_(module.bias)
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(B, cells, embed_size) -> words' keys and values, none yet (B, 0, layers, 2 * embed_size); the image's
-        (B, cells, layers, 2 * embed_size); attention (B, cells)."""
+        """(B, cells, E) -> keys and values of no words and of the image (B, cells, layers, 2 * E); attention."""
         image = self.norm_image(features)
         image = torch.stack([layer.cross_key_value(image) for layer in self.layers], 2)  # pyright: ignore[reportCallIssue]
         return image[:, :0], image, features.new_zeros(features.shape[:2])
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Advance by a word, as `DecoderRNN.step` does; the state's last tensor is the last layer's attention."""
+        """Decode one token; the attention in the state is the last layer's."""
         history, image, _ = state
         position = min(history.shape[1], self.positions - 1)
         x = (self.embed(tokens) + self.position.weight[position])[:, None]  # (B, 1, E)
@@ -447,7 +404,7 @@ class TransformerDecoder(DecoderModule):
         return self.linear(self.norm(x[:, 0])), (torch.stack(key_values, 2), image, attention)
 
     def hidden(self, features: Tensor, words: Tensor, row: Tensor | None = None) -> Tensor:
-        """What the output layer reads: (P, cells, embed_size), (B, T) -> (B, T, embed_size); `row` as in `unroll`."""
+        """The output layer's input: (P, cells, E), (B, T) -> (B, T, E); `row` as in `unroll`."""
         _, image, _ = self.init_state(features)  # keys and values are computed once per image
         image = image if row is None else image.index_select(0, row)
         positions = torch.arange(words.shape[1], device=words.device).clamp(max=self.positions - 1)
@@ -459,34 +416,30 @@ class TransformerDecoder(DecoderModule):
     def unroll(
         self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """As `DecoderRNN.unroll`, for the tokens after `<start>`: (P, cells, embed_size), (B, T) -> (tokens, E)."""
+        """Run the transformer over whole captions at once; its attention is not recorded."""
         hidden = self.hidden(features, captions[:, :-1], row)
         return pack_sequences(hidden, None if lengths is None else lengths - 1)[0].data, None
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The logits of every token after `<start>`, as `AttentionDecoder.forward`."""
+        """The logits of the tokens after `<start>`; without `lengths` nothing is packed, so that it can be traced."""
         if lengths is not None:
-            return self.linear(self.unroll(features, captions, lengths)[0])
+            return super().forward(features, captions, lengths)
         return self.linear(self.hidden(features, captions[:, :-1]))
 
 
 def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, Tensor]:
-    """Padded sequences (B, T, ...) without their padding, and the order (B,) in which their rows come: longest first.
+    """Pack padded sequences (B, T, ...), longest first; returns them and the order (B,) of their rows.
 
-    lengths: (B,), on the CPU if it is not to wait for a device; None where there is no padding.
+    `lengths` (B,) should be on the CPU, so that no device is waited for; None means no padding.
     """
-    if lengths is None:
-        lengths = torch.full((len(x),), x.shape[1])
+    lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
     order = order.to(x.device, non_blocking=True)
     return pack_padded_sequence(x.index_select(0, order), lengths, batch_first=True), order
 
 
 def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
-    """The tokens of padded captions (B, T) without padding and without the first `skip`, (tokens,).
-
-    All first tokens come first, then all second ones, the longest captions leading.
-    """
+    """Pack the tokens of padded captions (B, T) after the first `skip`, time step by time step: (tokens,)."""
     return pack_sequences(captions[:, skip:], lengths - skip)[0].data
 
 
