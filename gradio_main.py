@@ -178,17 +178,7 @@ def _lay_out_image(
                 score = gr.Markdown()
                 if flag_folder is not None:
                     _lay_out_flag(image, caption, options, flag_folder)
-            table = gr.Dataframe(
-                label="Alternatives",
-                headers=["caption", PER_WORD],
-                datatype=["str", "number"],
-                column_widths=["70%", "30%"],
-                type="array",
-                interactive=False,
-                wrap=True,
-                visible=False,
-                buttons=[],
-            )
+            table = _lay_out_table("Alternatives", ["caption", PER_WORD], ["70%", "30%"])
             with gr.Column(visible=False) as looks:
                 gr.Markdown("**Where the model looked, word by word**")
                 maps = gr.Gallery(
@@ -230,6 +220,21 @@ def _lay_out_image(
     return image
 
 
+def _lay_out_table(label: str, headers: list[str], widths: list[str]) -> gr.Dataframe:
+    """A table of text, with a number in its last column; hidden until it has rows."""
+    return gr.Dataframe(
+        label=label,
+        headers=headers,
+        datatype=[*["str"] * (len(headers) - 1), "number"],  # pyright: ignore[reportArgumentType]
+        column_widths=widths,  # pyright: ignore[reportArgumentType]
+        type="array",
+        interactive=False,
+        wrap=True,
+        visible=False,
+        buttons=[],
+    )
+
+
 def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option], folder: Path) -> None:
     """A button that keeps a photo, its caption and the options in a folder."""
     logger = gr.CSVLogger(verbose=False)
@@ -256,17 +261,7 @@ def _lay_out_images(answers: Answers, options: list[Option]) -> None:
     )
     start = gr.Button("Caption these photos", variant="primary", interactive=False)
     progress = gr.Markdown()
-    table = gr.Dataframe(
-        label="Captions",
-        headers=["photo", "caption", PER_WORD],
-        datatype=["str", "str", "number"],
-        column_widths=["30%", "50%", "20%"],
-        type="array",
-        interactive=False,
-        wrap=True,
-        visible=False,
-        buttons=[],
-    )
+    table = _lay_out_table("Captions", ["photo", "caption", PER_WORD], ["30%", "50%", "20%"])
     with gr.Row():
         downloads = [gr.DownloadButton(f"Download as {kind}", visible=False) for kind in ("CSV", "JSON Lines")]
     files.change(

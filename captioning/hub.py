@@ -140,57 +140,9 @@ def push(model: Path, name: str, licence: str, private: bool = False, epoch: int
     return str(address)
 
 
-def model_card(description: Description, name: str, licence: str) -> str:
-    """The README.md of a shared model, as Markdown with the Hub's metadata on top."""
-    from huggingface_hub import ModelCardData
-
-    parts, data, epoch = description.architecture, description.data, description.best_epoch
-    size = description.preprocessing.image_size
-    measured = next((entry for entry in description.epochs if entry.get("epoch") == epoch), {})
-    scores = {key: measured[key] for key in METRICS if isinstance(measured.get(key), (int, float))}
-    folder = str(data.get("folder", "unknown"))
-    metadata = ModelCardData(
-        license=licence,
-        pipeline_tag="image-to-text",
-        tags=["image-captioning"],
-        model_name=name.split("/")[1],
-        eval_results=[_eval_result(folder, metric, value) for metric, value in scores.items()] or None,
-    )
-    decoder = str(DECODERS[parts.decoder].__doc__).splitlines()[0]
-    about_data = "Its training data is not recorded."
-    if data:
-        about_data = "\n".join(
-            [
-                "| | |",
-                "| --- | --- |",
-                f"| data set | {folder} |",
-                *(
-                    f"| {label} | {data[key]:,} |"
-                    for key, label in (
-                        ("train_photos", "photos to train on"),
-                        ("train_captions", "captions of them"),
-                        ("val_photos", "photos to measure on"),
-                    )
-                    if isinstance(data.get(key), int)
-                ),
-                f"| SHA-256 of the training captions | `{data.get('train_sha256', 'unknown')}` |",
-            ]
-        )
-    about_metrics = "No metrics were recorded."
-    if scores:
-        rows = [f"| {metric} | {value:.3f} |" for metric, value in scores.items()]
-        about_metrics = "\n".join(
-            [
-                f"On the validation split after epoch {epoch}, greedy decoding, plain tokenizer:",
-                "",
-                "| metric | |",
-                "| --- | --- |",
-                *rows,
-            ]
-        )
-    return f"""\
+CARD = """\
 ---
-{metadata.to_yaml()}
+{metadata}
 ---
 
 # {name}
@@ -200,10 +152,10 @@ It describes an image in a sentence.
 | | |
 | --- | --- |
 | input | {size} x {size} pixels |
-| backbone | `{parts.backbone}`; weights of it that no file here holds are fetched when the model is loaded |
-| decoder | `{parts.decoder}`: {decoder} |
-| sizes | embedding {parts.embed_size}, hidden {parts.hidden_size}, layers {parts.num_layers} |
-| vocabulary | {len(description.vocabulary):,} words |
+| backbone | `{architecture.backbone}`; weights of it that no file here holds are fetched when the model is loaded |
+| decoder | `{architecture.decoder}`: {decoder} |
+| sizes | embedding {architecture.embed_size}, hidden {architecture.hidden_size}, layers {architecture.num_layers} |
+| vocabulary | {words:,} words |
 
 ## How to use it
 
@@ -226,11 +178,11 @@ original recipe.
 
 ## Data
 
-{about_data}
+{data}
 
 ## Metrics
 
-{about_metrics}
+{metrics}
 
 ## Limits
 
@@ -241,6 +193,60 @@ caption can have as high a probability as a right one.
 
 {licence}
 """
+
+
+def model_card(description: Description, name: str, licence: str) -> str:
+    """The README.md of a shared model, as Markdown with the Hub's metadata on top."""
+    from huggingface_hub import ModelCardData
+
+    architecture, epoch = description.architecture, description.best_epoch
+    measured = next((entry for entry in description.epochs if entry.get("epoch") == epoch), {})
+    scores = {key: measured[key] for key in METRICS if isinstance(measured.get(key), (int, float))}
+    data_set = str(description.data.get("folder", "unknown"))
+    metadata = ModelCardData(
+        license=licence,
+        pipeline_tag="image-to-text",
+        tags=["image-captioning"],
+        model_name=name.split("/")[1],
+        eval_results=[_eval_result(data_set, metric, value) for metric, value in scores.items()] or None,
+    )
+    metrics = "No metrics were recorded."
+    if scores:
+        table = _table(["metric", ""], {metric: f"{value:.3f}" for metric, value in scores.items()})
+        metrics = f"On the validation split after epoch {epoch}, greedy decoding, plain tokenizer:\n\n{table}"
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        size=description.preprocessing.image_size,
+        architecture=architecture,
+        decoder=str(DECODERS[architecture.decoder].__doc__).splitlines()[0],
+        words=len(description.vocabulary),
+        epoch=epoch,
+        data=_about_data(description.data),
+        metrics=metrics,
+        licence=licence,
+    )
+
+
+def _about_data(data: dict[str, Any]) -> str:
+    """A table of the training data, as Markdown."""
+    if not data:
+        return "Its training data is not recorded."
+    labels = {
+        "train_photos": "photos to train on",
+        "train_captions": "captions of them",
+        "val_photos": "photos to measure on",
+    }
+    rows = {"data set": str(data.get("folder", "unknown"))}
+    rows |= {label: f"{data[key]:,}" for key, label in labels.items() if isinstance(data.get(key), int)}
+    rows["SHA-256 of the training captions"] = f"`{data.get('train_sha256', 'unknown')}`"
+    return _table(["", ""], rows)
+
+
+def _table(head: list[str], rows: dict[str, str]) -> str:
+    """A Markdown table of two columns."""
+    lines = [head, ["---", "---"], *rows.items()]
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
 
 
 def _eval_result(data: str, metric: str, value: float) -> EvalResult:
