@@ -197,7 +197,7 @@ def _lay_out_image(
 
     gallery.select(choose, None, image, show_progress="hidden", api_visibility="private")
     image.change(None, None, caption, js="() => ''", api_visibility="private")  # it belongs to another photo
-    shown = gr.on(
+    captioned = gr.on(
         [image.change, *(option.change for option in options)],
         answers.show,
         [image, *options],
@@ -207,7 +207,7 @@ def _lay_out_image(
         concurrency_id="photo",
         trigger_mode="always_last",
     )
-    shown.failure(lambda: None, None, image, show_progress="hidden", api_visibility="private")
+    captioned.failure(lambda: None, None, image, show_progress="hidden", api_visibility="private")
     gr.on(
         [],
         answers.caption,

@@ -107,8 +107,8 @@ def environment() -> dict[str, str | None]:
     revision = None
     with suppress(OSError):  # where there is no git
         git = ["git", "rev-parse", "HEAD"]
-        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        revision = found.stdout.strip() or None
+        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        revision = done.stdout.strip() or None
     libraries = {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy", "pillow", "accelerate")}
     return {"python": platform.python_version(), **libraries, "git_revision": revision}
 
@@ -145,14 +145,14 @@ def default_model(models: Path | None = None, data: str | None = None) -> Path:
     """
     if models is None:
         models = MODELS if any(MODELS.glob(f"*/{DESCRIPTION}")) else Path(__file__).parents[1] / MODELS
-    found = list(models.glob(f"*/{DESCRIPTION}"))
-    found.sort(key=lambda path: (path.parent.name != SHIPPED, path.stat().st_mtime))
-    if not found:
+    descriptions = list(models.glob(f"*/{DESCRIPTION}"))
+    descriptions.sort(key=lambda path: (path.parent.name != SHIPPED, path.stat().st_mtime))
+    if not descriptions:
         raise InputError(
             f"there is no trained model in {models}/; make one with `make demo`, fetch one with "
             f"`python download.py weights`, or name one with --model."
         )
-    trained_on = {path.parent: _trained_on(path.parent) for path in found}
+    trained_on = {path.parent: _trained_on(path.parent) for path in descriptions}
     same = [folder for folder, name in trained_on.items() if name == data and data is not None]
     photos = [folder for folder, name in trained_on.items() if name != SAMPLE]
     return (same or photos or list(trained_on))[-1]
@@ -181,8 +181,8 @@ def resolve_weights(weights: str) -> str:
 
 def epochs_saved(folder: Path) -> list[int]:
     """The epochs whose encoder and decoder both lie in the folder, in order."""
-    found = {path.stem.split("-", 1)[1] for path in folder.glob("encoder-*") if path.suffix in WEIGHTS}
-    epochs = sorted(int(i) for i in found if i.isdecimal())
+    names = {path.stem.split("-", 1)[1] for path in folder.glob("encoder-*") if path.suffix in WEIGHTS}
+    epochs = sorted(int(i) for i in names if i.isdecimal())
     return [i for i in epochs if all(path.exists() for path in weight_files(folder, i))]
 
 

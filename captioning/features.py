@@ -96,7 +96,7 @@ def stored_features(
     """
     state = this_process()
     with ExitStack() as stack:
-        found: list = [None, None, None]
+        location: list = [None, None, None]
         if state.is_main_process:
             store = cache / "features" / _key(encoder, paths, preprocessing, views)
             partial = store.with_name(f"{store.name}.{BATCH}.partial")
@@ -108,8 +108,8 @@ def stored_features(
                     size = preprocessing.image_size
                     one = encoder.features(torch.zeros(1, 3, size, size, device=state.device))
                 _allocate(partial / "features.npy", (len(paths), views, *one.shape[1:]))
-            found = [store, partial, store.exists()]
-        store, partial, complete = broadcast_object_list(found)
+            location = [store, partial, store.exists()]
+        store, partial, complete = broadcast_object_list(location)
         if not complete:
             failed = _fill(encoder, paths, preprocessing, views, partial, workers)
             if unreadable is not None:
@@ -195,7 +195,7 @@ def _fill(
     failed: dict[int, InputError] = {}
     assert state.device is not None
     fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
-    found = encode(fast, ImageDataset(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
+    results = encode(fast, ImageDataset(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
     progress = tqdm(
         total=len(batches) * BATCH,
         desc="backbone",
@@ -204,7 +204,7 @@ def _fill(
     )
     with open(folder / f"done-{state.process_index}-{state.num_processes}", "ab") as log, progress:
         log.truncate(log.tell() // 8 * 8)  # a kill may have torn the last entry
-        for indices, batch in found:
+        for indices, batch in results:
             features[indices] = batch.half().cpu().numpy()
             start = indices[0] // BATCH * BATCH
             if not any(i // BATCH * BATCH == start for i in failed):

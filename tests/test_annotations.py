@@ -273,11 +273,11 @@ def test_what_was_kept_is_what_was_read(drawn: Path, tmp_path: Path, monkeypatch
 def test_a_torn_cache_file_is_made_anew(drawn: Path, tmp_path: Path, keep: float):
     path = find_split(drawn, "train")[0]
     first = read_annotations(path, tmp_path)
-    kept = next(tmp_path.rglob("*.npz"))
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    cached = next(tmp_path.rglob("*.npz"))
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     assert_same(read_annotations(path, tmp_path), first)
-    assert kept.read_bytes() == whole
+    assert cached.read_bytes() == whole
 
 
 def test_another_file_never_finds_what_was_kept_of_the_first(tmp_path: Path):

@@ -105,10 +105,10 @@ def test_the_recipe_is_the_same_network(tmp_path: Path) -> None:
     plain_encoder.load_state_dict(encoder.state_dict())
     plain_decoder.load_state_dict(decoder.state_dict())
     images, captions = torch.randn(2, 3, 64, 64), torch.tensor([[0, 5, 6, 1], [0, 7, 8, 1]])
-    seen = plain_encoder(images)
-    torch.testing.assert_close(seen, encoder(images), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(plain_decoder(seen, captions), decoder(seen, captions))
-    assert plain_decoder.sample(seen[:1, None]) == decoder.sample(seen[:1])[0]
+    features = plain_encoder(images)
+    torch.testing.assert_close(features, encoder(images), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(plain_decoder(features, captions), decoder(features, captions))
+    assert plain_decoder.sample(features[:1, None]) == decoder.sample(features[:1])[0]
 
 
 def test_the_recipe_draws_captions_of_one_length_with_their_images(tmp_path: Path) -> None:

@@ -29,15 +29,15 @@ def album(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(folder: Path, found: list) -> list[str]:
-    return [str(path.relative_to(folder)) for path in found]
+def names(folder: Path, paths: list) -> list[str]:
+    return [str(path.relative_to(folder)) for path in paths]
 
 
 def test_what_a_folder_leaves_out_is_said(album: Path):
-    said: list[str] = []
-    assert names(album, find_images([album], log=said.append)) == ["a.jpg", "z.jpg"]
-    assert len(said) == 1
-    where, what = said[0].split(": ", 1)
+    messages: list[str] = []
+    assert names(album, find_images([album], log=messages.append)) == ["a.jpg", "z.jpg"]
+    assert len(messages) == 1
+    where, what = messages[0].split(": ", 1)
     assert where == f"left out of {album}"
     assert sorted(what.split(", ")) == [
         "1 .cr2 file",
@@ -49,28 +49,28 @@ def test_what_a_folder_leaves_out_is_said(album: Path):
 
 
 def test_folders_in_folders_come_in_name_order(album: Path):
-    said: list[str] = []
+    messages: list[str] = []
     expected = ["2024/b.jpg", "2025/trip/c.JPG", "a.jpg", "z.jpg"]
-    assert names(album, find_images([album], True, said.append)) == expected
-    assert "--recursive" not in said[0]
-    assert "1 .md file" in said[0]
+    assert names(album, find_images([album], True, messages.append)) == expected
+    assert "--recursive" not in messages[0]
+    assert "1 .md file" in messages[0]
 
 
 def test_a_large_folder_is_counted_once(album: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bulk, "NAMES", 1)
-    said: list[str] = []
-    find_images([album], True, said.append)
-    assert "2 .heic files" in said[0]
+    messages: list[str] = []
+    find_images([album], True, messages.append)
+    assert "2 .heic files" in messages[0]
 
 
 def test_many_suffixes_are_not_all_named(tmp_path: Path):
     draw_noise(0).save(tmp_path / "a.png")
     for i in range(100):
         (tmp_path / f"file.{i:03}").touch()
-    said: list[str] = []
-    find_images([tmp_path], log=said.append)
-    assert said[0].endswith(" file, 90 others")
-    assert said[0].count(" file,") == 10
+    messages: list[str] = []
+    find_images([tmp_path], log=messages.append)
+    assert messages[0].endswith(" file, 90 others")
+    assert messages[0].count(" file,") == 10
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_links_and_pipes_cost_no_other_image(tmp_path: Path, recursive: bool):
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / "gone.tar").symlink_to("nowhere.tar")
     (tmp_path / "loop").symlink_to("loop")
-    found = find_images([tmp_path], recursive)
-    failed = find_unreadable(found, cache=tmp_path / "cache")
-    assert [found[i].name for i in range(len(found)) if i not in failed] == ["a.png"]
+    sources = find_images([tmp_path], recursive)
+    failed = find_unreadable(sources, cache=tmp_path / "cache")
+    assert [sources[i].name for i in range(len(sources)) if i not in failed] == ["a.png"]
     assert len(failed) == 5
 
 
@@ -127,10 +127,10 @@ def test_folders_deeper_than_python_or_the_system_reaches(tmp_path: Path, name: 
     finally:
         os.chdir(here)
     try:
-        found = find_images([tmp_path], True)
-        failed = find_unreadable(found, cache=tmp_path / "cache")
-        assert found[-1].name == "b.png"
-        assert len(found) == 2
+        sources = find_images([tmp_path], True)
+        failed = find_unreadable(sources, cache=tmp_path / "cache")
+        assert sources[-1].name == "b.png"
+        assert len(sources) == 2
         assert len(failed) == (depth == 30)
         assert all("File name too long" in str(error) for error in failed.values())
     finally:
@@ -145,13 +145,13 @@ def test_a_folder_that_cannot_be_read_is_counted(album: Path, monkeypatch: pytes
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    said: list[str] = []
+    messages: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
-        assert names(album, find_images([album], True, said.append)) == ["2025/trip/c.JPG", "a.jpg", "z.jpg"]
+        assert names(album, find_images([album], True, messages.append)) == ["2025/trip/c.JPG", "a.jpg", "z.jpg"]
         with pytest.raises(InputError, match="2024 cannot be read"):
             find_images([album / "2024"])
-    assert "1 folder that cannot be read" in said[0]
+    assert "1 folder that cannot be read" in messages[0]
 
 
 @pytest.mark.parametrize("address", ["https://example.org/photo.jpg", "https://example.org/shard.tar"])

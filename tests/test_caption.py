@@ -53,9 +53,9 @@ def test_the_caption_is_what_the_networks_give_image_by_image(
     pictures = ImageDataset(image_paths, build_transform(image_size=description.preprocessing.image_size))
     for index, caption in enumerate(captioner(image_paths)):
         with torch.no_grad():
-            found = greedy(decoder, encoder(pictures[index][None]))[0]
-        assert caption.text == vocab.decode(found.tokens)
-        assert caption.tokens == vocab.tokens(found.tokens)
+            hypothesis = greedy(decoder, encoder(pictures[index][None]))[0]
+        assert caption.text == vocab.decode(hypothesis.tokens)
+        assert caption.tokens == vocab.tokens(hypothesis.tokens)
 
 
 def test_one_image_or_many_paths_or_pictures(captioner: Captioner, image_paths: list[Path]):
@@ -101,8 +101,8 @@ def test_alternatives_come_after_the_best(captioner: Captioner, image_paths: lis
 
 def test_drawn_captions_repeat_with_their_seed(captioner: Captioner, image_paths: list[Path]):
     how = Decoding(temperature=3.0, seed=5, alternatives=2)
-    first, again = captioner(image_paths, how), captioner(image_paths, how)
-    assert first[0].text == again[0].text
+    first, repeated = captioner(image_paths, how), captioner(image_paths, how)
+    assert first[0].text == repeated[0].text
     assert len(first[0].alternatives) == 2
     assert first[0].text != captioner(image_paths, temperature=3.0, seed=6)[0].text
 
@@ -113,8 +113,8 @@ def test_an_image_that_cannot_be_read_is_named(captioner: Captioner, image_paths
         captioner([image_paths[0], tmp_path / "bad.jpg"])
     failed: dict[int, InputError] = {}
     sources = [image_paths[0], tmp_path / "bad.jpg", image_paths[1]]
-    found = list(captioner.stream(sources, Decoding(), unreadable=failed.__setitem__))
-    assert [index for index, _ in found] == [0, 2]
+    captions = list(captioner.stream(sources, Decoding(), unreadable=failed.__setitem__))
+    assert [index for index, _ in captions] == [0, 2]
     assert list(failed) == [1]
 
 
@@ -179,9 +179,9 @@ def test_a_name_that_is_no_text_is_shown_as_it_can_be(trained: Path, image_path:
     shutil.copy(image_path, tmp_path / name)
     script = Path(caption_module.__file__)
     arguments = [script, image_path, tmp_path / name, "--model", trained]
-    found = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert "caf\\udce9.png: " in found.stdout
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\udce9.png: " in done.stdout
 
 
 @pytest.mark.parametrize("json_", [False, True])

@@ -108,9 +108,9 @@ def test_a_published_backbone_is_named_and_not_copied(
     checkpoint.save_epoch(folder, 1, encoder, decoder, description)
     write_description(folder, description)
     assert set(read_state_dict(folder / "encoder-1.pkl")) == {"embed.weight", "embed.bias"}
-    found = load_model(folder)[0]
-    assert torch.equal(found.embed.weight, encoder.embed.weight)
-    assert torch.equal(found.resnet[0].weight, published.conv1.weight)
+    loaded = load_model(folder)[0]
+    assert torch.equal(loaded.embed.weight, encoder.embed.weight)
+    assert torch.equal(loaded.resnet[0].weight, published.conv1.weight)
 
 
 def test_the_default_is_the_model_trained_last_on_the_kind_of_picture(tmp_path: Path, trained: Path):
@@ -227,9 +227,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_resumed(
     state = load_resume(folder, print)
     save_resume(folder, {**state, "step": 7})
     save_resume(folder, {**state, **changes})
-    said: list[str] = []
-    assert load_resume(folder, said.append)["step"] == 7
-    [sentence] = said
+    messages: list[str] = []
+    assert load_resume(folder, messages.append)["step"] == 7
+    [sentence] = messages
     assert problem in sentence
     assert sentence.startswith(f"{folder}/resume.pt ")
     assert sentence.endswith(f"; going on from {folder}/resume-previous.pt")

@@ -46,9 +46,9 @@ def test_a_random_transform_draws_from_the_seed_and_the_index_alone():
 def test_batches_of_images_come_in_order_from_any_number_of_workers(workers: int):
     dataset = ImageDataset([draw_noise(i) for i in range(10)], build_transform(True, 32, normalise=False))
     batches = [[(0, 1), (1, 1)], [(9, 1)], [(3, 2), (2, 2), (3, 3)]]
-    found = list(read_batches(dataset, batches, workers))
-    assert [keys for keys, _ in found] == batches
-    for keys, images in found:
+    results = list(read_batches(dataset, batches, workers))
+    assert [keys for keys, _ in results] == batches
+    for keys, images in results:
         assert torch.equal(images, torch.stack([dataset[key] for key in keys]))
 
 
@@ -126,8 +126,8 @@ def test_an_image_s_captions_come_together_and_each_once_an_epoch():
     batches = list(ImageBatches(image_rows, 32))
     assert len(batches) == len(ImageBatches(image_rows, 32))
     assert sorted(np.concatenate(batches)) == list(range(500))
-    seen = Counter(row for batch in batches for row in set(image_rows[batch].tolist()))
-    assert set(seen.values()) == {1}
+    batch_counts = Counter(row for batch in batches for row in set(image_rows[batch].tolist()))
+    assert set(batch_counts.values()) == {1}
 
 
 @pytest.mark.parametrize("sampler", [LengthBatches, ImageBatches])

@@ -111,8 +111,8 @@ def assert_same(one: Hypothesis, other: Hypothesis):
     assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
 
 
-def flat(found):
-    return [h for hypotheses in found for h in hypotheses]
+def flat(nested):
+    return [h for hypotheses in nested for h in hypotheses]
 
 
 def repeats_trigram(tokens):
@@ -249,12 +249,12 @@ def test_beam_search_finds_what_a_plain_search_finds(setting):
     for seed, kind in enumerate((Toy, GrowingToy, ToyEnsemble)):
         decoder, features = kind(9, seed, scale=1.0), features_of(4, 9, seed)
         features[:, END] += 1
-        for feature, found in zip(features, beam_search(decoder, features, **setting), strict=True):
+        for feature, results in zip(features, beam_search(decoder, features, **setting), strict=True):
             expected = plain_beam_search(decoder, feature, **setting)
-            assert [h.tokens for h in found] == [tokens for tokens, _ in expected]
-            assert [h.log_probability for h in found] == pytest.approx([p for _, p in expected], abs=1e-4)
+            assert [h.tokens for h in results] == [tokens for tokens, _ in expected]
+            assert [h.log_probability for h in results] == pytest.approx([p for _, p in expected], abs=1e-4)
             scores = [p / len(tokens) ** setting["length_penalty"] for tokens, p in expected]
-            assert [h.score for h in found] == pytest.approx(scores, abs=1e-4)
+            assert [h.score for h in results] == pytest.approx(scores, abs=1e-4)
 
 
 def all_ways(decoder, features):
@@ -271,9 +271,9 @@ def all_ways(decoder, features):
 
 def test_log_probabilities_and_attention_are_those_of_the_model():
     for decoder, features in some_decoders():
-        for found in all_ways(decoder, features):
-            assert len(found) == len(features)
-            for feature, hypotheses in zip(features, found, strict=True):
+        for results in all_ways(decoder, features):
+            assert len(results) == len(features)
+            for feature, hypotheses in zip(features, results, strict=True):
                 for h in hypotheses:
                     log_probability, attention = rescore(decoder, feature, h.tokens)
                     assert h.log_probability == pytest.approx(log_probability, abs=2e-4)
@@ -290,10 +290,10 @@ def test_start_is_never_emitted_and_unk_only_if_allowed(allow_unk):
     decoder, features = Toy(8), features_of(6, 8)
     features[:, [START, UNK]] += 6
     options = {"max_length": 6, "allow_unk": allow_unk}
-    found = greedy(decoder, features, **options) + sample(decoder, features, seed=0, n=20, **options)
-    found += sample(decoder, features, seed=0, n=20, top_p=0.9, temperature=2.0, **options)
-    found += flat(beam_search(decoder, features, 4, n_best=4, **options))
-    emitted = {token for h in found for token in h.tokens}
+    results = greedy(decoder, features, **options) + sample(decoder, features, seed=0, n=20, **options)
+    results += sample(decoder, features, seed=0, n=20, top_p=0.9, temperature=2.0, **options)
+    results += flat(beam_search(decoder, features, 4, n_best=4, **options))
+    emitted = {token for h in results for token in h.tokens}
     assert START not in emitted
     assert (UNK in emitted) == allow_unk
     assert END in emitted
@@ -302,11 +302,11 @@ def test_start_is_never_emitted_and_unk_only_if_allowed(allow_unk):
 def test_a_caption_comes_even_if_end_is_impossible():
     decoder, features = Toy(8), features_of(3, 8)
     features[:, END] = -torch.inf
-    found = greedy(decoder, features, max_length=5) + sample(decoder, features, max_length=5)
+    results = greedy(decoder, features, max_length=5) + sample(decoder, features, max_length=5)
     for hypotheses in beam_search(decoder, features, 3, max_length=5, n_best=3, length_penalty=1.0):
         assert len(hypotheses) == 3
-        found += hypotheses
-    for h in found:
+        results += hypotheses
+    for h in results:
         assert len(h.tokens) == 5
         assert END not in h.tokens
         assert math.isfinite(h.log_probability)
@@ -316,22 +316,22 @@ def test_max_length_counts_end_and_min_length_words_before_it():
     decoder, features = Toy(10), features_of(8, 10)
     features[:, END] += 4
     for low, high in ((0, 1), (3, 4), (5, 5), (2, 9)):
-        found = greedy(decoder, features, high, low) + sample(decoder, features, max_length=high, min_length=low)
-        found += flat(beam_search(decoder, features, 4, high, low, n_best=4))
-        for h in found:
+        results = greedy(decoder, features, high, low) + sample(decoder, features, max_length=high, min_length=low)
+        results += flat(beam_search(decoder, features, 4, high, low, n_best=4))
+        for h in results:
             assert len([token for token in h.tokens if token != END]) >= low
             assert len(h.tokens) <= high
             assert h.tokens[-1] == END or len(h.tokens) == high
-        assert any(h.tokens[-1] == END for h in found) == (low < high)
+        assert any(h.tokens[-1] == END for h in results) == (low < high)
 
 
 def test_a_caption_that_wants_to_end_does_so_right_after_min_length():
     decoder, features = Toy(10), features_of(3, 10)
     features[:, END] += 60
     for low in (0, 1, 4):
-        found = greedy(decoder, features, min_length=low) + sample(decoder, features, min_length=low)
-        found += flat(beam_search(decoder, features, 4, min_length=low))
-        assert [len(h.tokens) for h in found] == [low + 1] * 9
+        results = greedy(decoder, features, min_length=low) + sample(decoder, features, min_length=low)
+        results += flat(beam_search(decoder, features, 4, min_length=low))
+        assert [len(h.tokens) for h in results] == [low + 1] * 9
 
 
 @pytest.mark.parametrize("vocab_size", [3, 4])
@@ -341,8 +341,8 @@ def test_end_is_chosen_where_no_word_may_follow(vocab_size):
     for hypotheses in beam_search(decoder, features, 3, 12, min_length=8, block_trigrams=True):
         assert hypotheses[0].tokens == [3, 3, 3, END][4 - (1 if vocab_size == 3 else 4) :]
     if vocab_size == 3:
-        found = greedy(decoder, features, min_length=2) + sample(decoder, features, min_length=2)
-        assert [h.tokens for h in found] == [[END]] * 4
+        results = greedy(decoder, features, min_length=2) + sample(decoder, features, min_length=2)
+        assert [h.tokens for h in results] == [[END]] * 4
 
 
 def test_no_trigram_repeats_when_blocked():
@@ -371,8 +371,8 @@ def test_diverse_groups_differ_more_than_a_plain_beam():
 def test_groups_without_diversity_agree_and_are_returned_once():
     decoder, features = Toy(12), features_of(5, 12)
     expected = greedy(decoder, features)
-    found = beam_search(decoder, features, 3, n_best=3, groups=3, diversity=0.0)
-    for hypotheses, best in zip(found, expected, strict=True):
+    results = beam_search(decoder, features, 3, n_best=3, groups=3, diversity=0.0)
+    for hypotheses, best in zip(results, expected, strict=True):
         assert len(hypotheses) == 1
         assert_same(hypotheses[0], best)
 
@@ -381,8 +381,8 @@ def test_groups_without_diversity_agree_and_are_returned_once():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_n_best_are_different_and_sorted(length_penalty, groups):
     for decoder, features in some_decoders():
-        found = beam_search(decoder, features, 6, n_best=6, length_penalty=length_penalty, groups=groups)
-        for hypotheses in found:
+        results = beam_search(decoder, features, 6, n_best=6, length_penalty=length_penalty, groups=groups)
+        for hypotheses in results:
             assert len({tuple(h.tokens) for h in hypotheses}) == len(hypotheses)
             assert groups > 1 or len(hypotheses) == 6
             scores = [h.log_probability / len(h.tokens) ** length_penalty for h in hypotheses]
@@ -399,8 +399,8 @@ def test_the_best_of_a_beam_beats_greedy_on_average():
 @pytest.mark.parametrize("decode", [greedy, sample])
 def test_ended_captions_are_not_computed_any_longer(decode):
     decoder = Toy(12)
-    found = decode(decoder, features_of(9, 12))
-    assert sum(decoder.rows) == sum(len(h.tokens) for h in found)
+    results = decode(decoder, features_of(9, 12))
+    assert sum(decoder.rows) == sum(len(h.tokens) for h in results)
 
 
 def test_hypotheses_that_cannot_be_returned_are_not_computed_any_longer():
@@ -483,10 +483,10 @@ def allowed_distribution(logits, temperature, top_k, top_p):
     """What a token should be drawn from, {token: probability}, written as the papers define it."""
     weights = {w: math.exp(logits[w] / temperature) for w in range(len(logits)) if w not in (START, UNK)}
     order = sorted(weights, key=weights.get, reverse=True)[: top_k or None]
-    total, kept = sum(weights[w] for w in order), []
-    while sum(weights[w] for w in kept) < top_p * total * (1 - 1e-6):
-        kept.append(order[len(kept)])
-    return {w: weights[w] / sum(weights[v] for v in kept) for w in kept}
+    total, nucleus = sum(weights[w] for w in order), []
+    while sum(weights[w] for w in nucleus) < top_p * total * (1 - 1e-6):
+        nucleus.append(order[len(nucleus)])
+    return {w: weights[w] / sum(weights[v] for v in nucleus) for w in nucleus}
 
 
 @pytest.mark.parametrize(
@@ -549,8 +549,8 @@ def test_decoding_works_in_inference_mode_and_on_what_it_leaves():
 def test_decoding_builds_no_graph():
     decoder, features = real_decoder(AttentionDecoder)
     features.requires_grad_()
-    for found in all_ways(decoder, features):
-        assert not any(h.attention.requires_grad for hypotheses in found for h in hypotheses)
+    for results in all_ways(decoder, features):
+        assert not any(h.attention.requires_grad for hypotheses in results for h in hypotheses)
 
 
 @pytest.mark.parametrize(

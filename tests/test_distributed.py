@@ -82,7 +82,7 @@ class Launch:
             assert process.exitcode is not None, "it hangs"
         return [process.exitcode for process in self.processes]
 
-    def said(self, name: str) -> str:
+    def printed(self, name: str) -> str:
         """What all of them printed, the main one first."""
         return "".join((self.output / f"{i}.{name}").read_text() for i in range(len(self.processes)))
 
@@ -169,18 +169,18 @@ def test_several_processes_train_as_one(config: Make, launch: Callable, processe
     one = on_one_thread(config(**fields, name="one", cache=tmp_path / "other"))
     settings = config(**fields, name="several")
     several = launch(processes, train, settings)
-    assert several.wait() == [0] * processes, several.said("err")
+    assert several.wait() == [0] * processes, several.printed("err")
     assert_alike(one, settings.models / "several", settings.num_epochs)
-    lines = several.said("out").splitlines()
+    lines = several.printed("out").splitlines()
     assert len(lines) == 1 + 2 * settings.num_epochs  # not once a process
     assert f"{processes} process(es)" in lines[0]
     stores = [sorted((tmp_path / cache / "features").glob("*/features.npy")) for cache in ("other", "cache")]
     assert [path.parent.name for path in stores[0]] == [path.parent.name for path in stores[1]]
     for a, b in zip(*stores, strict=True):
         assert a.read_bytes() == b.read_bytes()
-        found = [np.fromfile(path, "<i8").tolist() for path in sorted(b.parent.glob("done-*"))]
-        assert len(found) == processes
-        assert sorted(start for done in found for start in done) == [*range(0, len(np.load(b)), BATCH)]
+        done_starts = [np.fromfile(path, "<i8").tolist() for path in sorted(b.parent.glob("done-*"))]
+        assert len(done_starts) == processes
+        assert sorted(start for done in done_starts for start in done) == [*range(0, len(np.load(b)), BATCH)]
 
 
 def test_batch_norms_that_several_cpus_would_train_apart_are_refused(config: Make, launch: Callable):
@@ -189,7 +189,7 @@ def test_batch_norms_that_several_cpus_would_train_apart_are_refused(config: Mak
     assert refused.wait() == [2, 2]
     assert re.fullmatch(
         r"error: --fine-tune 5 trains batch norms, .* on GPUs only; use one process or a smaller --fine-tune\.\n",
-        refused.said("err"),
+        refused.printed("err"),
     )
     assert not (settings.models / settings.name).exists()
 
@@ -283,8 +283,8 @@ def captioned(album: Path, tiny: Path, launch_in: Callable, tmp_path_factory: py
     """The captions of the album as one process writes them, without stopping."""
     folder = tmp_path_factory.mktemp("captions")
     output = folder / "new" / "captions.jsonl"
-    found = launch_in(folder / "said", 1, run_main, "caption.py", album, "--model", tiny, "--output", output)
-    assert found.wait() == [2], found.said("err")
+    launched = launch_in(folder / "said", 1, run_main, "caption.py", album, "--model", tiny, "--output", output)
+    assert launched.wait() == [2], launched.printed("err")
     assert os.listdir(output.parent) == ["captions.jsonl"]
     return output.read_bytes()
 
@@ -302,13 +302,15 @@ def test_several_processes_write_the_same_file(
     album: Path, tiny: Path, captioned: bytes, launch: Callable, tmp_path: Path, processes: int
 ):
     output = tmp_path / "captions.jsonl"
-    found = launch(processes, run_main, "caption.py", album, "--model", tiny, "--output", output)
-    assert found.wait() == [2] * processes
+    launched = launch(processes, run_main, "caption.py", album, "--model", tiny, "--output", output)
+    assert launched.wait() == [2] * processes
     assert output.read_bytes() == captioned
-    lines = found.said("err").splitlines()
+    lines = launched.printed("err").splitlines()
     assert sum("cannot be read as a photo" in line for line in lines) == BATCH + 1
-    said = f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} photos could not be read; their rows in {output} say why."
-    assert said in lines
+    message = (
+        f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} photos could not be read; their rows in {output} say why."
+    )
+    assert message in lines
     assert f"{output}: {len(captioned.splitlines())} rows written, 0 were there" in lines
     assert len(lines) == BATCH + 3
 
@@ -328,7 +330,7 @@ def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
     output.write_bytes(torn)
     file = output.stat().st_ino
     resumed = launch(1, run_main, "caption.py", *arguments)
-    assert resumed.wait() == [2], resumed.said("err")
+    assert resumed.wait() == [2], resumed.printed("err")
     assert output.read_bytes() == captioned
     assert output.stat().st_ino == file  # gone on with, not written anew
 
@@ -369,9 +371,9 @@ def test_several_processes_need_a_file_and_a_drawing_its_seed(album: Path, tiny:
         (("--output", "x.jsonl", "--json"), "--output goes with none of --json"),
         (("--output", "x.jsonl", "--temperature", 1), "needs a --seed"),
     ):
-        found = launch(2, run_main, "caption.py", album, "--model", tiny, *arguments)
-        assert found.wait() == [2, 2]
-        assert re.fullmatch(rf"error: .*{sentence}.*\n", found.said("err"))
+        launched = launch(2, run_main, "caption.py", album, "--model", tiny, *arguments)
+        assert launched.wait() == [2, 2]
+        assert re.fullmatch(rf"error: .*{sentence}.*\n", launched.printed("err"))
 
 
 def test_several_processes_evaluate_as_one(tiny: Path, drawn: Path, launch: Callable, tmp_path: Path):
@@ -379,9 +381,9 @@ def test_several_processes_evaluate_as_one(tiny: Path, drawn: Path, launch: Call
     for processes in (1, 2):
         path = tmp_path / f"{processes}.json"
         arguments = ("--model", tiny, "--data", drawn, "--split", "train", "--results", path, "--json")
-        found = launch(processes, run_main, "evaluate.py", *arguments)
-        assert found.wait() == [0] * processes, found.said("err")
-        documents.append(json.loads(found.said("out")))
+        launched = launch(processes, run_main, "evaluate.py", *arguments)
+        assert launched.wait() == [0] * processes, launched.printed("err")
+        documents.append(json.loads(launched.printed("out")))
         results.append(path.read_bytes())
     assert results[0] == results[1]
     assert len(json.loads(results[0])) == 24

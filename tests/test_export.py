@@ -116,9 +116,9 @@ def test_the_documented_use_gives_the_captions_words(model, exported, tmp_path, 
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     encoder, decoder, vocabulary, _ = load_model(model)
-    seen = build_transform(False, SIZE, normalise=False)(read_image("photo.jpg"))
+    inputs = build_transform(False, SIZE, normalise=False)(read_image("photo.jpg"))
     with torch.no_grad():
-        [expected] = greedy(decoder, encoder(seen[None]), max_length=LENGTH)
+        [expected] = greedy(decoder, encoder(inputs[None]), max_length=LENGTH)
     assert capsys.readouterr().out.split() == vocabulary.tokens(expected.tokens)
 
 

@@ -30,19 +30,19 @@ def encoder(tiny_backbone: Callable) -> EncoderCNN:
     return EncoderCNN(8, weights="random").eval()
 
 
-def count_seen(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
-    """Record the photos that the backbone sees; after so many batches it fails."""
-    seen: list[int] = []
+def record_computed(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
+    """Record the indices of the images that the backbone processes; it fails after `fail_after` batches."""
+    computed: list[int] = []
 
     def counting(*arguments: object) -> object:
         for number, (indices, batch) in enumerate(encode(*arguments)):
             if number == fail_after:
                 raise RuntimeError("interrupted")
-            seen.extend(indices)
+            computed.extend(indices)
             yield indices, batch
 
     monkeypatch.setattr(features, "encode", counting)
-    return seen
+    return computed
 
 
 def test_what_is_stored_is_what_the_backbone_sees(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
@@ -77,22 +77,22 @@ def test_a_second_pass_computes_nothing(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first = stored_features(encoder, paths, SIZE, cache=tmp_path)
-    seen = count_seen(monkeypatch)
+    computed = record_computed(monkeypatch)
     assert torch.equal(stored_features(encoder, paths, SIZE, cache=tmp_path), first)
-    assert seen == []
+    assert computed == []
 
 
 def test_an_interrupted_pass_goes_on_after_its_last_whole_batch(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
-        count_seen(patch, fail_after=1)
+        record_computed(patch, fail_after=1)
         with pytest.raises(RuntimeError, match="interrupted"):
             stored_features(encoder, paths, SIZE, cache=tmp_path)
     assert [path.suffix for path in (tmp_path / "features").iterdir() if path.is_dir()] == [".partial"]
-    seen = count_seen(monkeypatch)
+    computed = record_computed(monkeypatch)
     resumed = stored_features(encoder, paths, SIZE, cache=tmp_path)
-    assert seen == list(range(BATCH, len(paths)))
+    assert computed == list(range(BATCH, len(paths)))
     assert torch.equal(resumed, stored_features(encoder, paths, SIZE, cache=tmp_path / "other"))
     assert [path.suffix for path in (tmp_path / "features").iterdir() if path.is_dir()] == [""]
 
@@ -101,7 +101,7 @@ def test_a_torn_entry_of_a_killed_pass_counts_for_nothing(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
-        count_seen(patch, fail_after=1)
+        record_computed(patch, fail_after=1)
         with pytest.raises(RuntimeError, match="interrupted"):
             stored_features(encoder, paths, SIZE, cache=tmp_path)
     log = next(tmp_path.rglob("done-*"))
@@ -115,22 +115,22 @@ def test_other_weights_sizes_views_or_images_never_find_a_store(
 ):
     some = paths[:2]
     stored_features(encoder, some, SIZE, cache=tmp_path)
-    seen = count_seen(monkeypatch)
+    computed = record_computed(monkeypatch)
 
-    def computed(*arguments: object, **options: object) -> int:
-        seen.clear()
+    def count_computed(*arguments: object, **options: object) -> int:
+        computed.clear()
         stored_features(*arguments, **options, cache=tmp_path)
-        return len(seen)
+        return len(computed)
 
-    assert computed(encoder, some, SIZE) == 0
-    assert computed(encoder, some, Preprocessing(32)) == 2
-    assert computed(encoder, some, Preprocessing(64, crop="squash")) == 2
-    assert computed(encoder, some, SIZE, views=2) == 2
-    assert computed(encoder, some[::-1], SIZE) == 2
+    assert count_computed(encoder, some, SIZE) == 0
+    assert count_computed(encoder, some, Preprocessing(32)) == 2
+    assert count_computed(encoder, some, Preprocessing(64, crop="squash")) == 2
+    assert count_computed(encoder, some, SIZE, views=2) == 2
+    assert count_computed(encoder, some[::-1], SIZE) == 2
     os.utime(some[0], ns=(0, 0))
-    assert computed(encoder, some, SIZE) == 2
+    assert count_computed(encoder, some, SIZE) == 2
     encoder.resnet[1].running_mean[0] += 1e-3
-    assert computed(encoder, some, SIZE) == 2
+    assert count_computed(encoder, some, SIZE) == 2
 
 
 def test_unreadable_images_are_listed_after_the_whole_pass(
@@ -159,9 +159,9 @@ def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tm
 
 def test_a_damaged_store_says_what_to_delete(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
     stored_features(encoder, paths, SIZE, cache=tmp_path)
-    (found,) = (tmp_path / "features").glob("*/features.npy")
-    found.write_bytes(found.read_bytes()[:200])
-    with pytest.raises(InputError, match=rf"{found.parent} is damaged .*; delete it"):
+    (path,) = (tmp_path / "features").glob("*/features.npy")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=rf"{path.parent} is damaged .*; delete it"):
         stored_features(encoder, paths, SIZE, cache=tmp_path)
 
 

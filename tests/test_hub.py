@@ -83,8 +83,8 @@ class Hub:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if hub.status:
                     return self.answer(hub.status)
-                status, found = hub.take(urlsplit(self.path).path, [json.loads(line) for line in body.splitlines()])
-                return self.answer(status, json.dumps(found).encode(), Content_Type="application/json")
+                status, reply = hub.take(urlsplit(self.path).path, [json.loads(line) for line in body.splitlines()])
+                return self.answer(status, json.dumps(reply).encode(), Content_Type="application/json")
 
             def do_PUT(self) -> None:
                 content = self.rfile.read(int(self.headers["Content-Length"]))

@@ -152,16 +152,16 @@ def read_alone(path: Path, shorter_side: int | None = None) -> tuple[str, int]:
     )
     command = [sys.executable, "-c", PEAK + script, str(path), str(shorter_side or 0)]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100).stdout
-    said, peak = lines.splitlines()
-    return said, int(peak)
+    output, peak = lines.splitlines()
+    return output, int(peak)
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, name: str):
     content, expected = BOMBS[name]
     (tmp_path / "bomb").write_bytes(content())
-    said, peak = read_alone(tmp_path / "bomb")
-    assert expected in said
+    output, peak = read_alone(tmp_path / "bomb")
+    assert expected in output
     assert peak < 100
 
 
@@ -180,8 +180,8 @@ def test_reading_takes_no_more_memory_than_is_said(tmp_path: Path, mode: str, fo
 @pytest.mark.parametrize("size", [(12000, 9000), (16320, 12240)], ids=["108 megapixels", "200 megapixels"])
 def test_a_jpeg_of_a_phone_is_reduced_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]):
     Image.new("L", size, 99).save(tmp_path / "phone.jpg")
-    said, peak = read_alone(tmp_path / "phone.jpg", 256)
-    assert said == str((size[0] // 8, size[1] // 8))
+    output, peak = read_alone(tmp_path / "phone.jpg", 256)
+    assert output == str((size[0] // 8, size[1] // 8))
     assert peak < 100
     with pytest.MonkeyPatch.context() as patch:  # and where nothing is said of the size that is needed
         patch.setattr(image_files, "MAX_BYTES", 40_000_000)

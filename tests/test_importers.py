@@ -137,9 +137,9 @@ def test_flickr30k_csv_with_its_broken_row(tmp_path):
         rows.append(f'{name}| 0| A dog "runs" , across the grass .')
     text(source / "results.csv", "\n".join([*rows, "2199200615.jpg| 4   A dog runs across the grass ."]))
     importers.import_flickr(source, tmp_path / "out")
-    found = {k: v for split in ("train", "val", "test") for k, v in captions(tmp_path / "out", split).items()}
-    assert found["1.jpg"] == ['A dog "runs" , across the grass .']
-    assert found["2199200615.jpg"][1] == "A dog runs across the grass ."
+    imported = {k: v for split in ("train", "val", "test") for k, v in captions(tmp_path / "out", split).items()}
+    assert imported["1.jpg"] == ['A dog "runs" , across the grass .']
+    assert imported["2199200615.jpg"][1] == "A dog runs across the grass ."
 
 
 def karpathy(source: Path) -> Path:
@@ -425,16 +425,16 @@ def test_the_real_flickr8k_imports_and_trains(tmp_path, small, tiny_backbone):
         pytest.skip("../shared/data/flickr8k is not here")
     out = tmp_path / "out"
     importers.import_flickr(DATA / "flickr8k", out)
-    found = captions(out, "train"), captions(out, "val")
-    assert [len(split) for split in found] == [6000, 1091]
-    assert {len(texts) for split in found for texts in split.values()} == {5}
+    splits = captions(out, "train"), captions(out, "val")
+    assert [len(split) for split in splits] == [6000, 1091]
+    assert {len(texts) for split in splits for texts in split.values()} == {5}
 
     for split, count in (("train", 300), ("val", 40)):  # a part is enough to see it learn
         path = out / "annotations" / f"captions_{split}.json"
         document = json.loads(path.read_text())
         document["images"] = document["images"][:count]
-        kept = {image["id"] for image in document["images"]}
-        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
+        ids = {image["id"] for image in document["images"]}
+        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
         path.write_text(json.dumps(document))
     description = checkpoint.read_description(train(small(data=out, batch_size=32, learning_rate=5e-3)))
     assert (description.data["train_photos"], description.data["train_captions"]) == (300, 1500)

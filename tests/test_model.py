@@ -202,8 +202,8 @@ def test_steps_give_the_logits_that_training_sees(name: str, num_layers: int):
     logits = decoder(features, captions)[:, 0 if decoder.attends else 1 :]  # of the words after <start>
     state = decoder.init_state(features)
     for t in range(5):
-        found, state = decoder.step(captions[:, t], state)
-        torch.testing.assert_close(found, logits[:, t], rtol=1e-4, atol=1e-4)
+        step_logits, state = decoder.step(captions[:, t], state)
+        torch.testing.assert_close(step_logits, logits[:, t], rtol=1e-4, atol=1e-4)
         assert all(len(part) == 3 for part in state)
 
 
@@ -214,8 +214,8 @@ def test_a_batch_is_decoded_as_its_images_one_at_a_time(name: str, num_layers: i
     decoder, features = make_decoder(name, num_layers), make_features(name, 7)
 
     def tokens(features: Tensor) -> list[list[int]]:
-        found = decode(decoder, features)
-        return [(row[0] if isinstance(row, list) else row).tokens for row in found]
+        hypotheses = decode(decoder, features)
+        return [(row[0] if isinstance(row, list) else row).tokens for row in hypotheses]
 
     together = tokens(features)
     assert together == [tokens(features[i : i + 1])[0] for i in range(7)]
@@ -224,7 +224,7 @@ def test_a_batch_is_decoded_as_its_images_one_at_a_time(name: str, num_layers: i
 
 def test_sample_is_the_recipe_s_loop():
     decoder, features = make_decoder("lstm"), make_features("lstm", 5)
-    for row, found in enumerate(decoder.sample(features, max_len=12)):
+    for row, tokens in enumerate(decoder.sample(features, max_len=12)):
         inputs, states, expected = features[row].view(1, 1, -1), None, []
         for _ in range(12):
             hidden, states = decoder.lstm(inputs, states)
@@ -233,7 +233,7 @@ def test_sample_is_the_recipe_s_loop():
             if word.item() == 1:
                 break
             inputs = decoder.embed(word).unsqueeze(1)
-        assert found == expected
+        assert tokens == expected
 
 
 def test_attention_weighs_every_cell_and_sums_to_one():
@@ -247,7 +247,7 @@ def test_looked_sums_a_caption_s_attention_over_its_own_words_only():
     decoder, features = make_decoder("attention"), make_features("attention", 3)
     captions, lengths = torch.randint(3, WORDS, (3, 9)), torch.tensor([4, 9, 6])
     _, looked = decoder.unroll(features, captions, lengths)
-    seen = [decoder.unroll(features[i : i + 1], captions[i : i + 1, :n])[1][0] for i, n in enumerate(lengths)]
+    separate = [decoder.unroll(features[i : i + 1], captions[i : i + 1, :n])[1][0] for i, n in enumerate(lengths)]
     order = lengths.argsort(descending=True)
-    torch.testing.assert_close(looked, torch.stack(seen)[order])
+    torch.testing.assert_close(looked, torch.stack(separate)[order])
     assert isinstance(decoder, AttentionDecoder)

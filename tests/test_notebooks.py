@@ -37,10 +37,10 @@ def outputs_as_text(cell: dict) -> str:
     texts = []
     for output in cell["outputs"]:
         data = output.get("data", {})
-        shown = {kind: text for kind, text in data.items() if kind not in IMAGES}
+        visible = {kind: text for kind, text in data.items() if kind not in IMAGES}
         if IMAGES & data.keys():
-            shown.pop("text/plain", None)
-        texts += [output.get("text", []), *shown.values()]
+            visible.pop("text/plain", None)
+        texts += [output.get("text", []), *visible.values()]
     return "".join("".join(text) for text in texts if not isinstance(text, dict))
 
 

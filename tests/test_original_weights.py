@@ -172,10 +172,10 @@ def triple(original, tmp_path) -> tuple[Path, Path, Path]:
 @pytest.fixture
 def image_paths() -> list[Path]:
     """Ten photos of COCO."""
-    found = sorted((DATA / "coco-mini" / "images" / "val2017").glob("*.jpg"))[:10]
-    if not found:
+    paths = sorted((DATA / "coco-mini" / "images" / "val2017").glob("*.jpg"))[:10]
+    if not paths:
         pytest.skip("../shared/data/coco-mini is not here")
-    return found
+    return paths
 
 
 RECIPE = transforms.Compose(
@@ -202,25 +202,27 @@ def test_imported_weights_give_the_originals_token_sequences(original, triple, i
         images = [RECIPE(Image.open(path).convert("RGB")) for path in image_paths]
         expected = [original[1].sample(original[0](image[None])) for image in images]
         ours = build_transform(image_size=description.preprocessing.image_size)
-        found = decoder.sample(encoder(torch.stack([ours(read_image(path)) for path in image_paths])))
+        actual = decoder.sample(encoder(torch.stack([ours(read_image(path)) for path in image_paths])))
     assert len({tuple(tokens) for tokens in expected}) > 3
-    assert found == expected
+    assert actual == expected
 
 
 def test_a_trained_model_says_what_the_original_code_says_word_for_word(image_paths, tmp_path):
     document = json.loads((DATA / "coco-mini" / "annotations" / "captions_val2017.json").read_text())
     ids = {image["file_name"]: image["id"] for image in document["images"]}
-    said = {a["image_id"]: a["caption"] for a in document["annotations"]}
-    sentences = [said[ids[path.name]] for path in image_paths]
+    caption_of = {a["image_id"]: a["caption"] for a in document["annotations"]}
+    sentences = [caption_of[ids[path.name]] for path in image_paths]
     vocabulary = Vocabulary.build(sentences, 1)
     torch.manual_seed(0)
     encoder, decoder = OriginalEncoder(32).eval(), DecoderRNN(32, 64, len(vocabulary))
     with torch.no_grad():
-        seen = encoder.resnet(torch.stack([RECIPE(Image.open(path).convert("RGB")) for path in image_paths])).flatten(1)
-        embedded = encoder.embed(seen)
+        pooled = encoder.resnet(torch.stack([RECIPE(Image.open(path).convert("RGB")) for path in image_paths])).flatten(
+            1
+        )
+        embedded = encoder.embed(pooled)
         encoder.embed.weight /= embedded.std(0)[:, None]
         encoder.embed.bias.copy_((encoder.embed.bias - embedded.mean(0)) / embedded.std(0))
-        features = encoder.embed(seen)
+        features = encoder.embed(pooled)
     captions = [torch.tensor(vocabulary.encode(sentence)) for sentence in sentences]
     captions = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=-100)
     optimizer = torch.optim.Adam(decoder.parameters(), 1e-2)
@@ -243,8 +245,8 @@ def test_a_trained_model_says_what_the_original_code_says_word_for_word(image_pa
     torch.save(restated.state_dict(), files[1])
     vocabulary_pickle(files[2], {"word2idx": vocabulary.index})
     import_weights(*files, tmp_path / "model")
-    found = Captioner.load(tmp_path / "model")(image_paths)
-    assert [c.tokens for c in found] == [[vocabulary.words[i] for i in tokens[1:-1]] for tokens in expected]
+    captions = Captioner.load(tmp_path / "model")(image_paths)
+    assert [c.tokens for c in captions] == [[vocabulary.words[i] for i in tokens[1:-1]] for tokens in expected]
 
 
 def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(image_paths, tmp_path, monkeypatch, capsys):

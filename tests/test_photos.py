@@ -52,6 +52,6 @@ def test_it_captions_images_that_it_was_not_trained_on(shared: Path, tmp_path: P
         (tmp_path / "images" / "val" / name).symlink_to(flickr8k / "Images" / name)
     captioner = Captioner.load(MODEL)
     data = CaptionDataset(tmp_path, "val", vocab=captioner.vocab, cache=tmp_path / "cache")
-    found = evaluate(captioner, data, java=False)
-    assert found.scores.metrics["CIDEr"] > 0.2
-    assert len({caption.text for caption in found.captions.values()}) > 100
+    evaluation = evaluate(captioner, data, java=False)
+    assert evaluation.scores.metrics["CIDEr"] > 0.2
+    assert len({caption.text for caption in evaluation.captions.values()}) > 100

@@ -104,8 +104,8 @@ def test_the_view_is_what_the_model_sees(tmp_path: Path):
     Image.fromarray(pixels).resize((900, 600), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     transform = build_transform(image_size=64, normalise=False)
     small, view = prepare_image(tmp_path / "a.png", "a.png", Preprocessing(64), 224)
-    seen = Image.fromarray(transform(small).permute(1, 2, 0).numpy()).resize((224, 224))
-    assert np.abs(np.asarray(seen, int) - np.asarray(view, int)).mean() < 10
+    expected = Image.fromarray(transform(small).permute(1, 2, 0).numpy()).resize((224, 224))
+    assert np.abs(np.asarray(expected, int) - np.asarray(view, int)).mean() < 10
 
 
 # Zip files

@@ -185,10 +185,10 @@ def test_a_signal_while_the_backbone_looks_keeps_what_it_has_seen(
     encode = features.encode
 
     def interrupted(*arguments: object) -> Iterator:
-        for number, found in enumerate(encode(*arguments)):
+        for number, batch in enumerate(encode(*arguments)):
             if number == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield found
+            yield batch
 
     with monkeypatch.context() as patch:
         patch.setattr(features, "encode", interrupted)
@@ -222,8 +222,8 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make):
 
 
 def test_a_training_that_ended_early_ends_there_again(config: Make, monkeypatch: pytest.MonkeyPatch):
-    found = {"val_loss": 1.0, "val_perplexity": 2.7, "Bleu_4": 0.0, "CIDEr": 0.0, "captions": {}}
-    monkeypatch.setattr(training, "validate", lambda *_: dict(found))
+    validation = {"val_loss": 1.0, "val_perplexity": 2.7, "Bleu_4": 0.0, "CIDEr": 0.0, "captions": {}}
+    monkeypatch.setattr(training, "validate", lambda *_: dict(validation))
     folder = train(config(num_epochs=9, patience=2, batch_size=120))
     assert len(read_description(folder).epochs) == 3
     train(resumed_config(folder))
@@ -232,10 +232,10 @@ def test_a_training_that_ended_early_ends_there_again(config: Make, monkeypatch:
 
 def test_resuming_keeps_the_options_and_takes_new_ones(config: Make):
     folder = train(config(num_epochs=1, hidden_size=24, learning_rate=2e-3))
-    again = resumed_config(folder)
-    assert (again.hidden_size, again.learning_rate, again.resume) == (24, 2e-3, folder)
-    again.num_epochs = 2
-    train(again)
+    resumed = resumed_config(folder)
+    assert (resumed.hidden_size, resumed.learning_rate, resumed.resume) == (24, 2e-3, folder)
+    resumed.num_epochs = 2
+    train(resumed)
     assert epochs_saved(folder) == [1, 2]
 
 
@@ -297,17 +297,17 @@ def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path,
     shutil.copytree(drawn, tmp_path / "data")
     path = tmp_path / "data" / "annotations" / "captions_train.json"
     path.write_text(path.read_text().replace("a ", "one ", 1))
-    again = resumed_config(stopped)
-    again.data = tmp_path / "data"
+    resumed = resumed_config(stopped)
+    resumed.data = tmp_path / "data"
     with pytest.raises(InputError, match=r"captions_train\.json is not what .* was trained on"):
-        train(again)
+        train(resumed)
 
 
 def test_another_size_of_images_is_refused(stopped: Path):
-    again = resumed_config(stopped)
-    again.image_size = 64
+    resumed = resumed_config(stopped)
+    resumed.image_size = 64
     with pytest.raises(InputError, match="trained with --image-size 32, which cannot change"):
-        train(again)
+        train(resumed)
 
 
 def test_a_log_that_was_deleted_goes_on_without_holes(stopped: Path):

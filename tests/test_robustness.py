@@ -54,8 +54,8 @@ def two_colours() -> Image.Image:
 def assert_two_colours(image: Image.Image, left: tuple = RED, right: tuple = BLUE, tolerance: int = 12) -> None:
     assert image.mode == "RGB"
     assert image.size == (80, 60)
-    found = np.array([image.getpixel((10, 30)), image.getpixel((70, 30))], int)
-    assert np.abs(found - np.array([left, right])).max() <= tolerance, found
+    colours = np.array([image.getpixel((10, 30)), image.getpixel((70, 30))], int)
+    assert np.abs(colours - np.array([left, right])).max() <= tolerance, colours
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -182,9 +182,9 @@ def test_unreadable_images_are_found_in_one_pass(tmp_path: Path):
         paths.append(tmp_path / f"{i}.jpg")
         paths[-1].write_bytes(encoded("JPEG")[: 1500 if i in (1, 4) else None])
     for workers in (0, 2):
-        found = find_unreadable(paths, workers, tmp_path / str(workers))
-        assert sorted(found) == [1, 4]
-        assert "1.jpg" in str(found[1])
+        unreadable = find_unreadable(paths, workers, tmp_path / str(workers))
+        assert sorted(unreadable) == [1, 4]
+        assert "1.jpg" in str(unreadable[1])
 
 
 def test_images_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,8 +209,8 @@ def test_images_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatc
     os.utime(paths[0], ns=(0, 0))
     assert check() == paths
     for torn in ("", "[2"):
-        for kept in (tmp_path / "unreadable").iterdir():
-            kept.write_text(torn)
+        for path in (tmp_path / "unreadable").iterdir():
+            path.write_text(torn)
         assert check() == paths
 
 
@@ -653,10 +653,10 @@ def test_a_bad_input_gives_one_sentence_that_names_it(
 ):
     monkeypatch.chdir(tmp_path)
     act, expected = ROWS[row]
-    with pytest.raises(InputError, match=expected) as found:
+    with pytest.raises(InputError, match=expected) as caught:
         act(Kit(tmp_path, trained, small))
-    assert "\n" not in str(found.value)
-    assert str(found.value).endswith((".", ")"))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith((".", ")"))
 
 
 def test_an_image_without_permission_is_named(image_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -875,7 +875,7 @@ def test_any_image(tmp_path: Path, form: str, flips: list[tuple[float, int]], en
 @quick
 @given(TEXTS | st.text(min_size=256, max_size=300))
 def test_any_path(path: str):
-    only_sentences(lambda: [read_image(found) for found in find_images([Path(path)])])
+    only_sentences(lambda: [read_image(source) for source in find_images([Path(path)])])
     only_sentences(lambda: read_image(path))
 
 

@@ -137,8 +137,8 @@ def test_five_different_captions_of_six_to_eighteen_words(pairs):
 
 
 def test_captions_have_many_words_and_openings(pairs):
-    seen = Counter(word for _, captions in pairs for caption in captions for word in words(caption))
-    assert len([word for word, count in seen.items() if count >= 4]) >= 120
+    counts = Counter(word for _, captions in pairs for caption in captions for word in words(caption))
+    assert len([word for word, count in counts.items() if count >= 4]) >= 120
     openings = Counter(" ".join(words(caption)[:1]) for _, captions in pairs for caption in captions)
     assert len([opening for opening, count in openings.items() if count >= 20]) >= 10
 
@@ -159,8 +159,8 @@ def test_nearly_every_caption_names_colour_and_setting(pairs):
 
 
 def test_the_scenes_of_a_split_allow_many_different_captions(pairs):
-    seen = {json.dumps([scene[key] for key in ("kind", "colour", "count", "setting")]) for scene, _ in pairs[:500]}
-    assert len(seen) > 300
+    kinds = {json.dumps([scene[key] for key in ("kind", "colour", "count", "setting")]) for scene, _ in pairs[:500]}
+    assert len(kinds) > 300
 
 
 # --- check ------------------------------------------------------------------------------------------------

@@ -88,9 +88,9 @@ def log_probability(model: CaptioningModel, features: Tensor, caption: list[int]
 
 def gradient(model: CaptioningModel) -> Tensor:
     parameters = [*model.decoder.parameters(), *model.encoder.embed.parameters()]
-    found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    actual = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     model.zero_grad()
-    return found
+    return actual
 
 
 def exact_gradient(model: CaptioningModel, features: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(model: CaptioningM
         total = total + p[i] * p[j] * reinforce(hidden, model.decoder.linear, padded, lengths, both)
     total.backward()
     assert total.item() == pytest.approx(-2 * expected_reward.item(), rel=1e-5)
-    found, exact = gradient(model), exact_gradient(model, features)
+    actual, exact = gradient(model), exact_gradient(model, features)
     assert exact.norm() > 0.1
-    torch.testing.assert_close(found, -2 * exact, rtol=1e-4, atol=1e-4 * exact.norm().item())
+    torch.testing.assert_close(actual, -2 * exact, rtol=1e-4, atol=1e-4 * exact.norm().item())
 
 
 def test_the_gradient_of_what_is_drawn_tends_to_it(model: CaptioningModel, monkeypatch: pytest.MonkeyPatch):
@@ -136,15 +136,15 @@ def test_the_gradient_of_what_is_drawn_tends_to_it(model: CaptioningModel, monke
     copies = features.expand(count, *features.shape[1:])
     loss, _ = model(sampled(copies, np.zeros(count, np.int64)))
     loss.backward()
-    found = gradient(model) / (count * DRAWS)
-    assert (found + exact).norm() < 0.1 * exact.norm()
+    actual = gradient(model) / (count * DRAWS)
+    assert (actual + exact).norm() < 0.1 * exact.norm()
 
 
 def test_the_advantages_of_an_image_sum_to_zero_and_no_draw_is_in_its_own_baseline():
     rewards = torch.rand(7, DRAWS) * 10
-    found = advantages(rewards)
-    torch.testing.assert_close(found.sum(1), torch.zeros(7), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[:, 0], rewards[:, 0] - rewards[:, 1:].mean(1))
+    actual = advantages(rewards)
+    torch.testing.assert_close(actual.sum(1), torch.zeros(7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual[:, 0], rewards[:, 0] - rewards[:, 1:].mean(1))
     assert (advantages(torch.ones(1, DRAWS)) == 0).all()
 
 
@@ -181,10 +181,10 @@ def config(small: Make, tiny_backbone: Callable) -> Make:
 
 def go_on(folder: Path, **fields: object) -> Path:
     """Train the model on CIDEr-D, for two epochs of 8 steps."""
-    found = resumed_config(folder, "cider")
+    resumed = resumed_config(folder, "cider")
     for name, value in {"num_epochs": 2, **fields}.items():
-        setattr(found, name, value)
-    return train(found)
+        setattr(resumed, name, value)
+    return train(resumed)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -288,9 +288,9 @@ def test_the_state_of_a_training_that_knew_one_objective_goes_on(config: Make):
     state = load_resume(folder, print)
     torch.save({k: v for k, v in state.items() if k not in ("objective", "first_epoch")}, folder / "resume.pt")
     (folder / "resume-previous.pt").unlink()
-    again = resumed_config(folder)
-    again.num_epochs = 2
-    assert epochs_saved(train(again)) == [1, 2]
+    resumed = resumed_config(folder)
+    resumed.num_epochs = 2
+    assert epochs_saved(train(resumed)) == [1, 2]
     assert epochs_saved(go_on(folder, num_epochs=1)) == [1, 2, 3]
 
 
@@ -308,11 +308,11 @@ def test_without_a_model_to_start_from_it_says_what_to_do(config: Make, monkeypa
 
 def test_the_command_goes_on_with_the_objectives_own_learning_rate(trained: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / "model")
-    found = run("--resume", "model", "--objective=cider", "--num-epochs", 1, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert "epoch 3: train loss -" in found.stdout
+    done = run("--resume", "model", "--objective=cider", "--num-epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 3: train loss -" in done.stdout
     assert read_description(tmp_path / "model").training["learning_rate"] == 5e-4
-    found = run("--resume", "model", "--objective", "bleu", cwd=tmp_path)
-    assert found.returncode == 2
-    assert "bleu" in found.stderr
-    assert "captioner.json" not in found.stderr
+    done = run("--resume", "model", "--objective", "bleu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bleu" in done.stderr
+    assert "captioner.json" not in done.stderr

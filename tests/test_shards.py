@@ -82,7 +82,7 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
 
 
 @pytest.mark.parametrize(
-    ("files", "expected", "said"),
+    ("files", "expected", "message"),
     [
         pytest.param(
             [("0.txt", b"a dog\n\n two  cats \r\na cow\rx")], ["a dog", "two cats", "a cow", "x"], "", id="lines"
@@ -116,7 +116,7 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
     ],
 )
 def test_captions_of_an_image(
-    tmp_path: Path, capsys: pytest.CaptureFixture, files: list[tuple[str, bytes]], expected: list[str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, files: list[tuple[str, bytes]], expected: list[str], message: str
 ):
     """What is used is right, and what is skipped is said, the second time from the cache."""
     shard = pack(tmp_path / "train-0.tar", [("0.png", PNG), *files, *BESIDE])
@@ -125,8 +125,8 @@ def test_captions_of_an_image(
         data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
         assert list(data.references().values()) == ([expected] if expected else []) + [["a kite"]]
         errors = capsys.readouterr().err
-        assert re.search(said, errors) if said else not errors, errors
-        assert errors.count("\n") == bool(said)
+        assert re.search(message, errors) if message else not errors, errors
+        assert errors.count("\n") == bool(message)
     assert [image.name for image in list_images(shard)] == ["0.png", "a.png"]
 
 
@@ -288,8 +288,8 @@ def test_shards_are_indexed_once(packed: Path, tmp_path: Path, monkeypatch: pyte
     first = CaptionDataset(packed, vocab_threshold=1, cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
-        again = CaptionDataset(packed, vocab_threshold=1, cache=tmp_path / "cache")
-    assert list(again.paths) == list(first.paths)
+        second = CaptionDataset(packed, vocab_threshold=1, cache=tmp_path / "cache")
+    assert list(second.paths) == list(first.paths)
     write_shard(packed / "train-000001.tar", [{"__key__": "new", "png": encoded(0), "txt": "a kite"}])
     assert [path.name for path in CaptionDataset(packed, vocab_threshold=1, cache=tmp_path / "cache").paths][3:] == [
         "new.png"

@@ -51,13 +51,13 @@ def test_padding_never_enters_the_loss(tiny_backbone: Callable, name: str, lengt
     features = torch.randn(3, *((4,) if decoder.attends else ()), 2048)
     row, length = torch.tensor([2, 0, 1, 2]), torch.tensor(lengths)
     captions = torch.randint(3, 30, (4, max(lengths)))
-    found = model(Batch(features, row, captions, length))
+    actual = model(Batch(features, row, captions, length))
     each = [(row[i : i + 1], captions[i : i + 1, :n], length[i : i + 1]) for i, n in enumerate(lengths)]
     alone = [model(Batch(features, *caption)) for caption in each]
-    torch.testing.assert_close(found[0], sum(loss for loss, _ in alone))
-    torch.testing.assert_close(found[1], sum(penalty for _, penalty in alone))
+    torch.testing.assert_close(actual[0], sum(loss for loss, _ in alone))
+    torch.testing.assert_close(actual[1], sum(penalty for _, penalty in alone))
     captions[torch.arange(max(lengths)) >= length[:, None]] = 29  # whatever the padding is
-    assert model(Batch(features, row, captions, length))[0] == found[0]
+    assert model(Batch(features, row, captions, length))[0] == actual[0]
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -188,12 +188,12 @@ def test_every_step_is_in_the_log(trained: Path):
     assert log[:, 0].tolist() == [1] * steps + [2] * steps
     assert log[:, 1].tolist() == [*range(1, steps + 1)] * 2
     for line, (epoch, step, loss) in zip(lines, log, strict=True):
-        found = re.fullmatch(
+        match = re.fullmatch(
             rf"Epoch \[{epoch:.0f}/2\], Step \[{step:.0f}/{steps}\], Loss: ([\d.]+), Perplexity: ([\d.]+)",
             line,
         )
-        assert float(found[1]) == loss
-        assert float(found[2]) == pytest.approx(math.exp(loss), rel=1e-3)
+        assert float(match[1]) == loss
+        assert float(match[2]) == pytest.approx(math.exp(loss), rel=1e-3)
 
 
 def test_each_epoch_is_judged_by_its_validation(trained: Path, drawn: Path):
@@ -233,8 +233,8 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
 
     def judge(values: list[float]) -> None:
         left = iter(values)
-        found = {"val_loss": 1.0, "val_perplexity": math.e, "Bleu_4": 0.0, "captions": {}}
-        monkeypatch.setattr(training, "validate", lambda *_: {**found, "CIDEr": next(left)})
+        validation = {"val_loss": 1.0, "val_perplexity": math.e, "Bleu_4": 0.0, "captions": {}}
+        monkeypatch.setattr(training, "validate", lambda *_: {**validation, "CIDEr": next(left)})
 
     return judge
 
@@ -535,13 +535,13 @@ def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
         "--vocab-threshold",
         1,
     ]
-    found = run(*options, "--num-epochs", 1, "--batch-size", 400, "--workers", 0, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert "epoch 1: train loss" in found.stdout
-    assert found.stderr == ""  # no progress bar into a pipe
+    done = run(*options, "--num-epochs", 1, "--batch-size", 400, "--workers", 0, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1: train loss" in done.stdout
+    assert done.stderr == ""  # no progress bar into a pipe
     assert epochs_saved(tmp_path / "models" / "eight") == [1]
-    found = run("--resume=models/eight", "--num-epochs", 2, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
+    done = run("--resume=models/eight", "--num-epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert epochs_saved(tmp_path / "models" / "eight") == [1, 2]
     assert set(read_log(tmp_path / "models" / "eight" / "training_log.txt")[:, 0]) == {1, 2}
 
@@ -575,10 +575,10 @@ def test_a_training_goes_on_with_its_own_options_or_not_at_all(small: Make):
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path):
-    found = run("--data", "nowhere", "--weights", "random", cwd=tmp_path)
-    assert found.returncode == 2
-    assert re.fullmatch(r"error: nowhere does not exist; .*\n", found.stderr)
-    assert found.stdout == ""
+    done = run("--data", "nowhere", "--weights", "random", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: nowhere does not exist; .*\n", done.stderr)
+    assert done.stdout == ""
 
 
 def test_an_empty_caption_list_stops_training(small: Make, tmp_path: Path):
@@ -592,16 +592,16 @@ def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callabl
     model = CaptioningModel(EncoderCNN(256, weights="random"), DECODERS["lstm"](256, 8, 9)).eval()
     features, row = torch.randn(26, 2048), torch.arange(128) // 5
     captions, lengths = torch.randint(3, 9, (128, 3)), torch.full((128,), 3)
-    threads, found = torch.get_num_threads(), set()
+    threads, gradients = torch.get_num_threads(), set()
     try:
         torch.set_num_threads(2)
         for _ in range(30):
             model.zero_grad()
             model(Batch(features, row, captions, lengths))[0].backward()
-            found.add(model.encoder.embed.weight.grad.numpy().tobytes())
+            gradients.add(model.encoder.embed.weight.grad.numpy().tobytes())
     finally:
         torch.set_num_threads(threads)
-    assert len(found) == 1
+    assert len(gradients) == 1
 
 
 def test_bfloat16_is_refused_where_the_processor_has_none(small: Callable, monkeypatch: pytest.MonkeyPatch):
