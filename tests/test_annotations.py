@@ -181,7 +181,7 @@ def test_images_without_captions_are_skipped_and_counted(tmp_path: Path, capsys:
     assert capsys.readouterr().err.endswith(": left out 2 images without captions, the first is '7.png'.\n")
 
 
-def test_without_a_cache_everything_works_and_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_without_a_cache_everything_works_with_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture):
     path = write(tmp_path)
     (tmp_path / "cache").touch()
     for _ in range(2):
@@ -262,7 +262,7 @@ def assert_same(one: annotations.Annotations, other: annotations.Annotations) ->
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_was_kept_is_what_was_read(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_cached_arrays_equal_the_parsed_ones(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = find_split(drawn, "train")[0]
     first = read_annotations(path, tmp_path)
     monkeypatch.setattr(annotations, "tokenize", None)  # nothing is tokenized again
@@ -280,7 +280,7 @@ def test_a_torn_cache_file_is_made_anew(drawn: Path, tmp_path: Path, keep: float
     assert cached.read_bytes() == whole
 
 
-def test_another_file_never_finds_what_was_kept_of_the_first(tmp_path: Path):
+def test_another_file_never_gets_the_cache_of_the_first(tmp_path: Path):
     path = write_split(tmp_path, "train", {"a.png": ["a dog"]})
     assert read_annotations(path, tmp_path / "cache").words == ["a", "dog"]
     write_split(tmp_path, "train", {"a.png": ["a cat"]})

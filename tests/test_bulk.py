@@ -33,7 +33,7 @@ def names(folder: Path, paths: list) -> list[str]:
     return [str(path.relative_to(folder)) for path in paths]
 
 
-def test_what_a_folder_leaves_out_is_said(album: Path):
+def test_files_of_a_folder_that_are_left_out_are_reported(album: Path):
     messages: list[str] = []
     assert names(album, find_images([album], log=messages.append)) == ["a.jpg", "z.jpg"]
     assert len(messages) == 1

@@ -174,7 +174,7 @@ def test_json_is_one_document_in_the_order_given(command: Callable, trained: Pat
     assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows)
 
 
-def test_a_name_that_is_no_text_is_shown_as_it_can_be(trained: Path, image_path: Path, tmp_path: Path):
+def test_an_undecodable_name_is_printed_escaped(trained: Path, image_path: Path, tmp_path: Path):
     name = os.fsdecode(b"caf\xe9.png")
     shutil.copy(image_path, tmp_path / name)
     script = Path(caption_module.__file__)
@@ -248,9 +248,7 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(
         assert len(errors.splitlines()) == 1
 
 
-def test_what_was_written_is_said_also_where_nothing_was_left_to_do(
-    command: Callable, trained: Path, album: Path, tmp_path: Path
-):
+def test_a_run_that_finds_all_rows_written_reports_them(command: Callable, trained: Path, album: Path, tmp_path: Path):
     (album / "notes.txt").touch()
     good = [album / f"{i:02}.png" for i in range(1, 6)]
     output = tmp_path / "new" / "c.jsonl"
@@ -261,7 +259,7 @@ def test_what_was_written_is_said_also_where_nothing_was_left_to_do(
     assert [row["photo"] for row in rows] == list(map(str, good))
 
 
-def test_what_was_left_out_is_said(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
+def test_left_out_files_are_reported(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
     folder = tmp_path / "album"
     (folder / "2024").mkdir(parents=True)
     shutil.copy(image_path, folder / "a.png")

@@ -181,7 +181,7 @@ def unprivileged() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_read_only_folder_is_said_before_the_work(read_only: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_only_folder_is_refused_before_the_work(read_only: Path, monkeypatch: pytest.MonkeyPatch):
     config = resumed_config(read_only)
     monkeypatch.setattr("captioning.training.CaptionDataset", None)  # reading the data comes after
     with unprivileged():
@@ -244,7 +244,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_resumed(
 
 
 @pytest.mark.parametrize("name", ["captioner.json", "encoder-1.pkl", "decoder-1.pkl"])
-def test_a_folder_that_lacks_a_file_is_said_to(folder: Path, name: str):
+def test_a_folder_that_lacks_a_file_is_refused(folder: Path, name: str):
     (folder / name).unlink()
     with pytest.raises(InputError, match=r"model.*captioner\.json|model is incomplete.*encoder-<i>\.pkl"):
         load_model(folder)

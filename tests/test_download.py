@@ -181,7 +181,7 @@ def test_the_table_names_every_archive_of_both_years():
             assert len(bytes.fromhex(sha256)) == 32
 
 
-def test_what_is_there_is_not_downloaded_again(coco, tmp_path):
+def test_existing_files_are_not_downloaded(coco, tmp_path):
     download.coco(tmp_path)
     coco.requests.clear()
     download.coco(tmp_path)
@@ -222,14 +222,14 @@ def test_the_next_run_goes_on_where_an_interrupted_one_stopped(coco, tmp_path):
     assert files_below(tmp_path) == whole()
 
 
-def test_a_server_without_ranges_sends_it_all_again(coco, tmp_path):
+def test_a_server_without_ranges_sends_the_whole_file(coco, tmp_path):
     coco.ranges = False
     coco.cut_after["/zips/val2017.zip"] = [1000]
     download.coco(tmp_path)
     assert files_below(tmp_path) == whole()
 
 
-def test_a_busy_server_is_asked_again(coco, tmp_path):
+def test_a_busy_server_is_retried(coco, tmp_path):
     coco.status["/zips/val2017.zip"] = [503, 429]
     download.coco(tmp_path)
     assert files_below(tmp_path) == whole()
@@ -392,7 +392,7 @@ def test_images_are_downloaded_many_at_once(coco, tmp_path):
     assert coco.most_at_once >= 8
 
 
-def test_an_image_that_is_gone_is_named_and_the_others_are_kept(coco, tmp_path):
+def test_an_image_that_is_gone_is_named_and_the_others_stay(coco, tmp_path):
     del coco.files["/train2017/000000000001.jpg"]
     with pytest.raises(InputError, match=r"1 photos could not .*/train2017/000000000001.jpg \(.*404"):
         download.coco(tmp_path, limit=3)
@@ -411,7 +411,7 @@ def test_an_image_that_is_something_else_is_named(coco, tmp_path):
     assert len(document(tmp_path, "captions_val2017.json")["images"]) == 1
 
 
-def test_an_image_whose_connection_breaks_is_tried_again(coco, tmp_path):
+def test_an_image_whose_connection_breaks_is_retried(coco, tmp_path):
     coco.cut_after["/val2017/000000000100.jpg"] = [100, 100]
     coco.status["/val2017/000000000101.jpg"] = [500]
     download.coco(tmp_path, limit=3)
@@ -419,7 +419,7 @@ def test_an_image_whose_connection_breaks_is_tried_again(coco, tmp_path):
     assert image.read_bytes() == coco.files["/val2017/000000000100.jpg"]
 
 
-def test_images_that_came_before_the_network_failed_are_kept_for_the_next_run(coco, tmp_path):
+def test_images_downloaded_before_the_network_failed_serve_the_next_run(coco, tmp_path):
     coco.status["/test2017/000000000202.jpg"] = [500] * fetching.ATTEMPTS
     with pytest.raises(InputError, match=r"000000000202.jpg cannot be downloaded: .*500.* run the same"):
         download.coco(tmp_path, limit=3)

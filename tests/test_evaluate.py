@@ -91,7 +91,7 @@ def test_the_table_is_for_people(command: Callable, trained: Path, drawn: Path):
     assert "8 images" in output
 
 
-def test_results_are_written_and_scored_again(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
+def test_written_results_get_the_same_scores(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
     results = tmp_path / "results.json"
     _, first, _ = command("--model", trained, "--data", drawn, "--json", "--results", results)
     rows = json.loads(results.read_text())
@@ -132,7 +132,7 @@ def test_a_limit_below_one_is_a_mistake(command: Callable, trained: Path, drawn:
     assert "limit" in errors
 
 
-def test_what_is_evaluated_is_said_first(command: Callable, trained: Path, drawn: Path):
+def test_what_is_evaluated_is_printed_first(command: Callable, trained: Path, drawn: Path):
     _, _, errors = command("--model", trained, "--data", drawn, "--split", "val", "--limit", 1)
     epoch = read_description(trained).best_epoch
     first = f"{trained}, epoch {epoch}, trained on scenes; evaluated on {drawn}, val split"
@@ -159,7 +159,7 @@ def test_a_missing_data_set_is_named_before_a_missing_model(command: Callable):
 
 
 @pytest.mark.parametrize("place", ["file/r.json", "folder", "/dev/null", "x" * 300])
-def test_an_output_that_cannot_be_written_is_found_before_the_work(
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     place: str, command: Callable, trained: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()

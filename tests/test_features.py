@@ -165,7 +165,7 @@ def test_a_damaged_store_says_what_to_delete(encoder: EncoderCNN, paths: list[Pa
         stored_features(encoder, paths, SIZE, cache=tmp_path)
 
 
-def test_a_disk_too_small_is_said_before_anything_is_computed(
+def test_a_disk_too_small_is_refused_before_anything_is_computed(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: Free)

@@ -22,7 +22,7 @@ def test_a_cache_file_is_written_whole_or_not_at_all(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cache", ["file", "file/in/it", "a" * 300])
-def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture, cache: str):
+def test_a_cache_that_cannot_be_written_causes_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture, cache: str):
     (tmp_path / "file").touch()
     for name in ("captions/a", "captions/b", "unreadable/c"):
         assert not write_cache(tmp_path / cache, name, lambda file: file.write(b""))

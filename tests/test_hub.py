@@ -271,7 +271,7 @@ def test_the_card_names_the_backbone_and_the_decoder_and_says_where_nothing_is_r
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
 
 
-def test_sharing_again_replaces_another_epoch(served, trained):
+def test_a_second_sharing_replaces_another_epoch(served, trained):
     repository = share(served, trained)
     best = read_description(trained).best_epoch
     other = 3 - best

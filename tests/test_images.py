@@ -169,7 +169,7 @@ def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, name: str):
     ("mode", "form"),
     [("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("RGB", "WEBP"), ("RGB", "AVIF"), ("RGB", "JPEG2000")],
 )
-def test_reading_takes_no_more_memory_than_is_said(tmp_path: Path, mode: str, form: str):
+def test_reading_takes_no_more_memory_than_documented(tmp_path: Path, mode: str, form: str):
     options = {"compress_level": 1} if form == "PNG" else {"method": 0} if form == "WEBP" else {}
     content = plain(2500, 2500, form, mode, **options)
     (tmp_path / "large").write_bytes(content)
@@ -387,7 +387,7 @@ def test_a_web_address_is_not_fetched(address: str, kind: type):
     assert str(error.value) == f"{address} is a web address, and nothing is fetched; download the file and name it."
 
 
-def test_an_image_that_is_missing_is_found_with_the_others(tmp_path: Path):
+def test_a_missing_image_is_reported_with_the_others(tmp_path: Path):
     draw_noise(0).save(tmp_path / "a.png")
     failed = find_unreadable([tmp_path / "a.png", tmp_path / "gone.png"], cache=tmp_path / "cache")
     assert list(failed) == [1]

@@ -374,7 +374,7 @@ def test_a_broken_image_is_named_and_nothing_is_left(flickr8k, tmp_path, bomb):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_an_interrupted_import_leaves_nothing_and_runs_again(flickr8k, tmp_path, monkeypatch):
+def test_an_interrupted_import_leaves_nothing_and_can_be_repeated(flickr8k, tmp_path, monkeypatch):
     def interrupted(*_args, **_keywords):
         raise KeyboardInterrupt
 
@@ -483,7 +483,7 @@ def test_an_empty_caption_of_a_token_file_is_left_out_and_counted(flickr8k, tmp_
 # .txt files beside images, and folders that are splits
 
 
-def test_captions_in_txt_files_beside_the_images(tmp_path, capsys):
+def test_captions_in_txt_files_next_to_the_images(tmp_path, capsys):
     source = six(tmp_path / "in")
     for i in range(5):
         text(source / f"{i}.txt", f"\ufeffa red ball\u2028{i}\r\n\r\none ball\r\n")
@@ -549,7 +549,7 @@ def test_names_of_splits(tmp_path):
     assert set(captions(tmp_path / "out", "val")) == {"3.jpg", "4.jpg", "5.jpg"}
 
 
-def test_a_validation_split_is_made_from_the_training_split_and_said(tmp_path, capsys):
+def test_a_validation_split_is_made_from_the_training_split_and_reported(tmp_path, capsys):
     for i in range(45):
         make_image(tmp_path / "in" / f"{i}.jpg")
     table = "image,caption,split\n" + "".join(

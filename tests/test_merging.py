@@ -52,7 +52,7 @@ def test_two_data_sets_become_one(tmp_path, capsys):
     assert len(CaptionDataset(tmp_path / "out", "train", vocab_threshold=1, cache=tmp_path / "cache")) == 4
 
 
-def test_data_sets_of_one_name_are_kept_apart(tmp_path):
+def test_data_sets_of_one_name_stay_apart(tmp_path):
     sources = tuple(
         data_set(tmp_path / folder / "set", width=width) for folder, width in (("x", 8), ("y", 30), ("z", 60))
     )
@@ -60,7 +60,7 @@ def test_data_sets_of_one_name_are_kept_apart(tmp_path):
     assert set(captions(tmp_path / "out", "val")) == {"set/0.jpg", "set-2/0.jpg", "set-3/0.jpg"}
 
 
-def test_test_images_without_public_captions_are_kept(tmp_path):
+def test_test_images_without_public_captions_stay(tmp_path):
     a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", "2017", width=20)
     secret = b / "annotations" / "captions_test2017.json"
     document = json.loads(secret.read_text())

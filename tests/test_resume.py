@@ -177,7 +177,7 @@ def test_a_signal_as_the_epoch_s_last_step_ends_is_not_forgotten(config: Make, m
     assert_same_model(folder, train(config()))
 
 
-def test_a_signal_while_the_backbone_looks_keeps_what_it_has_seen(
+def test_a_signal_during_the_backbones_pass_keeps_the_computed_features(
     config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     undisturbed = train(config())
@@ -221,7 +221,7 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make):
     assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
 
 
-def test_a_training_that_ended_early_ends_there_again(config: Make, monkeypatch: pytest.MonkeyPatch):
+def test_a_training_that_stopped_early_stays_stopped_when_resumed(config: Make, monkeypatch: pytest.MonkeyPatch):
     validation = {"val_loss": 1.0, "val_perplexity": 2.7, "Bleu_4": 0.0, "CIDEr": 0.0, "captions": {}}
     monkeypatch.setattr(training, "validate", lambda *_: dict(validation))
     folder = train(config(num_epochs=9, patience=2, batch_size=120))
@@ -260,7 +260,9 @@ def stopped(config: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "text", "foreign", "gone", "between two renames"])
-def test_the_state_before_is_used_and_said(stopped: Path, config: Make, damage: str, capsys: pytest.CaptureFixture):
+def test_the_previous_state_is_used_with_a_warning(
+    stopped: Path, config: Make, damage: str, capsys: pytest.CaptureFixture
+):
     path = stopped / "resume.pt"
     if damage == "gone":
         path.unlink()

@@ -176,7 +176,7 @@ def encoded(form: str) -> bytes:
     return file.getvalue()
 
 
-def test_unreadable_images_are_found_in_one_pass(tmp_path: Path):
+def test_unreadable_images_are_listed_in_one_pass(tmp_path: Path):
     paths = []
     for i in range(6):
         paths.append(tmp_path / f"{i}.jpg")
@@ -187,7 +187,7 @@ def test_unreadable_images_are_found_in_one_pass(tmp_path: Path):
         assert "1.jpg" in str(unreadable[1])
 
 
-def test_images_that_were_readable_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_readable_images_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     paths = [tmp_path / f"{i}.jpg" for i in range(4)]
     for path in paths:
         path.write_bytes(encoded("JPEG"))
@@ -779,7 +779,7 @@ def test_any_vocabulary_file(tmp_path: Path, content: object):
 
 @quick
 @given(st.lists(TEXTS, max_size=5))
-def test_any_words_are_refused_or_kept(tmp_path: Path, words: list[str]):
+def test_any_words_are_refused_or_preserved(tmp_path: Path, words: list[str]):
     words = ["<start>", "<end>", "<unk>", *words]
 
     def act() -> None:

@@ -353,7 +353,7 @@ def test_an_interrupted_drawing_holds_no_data_set_and_is_made_up_for(tmp_path, m
     assert digest(folder) == digest(dataset.draw_dataset(tmp_path / "whole", train=4, val=1, test=1))
 
 
-def test_a_data_set_with_a_missing_annotation_file_is_drawn_again(tmp_path):
+def test_a_data_set_with_a_missing_annotation_file_is_redrawn(tmp_path):
     folder = dataset.draw_dataset(tmp_path / "data", train=2, val=1, test=1)
     (folder / "annotations" / "captions_val.json").unlink()
     dataset.draw_dataset(folder, train=2, val=1, test=1)

@@ -239,7 +239,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
     return judge
 
 
-def test_the_best_epoch_is_kept_and_every_save_every_th(small: Make, tiny_backbone: Callable, judged: Callable):
+def test_the_best_epoch_and_every_save_every_th_are_saved(small: Make, tiny_backbone: Callable, judged: Callable):
     judged([0.1, 0.5, 0.4, 0.6, 0.3, 0.2, 0.1])
     folder = train(small(num_epochs=7, save_every=3, patience=9, batch_size=120))
     assert epochs_saved(folder) == [3, 4, 6, 7]
