@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,30 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 """
+
+
+# A test with one of these trains, serves, exports or runs Java.
+SLOW_FIXTURES = {"config", "memorised", "official_and_ours", "served", "stopped"}
+MISSING = {
+    "java": None if shutil.which("java") else "Java is not installed",
+    "gpu": None if torch.cuda.is_available() else "there is no CUDA GPU",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their fixtures, and skip those whose Java runtime or GPU is missing."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "browser" in fixtures:
+            item.add_marker("browser")
+        if "official_and_ours" in fixtures:
+            item.add_marker("java")
+        if fixtures & SLOW_FIXTURES or item.get_closest_marker("java"):
+            item.add_marker("slow")
+        for marker, reason in MISSING.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -170,6 +170,7 @@ def test_squashing_shows_the_whole_image():
     assert squashed[:, :, :5].min() == 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["random", "file"])
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "test_vit"])
 def test_any_family_trains_is_saved_loaded_and_captions(
@@ -195,6 +196,7 @@ def test_any_family_trains_is_saved_loaded_and_captions(
     assert isinstance(Captioner.load(folder)(image_path)[0].text, str)
 
 
+@pytest.mark.slow
 def test_published_weights_are_named_and_not_stored(small: Callable[..., TrainingConfig], image_path: Path):
     folder = train(small(backbone="tf_efficientnet_lite2", weights="pretrained"))
     assert read_description(folder).architecture.backbone_weights == "published"

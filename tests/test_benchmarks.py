@@ -16,6 +16,8 @@ from captioning.errors import InputError
 from model import DECODERS, DecoderRNN, EncoderCNN
 from vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> material.Settings:

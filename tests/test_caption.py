@@ -174,6 +174,7 @@ def test_json_is_one_document_in_the_order_given(command: Callable, trained: Pat
     assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows)
 
 
+@pytest.mark.slow
 def test_an_undecodable_name_is_printed_escaped(trained: Path, image_path: Path, tmp_path: Path):
     name = os.fsdecode(b"caf\xe9.png")
     shutil.copy(image_path, tmp_path / name)
@@ -293,6 +294,7 @@ def test_a_sheet_says_where_it_ends(command: Callable, trained: Path, album: Pat
     assert "sheet.jpg shows the first 2 of 3 photos" in errors
 
 
+@pytest.mark.slow
 def test_one_caption_imports_what_it_uses_only(trained: Path, image_path: Path):
     script = (
         "import sys, tyro\n"

@@ -264,6 +264,7 @@ def memory(folder: Path, captions: int) -> tuple[int, int, int]:
     return size, held - size, peak
 
 
+@pytest.mark.slow
 def test_memory_grows_by_the_arrays_alone(tmp_path: Path):
     """A path takes 150 bytes or more, and what JSON makes of a caption and its share of a photo 500 or more."""
     sizes = {"first": 1000, "small": 1000, "large": 20_000}  # the first with what is imported and kept once

@@ -36,6 +36,8 @@ from captioning.preparation import synchronise_batch_norms
 from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
 

@@ -29,6 +29,8 @@ from captioning.export import export_onnx
 from captioning.images import build_transform, read_image
 from vocabulary import END, SPECIAL_WORDS, START, UNK
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SIZE, LENGTH = 64, 9
 WORDS = [*SPECIAL_WORDS, *(f"w{i}" for i in range(37))]

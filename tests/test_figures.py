@@ -53,6 +53,7 @@ def test_a_sheet_shows_so_many_at_most():
         draw_sheet([draw_noise(0)] * (MAX_SHEET + 1), ["a"] * (MAX_SHEET + 1))
 
 
+@pytest.mark.slow
 def test_a_sheet_keeps_no_image_whole(tmp_path: Path):
     draw_noise(0, (4000, 3000)).save(tmp_path / "a.jpg")
     script = (

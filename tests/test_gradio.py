@@ -39,6 +39,8 @@ from captioning.page import attention_maps, per_word, write_tables
 from captioning.scenes.dataset import draw_scene
 from captioning.web import MOST_BODY, MOST_UPLOADED, Server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

@@ -32,6 +32,8 @@ from captioning.training import TrainingConfig, train
 from captioning.weights import read_state_dict
 from model import DECODERS
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789012345678901234567890123456789"
 
 

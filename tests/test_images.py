@@ -156,6 +156,7 @@ def read_alone(path: Path, shorter_side: int | None = None) -> tuple[str, int]:
     return output, int(peak)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, name: str):
     content, expected = BOMBS[name]
@@ -165,6 +166,7 @@ def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, name: str):
     assert peak < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "form"),
     [("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("RGB", "WEBP"), ("RGB", "AVIF"), ("RGB", "JPEG2000")],
@@ -177,6 +179,7 @@ def test_reading_takes_no_more_memory_than_documented(tmp_path: Path, mode: str,
     assert read_alone(tmp_path / "large")[1] < (2500**2 * each * 1.1 + len(content)) / 1e6 + 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(12000, 9000), (16320, 12240)], ids=["108 megapixels", "200 megapixels"])
 def test_a_jpeg_of_a_phone_is_reduced_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]):
     Image.new("L", size, 99).save(tmp_path / "phone.jpg")

@@ -420,6 +420,7 @@ def test_command_line(flickr8k, tmp_path):
     assert refused.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_the_real_flickr8k_imports_and_trains(tmp_path, small, tiny_backbone):
     if not (DATA / "flickr8k").exists():
         pytest.skip("../shared/data/flickr8k is not here")

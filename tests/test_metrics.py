@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import time
 import unicodedata
@@ -22,7 +21,6 @@ from captioning.metrics import METRICS, diversity, format_table, score, score_re
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_val2017.json"
 JAR_FOLDER = Path(ptbtokenizer.__file__).parent
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
 
 REFERENCES = {
     7: ["A brown dog runs on the beach.", "The dog is running along the sand.", "A dog at the sea!"],
@@ -72,8 +70,6 @@ def official_and_ours(tmp_path_factory):
     One run for several tests, because METEOR takes seconds to start.
     """
     dataset, results = first_against_rest(500)
-    if shutil.which("java") is None:
-        pytest.skip("Java is not installed")
     from pycocoevalcap import eval as official
     from pycocotools.coco import COCO
 
@@ -134,13 +130,13 @@ def test_java_leaves_no_process_and_no_file(official_and_ours):
     assert not new_files
 
 
-@needs_java
+@pytest.mark.java
 def test_standard_output_stays_clean(capfd):
     score(HYPOTHESES, REFERENCES, meteor=False)
     assert capfd.readouterr() == ("", "")
 
 
-@needs_java
+@pytest.mark.java
 def test_plain_tokenizer_agrees_with_ptb():
     captions = [annotation["caption"] for annotation in coco_captions()["annotations"]]
     theirs = metrics._tokenize_ptb(captions)
@@ -176,7 +172,7 @@ def test_plain_tokenizer_keeps_words_of_other_scripts_whole(name):
     assert tokenize_plain(caption) == unicodedata.normalize("NFC", words).split()
 
 
-@needs_java
+@pytest.mark.java
 def test_plain_tokenizer_agrees_with_ptb_in_other_scripts():
     captions = [caption for caption, _ in SCRIPTS.values()]
     for mine, theirs in zip(captions, metrics._tokenize_ptb(captions), strict=True):
@@ -196,13 +192,13 @@ def test_words_with_other_marks_are_other_words():
     assert right.metrics["Bleu_4"] == pytest.approx(1)
 
 
-@needs_java
+@pytest.mark.java
 def test_ptb_keeps_every_caption_on_its_line():
     captions = ["", "a\u2028dog\r\nruns\n", "\n", "...", "a cat.", "a *NL* b", "", ""]
     assert metrics._tokenize_ptb(captions) == ["", "a dog runs", "", "", "a cat", "a * nl * b", "", ""]
 
 
-@needs_java
+@pytest.mark.java
 def test_a_dead_meteor_costs_no_other_metric_and_does_not_hang(monkeypatch):
     monkeypatch.setattr(meteor_package, "METEOR_JAR", "absent.jar")
     scores = score(HYPOTHESES, REFERENCES)
@@ -213,7 +209,7 @@ def test_a_dead_meteor_costs_no_other_metric_and_does_not_hang(monkeypatch):
         score(HYPOTHESES, REFERENCES, java=True)
 
 
-@needs_java
+@pytest.mark.java
 @pytest.mark.parametrize("long_one", ["hypothesis", "reference"])
 def test_a_caption_too_long_for_meteor_costs_no_other_metric(long_one, monkeypatch):
     monkeypatch.setattr(metrics, "_Meteor", None)
@@ -228,7 +224,7 @@ def test_a_caption_too_long_for_meteor_costs_no_other_metric(long_one, monkeypat
         score(hypotheses, references, java=True)
 
 
-@needs_java
+@pytest.mark.java
 def test_meteor_of_empty_captions_and_references():
     references = {1: ["..."], 2: ["", "a dog runs on the grass"], 3: ["a cat | sleeps ||| here"], 4: ["..."]}
     scores = score({1: "a dog", 2: "a dog runs on the grass", 3: "a cat | sleeps ||| here", 4: "!"}, references)
@@ -247,7 +243,7 @@ def test_without_java_the_plain_tokenizer_scores_and_meteor_is_none(monkeypatch,
         score(HYPOTHESES, REFERENCES, java=True)
 
 
-@needs_java
+@pytest.mark.java
 def test_plain_and_ptb_scores_are_nearly_the_same():
     dataset, results = first_against_rest(1000)
     references = {}
@@ -294,7 +290,7 @@ def test_perfect_captions_score_one():
     assert scores.metrics["ROUGE_L"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("java", [False, pytest.param(None, marks=needs_java)])
+@pytest.mark.parametrize("java", [False, pytest.param(None, marks=pytest.mark.java)])
 def test_empty_captions_score_nothing_and_do_not_crash(java):
     scores = score(HYPOTHESES | {3: "", 5: " ... "}, REFERENCES, meteor=False, java=java)
     assert all(value == pytest.approx(0, abs=1e-6) for i in (3, 5) for value in scores.per_caption[i].values())
@@ -303,7 +299,7 @@ def test_empty_captions_score_nothing_and_do_not_crash(java):
     assert measured == pytest.approx([0] * len(measured), abs=1e-6)
 
 
-@pytest.mark.parametrize("java", [False, pytest.param(None, marks=needs_java)])
+@pytest.mark.parametrize("java", [False, pytest.param(None, marks=pytest.mark.java)])
 def test_references_without_a_word_score_nothing_and_do_not_crash(java):
     scores = score({1: "a dog", 2: "..."}, {1: ["..."], 2: ["\N{RABBIT}", "!"]}, meteor=False, java=java)
     values = [value for row in scores.per_caption.values() for value in row.values()]

@@ -77,6 +77,15 @@ def test_the_copy_for_inference_sees_the_same(tiny_backbone: Callable):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_features_of_the_cpu(tiny_backbone: Callable):
+    encoder = EncoderCNN(EMBED, weights="random").eval()
+    images = torch.randn(8, 3, 64, 64)
+    expected = encoder.features(images)
+    features = encoder.cuda().features(images.cuda()).cpu()
+    torch.testing.assert_close(features, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("fine_tune", range(6))
 def test_as_many_parts_learn_as_were_asked_for_counted_from_the_last(tiny_backbone: Callable, fine_tune: int):
     encoder = EncoderCNN(EMBED, weights="random", fine_tune=fine_tune)

@@ -11,6 +11,8 @@ import pytest
 
 from captioning.config import load_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("[0-3]_*.ipynb"))
 DRAWING = {"show", "draw_sheet", "draw_attention", "draw_architecture"}

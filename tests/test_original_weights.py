@@ -207,6 +207,7 @@ def test_imported_weights_give_the_originals_token_sequences(original, triple, i
     assert actual == expected
 
 
+@pytest.mark.slow
 def test_a_trained_model_says_what_the_original_code_says_word_for_word(image_paths, tmp_path):
     document = json.loads((DATA / "coco-mini" / "annotations" / "captions_val2017.json").read_text())
     ids = {image["file_name"]: image["id"] for image in document["images"]}
@@ -249,6 +250,7 @@ def test_a_trained_model_says_what_the_original_code_says_word_for_word(image_pa
     assert [c.tokens for c in captions] == [[vocabulary.words[i] for i in tokens[1:-1]] for tokens in expected]
 
 
+@pytest.mark.slow
 def test_a_triple_as_large_as_the_published_one_is_used_like_any_model(image_paths, tmp_path, monkeypatch, capsys):
     if not (DATA / "published_vocab.pkl").exists():
         pytest.skip("../shared/data/published_vocab.pkl is not here")

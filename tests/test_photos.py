@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import PEAK, write_split
 from gradio.media import get_image
 
@@ -12,6 +13,8 @@ from captioning.checkpoint import default_model, read_description
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from evaluate import evaluate
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "photos"

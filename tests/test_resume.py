@@ -24,6 +24,8 @@ from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 from train import resumed_config
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainingConfig]
 
 

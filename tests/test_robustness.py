@@ -40,6 +40,8 @@ from model import EncoderCNN
 from train import resumed_config
 from vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 # Photos of every kind: red on the left, blue on the right, each 40 x 60
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

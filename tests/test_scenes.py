@@ -307,6 +307,7 @@ def test_a_picture_depends_on_seed_split_and_index_alone(folder, tmp_path):
     assert digest(dataset.draw_dataset(tmp_path / "seed", train=3, val=8, test=0, seed=4)) != theirs
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process_and_with_another_hash_seed(folder, tmp_path):
     command = [sys.executable, "scenes.py", tmp_path / "again", "--train", "24", "--val", "6"]
     command += ["--test", "5", "--seed", "3"]

@@ -128,6 +128,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(model: CaptioningM
     torch.testing.assert_close(actual, -2 * exact, rtol=1e-4, atol=1e-4 * exact.norm().item())
 
 
+@pytest.mark.slow
 def test_the_gradient_of_what_is_drawn_tends_to_it(model: CaptioningModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(self_critical, "sample", functools.partial(sample, max_length=LONGEST))
     features, count = make_features(model), 4000
@@ -306,6 +307,7 @@ def test_without_a_model_to_start_from_it_says_what_to_do(config: Make, monkeypa
         go_on(settings.models / settings.name)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_the_objectives_own_learning_rate(trained: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / "model")
     done = run("--resume", "model", "--objective=cider", "--num-epochs", 1, cwd=tmp_path)

@@ -303,6 +303,7 @@ def test_an_image_in_a_shard_that_cannot_be_read_is_named(packed: Path, tmp_path
         assert "val-000000.tar/bad.png" in str(find_unreadable(data.paths, cache=tmp_path / "cache")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [0, 5])
 def test_training_on_shards_is_training_on_the_images(
     small: Callable[..., TrainingConfig],

@@ -137,6 +137,7 @@ def test_a_frozen_backbone_is_bit_identical_after_training(small: Make, tmp_path
         assert torch.equal(after[f"resnet.{key}"], value), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [2, 5])
 def test_a_backbone_that_learns_changes_in_the_parts_that_learn(
     small: Make, tmp_path: Path, tiny_backbone: Callable, fine_tune: int
@@ -152,6 +153,7 @@ def test_a_backbone_that_learns_changes_in_the_parts_that_learn(
     assert moved == [fine_tune == 5] * len(statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_tied_weights_are_one_matrix(small: Make, decoder: str):
     for tied in (True, False):
@@ -162,6 +164,7 @@ def test_tied_weights_are_one_matrix(small: Make, decoder: str):
         small(tie_weights=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", [0, 5])
 def test_the_same_seed_gives_the_same_model_with_any_number_of_workers(
     small: Make, tmp_path: Path, tiny_backbone: Callable, fine_tune: int
@@ -274,6 +277,7 @@ def test_the_vocabulary_can_come_from_a_file(small: Make, tmp_path: Path, tiny_b
     assert read_description(folder).vocabulary == words
 
 
+@pytest.mark.slow
 def test_real_images_and_captions_train(small: Make, shared: Path, tiny_backbone: Callable):
     folder = train(small(data=shared / "coco-mini", image_size=32, vocab_threshold=4))
     description = read_description(folder)
@@ -331,6 +335,7 @@ def test_features_stay_mapped_from_the_disk_without_a_gpu():
     assert place_features(features, torch.device("cpu")) is features
 
 
+@pytest.mark.slow
 def test_losses_are_read_from_the_device_every_print_every_steps(small: Make, monkeypatch: pytest.MonkeyPatch):
     read, steps = training.Run.read_losses, []
 
@@ -362,6 +367,7 @@ def test_validation_creates_no_float64_and_changes_nothing(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_training_image_trains(small: Make, eight: Path, tmp_path: Path):
     shutil.copytree(eight / "images", tmp_path / "images")
     for split in ("train", "val"):
@@ -375,6 +381,7 @@ def test_a_batch_of_one_image_without_variance_is_a_sentence(small: Make, tiny_b
         train(small(fine_tune=5, batch_size=5, image_size=32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
 def test_any_seed_that_is_taken_trains(small: Make, seed: int):
     assert epochs_saved(train(small(seed=seed, image_size=32))) == [1]
@@ -395,6 +402,7 @@ class Writer:
         self.rows.append("closed")
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_scalars_of_steps_and_epochs(small: Make, monkeypatch: pytest.MonkeyPatch):
     config = small(tensorboard=True, num_epochs=2)
     with monkeypatch.context() as patch:
@@ -522,6 +530,7 @@ def run(*arguments: object, cwd: Path, command: str = "train.py") -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
     options = [
         "--data",

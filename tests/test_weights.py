@@ -328,6 +328,7 @@ for path in sys.argv[1:]:
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_file_takes_no_more_memory_than_its_size_and_300_mb(tmp_path: Path):
     paths = []
