@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +23,13 @@ from torchvision.models.resnet import Bottleneck, ResNet
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything imports onnxruntime
 
 from captioning.checkpoint import Description, save_epoch, write_description
+from captioning.errors import run_command
 from captioning.scenes import dataset
 from captioning.training import TrainingConfig, train
 from model import DECODERS, EncoderCNN
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 # Source of peak(), a process's own peak memory in bytes, for the scripts that tests run in another process. Linux's
 # getrusage will not do: what it reports begins at the peak of the process that started this one.
@@ -121,15 +127,23 @@ def attending(small: Callable[..., TrainingConfig]) -> Path:
     return train(small(decoder="attention"))
 
 
+def build_tiny(**_: object) -> ResNet:
+    """In the place of ResNet-50 one with a block a stage, which is built and run 20 times as fast."""
+    return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
+
+
+def build_seeded_tiny(**_: object) -> ResNet:
+    """As `build_tiny`, with the same weights in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_tiny()
+
+
 @pytest.fixture
 def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResNet]:
-    """In the place of ResNet-50 one with a block a stage, which is built and run 20 times as fast."""
-
-    def build(**_: object) -> ResNet:
-        return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
-
-    monkeypatch.setattr(torchvision.models, "resnet50", build)
-    return build
+    """Puts `build_tiny` in the place of ResNet-50."""
+    monkeypatch.setattr(torchvision.models, "resnet50", build_tiny)
+    return build_tiny
 
 
 @pytest.fixture
@@ -147,6 +161,53 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not here")
     return SHARED
+
+
+Output = tuple[int, str, str]  # exit code, standard output and standard error
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Output]:
+    """Runs a command in this process: `run_here("caption.py", main, *arguments)`."""
+
+    def run(name: str, main: Callable[[], None], *arguments: object) -> Output:
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def run_script(name: str, *arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command of the project in another process."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class HTTPServer(ThreadingHTTPServer):
+    """A server on a free port of 127.0.0.1, with a thread for each request; `stop` ends it."""
+
+    request_queue_size = 64
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]):
+        super().__init__(("127.0.0.1", 0), handler)
+        handler.log_message = lambda *_: None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
 
 
 KINDS = {f"{name}{', tied' * tied}": (name, tied) for name in DECODERS for tied in (False, True)}

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from conftest import EIGHT, draw_noise
+from conftest import EIGHT, Output, draw_noise
 from PIL import Image
 
 import caption as caption_module
@@ -21,7 +22,7 @@ from captioning.bulk import find_images
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError
 from captioning.figures import draw_attention
 from captioning.images import ImageDataset, build_transform
 
@@ -135,19 +136,9 @@ def test_a_folder_stands_for_its_images_in_name_order(tmp_path: Path, monkeypatc
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["caption.py", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(lambda: tyro.cli(main))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+def command(run_here: Callable[..., Output]) -> Callable[..., Output]:
+    """Runs the command in this process."""
+    return partial(run_here, "caption.py", lambda: tyro.cli(main))
 
 
 @pytest.fixture

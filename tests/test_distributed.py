@@ -20,10 +20,9 @@ import pytest
 import torch
 import torchvision
 import tyro
-from conftest import draw_noise
+from conftest import build_seeded_tiny, draw_noise
 from torch.distributed import TCPStore
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
 import evaluate
@@ -42,12 +41,6 @@ ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
 
 
-def build_tiny(**_: object) -> ResNet:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
-
-
 def run_process(rank: int, processes: int, port: int, output: Path, run: Callable, arguments: tuple) -> None:
     """What a launched process runs: `run`, as a command does, with what it prints in files."""
     for number, name in ((1, "out"), (2, "err")):
@@ -57,7 +50,7 @@ def run_process(rank: int, processes: int, port: int, output: Path, run: Callabl
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
-    torchvision.models.resnet50 = build_tiny
+    torchvision.models.resnet50 = build_seeded_tiny
     errors.run_command(lambda: run(*arguments))
 
 
@@ -103,7 +96,7 @@ def launch(tmp_path: Path, launch_in: Callable[..., Launch]) -> Callable[..., La
 
 @pytest.fixture
 def config(small: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
-    monkeypatch.setattr(torchvision.models, "resnet50", build_tiny)
+    monkeypatch.setattr(torchvision.models, "resnet50", build_seeded_tiny)
 
     def make(**fields: object) -> TrainingConfig:
         return small(**{"weights": "pretrained", "image_size": 32, "cache": tmp_path / "cache", **fields})
@@ -217,10 +210,10 @@ def test_a_notebook_launches_several_processes(config: Make, tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     cells = f"""
-import pickle, test_distributed, torchvision
+import conftest, pickle, test_distributed, torchvision
 from accelerate import notebook_launcher
 from train import train
-torchvision.models.resnet50 = test_distributed.build_tiny
+torchvision.models.resnet50 = conftest.build_seeded_tiny
 config = pickle.load(open("config", "rb"))
 notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
 print("and goes on")
@@ -276,7 +269,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(small: Make) -> Iterator[Path]:
     """A trained model with the small backbone that the launched processes have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.models, "resnet50", build_tiny)
+        patch.setattr(torchvision.models, "resnet50", build_seeded_tiny)
         yield train(small(num_epochs=2, image_size=32))
 
 

@@ -13,18 +13,20 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conftest import HTTPServer
 from PIL import EpsImagePlugin, Image
 
 import download
 import importers
 from captioning import checkpoint, fetching
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError
 
 SPLITS = ("train", "val", "test")
 IMAGES = 6
@@ -74,13 +76,8 @@ class Server:
                         break
                 server.at_once -= 1
 
-            def log_message(self, *_args):
-                pass
-
-        ThreadingHTTPServer.request_queue_size = 64
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.http = HTTPServer(Handler)
+        self.url = self.http.url
 
 
 @pytest.fixture
@@ -89,8 +86,7 @@ def server(monkeypatch):
     monkeypatch.setattr(fetching, "RETRY_SECONDS", 0.002)
     server = Server()
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.http.stop()
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -472,16 +468,8 @@ def test_a_data_set_is_of_one_year(coco, tmp_path):
         download.coco(tmp_path, year=2014)
 
 
-def test_command_line(coco, tmp_path, monkeypatch, capsys):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["download.py", *arguments])
-        code = 0
-        try:
-            run_command(download.main)
-        except SystemExit as exit_:
-            code = exit_.code
-        return code, *capsys.readouterr()
-
+def test_command_line(coco, tmp_path, run_here):
+    run = partial(run_here, "download.py", download.main)
     root = str(tmp_path / "coco")
     code, out, err = run("coco", "--root", root, "--year", "2017", "--limit", "2")
     assert (code, out, err) == (0, f"{root} is ready: python train.py --data {root}\n", "")
@@ -813,7 +801,7 @@ def test_an_old_gdown_is_one_sentence(published, tmp_path, monkeypatch):
     import gdown
 
     monkeypatch.setattr(gdown, "download", lambda url, output, quiet, resume: None)
-    with pytest.raises(InputError, match="older than 6.5: pip install --upgrade gdown"):
+    with pytest.raises(InputError, match=r"older than 6\.5: pip install --upgrade gdown"):
         download.weights(tmp_path / "published")
 
 

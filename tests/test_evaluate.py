@@ -5,35 +5,23 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import EIGHT, draw_noise, write_split
+from conftest import EIGHT, Output, draw_noise, write_split
 
 from captioning import metrics
 from captioning.captioner import Captioner
 from captioning.checkpoint import read_description
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError
 from captioning.files import check_output
 from data_loader import CaptionDataset, find_split
 from evaluate import check_scenes, evaluate, main
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, cache: Path, tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process, in a new folder: its exit code, standard output and error."""
+def command(run_here: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Output]:
+    """Runs the command in this process, in a new folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "_JAVA", ("no-java",))  # starting it takes seconds; test_metrics.py does
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments), "--workers", "0"])
-        code = 0
-        try:
-            run_command(lambda: tyro.cli(main))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+    return lambda *arguments: run_here("evaluate.py", lambda: tyro.cli(main), *arguments, "--workers", 0)
 
 
 def test_captions_known_by_heart_score_highest(memorised: Path, eight: Path, cache: Path):

@@ -15,12 +15,10 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
-from conftest import KINDS, build_kind, write_kind
+from conftest import KINDS, build_kind, build_tiny, write_kind
 from PIL import Image
-from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
-import model as networks
 from captioning.captioner import Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
@@ -40,9 +38,7 @@ WORDS = [*SPECIAL_WORDS, *(f"w{i}" for i in range(37))]
 def _small_backbone() -> Iterator[None]:
     """An export takes as long as the backbone is large."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (torchvision.models, networks):
-            build = lambda **_: ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)  # noqa: E731
-            patch.setattr(module, "resnet50", build, raising=False)
+        patch.setattr(torchvision.models, "resnet50", build_tiny)
         yield
 
 

@@ -7,9 +7,8 @@ import hashlib
 import json
 import pickle
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,12 +17,10 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import KINDS, build_kind, write_kind
+from conftest import KINDS, HTTPServer, build_kind, build_tiny, write_kind
 from huggingface_hub import constants
-from torchvision.models.resnet import Bottleneck, ResNet
 
 import caption
-import model
 from captioning import hub
 from captioning.captioner import Captioner, Decoding
 from captioning.checkpoint import load_model, read_description
@@ -94,12 +91,8 @@ class Hub:
                 hub.storage[self.path.removeprefix("/storage/")] = content
                 return self.answer(200)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.server = HTTPServer(Handler)
+        self.address = self.server.url
 
     def size(self, file: Path) -> int:
         return 9 << 30 if file.name == "encoder-9.pkl" else file.stat().st_size
@@ -145,9 +138,7 @@ class Hub:
 def _small_backbone() -> Iterator[None]:
     """Sharing takes as long as the backbone is large."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (torchvision.models, model):
-            build = lambda **_: ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)  # noqa: E731
-            patch.setattr(module, "resnet50", build, raising=False)
+        patch.setattr(torchvision.models, "resnet50", build_tiny)
         yield
 
 
@@ -179,8 +170,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.chdir(tmp_path)
     yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
+    fake.server.stop()
 
 
 def share(served: Hub, model: Path, name: str = "ada/scenes") -> Path:
@@ -287,8 +277,7 @@ def test_a_second_sharing_replaces_another_epoch(served, trained):
 def test_a_fetched_model_is_there_without_a_network(served, trained):
     share(served, trained)
     first = hub.find_model("ada/scenes")
-    served.server.shutdown()
-    served.server.server_close()
+    served.server.stop()
     assert hub.find_model("ada/scenes") == first
     Captioner.load("ada/scenes")
 
@@ -322,8 +311,7 @@ def test_no_such_repository_is_one_sentence(served):
 
 
 def test_no_network_is_one_sentence(served):
-    served.server.shutdown()
-    served.server.server_close()
+    served.server.stop()
     with pytest.raises(InputError, match=r"^ada/scenes is no folder here .* check the network and try again\.$"):
         Captioner.load("ada/scenes")
 

@@ -3,12 +3,11 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -408,14 +407,10 @@ def test_an_existing_data_set_is_not_touched(flickr8k, tmp_path):
 
 
 def test_command_line(flickr8k, tmp_path):
-    def run(*arguments):
-        script = Path(importers.__file__)
-        return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-
-    done = run("flickr8k", flickr8k, tmp_path / "out")
+    done = run_script("importers.py", "flickr8k", flickr8k, tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "left out 2 images in no split file, the first is 5_e.jpg\n")
     assert "2 train, 1 val, 1 test images, 20 captions" in done.stdout
-    refused = run("flickr8k", flickr8k, tmp_path / "out")
+    refused = run_script("importers.py", "flickr8k", flickr8k, tmp_path / "out")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert refused.stderr.startswith("error: ")
 
@@ -709,12 +704,12 @@ def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path):
     six(source, **{f"{i}__txt": "a red ball" for i in range(6)})
     make_image(source / "new\nline.jpg")
     text(source / "new\nline.txt", "a red ball")
-    command = [sys.executable, Path(importers.__file__), "folder", source, tmp_path / "out\x1b[2J"]
-    refused = subprocess.run(command, capture_output=True, text=True)
+    command = ("importers.py", "folder", source, tmp_path / "out\x1b[2J")
+    refused = run_script(*command)
     assert refused.returncode == 2
     assert r"new\nline.jpg" in refused.stderr
     (source / "new\nline.jpg").unlink()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_script(*command)
     assert done.returncode == 0
     for output in (refused.stderr, done.stdout, done.stderr):
         assert output.replace("\n", "").isprintable()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torchvision.models.resnet import Bottleneck, ResNet
+from conftest import build_seeded_tiny
 
 from captioning import checkpoint, features, training, validation
 from captioning.checkpoint import epochs_saved, load_resume, read_description
@@ -127,7 +127,7 @@ def test_a_state_without_its_optimizer_s_parameters_is_refused_in_a_sentence(con
 def test_a_backbone_that_had_only_a_name_is_stored_for_every_epoch_when_it_learns(
     small: Make, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(torchvision.models, "resnet50", build_tiny)
+    monkeypatch.setattr(torchvision.models, "resnet50", build_seeded_tiny)
     folder = train(small(weights="pretrained", image_size=32, num_epochs=2))
     published = {key: value.clone() for key, value in checkpoint.load_model(folder)[0].resnet.state_dict().items()}
     settings = dataclasses.replace(resumed_config(folder), fine_tune=1, num_epochs=1)
@@ -448,17 +448,11 @@ def test_unreadable_images_stop_training_before_its_first_epoch_or_are_left_out(
 # Killed at random moments
 
 
-def build_tiny(**_: object) -> ResNet:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
-
-
 def train_or_go_on(config: TrainingConfig) -> None:
     """What the killed process runs: begins the training, or goes on where its folder is a model's."""
     sys.stdout = open(os.devnull, "w")
     torch.set_num_threads(1)
-    torchvision.models.resnet50 = build_tiny
+    torchvision.models.resnet50 = build_seeded_tiny
     folder = config.models / config.name
     train(resumed_config(folder) if (folder / "captioner.json").exists() else config)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 from PIL import Image, ImageChops
 from pycocotools.coco import COCO
 
@@ -309,9 +308,8 @@ def test_a_picture_depends_on_seed_split_and_index_alone(folder, tmp_path):
 
 @pytest.mark.slow
 def test_same_bytes_in_another_process_and_with_another_hash_seed(folder, tmp_path):
-    command = [sys.executable, "scenes.py", tmp_path / "again", "--train", "24", "--val", "6"]
-    command += ["--test", "5", "--seed", "3"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    options = ("--train", 24, "--val", 6, "--test", 5, "--seed", 3)
+    done = run_script("scenes.py", tmp_path / "again", *options, PYTHONHASHSEED="7")
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "again") in done.stdout
     assert digest(tmp_path / "again") == digest(folder)
@@ -389,8 +387,7 @@ def test_impossible_counts(tmp_path, counts):
 
 
 def test_command_reports_a_mistake_in_one_sentence(tmp_path):
-    command = [sys.executable, "scenes.py", tmp_path / "data", "--train", "-1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_script("scenes.py", tmp_path / "data", "--train", -1)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

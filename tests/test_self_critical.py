@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from test_resume import assert_same_model, at_step
-from test_train import judged, run  # noqa: F401
+from test_train import judged  # noqa: F401
 from torch import Tensor
 
 import train as train_module
@@ -310,11 +311,11 @@ def test_without_a_model_to_start_from_it_says_what_to_do(config: Make, monkeypa
 @pytest.mark.slow
 def test_the_command_goes_on_with_the_objectives_own_learning_rate(trained: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / "model")
-    done = run("--resume", "model", "--objective=cider", "--num-epochs", 1, cwd=tmp_path)
+    done = run_script("train.py", "--resume", "model", "--objective=cider", "--num-epochs", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "epoch 3: train loss -" in done.stdout
     assert read_description(tmp_path / "model").training["learning_rate"] == 5e-4
-    done = run("--resume", "model", "--objective", "bleu", cwd=tmp_path)
+    done = run_script("train.py", "--resume", "model", "--objective", "bleu", cwd=tmp_path)
     assert done.returncode == 2
     assert "bleu" in done.stderr
     assert "captioner.json" not in done.stderr

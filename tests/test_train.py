@@ -3,7 +3,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import EIGHT, write_split
+from conftest import EIGHT, run_script, write_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
@@ -520,16 +519,6 @@ def test_every_option_is_in_a_group_of_the_help(capsys: pytest.CaptureFixture):
 # The command line
 
 
-def run(*arguments: object, cwd: Path, command: str = "train.py") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / command), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
     options = [
@@ -544,12 +533,12 @@ def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
         "--vocab-threshold",
         1,
     ]
-    done = run(*options, "--num-epochs", 1, "--batch-size", 400, "--workers", 0, cwd=tmp_path)
+    done = run_script("train.py", *options, "--num-epochs", 1, "--batch-size", 400, "--workers", 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "epoch 1: train loss" in done.stdout
     assert done.stderr == ""  # no progress bar into a pipe
     assert epochs_saved(tmp_path / "models" / "eight") == [1]
-    done = run("--resume=models/eight", "--num-epochs", 2, cwd=tmp_path)
+    done = run_script("train.py", "--resume=models/eight", "--num-epochs", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert epochs_saved(tmp_path / "models" / "eight") == [1, 2]
     assert set(read_log(tmp_path / "models" / "eight" / "training_log.txt")[:, 0]) == {1, 2}
@@ -584,7 +573,7 @@ def test_a_training_goes_on_with_its_own_options_or_not_at_all(small: Make):
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path):
-    done = run("--data", "nowhere", "--weights", "random", cwd=tmp_path)
+    done = run_script("train.py", "--data", "nowhere", "--weights", "random", cwd=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(r"error: nowhere does not exist; .*\n", done.stderr)
     assert done.stdout == ""
