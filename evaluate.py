@@ -33,7 +33,7 @@ from data_loader import CaptionDataset, find_split
 
 @dataclass
 class Evaluation:
-    """A split as a model captions it.
+    """The captions of a split and their scores.
 
     captions: image id -> its `Caption`. seconds: for captioning all of them, from file to sentence.
     scores: against the references, or None where the split has none.
@@ -227,7 +227,7 @@ def _choose_model(data: Path) -> Path:
 
 
 def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None:
-    """The file for the captions, which can be written; one is needed where they cannot be scored."""
+    """Choose the file for the captions and check it; one is required if they cannot be scored."""
     if results is None and not len(dataset.image_rows):
         results = Path(f"captions_{dataset.mode}_results.json")
         _log(f"{dataset.annotation_file} has no captions to score against; the model's are written to {results}")
@@ -237,7 +237,7 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
 
 
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
-    """What is evaluated, as the first keys of the JSON document."""
+    """Describe what is evaluated: the first keys of the JSON document."""
     description = captioner.description
     return {
         "model": " + ".join(map(str, models)),
@@ -250,7 +250,7 @@ def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) 
 
 
 def _read_training_captions(data: Path) -> list[str] | None:
-    """The captions that a model may have memorised; None where the data set has no training split."""
+    """Read the training captions, for the share of novel captions; None without a training split."""
     try:
         references = read_references(find_split(data, "train")[0])
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The web page: a photo in the browser, a caption beside it; or many photos, and a table of captions.
+"""The web page: it captions one photo, or many into a table.
 
     python gradio_main.py --model models/scenes --port 7860
 
@@ -62,7 +62,7 @@ CSS = """
 
 
 def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple[Path, str]]:
-    """Photos to try, each with what it shows, of the kinds that the models were trained on.
+    """List example images with their descriptions, of the kinds that the models were trained on.
 
     A model's own, in its folder's `examples/`; else the project's photos, or for a model of the sample data set
     held-out scenes, drawn now into `folder`.
@@ -87,7 +87,7 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
 
 
 def describe_model(name: str, description: Description) -> str:
-    """Which model it is and on what it was trained, as Markdown."""
+    """Describe a model and its training data, as Markdown."""
     architecture, data = description.architecture, description.data
     backbone = BACKBONES.get(architecture.backbone, architecture.backbone)
     decoder = DECODERS.get(architecture.decoder, architecture.decoder)
@@ -101,7 +101,7 @@ def describe_model(name: str, description: Description) -> str:
 def build_page(
     server: Server, examples: list[tuple[Path, str]], folder: Path, flag_folder: Path | None = None
 ) -> tuple[Page, ImageInput]:
-    """The page and its input of a photo."""
+    """Build the page; returns it and its image input."""
     answers = Answers(server, folder)
     uploaded = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
     names = list(server.captioners)
@@ -125,7 +125,7 @@ def build_page(
 
 
 def _lay_out_options() -> list[Option]:
-    """The method, the beam width and the temperature, to be placed later."""
+    """Create the inputs for method, beam size and temperature, to be placed later."""
     method = gr.Radio(METHODS, value="beam", label="Method", render=False)
     beam_size = gr.Slider(
         1, 10, 3, step=1, label="Beam width", info="Captions that are followed at once.", render=False

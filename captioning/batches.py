@@ -24,7 +24,7 @@ GPU_SHARE = 0.5  # of the GPU's free memory that features may take
 
 
 def share(captions: np.ndarray, image: np.ndarray, rank: int, processes: int, whole_images: bool) -> np.ndarray:
-    """The captions of a batch that one of several processes trains on; each caption is one process's.
+    """Select the captions of a batch that this process trains on; every caption goes to one process.
 
     captions: (B,) their indices. image: (captions,) each one's image. whole_images: keep the captions of an image
         together, so that only one process runs it through the backbone.
@@ -35,7 +35,7 @@ def share(captions: np.ndarray, image: np.ndarray, rank: int, processes: int, wh
 
 
 class EpochBatches:
-    """A process's batches of any epoch.
+    """Builds the batches of this process for any epoch.
 
     Args:
         sampler: batches of caption indices over all processes; its `set_epoch` chooses the epoch's order.
@@ -87,7 +87,7 @@ class EpochBatches:
             yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), index)
 
     def _from_features(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
-        """A view is drawn for each caption, the same on any number of processes."""
+        """Draw a view for each caption; the draw does not depend on the number of processes."""
         assert self.features is not None
         views = self.features.shape[1]
         rng = np.random.default_rng((self.config.seed, epoch))
@@ -102,14 +102,14 @@ class EpochBatches:
 
 
 def place_features(features: Tensor, device: torch.device) -> Tensor:
-    """Stored features on the GPU where they fit beside the training, else as they are: mapped from the disk."""
+    """Copy stored features to the GPU if they fit there with the training; otherwise they stay memory-mapped."""
     if device.type != "cuda" or features.nbytes > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         return features
     return features.to(device)
 
 
 def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:
-    """The items in their order, each computed in a thread up to `ahead` items before it is asked for."""
+    """Iterate in a background thread, up to `ahead` items in advance; the order stays."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(next, iterator, end) for _ in range(ahead))

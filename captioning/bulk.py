@@ -34,7 +34,7 @@ Log = Callable[[str], object]
 
 
 def find_images(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> list[Path | Member]:
-    """The images at the paths, as `stream_images` finds them."""
+    """List the images at the paths; see `stream_images`."""
     return list(stream_images(paths, recursive, log))
 
 
@@ -76,7 +76,7 @@ def _images_at(path: Path, recursive: bool, left_out: Counter[str]) -> Iterator[
 
 
 def _walk(folder: Path, recursive: bool, left_out: Counter[str]) -> Iterator[Path]:
-    """The images and tar files in a folder, with `recursive` also those in its subfolders."""
+    """Yield the images and tar files in a folder, and with `recursive` in its subfolders."""
     entered = {_identity(folder)}
     levels = [(folder, _names(folder, recursive, left_out))]
     while levels:
@@ -135,7 +135,7 @@ def _is_wanted(entry: os.DirEntry[str], recursive: bool, left_out: Counter[str] 
 
 
 def _describe(left_out: Counter[str]) -> str:
-    """What was left out, as a part of a sentence: how many files of which suffixes, and how many folders."""
+    """Describe what was left out: the number of files by suffix, and of folders."""
     parts = []
     for suffix, count in left_out.most_common(NAMED):
         plural = "s" if count > 1 else ""
@@ -221,7 +221,7 @@ def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str
 
 @contextmanager
 def exclusive_lock(output: Path) -> Iterator[None]:
-    """Keep other processes from writing into the same file; `InputError` where one already does."""
+    """Lock the file against other processes; raises `InputError` if another one holds the lock."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
     try:
@@ -268,7 +268,7 @@ def _read_rows(file: BinaryIO, images: Iterator[Path | Member]) -> tuple[int, in
 def _caption_share(
     captioner: Captioner, images: list[Path | Member], how: Decoding, workers: int, strict: bool, first_index: int
 ) -> list[tuple[int, dict[str, Any]]]:
-    """This process's share of the images as rows, with their indices, in any order."""
+    """Caption this process's share of the images; returns rows with their indices, in any order."""
     rows: list[tuple[int, dict[str, Any]]] = []
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(images[i], error)))
     if len(images) <= 2 * BATCH * this_process().num_processes:
@@ -279,7 +279,7 @@ def _caption_share(
 
 
 def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
-    """A caption, or why there is none, as the JSON that `--json` prints and `--output` writes.
+    """Convert a caption, or the error in its place, to the object that `--json` prints and `--output` writes.
 
     Log-probabilities have four digits: further ones depend on the number of threads.
     """

@@ -35,7 +35,7 @@ LONGEST = 1000  # tokens
 
 @dataclass
 class Decoding:
-    """How words are chosen: greedily, with `beam_size` by beam search, with `temperature` by sampling.
+    """The decoding options: greedy by default, beam search with `beam_size`, sampling with `temperature`.
 
     None stands for an option that was not given. One that was given and has no effect, because it belongs to
     another way of choosing, is refused by `check`.
@@ -57,7 +57,7 @@ class Decoding:
     diversity: float | None = None  # how different the groups are kept; 0.5 is usual
 
     def with_defaults(self) -> Decoding:
-        """These options, completed by those of `DEFAULT_DECODING` that were not given.
+        """Fill the options that were not given from `DEFAULT_DECODING`.
 
         Greedy decoding and sampling, where asked for, stay as they are.
         """
@@ -268,7 +268,7 @@ class Captioner:
 
 
 class EnsembleDecoder:
-    """Several decoders of one vocabulary as one: at every step their probabilities are averaged.
+    """An ensemble of decoders of one vocabulary, which averages their probabilities at every step.
 
     Its features are a tuple, one element for each decoder; its state is the concatenation of theirs and, where any
     of them attends, the attention of the first that does.
@@ -287,7 +287,7 @@ class EnsembleDecoder:
         return self._join(states)
 
     def step(self, tokens: Tensor, state: decoding.State) -> tuple[Tensor, decoding.State]:
-        """Log of the mean of the decoders' probabilities (B, V) of the next token, and the next state."""
+        """Decode one token: the log of the mean of the decoders' probabilities (B, V), and the next state."""
         log_p, states, start = [], [], 0
         for decoder, size in zip(self.decoders, self.state_sizes, strict=True):
             logits, after = decoder.step(tokens, state[start : start + size])
@@ -302,7 +302,7 @@ class EnsembleDecoder:
 
 
 class Ensemble(Captioner):
-    """Several models of one vocabulary that caption together: at every step their probabilities are averaged.
+    """An ensemble of models of one vocabulary, which averages their probabilities at every step.
 
     Each model has its own encoder and preprocessing. Attention and description are those of the first model that
     attends, else of the first. Raises `InputError` for no models and for different vocabularies.

@@ -1,4 +1,4 @@
-"""A trained model's folder: written whole, read safely, resumed.
+"""The folder of a trained model: writing, safe reading, resuming.
 
     captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch
     encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights; a shared model
@@ -6,7 +6,7 @@
     backbone.pkl      the backbone's state dict where it is frozen and not published under its name
     resume.pt         all that training needs to go on; resume-previous.pt is the one before it
 
-Every file is written beside its target, flushed to disk and renamed over it. Nothing that is read can
+Every file is written to a temporary name, flushed to disk and renamed. Nothing that is read can
 run code: state dicts are tensors only, the rest is JSON that is checked field by field.
 """
 
@@ -58,7 +58,7 @@ WEIGHTS = (".pkl", ".safetensors")
 
 
 class Architecture(BaseModel):
-    """What must be known to build the two networks."""
+    """What is needed to build the encoder and the decoder."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -103,7 +103,7 @@ class Description(BaseModel):
 
 
 def environment() -> dict[str, str | None]:
-    """The versions that a result depends on, and the git revision if the code is a checkout's."""
+    """Record the versions of Python and the libraries, and the git revision of a checkout."""
     revision = None
     with suppress(OSError):  # where there is no git
         git = ["git", "rev-parse", "HEAD"]
@@ -180,7 +180,7 @@ def resolve_weights(weights: str) -> str:
 
 
 def epochs_saved(folder: Path) -> list[int]:
-    """The epochs whose encoder and decoder both lie in the folder, in order."""
+    """List the epochs whose encoder and decoder are both in the folder, in order."""
     names = {path.stem.split("-", 1)[1] for path in folder.glob("encoder-*") if path.suffix in WEIGHTS}
     epochs = sorted(int(i) for i in names if i.isdecimal())
     return [i for i in epochs if all(path.exists() for path in weight_files(folder, i))]

@@ -1,4 +1,4 @@
-"""The options of a training run: their defaults, their checks, and the recipes in configs/ that set them."""
+"""The options of a training: defaults, checks and the recipes in configs/."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images become the backbone's input."""
+        """The preprocessing of images for the backbone."""
         return preprocessing_of(self.backbone, self.image_size, self.crop)
 
     def _fill_defaults(self) -> None:
@@ -185,13 +185,13 @@ class ResumedConfig(TrainingConfig):
 
 
 def settings_of(config: TrainingConfig) -> dict[str, Any]:
-    """The options as captioner.json holds them."""
+    """Convert the options to JSON values for captioner.json."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingConfig)}
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
 def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
-    """The options of the training in `folder`, set to resume it, with another `objective` if one is given.
+    """Read the options of the training in `folder`, in order to resume it, with another `objective` if given.
 
     Its fields may be changed before `train` is called with it. Raises `InputError` if the folder holds no training.
     """
@@ -208,7 +208,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The options that a TOML file sets, by their names. Raises `InputError` for a file that cannot be used."""
+    """Read the options in a TOML file. Raises `InputError` for a file that cannot be used."""
     try:
         with open(path, "rb") as file:
             options = tomllib.load(file)
@@ -226,7 +226,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, **overrides: Any) -> TrainingConfig:
-    """The options of a recipe such as configs/scenes.toml, with `overrides` in the place of its values.
+    """Load a recipe such as configs/scenes.toml; `overrides` replace its values.
 
     Raises `InputError` for a file or value that cannot be used.
     """
@@ -234,7 +234,7 @@ def load_config(path: str | Path, **overrides: Any) -> TrainingConfig:
 
 
 def _validated(kind: type[TrainingConfig], values: dict[str, Any], source: str) -> Any:
-    """A config of these values, checked field by field; `source` begins the sentence about one that is wrong."""
+    """Validate the values and build a config; `source` begins the message of an error."""
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

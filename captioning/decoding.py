@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 2**22
 
 
 class Decoder(Protocol):
-    """What decoding needs of a decoder.
+    """The interface of a decoder.
 
     Every tensor of a state has the batch as its first dimension; its other dimensions may change from step to
     step. A step does not modify the state that it is given. It may return one of its tensors itself, untouched,
@@ -200,7 +200,7 @@ def beam_search(
 
 @dataclass
 class _Beams:
-    """The places of all images' beams; each is live, ended, or empty, where its log p is -inf."""
+    """The beams of all images; each place holds a live or an ended hypothesis, or none (its log p is -inf)."""
 
     tokens: Tensor  # (images, beam_size, max_length), padded with <end>
     log_probability: Tensor  # (images, beam_size)

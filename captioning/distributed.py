@@ -26,12 +26,12 @@ def on_cpus() -> bool:
 
 
 def this_process() -> PartialState:
-    """This process: its index, its device, and how to wait for the others, which the first call connects to."""
+    """Return accelerate's state of this process (index, device, barrier); the first call connects the processes."""
     return PartialState(cpu=on_cpus(), timeout=PATIENCE)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor or GPU computes faster in it, else float32."""
+    """Return bfloat16 if the processor or GPU is faster in it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The one error that a user's mistake raises, and how a command ends on it."""
+"""The error of a user's mistake, warnings, and how a command ends."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used; the message is one sentence that says what and what to do."""
+    """A user's mistake; the message is one sentence that names the problem and the remedy."""
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Print a warning on stderr, a message that was printed before not again."""
+    """Print a warning on stderr; the same message is printed once."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
-    """The first of many errors in a sentence, and how many more there are."""
+    """Join the first errors into one sentence and count the others."""
     errors = list(errors)
     more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""
     return "; ".join(map(str, errors[:at_most])) + more
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped: names and words of others must not steer the terminal."""
+    """Escape control characters, so that file names and captions cannot control the terminal."""
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -60,7 +60,7 @@ def _end(message: str, code: int) -> None:
 
 
 def _ended(more: int) -> int:
-    """How many of the processes launched together have ended early, after `more` are added; 0 where it is alone.
+    """Add `more` to the number of launched processes that ended early, and return it; 0 for a single process.
 
     They count in the store through which they found each other, which their launcher keeps.
     """

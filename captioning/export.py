@@ -1,4 +1,4 @@
-"""A trained model as one ONNX file, which captions images without PyTorch wherever ONNX runs.
+"""Export of a trained model to one ONNX file, which captions images without PyTorch.
 
     python caption.py --export model.onnx --model models/scenes
 
@@ -35,7 +35,7 @@ LARGEST_ONNX = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
 class RereadingDecoder(nn.Module):
-    """A decoder whose state keeps its shape, made of one whose state grows with every word.
+    """Wraps a decoder whose state grows with every word into one whose state has a constant shape.
 
     A loop in a graph carries tensors of constant shape only. At each step this decoder runs `forward` on all words so
     far, padded to `max_length`, instead of `step` on the last.
@@ -60,7 +60,7 @@ class RereadingDecoder(nn.Module):
 
 
 class GreedyCaptioner(nn.Module):
-    """Images to words as one module: `decoding.greedy`, in operations that a graph can hold."""
+    """`decoding.greedy` from images to tokens as one traceable module."""
 
     banned: Tensor
 
@@ -97,12 +97,12 @@ class GreedyCaptioner(nn.Module):
 
 
 def _own(x: Tensor) -> Tensor:
-    """A copy: the tensors that a loop carries must share no memory and be laid out alike in every round."""
+    """Copy a tensor: those that a loop carries must not share memory and must keep their layout."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> None:
-    """Write a model's best epoch as one ONNX file that needs nothing beside it.
+    """Write a model's best epoch as one ONNX file that is complete in itself.
 
     Input: `images` (B, 3, image_size, image_size) uint8, any B. Outputs: `tokens` (B, max_length) int64, which end with
     one `<end>` or more, or with none where the caption is cut; and `log_probability` (B,) float32, of the tokens up to

@@ -65,7 +65,7 @@ def encode(
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Run batches of photos through the backbone: yields their indices and features, on the encoder's device.
+    """Run batches of images through the backbone: yields their indices and features, on the encoder's device.
 
     `encoder` should be one `for_inference`. Features are (B, 2048), or (B, cells, 2048) of an encoder with
     `grid`, or with a transform of several `Views`, (B, views, ...). `unreadable` as in `read_batches`.
@@ -152,7 +152,7 @@ def _key(encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Pre
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> None:
-    """Make the array's file, all of it on disk: writing to a hole in a map kills the process where the disk is full."""
+    """Allocate the array's file on disk; writing to a hole of a sparse file would kill the process on a full disk."""
     if path.exists():
         return
     size = 2 * int(np.prod(shape))
@@ -184,7 +184,7 @@ def _fill(
     folder: Path,
     workers: int,
 ) -> dict[int, InputError]:
-    """Compute this process's share of what is not there yet; returns all processes' unreadable photos."""
+    """Compute this process's share of the missing features; returns the unreadable images of all processes."""
     state = this_process()
     features = np.load(folder / "features.npy", mmap_mode="r+")
     done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}

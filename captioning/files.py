@@ -1,4 +1,4 @@
-"""Files: written whole, hashed, and told apart by their names."""
+"""Files: atomic writes, hashes, text, and the suffixes of images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
 
 
 def hash_file(path: Path, before: bytes = b"") -> str:
-    """The SHA-256 of a file, in hexadecimal, as if these bytes stood before it."""
+    """Compute the SHA-256 of a file, with `before` prepended, in hexadecimal."""
     digest = hashlib.sha256(before)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -48,7 +48,7 @@ def hash_file(path: Path, before: bytes = b"") -> str:
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; `InputError` for anything else, pipes included."""
+    """Read a regular file of at most `limit` bytes; raises `InputError` for anything else, pipes included."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -156,7 +156,7 @@ def check_output(path: Path) -> None:
 
 
 def missing_file(path: object) -> InputError:
-    """The sentence on a file that is not there; of a web address, that nothing is fetched."""
+    """Return the error for a missing file; for a web address it says that nothing is downloaded."""
     address = WEB_ADDRESS.match(str(path))
     if address is None:
         return InputError(f"{path} does not exist; check the path.")
@@ -165,13 +165,13 @@ def missing_file(path: object) -> InputError:
 
 
 def image_formats() -> list[str]:
-    """The names of the formats that Pillow itself decodes, within bounds."""
+    """List the formats that Pillow decodes itself with bounded memory."""
     Image.init()
     return [name for name in Image.OPEN if name not in NOT_DECODED]
 
 
 def register_heif() -> bool:
-    """Have Pillow read HEIC, with pillow-heif; whether that is installed."""
+    """Register pillow-heif with Pillow; returns whether it is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -182,7 +182,7 @@ def register_heif() -> bool:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of images' file names, in lower case."""
+    """List the suffixes of image files, in lower case."""
     formats = set(image_formats())
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     return frozenset(suffixes | HEIF_SUFFIXES if find_spec("pillow_heif") else suffixes - HEIF_SUFFIXES)

@@ -196,7 +196,7 @@ caption can have as high a probability as a right one.
 
 
 def model_card(description: Description, name: str, licence: str) -> str:
-    """The README.md of a shared model, as Markdown with the Hub's metadata on top."""
+    """Build the README.md of a shared model: the Hub's metadata, then Markdown."""
     from huggingface_hub import ModelCardData
 
     architecture, epoch = description.architecture, description.best_epoch
@@ -265,7 +265,7 @@ def _eval_result(data: str, metric: str, value: float) -> EvalResult:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises, its HTTP client's errors included, into one sentence."""
+    """Convert the errors of huggingface_hub and its HTTP client into `InputError`."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

@@ -1,6 +1,6 @@
-"""An image file becomes RGB pixels, within limits.
+"""Reading of image files into RGB pixels, within limits of memory and time.
 
-Whatever a file says of itself, reading it takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES`
+Reading a file takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES`
 bounds what its decoder allocates, and so how many pixels it may have (50 million of a JPEG 2000, 62 million of a WebP,
 83 million of an AVIF or HEIC, 125 million of a PNG or TIFF). A JPEG may have 4,000 million, since it is decoded at a
 reduced size. An image of 12 megapixels takes 6 MB as a JPEG that is reduced to 256 pixels, and 100 MB as a PNG.
@@ -163,7 +163,7 @@ def _check_scans(image: Any, scans: int) -> None:
 
 
 def _draft(image: Image.Image, shorter_side: int | None) -> None:
-    """Have a JPEG decoded at a half, a quarter or an eighth of its size."""
+    """Set a JPEG to be decoded at a half, a quarter or an eighth of its size."""
     width, height = image.size
     scale = 1
     while scale < 8 and (
@@ -219,7 +219,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _cut_long(image: Image.Image) -> Image.Image:
-    """The middle of an image whose resize to a given shorter side would take memory without bound."""
+    """Crop a very long image to its middle: resized to a given shorter side, it would take unbounded memory."""
     shorter = min(image.size)
     excess = [max(0, side - MAX_ASPECT * shorter) // 2 for side in image.size]  # at either end
     if not any(excess):
@@ -263,7 +263,7 @@ def _levels(band: Image.Image) -> np.ndarray:
 
 
 def _black_and_white(image: Image.Image) -> tuple[float, float]:
-    """The levels that are black and white.
+    """Find the levels of black and white.
 
     Formats of 16 or 32 bits do not say how many of them are used. White is the lowest of `WHITES` that no level
     exceeds; where there is none, or a level is negative, the lowest level is black and the highest white.

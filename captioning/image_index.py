@@ -1,4 +1,4 @@
-"""The images under a folder, looked up by the names that tables of captions give them."""
+"""Look-up of the images under a folder by their names in tables of captions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from captioning.files import image_suffixes
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """All that is under `folder` and no folder itself, in name order and shallow folders first.
+    """Yield all files under `folder`, in name order, shallow folders first.
 
     Hidden names and what macOS adds to archives are left out. Links to folders are followed, after all folders
     that are none, and no folder is visited twice. Raises `InputError` where a folder cannot be read.

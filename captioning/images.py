@@ -1,4 +1,4 @@
-"""Images as a network takes them: read, transformed, in batches."""
+"""Images for the network: transforms, a data set, batches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_transform(
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
 ) -> T.Compose:
-    """The transform of a PIL image into a backbone's input, by default the original recipe's.
+    """Build the transform of a PIL image into a backbone's input, by default the original recipe's.
 
     It resizes the shorter side (to 256 for a crop of 224), crops the center and normalises; in training the crop is
     random and half the images are flipped. `backbones.Preprocessing` explains the arguments, and its fields are the
@@ -84,7 +84,7 @@ class ImageDataset(Dataset):
 
 
 def resized_side(transform: Callable) -> int | None:
-    """The side that an image of any size is resized to before anything else is done with it, or None.
+    """Return the side that a transform's first step resizes to, or None if that is no resize.
 
     Only then may it be decoded at a reduced size: a crop, for one, would cut out something else.
     """
@@ -97,7 +97,7 @@ def resized_side(transform: Callable) -> int | None:
 
 
 class _Attempts(Dataset):
-    """The images of `keys`, or in the place of one that cannot be read, its `InputError`."""
+    """Wraps a data set; an item that cannot be read is its `InputError`."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -110,7 +110,7 @@ class _Attempts(Dataset):
 
 
 def _ignore_signals(_: int) -> None:
-    """A worker ends with its parent, which decides what an interruption means."""
+    """Have a worker ignore signals; it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -152,7 +152,7 @@ def read_batches(
 
 
 def _name_lost_workers(loader: DataLoader) -> Iterator[list]:
-    """The loader's batches; `InputError` where the system has ended a process that reads them."""
+    """Yield the loader's batches; raises `InputError` if the system killed a worker."""
     try:
         yield from loader
     except RuntimeError as error:
@@ -164,7 +164,7 @@ def _name_lost_workers(loader: DataLoader) -> Iterator[list]:
 
 
 class _Checks(ImageDataset):
-    """Images read at an eighth of their size where their format allows it, which still reads every byte of them."""
+    """Reads images at an eighth of their size if the format allows it, which still reads every byte."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
         read_image(self.paths[int(key[0] if isinstance(key, tuple) else key)], shorter_side=1)
@@ -172,9 +172,9 @@ class _Checks(ImageDataset):
 
 
 def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
-    """Read every image once, in `workers` processes: the indices of those that cannot be read, and why.
+    """Read every image once, in `workers` processes; returns the indices and errors of those that cannot be read.
 
-    Of the same images, by their names, sizes and dates, the next time only these are read again.
+    The result is cached for images of the same names, sizes and dates; then only the unreadable ones are read.
     """
     key = hashlib.sha256()
     for path in paths:

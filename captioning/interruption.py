@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, put off until a training can save."""
+"""Deferring of SIGINT and SIGTERM until a training can save."""
 
 from __future__ import annotations
 

@@ -46,14 +46,14 @@ class Batch:
 
 
 class Objective(Protocol):
-    """What a training minimizes."""
+    """The interface of a training objective."""
 
     def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> CaptionBatches:
         """Batches of caption indices, one per step; `frozen` if the images' features are stored."""
         ...
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
-        """How many terms the loss of captions of these lengths sums, and how many captions those are."""
+        """Count the terms that the loss sums for captions of these lengths, and the captions."""
         ...
 
     def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -110,13 +110,13 @@ def embed_images(encoder: EncoderCNN, images: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product with `x` is computed in here: autocast's type inside autocast, else its own."""
+    """Return the type of a matrix product with `x`: autocast's inside autocast, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def attention_penalty(attention: Tensor | None, hidden: Tensor) -> Tensor:
-    """(1 - a cell's weight summed over the caption) squared, its mean over the cells, summed over the captions.
+    """Compute (1 - a cell's summed weight) squared, averaged over the cells and summed over the captions.
 
     The doubly stochastic regularisation of Show, Attend and Tell (equation 14); 0 without attention (B, cells).
     """
@@ -128,7 +128,7 @@ def attention_penalty(attention: Tensor | None, hidden: Tensor) -> Tensor:
 def linear_cross_entropy(
     hidden: Tensor, linear: nn.Linear, targets: Tensor, scale: Tensor | None = None, banned: Sequence[int] = ()
 ) -> Tensor:
-    """The cross-entropy of `linear(hidden)`, summed over the tokens, with little more memory than its logits take.
+    """Compute the summed cross-entropy of `linear(hidden)` with little more memory than the logits take.
 
     Args:
         hidden: (tokens, H). targets: (tokens,) indices.
@@ -195,5 +195,5 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def loss_tokens(lengths: Any, decoder: DecoderModule) -> int:
-    """How many tokens of captions of these lengths the decoder predicts: `<start>` only from the image alone."""
+    """Count the predicted tokens of captions of these lengths; `<start>` is predicted only from a single vector."""
     return int(lengths.sum()) - (len(lengths) if decoder.attends else 0)

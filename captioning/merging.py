@@ -1,4 +1,4 @@
-"""Data sets in COCO's layout, merged into one."""
+"""Merging of data sets in COCO's layout."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 
 def _whole_number(value: Any, where: str) -> int:
-    """An id as a whole number, also where it is written as "12" or 12.0."""
+    """Convert an id to an integer, also one written as "12" or 12.0."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
         value = int(value)
     if isinstance(value, float) and value.is_integer():

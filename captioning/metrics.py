@@ -115,7 +115,7 @@ def _tokenize(captions: Sequence[str], java: bool | None) -> tuple[list[str], st
 
 
 class _Meteor(meteor_package.Meteor):
-    """pycocoevalcap's METEOR in a fixed locale, and with a lock that an error cannot leave it waiting for."""
+    """pycocoevalcap's METEOR in a fixed locale, with a lock that errors release."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -292,7 +292,7 @@ def format_table(scores: Scores) -> str:
 
 
 def diversity(hypotheses: Mapping[int, str], training_captions: Iterable[str] | None) -> dict[str, float | None]:
-    """Measure how varied captions are (image id -> caption), which the metrics against references do not see.
+    """Measure how varied captions (image id -> caption) are.
 
     Returns `vocabulary` (different words used), `novel` (share of captions not among the training captions, None
     without those), `distinct_captions` (different captions / captions), `distinct_1` and `distinct_2` (different

@@ -1,4 +1,4 @@
-"""The original recipe's vocabulary and weights, turned into a model's folder of this project."""
+"""Conversion of the original recipe's vocabulary and weights into a model's folder."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
 
 
 def _read_architecture(encoder: Path, decoder: Path, states: dict[Path, dict[str, Tensor]]) -> checkpoint.Architecture:
-    """The sizes that the shapes of the two state dicts give; `InputError` where these do not go together."""
+    """Read the sizes from the two state dicts; raises `InputError` if they do not match."""
 
     def size(path: Path, key: str, dimension: int) -> int:
         tensor = states[path].get(key)

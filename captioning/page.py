@@ -1,4 +1,4 @@
-"""What of the web page is Gradio's: its inputs, which let nothing in but uploads, and what answers them."""
+"""The Gradio components of the web page: inputs that accept uploads only, and their event handlers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a
 
 
 def locate(component: Component, file: FileData) -> Upload:
-    """Where an upload is, and its own name; refuses any other path."""
+    """Return an upload's path and original name; refuses any path outside the upload folder."""
     path = Path(file.path or "").resolve()
     if not path.is_relative_to(Path(component.GRADIO_CACHE).resolve()):
         raise gr.Error("Upload the photo first.")
@@ -42,7 +42,7 @@ def locate(component: Component, file: FileData) -> Upload:
 
 
 def to_path(component: Component, url_or_path: str | Path | None) -> str | Path | None:
-    """A path, or that of an upload whose address on this server it is; the server fetches nothing."""
+    """Convert the address of an upload on this server to its path; other addresses are refused, not fetched."""
     if not str(url_or_path).startswith(("http://", "https://")):
         return url_or_path
     _, is_here, path = str(url_or_path).partition(FILE)
@@ -52,7 +52,7 @@ def to_path(component: Component, url_or_path: str | Path | None) -> str | Path 
 
 
 class ImageInput(gr.Image):
-    """Gradio's image input, which decodes nothing."""
+    """Gradio's image input, without decoding."""
 
     is_template = True  # Gradio shows it as its base class
     sample: str | Path = ""  # address of a photo, for the examples of "Use via API"
@@ -71,7 +71,7 @@ class ImageInput(gr.Image):
 
 
 class Files(gr.File):
-    """Gradio's input of several files, which reads nothing."""
+    """Gradio's input of several files, without reading them."""
 
     is_template = True
 
@@ -85,7 +85,7 @@ class Files(gr.File):
 
 
 class Page(gr.Blocks):
-    """Gradio's page, which answers a request whose values cannot be used with a sentence."""
+    """Gradio's page; a request with invalid values is answered with a sentence."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list, *arguments: Any, **options: Any) -> list:
         """As Gradio's; values that are missing are those that the page begins with."""
@@ -105,7 +105,7 @@ class Page(gr.Blocks):
 
 
 def explain_unusable(block: Component, value: object) -> str | None:
-    """Why a value from a request cannot be an input's, in a sentence; None where it can."""
+    """Explain in a sentence why a value is invalid for an input; None if it is valid."""
     if isinstance(block, gr.Slider):
         number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
         if not block.minimum <= number <= block.maximum or (block.step == 1 and number != int(number)):
@@ -129,7 +129,7 @@ def explain_unusable(block: Component, value: object) -> str | None:
 
 
 class Answers:
-    """What the page's controls and its API call."""
+    """The event handlers of the page and its API."""
 
     def __init__(self, server: Server, folder: Path):
         self.server, self.folder = server, folder
@@ -155,7 +155,7 @@ class Answers:
         return caption.text, alternatives, attention_maps(view, caption), per_word(caption)
 
     def show(self, photo: Upload | None, *options: Any) -> tuple:
-        """As `caption`, for the page, which shows no empty tables and pictures."""
+        """As `caption`, for the page, which hides empty tables and galleries."""
         if photo is None:
             hidden = gr.update(visible=False)
             return "", hidden, "", hidden, hidden, None
@@ -194,7 +194,7 @@ class Answers:
 
 
 def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
-    """The decoding that the page's controls choose."""
+    """Convert the page's controls to decoding options."""
     if method == "greedy" or (method == "beam" and beam_size == 1):
         return Decoding()
     if method == "sampling":
@@ -203,12 +203,12 @@ def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
 
 
 def per_word(caption: Caption) -> float:
-    """The geometric mean of the probabilities of a caption's words, by which a beam ranks, in percent."""
+    """Return the geometric mean of the probabilities of a caption's words, in percent; a beam ranks by it."""
     return round(100 * math.exp(caption.score), 1)
 
 
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
-    """For every word where the model looked, over the part of the photo that it saw; or nothing."""
+    """Draw the attention of every word over the model's view of the image; no maps without attention."""
     if caption.attention is None:
         return []
     cells = math.isqrt(caption.attention.shape[1])

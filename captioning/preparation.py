@@ -1,4 +1,4 @@
-"""What a training needs before its first step: networks, readable images, a description, a state to start from."""
+"""Preparation of a training: networks, a check of the images, the description, the initial state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIRST_IMAGES = 256  # that the embedding is standardised on
 
 
 def build_networks(config: TrainingConfig, words: int, old: Description | None) -> tuple[EncoderCNN, DecoderModule]:
-    """The encoder and the decoder of a training; `old` describes the one that is resumed."""
+    """Build the encoder and the decoder of a training; `old` describes the training that is resumed."""
     weights = checkpoint.resolve_weights(config.weights)
     if old is not None and old.architecture.backbone_weights != "published":
         weights = "random"  # resume.pt holds the real ones
@@ -43,7 +43,7 @@ def build_networks(config: TrainingConfig, words: int, old: Description | None) 
 
 
 def synchronise_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> None:
-    """Have several processes' batch norms, where they are trained, take the statistics of all processes' images.
+    """Synchronise trained batch norms across processes.
 
     Raises `InputError` on CPUs, for which torch cannot.
     """
@@ -60,7 +60,7 @@ def synchronise_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> No
 
 
 def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
-    """Read every image once, so that one that cannot be read is known before the first epoch and not within it.
+    """Read every image once, so that unreadable ones are reported before the first epoch.
 
     With `skip_unreadable` they are left out of the data sets, otherwise `InputError` lists them.
     """
@@ -83,7 +83,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 
 
 def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, old: Description | None) -> Description:
-    """What captioner.json says of a training before its first epoch; `old` describes the one that is resumed."""
+    """Build the description of a training before its first epoch; `old` describes the training that is resumed."""
     settings = settings_of(config)
     if old is not None:
         before = {"objective": "cross-entropy", **old.training}
@@ -108,7 +108,7 @@ def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, 
 
 
 def describe_architecture(config: TrainingConfig, old: Description | None) -> Architecture:
-    """What must be known to build the networks of a training again."""
+    """Build the description of a training's networks."""
     if config.fine_tune or (old is not None and old.architecture.backbone_weights == "epoch"):
         where = "epoch"
     elif old is not None:
@@ -128,7 +128,7 @@ def describe_architecture(config: TrainingConfig, old: Description | None) -> Ar
 
 
 def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
-    """The state of a training that continues with another objective or other stages: its best epoch, no optimizer."""
+    """Build the state to continue with another objective or other stages: the best epoch's weights, no optimizer."""
     best, first = state["best_epoch"], len(state["epochs"]) + 1
     if best is None:
         raise InputError(
@@ -151,7 +151,7 @@ def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> di
 def first_features(
     data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig
 ) -> Tensor:
-    """The features of some training images before training, from those that are stored if any are."""
+    """Compute the features of some training images before training, or take them from the stored ones."""
     device = encoder.embed.weight.device
     some = np.random.default_rng(config.seed).permutation(len(data.paths))[:FIRST_IMAGES]
     if features is not None:

@@ -1,7 +1,7 @@
-"""Read files that strangers send in processes of their own.
+"""Reading of untrusted files in separate processes.
 
-A file may be made so that it takes minutes or gigabytes to decode, and a thread that decodes it cannot be stopped.
-A process can: it is killed when its time is up, its memory is bounded, and it ends with the server.
+A malicious file may take minutes or gigabytes to decode, and a thread that decodes it cannot be stopped.
+A process can: it is killed after a time limit, its memory is bounded, and it ends with the server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ START_SECONDS = 120
 
 
 class Reader:
-    """A few processes that call functions: `reader(function, arguments, seconds)` returns what the function returns.
+    """A pool of processes: `reader(function, arguments, seconds)` returns the function's result.
 
     The function must be one of a module's, and what it takes and returns picklable. Raises `InputError` where the
     function does, or where it takes more than the seconds or more than `MOST_MEMORY`.
@@ -132,7 +132,7 @@ def serve() -> None:
 def prepare_image(
     path: Path, name: str, preprocessing: Preprocessing, view_size: int
 ) -> tuple[Image.Image, Image.Image]:
-    """Read an image, resized for a model, and the view that the model has of it, a square of `view_size` pixels.
+    """Read an image: resized for a model, and as the model's view of it, a square of `view_size` pixels.
 
     Raises `InputError`, which calls the file `name`, where it cannot be read.
     """
@@ -150,9 +150,9 @@ def prepare_image(
 def unpack_images(
     path: Path, folder: Path, max_images: int, most_bytes: int
 ) -> tuple[list[tuple[str, Path | InputError]], int]:
-    """Unpack a zip file's photos into a folder: each one's name and where it is, or why it cannot be unpacked.
+    """Unpack the images of a zip file into a folder: returns each one's name and its path or error.
 
-    With them comes the number of other files, which are left out. Raises `InputError` where the zip file cannot be
+    Also returns the number of other files, which are left out. Raises `InputError` where the zip file cannot be
     read, or has more than `max_images`, or they have more than `most_bytes` in all.
     """
     images: list[tuple[str, Path | InputError]] = []

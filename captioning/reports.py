@@ -1,4 +1,4 @@
-"""What is said about entries that are all treated in one way: how many they are, and which is the first."""
+"""Counts of the entries that an import or a data set leaves out, with the first of each kind."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several, the first that h
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file within a tar file, by the place of its bytes."""
+    """A file within a tar file, as the offset and size of its bytes."""
 
     shard: Path
     name: str
@@ -184,7 +184,7 @@ def _read_json_captions(file: Member) -> list[str]:
 
 
 def list_images(shard: Path) -> Iterator[Member]:
-    """Yield the images of a tar file, in its order; says on stderr which kinds of members it has left out."""
+    """Yield the images of a tar file, in its order; reports on stderr the kinds of members that are left out."""
     report = Report()
     for member, _ in read_samples(shard, report):
         if member is not None:

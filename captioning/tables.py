@@ -41,7 +41,7 @@ class Row:
 
 
 def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
-    """The rows of a table of captions; files other than .json, .jsonl and .ndjson are CSV with a header.
+    """Read a table of captions; files other than .json, .jsonl and .ndjson are CSV with a header.
 
     One column of `IMAGE_COLUMNS` names the image. Every column of the first kind in `CAPTION_COLUMNS` that the table
     has holds captions (caption, captions, caption_1, caption2), as text or as a list of texts; split is optional.
@@ -133,7 +133,7 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A cell's captions: CSV files of Flickr30k and of pandas write a list of them as text."""
+    """Parse a cell's captions; CSV files of Flickr30k and of pandas hold a list of them as text."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         for parse in (json.loads, ast.literal_eval):
             try:

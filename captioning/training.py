@@ -106,7 +106,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Progress:
-    """How far a training has come; `step` steps of `epoch` are done."""
+    """The progress of a training: `step` steps of `epoch` are done."""
 
     epoch: int = 1
     step: int = 0
@@ -126,7 +126,7 @@ class StepLoss:
 
 
 class Run:
-    """A training: its data, networks and optimizer, and how far it has come."""
+    """A training run: data, networks, optimizer and progress."""
 
     interruption: Interruption
 
@@ -198,7 +198,7 @@ class Run:
         return [p for p in self.encoder.network.parameters() if p.requires_grad]
 
     def extract_features(self) -> None:
-        """Run a frozen backbone on all images, or find the features that it gave before."""
+        """Compute the features of all images with a frozen backbone, or load the cached ones."""
         config, self.features, self.val_features = self.config, None, None
         self.encoder.to(self.device)
         if config.fine_tune == 0:
@@ -244,7 +244,7 @@ class Run:
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
 
     def open_log(self, state: dict[str, Any] | None) -> Any:
-        """The log of every step, cut to where the resumed state was saved."""
+        """Open the log of every step, truncated to the step of the resumed state."""
         path = self.folder / self.config.log_file if self.is_main else os.devnull
         file = open(path, "ab" if state is not None else "wb")
         if state is not None and self.is_main:
@@ -252,7 +252,7 @@ class Run:
         return file
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Save before the first step of a training that is new, or that now trains something else."""
+        """Save a new training, or one with a new objective or new trained stages, before its first step."""
         if self.is_main and state is None:
             checkpoint.remove_training(self.folder)
             self.scalars.remove()
@@ -268,7 +268,7 @@ class Run:
         )
 
     def is_out_of_patience(self) -> bool:
-        """Whether no epoch has been better than the best one for too long."""
+        """Whether the best epoch is more than `patience` epochs ago."""
         best, patience = self.description.best_epoch, self.config.patience
         if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
             return False
@@ -336,7 +336,7 @@ class Run:
         return StepLoss(step, loss.detach() * counts, terms, config.learning_rate * factor)
 
     def must_read(self, step: int) -> bool:
-        """Whether to wait for the device after this step; all processes decide alike."""
+        """Whether to read the losses after this step; the same in all processes."""
         if step % self.config.print_every == 0 or step == len(self.batches):
             return True
         if self.accelerator.num_processes > 1:
@@ -380,7 +380,7 @@ class Run:
         return line, signals > 0
 
     def stop(self) -> None:
-        """End as a signal asks for; the training is saved."""
+        """End after a signal; the training is saved."""
         self.log(f"stopped; resume with `python train.py --resume {self.folder}`")
         raise KeyboardInterrupt
 

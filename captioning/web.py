@@ -1,4 +1,4 @@
-"""What stands between the web page and its visitors: which requests are let in, and who captions their photos."""
+"""The server behind the web page: it filters requests and captions their images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 class Gate:
-    """Refuses what the page itself never asks for, before Gradio reads it.
+    """Refuses requests that the page never sends, before Gradio reads them.
 
     That is a request that another website's script makes in a visitor's browser, one that names another host where
     only this computer is served, one to fetch an address on the caller's behalf, and a body that is too large.
@@ -95,7 +95,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
 
 class StoppableServer(uvicorn.Server):
-    """Uvicorn, which calls functions when it is to stop, before it waits for the requests in hand."""
+    """Uvicorn with callbacks that run before it waits for pending requests to end."""
 
     def __init__(self, config: uvicorn.Config, *on_stop: Callable[[], None]):
         super().__init__(config)
@@ -113,7 +113,7 @@ class StoppableServer(uvicorn.Server):
 
 @dataclass
 class Upload:
-    """An uploaded file: where it is, and what its owner calls it."""
+    """An uploaded file: its path and its original name."""
 
     path: Path
     name: str
@@ -121,7 +121,7 @@ class Upload:
 
 @dataclass
 class Progress:
-    """How far the captioning of several photos is."""
+    """The progress of captioning several images."""
 
     total: int
     left_out: int  # files in zip files that are no photos
@@ -129,7 +129,7 @@ class Progress:
 
 
 class Server:
-    """Captions what requests bring, those that arrive together in one batch.
+    """Captions the images of requests; those that arrive together form a batch.
 
     Every request has its photo read in a process, waits for it in its own thread, and one thread captions. (Gradio's
     `batch=True` would fail all requests of a batch when it refuses the file of one.)
@@ -144,7 +144,7 @@ class Server:
         self.thread.start()
 
     def caption(self, image: Upload, model: str, how: Decoding) -> tuple[Caption, Image.Image]:
-        """A photo's caption and the part of it that the model saw, as a square of `VIEW_SIZE` pixels.
+        """Caption an image; returns the caption and the model's view, a square of `VIEW_SIZE` pixels.
 
         Raises `InputError` for what is no photo, and for one that takes more than `IMAGE_SECONDS` to read.
         """
@@ -227,7 +227,7 @@ class Server:
                 job.answer.set_exception(InputError("The model failed on this photo; the server's log says why."))
 
     def close(self) -> None:
-        """End the processes that read, and give the batch in hand a moment to end."""
+        """End the reading processes, and wait a moment for the current batch."""
         self.closed = True
         self.reader.close()
         self.waiting.put(None)

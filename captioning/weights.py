@@ -1,4 +1,4 @@
-"""Weights read from files that anyone may have written: nothing in them is run, and they take no more memory than due.
+"""Safe reading of untrusted weight files: nothing in them is executed, and their memory is bounded.
 
 `torch.load(weights_only=True)` runs nothing, but it allocates what a file asks for: a pickle of a hundred bytes can
 ask for gigabytes, and so can a zip whose entries are compressed or share their bytes. Files are checked first.
@@ -85,7 +85,7 @@ def _unsafe(path: str | Path, error: Exception) -> InputError:
 
 
 def _checked_zip(file: BinaryIO) -> BinaryIO:
-    """A copy of a file of torch.save whose entries are known to be stored, apart from one another and harmless.
+    """Check and copy a file of torch.save: its entries must be uncompressed, disjoint and harmless.
 
     torch reads the copy, because its own zip reader and `zipfile` may find different entries in a forged file.
     """
@@ -114,7 +114,7 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
 
 
 def _checked_legacy(file: BinaryIO) -> BinaryIO:
-    """The file itself, at its beginning, if it is harmless and as torch.save wrote before version 1.6."""
+    """Check a file of torch.save before version 1.6; returns it, at its beginning, if it is harmless."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST_PICKLE))
     for _ in range(LEGACY_PICKLES):
@@ -154,7 +154,7 @@ def as_state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_whole(value: object) -> bool:
-    """Whether it is a plain tensor with all its numbers in memory, so that a copy is no larger."""
+    """Whether this is a dense tensor that owns all its elements, so that a copy is no larger."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
         return False
     return value.nbytes <= value.untyped_storage().nbytes()
@@ -196,7 +196,7 @@ def load_weights(
 
 
 def _unusable_number(weight: Tensor) -> float | None:
-    """A number in a weight that is not finite or so large that products of it overflow, if there is one."""
+    """Find a number in a weight that is not finite, or so large that products overflow; None if there is none."""
     if not weight.is_floating_point() or not weight.numel():
         return None
     extremes = torch.stack(weight.aminmax()).tolist()  # both are nan where any number is

@@ -41,7 +41,7 @@ def subject(caption: str) -> tuple[str | None, str | None]:
 
 
 def check(caption: str, scene: dict) -> dict[str, bool]:
-    """Whether a caption says what is to be seen in a scene, by this module's own words.
+    """Check a caption against a scene's ground truth, with this module's own vocabulary.
 
     thing: its subject is the main thing. colour: it gives its subject the main thing's colour. setting: it names
     the right setting and no other. count: it names the main thing, in the right number. company: it names no

@@ -187,7 +187,7 @@ RELATIONS: dict[str, tuple[dict[str, int], str]] = {
 
 
 def plan(rng: random.Random) -> dict:
-    """What is to be seen: the ground truth that is kept beside the picture."""
+    """Draw the plan of a scene: the ground truth that is stored with the picture."""
     name = rng.choice(MAIN_KINDS)
     kind = KINDS[name]
     setting = rng.choice(tuple(kind.settings))
