@@ -90,7 +90,7 @@ VOCAB_URL = "https://raw.githubusercontent.com/iamirmasoud/image_captioning/HEAD
 VOCAB_BYTES = 273174
 VOCAB_SHA256 = "f1bc5899fc86273f07fc1c3bd18c192317cc35a51023faeadf9cabc6448fa8b1"
 WEIGHTS_BYTES = 500_000_000  # the most that the two weight files may have, zipped or not
-WEIGHTS_SECONDS = 3600  # the most that downloading them may take; the same command goes on after it
+WEIGHTS_SECONDS = 3600  # the most that downloading them may take; the same command resumes after it
 
 AT_ONCE = 16  # requests for images
 IMAGE_BYTES = 200_000  # a COCO image has 163,000 on average
@@ -324,7 +324,7 @@ def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
     except TypeError as error:
         raise InputError("the gdown here is older than 6.5: pip install --upgrade gdown") from error
     except NetworkError as error:
-        shutil.rmtree(archive.parent)  # or the next run would go on with it
+        shutil.rmtree(archive.parent)  # or the next run would resume it
         raise InputError(f"{WEIGHTS_URL} cannot be downloaded: {error}.") from error
     except Exception as error:  # gdown's own errors share no base class with its HTTP library's
         reason = f"it takes more than {WEIGHTS_SECONDS:,} seconds; run the same command again to resume"

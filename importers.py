@@ -259,7 +259,7 @@ def import_folder(
     images: Path | None = None,
     encoding: str | None = None,
 ) -> None:
-    """Your own images with a table of captions, or with a .txt file beside each image, into COCO's layout.
+    """Your own images with a table of captions, or with a .txt file for each image, into COCO's layout.
 
     A table is CSV, TSV, JSON Lines or a JSON array, Hugging Face's metadata.csv and metadata.jsonl
     included. A column photo (or image, file_name, filename) has the image's path below the images'
@@ -299,7 +299,7 @@ def import_folder(
 
 
 def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> list[Row]:
-    """The captions of a folder's tables, else of .txt files beside its images, else of its .json file."""
+    """The captions of a folder's tables, else of .txt files next to its images, else of its .json file."""
     files = list(walk_files(folder))
     tables = _find_tables(folder, files, TABLE_SUFFIXES)
     rows = [] if tables else _read_text_files(folder, files, index, encoding, report)

@@ -27,7 +27,7 @@ from captioning.shards import SUFFIX, Member, is_shard, list_images
 
 NAMES = 1 << 18  # of a folder's entries that are held at once, some 30 MB
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
-FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # what was left out, beside the suffixes of files
+FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # keys of what was left out, besides the suffixes of files
 NAMED = 10  # suffixes in the sentence on what was left out
 
 Log = Callable[[str], object]

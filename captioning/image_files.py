@@ -214,7 +214,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # a broken EXIF costs the turn and not the image
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     upright = _to_rgb(_cut_long(image))
-    upright.info.clear()  # what it says of the orientation, of transparency and of colours is no longer so
+    upright.info.clear()  # its orientation, transparency and colour profile no longer apply
     return upright if turn is None else upright.transpose(turn)
 
 

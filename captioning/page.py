@@ -27,7 +27,7 @@ from captioning.web import Server, Upload
 
 FILE = "/gradio_api/file="  # the address of an uploaded file ends in this and its path
 
-gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi beside this file
+gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
 
 
 # Inputs

@@ -221,7 +221,7 @@ class Server:
         try:
             for job, caption in zip(jobs, captioner([job.image for job in jobs], how), strict=True):
                 job.answer.set_result(caption)
-        except Exception as error:  # it belongs to these requests; the next ones go on
+        except Exception as error:  # it belongs to these requests; the next ones are served
             print_exception(error)
             for job in jobs:
                 job.answer.set_exception(InputError("The model failed on this photo; the server's log says why."))
