@@ -95,7 +95,7 @@ WEIGHTS_SECONDS = 3600  # the most that downloading them may take; the same comm
 AT_ONCE = 16  # requests for images
 IMAGE_BYTES = 200_000  # a COCO image has 163,000 on average
 LARGEST_IMAGE = 4_000_000  # bytes; COCO's are 640 x 640 pixels at most
-MOST_SCANS = 100  # of a progressive JPEG, each of which takes time to decode
+MAX_SCANS = 100  # of a progressive JPEG, each of which takes time to decode
 ANNOTATION_BYTES = 150_000_000  # the caption files of one year, unpacked
 
 
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_image(data: bytes, width: int, height: int) -> str | None:
     """Say what is wrong with a downloaded image, which has to be a JPEG of this size; None if nothing is."""
-    if data.count(b"\xff\xda") > MOST_SCANS:
+    if data.count(b"\xff\xda") > MAX_SCANS:
         return "it is not a photo"
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:

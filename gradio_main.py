@@ -35,10 +35,10 @@ from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, run_command
 from captioning.page import FILE, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
-from captioning.web import LOOPBACK, MAX_IMAGES, MOST_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
+from captioning.web import LOOPBACK, MAX_IMAGES, MAX_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
 
 AGE = 3600  # seconds after which uploads are deleted
-MOST_WAITING = 128  # requests; the next one is told to come back later
+MAX_WAITING = 128  # requests; the next one is told to come back later
 HANDLED_AT_ONCE = 32  # requests, most of them waiting for the batch that they are in
 IMAGES = Path(__file__).with_name("images")
 DESCRIPTION_TAG = 0x010E  # of EXIF: what a photo shows
@@ -120,7 +120,7 @@ def build_page(
         gr.Markdown(f"{about}\n\n{OTHER_MODELS}")
     if uploaded:
         image.sample, _ = uploaded[0]
-    page.queue(max_size=MOST_WAITING, api_open=False)
+    page.queue(max_size=MAX_WAITING, api_open=False)
     return page, image
 
 
@@ -252,7 +252,7 @@ def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option],
 
 def _lay_out_images(answers: Answers, options: list[Option]) -> None:
     """Several photos, and a table of their captions to download."""
-    gr.Markdown(f"Up to {MAX_IMAGES} photos at once, of {MOST_UPLOADED >> 20} MB in all; a zip file of them will do.")
+    gr.Markdown(f"Up to {MAX_IMAGES} photos at once, of {MAX_UPLOADED >> 20} MB in all; a zip file of them will do.")
     files = Files(
         label="Photos",
         file_count="multiple",
@@ -299,7 +299,7 @@ def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket
         page,
         "/",
         show_error=False,
-        max_file_size=MOST_UPLOADED,
+        max_file_size=MAX_UPLOADED,
         enable_monitoring=False,
         run_history=False,
         mcp_server=False,

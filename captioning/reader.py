@@ -27,7 +27,7 @@ from captioning.errors import InputError
 from captioning.files import image_suffixes
 from captioning.images import build_transform, read_image, resized_side
 
-MOST_MEMORY = 2 << 30  # bytes of a process's data
+MAX_MEMORY = 2 << 30  # bytes of a process's data
 START_SECONDS = 120
 
 
@@ -35,7 +35,7 @@ class Reader:
     """A pool of processes: `reader(function, arguments, seconds)` returns the function's result.
 
     The function must be one of a module's, and what it takes and returns picklable. Raises `InputError` where the
-    function does, or where it takes more than the seconds or more than `MOST_MEMORY`.
+    function does, or where it takes more than the seconds or more than `MAX_MEMORY`.
     """
 
     def __init__(self, processes: int = 2):
@@ -109,7 +109,7 @@ def serve() -> None:
     with suppress(ImportError, OSError, ValueError):  # a system without this bound
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     while True:
@@ -148,12 +148,12 @@ def prepare_image(
 
 
 def unpack_images(
-    path: Path, folder: Path, max_images: int, most_bytes: int
+    path: Path, folder: Path, max_images: int, max_bytes: int
 ) -> tuple[list[tuple[str, Path | InputError]], int]:
     """Unpack the images of a zip file into a folder: returns each one's name and its path or error.
 
     Also returns the number of other files, which are left out. Raises `InputError` where the zip file cannot be
-    read, or has more than `max_images`, or they have more than `most_bytes` in all.
+    read, or has more than `max_images`, or they have more than `max_bytes` in all.
     """
     images: list[tuple[str, Path | InputError]] = []
     try:
@@ -167,8 +167,8 @@ def unpack_images(
             members = [(name, info) for name, info in files if name.suffix.lower() in image_suffixes()]
             if len(members) > max_images:
                 raise InputError(f"{path.name} holds {len(members):,} photos; send at most {max_images} at once.")
-            if sum(info.file_size for _, info in members) > most_bytes:  # of none more is read than it says
-                raise InputError(f"The photos in {path.name} are more than {most_bytes >> 20} MB; send fewer at once.")
+            if sum(info.file_size for _, info in members) > max_bytes:  # of none more is read than it says
+                raise InputError(f"The photos in {path.name} are more than {max_bytes >> 20} MB; send fewer at once.")
             for i, (name, info) in enumerate(members):
                 target = folder / f"{i:04}{name.suffix.lower()}"
                 try:

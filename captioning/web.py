@@ -26,10 +26,10 @@ from captioning.errors import InputError
 from captioning.features import BATCH
 from captioning.reader import Reader, prepare_image, unpack_images
 
-MOST_UPLOADED = 100 << 20  # bytes of an upload
-MOST_BODY = 1 << 20  # bytes of any other request
+MAX_UPLOADED = 100 << 20  # bytes of an upload
+MAX_BODY = 1 << 20  # bytes of any other request
 MAX_IMAGES = 200  # captioned at once for one visitor
-MOST_UNPACKED = 400 << 20  # bytes of the photos in a zip file
+MAX_UNPACKED = 400 << 20  # bytes of the photos in a zip file
 IMAGE_SECONDS = 10  # to read a photo
 ZIP_SECONDS = 30  # to unpack a zip file
 STOP_SECONDS = 2  # for the last batch, once the server is being stopped
@@ -60,7 +60,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = MOST_UPLOADED if scope["path"] == UPLOAD else MOST_BODY
+        limit = MAX_UPLOADED if scope["path"] == UPLOAD else MAX_BODY
         sentence = self._refusal(scope["path"], Headers(scope=scope))
         app = PlainTextResponse(sentence, 403) if sentence else self.app
         await app(scope, _counted(receive, limit), send)
@@ -187,7 +187,7 @@ class Server:
                 continue
             inside = folder / str(i)
             inside.mkdir()
-            limits = (MAX_IMAGES, MOST_UNPACKED)
+            limits = (MAX_IMAGES, MAX_UNPACKED)
             members, left_out = self.reader(unpack_images, (upload.path, inside, *limits), ZIP_SECONDS)
             others += left_out
             images += [(name, at) if isinstance(at, InputError) else Upload(at, name) for name, at in members]

@@ -24,7 +24,7 @@ from torch import Tensor
 from captioning.errors import InputError
 
 LARGEST_PICKLE = 4 << 20  # bytes of names and shapes; the numbers lie outside the pickle
-MOST_ENTRIES = 50_000  # of a zip, one per tensor
+MAX_ENTRIES = 50_000  # of a zip, one per tensor
 LARGEST_WEIGHT = 1e10  # a few products of larger numbers overflow float32
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 GLOBALS = {
@@ -91,7 +91,7 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
     """
     size = file.seek(0, os.SEEK_END)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if next(islice(re.finditer(rb"PK\x01\x02", content), MOST_ENTRIES, None), None):
+        if next(islice(re.finditer(rb"PK\x01\x02", content), MAX_ENTRIES, None), None):
             raise ValueError("it has too many entries")
     with zipfile.ZipFile(file) as source:
         entries = source.infolist()

@@ -44,7 +44,7 @@ class Server:
         self.pause = 0.0  # seconds before each piece of 64 kB
         self.requests: list[tuple[str, str | None]] = []
         self.sent: dict[str, int] = {}
-        self.at_once = self.most_at_once = 0
+        self.at_once = self.max_at_once = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ class Server:
                     self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
                 self.end_headers()
                 server.at_once += 1
-                server.most_at_once = max(server.most_at_once, server.at_once)
+                server.max_at_once = max(server.max_at_once, server.at_once)
                 cuts = server.cut_after.get(self.path, [])
                 end = start + cuts.pop(0) if cuts else len(data)
                 for at in range(start, min(end, len(data)), 1 << 16):
@@ -385,7 +385,7 @@ def test_a_limit_beyond_the_split_takes_all_of_it(coco, tmp_path):
 def test_images_are_downloaded_many_at_once(coco, tmp_path):
     coco.pause = 0.1
     download.coco(tmp_path, limit=IMAGES)
-    assert coco.most_at_once >= 8
+    assert coco.max_at_once >= 8
 
 
 def test_an_image_that_is_gone_is_named_and_the_others_stay(coco, tmp_path):

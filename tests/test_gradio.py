@@ -37,7 +37,7 @@ from captioning.checkpoint import read_description
 from captioning.errors import InputError
 from captioning.page import attention_maps, per_word, write_tables
 from captioning.scenes.dataset import draw_scene
-from captioning.web import MOST_BODY, MOST_UPLOADED, Server
+from captioning.web import MAX_BODY, MAX_UPLOADED, Server
 
 pytestmark = pytest.mark.slow
 
@@ -517,12 +517,12 @@ def test_values_that_the_page_does_not_send_get_a_sentence(page: Page, scene: Im
 
 
 def test_what_is_larger_than_allowed_is_refused_and_takes_no_memory(page: Page):
-    reply = httpx.post(f"{page.api}/upload", files={"files": ("a.jpg", bytes(MOST_UPLOADED + 1))}, timeout=60)
+    reply = httpx.post(f"{page.api}/upload", files={"files": ("a.jpg", bytes(MAX_UPLOADED + 1))}, timeout=60)
     assert reply.status_code == 413
     before = psutil.Process(page.process.pid).memory_info().rss
     for path in ("call/caption", "queue/join", "run/caption", "reset"):
         with contextlib.suppress(httpx.TransportError):  # it may close the connection before all is sent
-            reply = httpx.post(f"{page.api}/{path}", content=(bytes(1 << 16) for _ in range(5 * MOST_BODY >> 16)))
+            reply = httpx.post(f"{page.api}/{path}", content=(bytes(1 << 16) for _ in range(5 * MAX_BODY >> 16)))
             assert reply.status_code in (404, 413)
     assert psutil.Process(page.process.pid).memory_info().rss < before + (64 << 20)
 
@@ -670,7 +670,7 @@ def served(slow: SlowCaptioner, examples: list[tuple[Path, str]], folder: Path) 
 
 
 def test_a_full_queue_says_so(slow: SlowCaptioner, scene: Image.Image, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(gradio_main, "MOST_WAITING", 1)
+    monkeypatch.setattr(gradio_main, "MAX_WAITING", 1)
     monkeypatch.setattr(gradio_main, "HANDLED_AT_ONCE", 1)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with served(slow, [], tmp_path) as api:

@@ -18,7 +18,7 @@ from PIL import Image
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.images import build_transform
-from captioning.reader import MOST_MEMORY, Reader, prepare_image, unpack_images
+from captioning.reader import MAX_MEMORY, Reader, prepare_image, unpack_images
 
 EXIF_ORIENTATION = 0x0112
 
@@ -52,7 +52,7 @@ def test_two_that_take_too_long_are_stopped_and_do_not_stop_the_next(reader: Rea
 
 def test_memory_is_bounded_and_the_process_goes_on(reader: Reader):
     with pytest.raises(InputError, match="memory"):
-        reader(bytes, (MOST_MEMORY,), 60)
+        reader(bytes, (MAX_MEMORY,), 60)
     assert reader(len, ("abc",), 60) == 3
 
 
@@ -128,10 +128,10 @@ def pack(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
     return pack
 
 
-def unpack(path: Path, max_images: int = 10, most_bytes: int = 1 << 20) -> tuple[list, int]:
+def unpack(path: Path, max_images: int = 10, max_bytes: int = 1 << 20) -> tuple[list, int]:
     folder = path.parent / "unpacked"
     folder.mkdir(exist_ok=True)
-    return unpack_images(path, folder, max_images, most_bytes)
+    return unpack_images(path, folder, max_images, max_bytes)
 
 
 def test_images_of_any_folder_are_unpacked_into_one_and_others_are_counted(pack, tmp_path: Path):

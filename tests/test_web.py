@@ -23,7 +23,7 @@ from captioning import web
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Decoding
 from captioning.errors import InputError
-from captioning.web import LOOPBACK, MOST_BODY, MOST_UPLOADED, Gate, Server, Upload
+from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, Gate, Server, Upload
 
 # Requests
 
@@ -113,9 +113,9 @@ def test_nothing_is_fetched_for_a_caller(path: str):
 @pytest.mark.parametrize(
     ("path", "limit"),
     [
-        ("/gradio_api/call/caption", MOST_BODY),
-        ("/gradio_api/upload", MOST_UPLOADED),
-        ("/x/gradio_api/upload", MOST_BODY),
+        ("/gradio_api/call/caption", MAX_BODY),
+        ("/gradio_api/upload", MAX_UPLOADED),
+        ("/x/gradio_api/upload", MAX_BODY),
     ],
 )
 def test_a_body_is_read_up_to_its_limit(path: str, limit: int):
