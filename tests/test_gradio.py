@@ -562,7 +562,7 @@ def test_a_path_of_the_server_is_no_image(page: Page, tmp_path: Path, scene: Ima
 
 
 @pytest.mark.parametrize(
-    "photo",
+    "image",
     [
         {"path": "http://127.0.0.1:1/a.jpg", "meta": {"_type": "gradio.FileData"}},
         {"path": "https://example.org/a.jpg", "meta": {"_type": "gradio.FileData"}},
