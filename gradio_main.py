@@ -33,7 +33,7 @@ from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, run_command
-from captioning.page import FILE, Answers, Files, ImageInput, Page
+from captioning.page import FILE, PER_WORD, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
 from captioning.web import LOOPBACK, MAX_IMAGES, MAX_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
 
@@ -44,17 +44,25 @@ IMAGES = Path(__file__).with_name("images")
 DESCRIPTION_TAG = 0x010E  # of EXIF: what a photo shows
 SOURCES: list[Literal["upload", "webcam", "clipboard"]] = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
-BACKBONES = {"IMAGENET1K_V1": "ResNet-50", "stored": "ResNet-50", "resnet50": "ResNet-50"}
+BACKBONES = {
+    "IMAGENET1K_V1": "ResNet-50",
+    "stored": "ResNet-50",
+    "resnet50": "ResNet-50",
+    "tf_efficientnet_lite2": "EfficientNet-Lite2",
+}
 DECODERS = {"lstm": "an LSTM", "attention": "an LSTM with attention", "transformer": "a transformer"}
-OTHER_MODELS = "Start it with `--model FOLDER` to serve another, or several; `make demo` trains `models/scenes`."
+OTHER_MODELS = """`python gradio_main.py --model FOLDER` serves another model.
+Give `--model` several times to choose among models on this page. `make demo` trains `models/scenes`."""
 Option = gr.Radio | gr.Slider | gr.Dropdown
-PER_WORD = "% per word"
 CSS = """
 #caption textarea {font-size: 1.6rem; line-height: 1.3; font-weight: 600}
+@supports (field-sizing: content) {#caption textarea {field-sizing: content; height: auto !important}}
 #caption textarea::placeholder {font-size: 1rem; font-weight: 400}
 #maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(96px, 1fr))}
-#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(64px, 1fr))}
+#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(70px, 1fr))}
 #examples .caption-label {display: none}
+#maps .caption-label {padding: 1px 5px; font-size: 0.8rem}
+@media (max-width: 639px) {footer .divider {display: none !important}}
 """
 
 
@@ -261,9 +269,9 @@ def _lay_out_images(answers: Answers, options: list[Option]) -> None:
     )
     start = gr.Button("Caption these photos", variant="primary", interactive=False)
     progress = gr.Markdown()
-    table = _lay_out_table("Captions", ["photo", "caption", PER_WORD], ["30%", "50%", "20%"])
     with gr.Row():
         downloads = [gr.DownloadButton(f"Download as {kind}", visible=False) for kind in ("CSV", "JSON Lines")]
+    table = _lay_out_table("Captions", ["photo", "caption", PER_WORD], ["30%", "50%", "20%"])
     files.change(
         lambda chosen: gr.update(interactive=bool(chosen)), files, start, queue=False, api_visibility="private"
     )

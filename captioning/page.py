@@ -13,7 +13,6 @@ from typing import Any
 
 import gradio as gr
 import gradio.component_meta
-import matplotlib
 from gradio.components import Component
 from gradio.data_classes import FileData
 from gradio.utils import sanitize_value_for_csv
@@ -23,8 +22,10 @@ from PIL import Image
 from captioning.bulk import as_json
 from captioning.captioner import DEFAULT_DECODING, Caption, Decoding
 from captioning.errors import InputError
+from captioning.figures import overlay_attention
 from captioning.web import Server, Upload
 
+PER_WORD = "% per word"  # heading of the column of probabilities
 FILE = "/gradio_api/file="  # the address of an uploaded file ends in this and its path
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
@@ -151,7 +152,7 @@ class Answers:
             caption, view = self.server.caption(photo, model, decoding_of(method, int(beam_size), temperature))
         except InputError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
-        alternatives = [[other.text, per_word(other)] for other in caption.alternatives if other.text != caption.text]
+        alternatives = [[other.text, per_word(other)] for other in other_captions(caption)]
         return caption.text, alternatives, attention_maps(view, caption), per_word(caption)
 
     def show(self, photo: Upload | None, *options: Any) -> tuple:
@@ -164,7 +165,7 @@ class Answers:
             text,
             gr.update(visible=True),
             f"The model gives its words a probability of **{percent}%** on average.",
-            gr.update(value=alternatives, visible=bool(alternatives)),
+            gr.update(value=as_table(["caption", PER_WORD], alternatives), visible=bool(alternatives)),
             gr.update(visible=bool(maps)),
             maps,
         )
@@ -182,7 +183,8 @@ class Answers:
                 failed = isinstance(caption, InputError)
                 table.append([name, str(caption), None] if failed else [name, caption.text, per_word(caption)])
                 counted = f"{len(table)} of {progress.total} photos"
-                yield counted, gr.update(value=table, visible=True), *[gr.update(visible=False)] * 2
+                shown = gr.update(value=as_table(["photo", "caption", PER_WORD], table), visible=True)
+                yield counted, shown, *[gr.update(visible=False)] * 2
         except InputError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
         failures = sum(isinstance(caption, InputError) for _, caption in progress.rows)
@@ -190,7 +192,7 @@ class Answers:
         if progress.left_out:
             summary += f" Files in zip files that are no photos, and were left out: {progress.left_out}."
         tables = write_tables([as_json(name, caption) for name, caption in progress.rows], self.folder)
-        yield summary, gr.update(value=table), *[gr.update(value=str(file), visible=True) for file in tables]
+        yield summary, shown, *[gr.update(value=str(file), visible=True) for file in tables]
 
 
 def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
@@ -207,18 +209,25 @@ def per_word(caption: Caption) -> float:
     return round(100 * math.exp(caption.score), 1)
 
 
+def other_captions(caption: Caption) -> list[Caption]:
+    """A caption's alternatives that differ from it, and from one another, in more than the full stop."""
+    distinct = {caption.text.rstrip(" ."): caption}
+    for other in caption.alternatives:
+        distinct.setdefault(other.text.rstrip(" ."), other)
+    return list(distinct.values())[1:]
+
+
+def as_table(headers: list[str], rows: list[list[Any]]) -> dict[str, Any]:
+    """Rows for a `gr.Dataframe`, which shows their numbers with one decimal."""
+    shown = [[f"{cell:.1f}" if isinstance(cell, float) else cell or "" for cell in row] for row in rows]
+    return {"headers": headers, "data": rows, "metadata": {"display_value": shown}}
+
+
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
     """Draw the attention of every word over the model's view of the image; no maps without attention."""
     if caption.attention is None:
         return []
-    cells = math.isqrt(caption.attention.shape[1])
-    maps = []
-    for word, weights in zip(caption.tokens, caption.attention.float().numpy(), strict=True):
-        weights = (weights - weights.min()) / max(weights.max() - weights.min(), 1e-9)
-        colours = matplotlib.colormaps["magma"](weights.reshape(cells, cells), bytes=True)
-        heat = Image.fromarray(colours[..., :3]).resize(view.size, Image.Resampling.BICUBIC)
-        maps.append((Image.blend(view, heat, 0.6), word))
-    return maps
+    return [(overlay_attention(view, map_), word) for word, map_ in zip(caption.tokens, caption.attention, strict=True)]
 
 
 def write_tables(rows: list[dict[str, Any]], folder: Path) -> tuple[Path, Path]:

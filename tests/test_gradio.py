@@ -35,7 +35,8 @@ from captioning import checkpoint
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import read_description
 from captioning.errors import InputError
-from captioning.page import attention_maps, per_word, write_tables
+from captioning.figures import overlay_attention
+from captioning.page import as_table, attention_maps, other_captions, per_word, write_tables
 from captioning.scenes.dataset import draw_scene
 from captioning.web import MAX_BODY, MAX_UPLOADED, Server
 
@@ -366,7 +367,7 @@ def test_gradio_client_captions_as_the_command_line_does(
     expected = Captioner.load(attending)(path, beam_size=4, alternatives=3, block_trigrams=True)[0]
     assert caption == expected.text
     assert percent == per_word(expected)
-    assert table["data"] == [[other.text, per_word(other)] for other in expected.alternatives]
+    assert table["data"] == [[other.text, per_word(other)] for other in other_captions(expected)]
     assert percent >= table["data"][0][1]
     assert [tile["caption"] for tile in maps] == expected.tokens
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/caption"]
@@ -707,11 +708,25 @@ def test_attention_maps_shine_where_the_model_looks():
     weights = torch.zeros(2, 49)
     weights[0, 0] = weights[1, 48] = 1  # upper left, lower right
     caption = Caption("a dog", ["a", "dog"], 0.0, weights)
-    (first, word), (second, _) = attention_maps(Image.new("RGB", (224, 224)), caption)
+    (first, word), (second, _) = attention_maps(Image.new("RGB", (224, 224), "white"), caption)
     assert word == "a"
+    assert list(first.getdata()) == list(overlay_attention(Image.new("RGB", (224, 224), "white"), weights[0]).getdata())
     assert sum(first.getpixel((10, 10))) > 300 > sum(first.getpixel((213, 213)))
     assert sum(second.getpixel((213, 213))) > 300 > sum(second.getpixel((10, 10)))
     assert attention_maps(Image.new("RGB", (9, 9)), Caption("a", ["a"], 0.0)) == []
+
+
+def test_an_alternative_differs_in_more_than_the_full_stop():
+    texts = ["a dog.", "a dog", "a cat.", "a cat", "a dog ."]
+    caption = Caption("a dog.", [], 0.0, alternatives=[Caption(text, [], 0.0) for text in texts])
+    assert [other.text for other in other_captions(caption)] == ["a cat."]
+    assert other_captions(Caption("a dog.", [], 0.0)) == []
+
+
+def test_a_table_shows_one_decimal_of_its_numbers():
+    table = as_table(["photo", "percent"], [["a.jpg", 44.0], ["b.jpg", None]])
+    assert table["data"] == [["a.jpg", 44.0], ["b.jpg", None]]
+    assert table["metadata"]["display_value"] == [["a.jpg", "44.0"], ["b.jpg", ""]]
 
 
 def test_tables_hold_what_is_captioned_and_why_the_others_are_not(tmp_path: Path):
