@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -122,7 +123,7 @@ def read_description(folder: str | Path) -> Description:
     """Read and check captioner.json; `InputError` says what is missing or wrong in it."""
     path = Path(folder) / DESCRIPTION
     if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have, too
-        raise InputError(f"{folder} is not a trained model's folder: {path} is missing; train one with `make demo`.")
+        raise InputError(f"{folder} is not a trained model's folder: {path} is missing; {_how_to_train(folder)}.")
     try:
         if path.stat().st_size > LARGEST_DESCRIPTION:
             raise InputError(f"{path} is larger than any description of a model; it is not one.")
@@ -133,6 +134,16 @@ def read_description(folder: str | Path) -> Description:
         raise InputError(f"{path} does not describe a model: {where}: {first['msg']}.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def _how_to_train(folder: str | Path) -> str:
+    """How to get a model of this name, as a part of a sentence."""
+    name = Path(folder).name
+    if name == SAMPLE:
+        return "`make demo` trains it"
+    if re.fullmatch(r"\w+", name) and (Path(__file__).parents[1] / "configs" / f"{name}.toml").exists():
+        return f"`python train.py --config configs/{name}.toml` trains it"
+    return "`python train.py` trains one, and `make demo` one of the sample data set"
 
 
 def default_model(models: Path | None = None, data: str | None = None) -> Path:

@@ -113,6 +113,21 @@ def test_a_published_backbone_is_named_and_not_copied(
     assert torch.equal(loaded.resnet[0].weight, published.conv1.weight)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("coco", r"; `python train\.py --config configs/coco\.toml` trains it\."),
+        ("scenes", r"; `make demo` trains it\."),
+        ("mine", r"; `python train\.py` trains one, and `make demo` one of the sample data set\."),
+        ("..", r"; `python train\.py` trains one"),
+        ("a\0b", r"; `python train\.py` trains one"),
+    ],
+)
+def test_of_a_missing_model_it_says_how_to_get_it(tmp_path: Path, name: str, advice: str):
+    with pytest.raises(InputError, match=advice):
+        read_description(tmp_path / name)
+
+
 def test_the_default_is_the_model_trained_last_on_the_kind_of_picture(tmp_path: Path, trained: Path):
     with pytest.raises(InputError, match="make demo"):
         default_model(tmp_path)

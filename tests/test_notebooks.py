@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from captioning.config import load_config
+from vocabulary import tokenize
 
 pytestmark = pytest.mark.slow
 
@@ -126,3 +127,15 @@ def test_the_table_of_parameters_gives_the_values_of_the_recipe():
     config = load_config(ROOT / "configs" / "scenes.toml")
     assert len(rows) == 9
     assert rows == [(name, str(getattr(config, name))) for name, _ in rows]
+
+
+def test_captions_of_the_photos_are_compared_with_what_each_of_them_shows():
+    [cell] = [cell for cell in code_cells(NOTEBOOKS[3]) if "SHOWN = {" in source(cell)]
+    names = {"tokenize": tokenize}
+    exec(source(cell), names)
+    assert sorted(names["SHOWN"]) == sorted(path.stem for path in (ROOT / "images").glob("*.jpg"))
+    right, wrong, missing = names["compare"]("a man at a red table, a red mug and a plate.", names["SHOWN"]["coffee"])
+    assert right == ["red", "table", "mug", "plate"]
+    assert wrong == ["man"]
+    assert missing == ["coffee", "spoon"]
+    assert names["compare"]("", names["SHOWN"]["cat"]) == ([], [], ["cat", "face", "eyes"])
