@@ -239,6 +239,7 @@ def _lay_out_table(label: str, headers: list[str], widths: list[str]) -> gr.Data
         interactive=False,
         wrap=True,
         visible=False,
+        max_height=20_000,  # pixels: all rows, as the page scrolls
         buttons=[],
     )
 

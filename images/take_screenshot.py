@@ -30,11 +30,12 @@ def take(output: Path = ROOT / "images" / "page.png", example: str = "coffee", p
             server.stdout.readline()  # it says where the page is
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             tab = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
-            tab.set_default_timeout(120_000)
+            tab.set_default_timeout(300_000)
             tab.goto(f"http://127.0.0.1:{port}")
             tab.locator("#examples button", has=tab.locator(f"img[src*='/{example}.']")).click()
             tab.get_by_text("a probability of").wait_for()
-            tab.wait_for_timeout(2000)  # for the attention maps
+            tab.locator("#maps .thumbnail-item img").last.wait_for()
+            tab.wait_for_timeout(2000)  # for the images to be decoded
             tab.mouse.move(0, 0)
             tab.screenshot(path=output, full_page=True)
             browser.close()

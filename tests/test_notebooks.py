@@ -7,8 +7,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from captioning.annotations import read_annotations
 from captioning.config import load_config
 from vocabulary import tokenize
 
@@ -139,3 +141,20 @@ def test_captions_of_the_photos_are_compared_with_what_each_of_them_shows():
     assert wrong == ["man"]
     assert missing == ["coffee", "spoon"]
     assert names["compare"]("", names["SHOWN"]["cat"]) == ([], [], ["cat", "face", "eyes"])
+
+
+def test_what_notebook_0_says_of_coco_is_so(shared: Path, tmp_path: Path):
+    captions = read_annotations(shared / "captions_val2017.json", tmp_path)
+    lengths, frequency = np.diff(captions.offsets), np.bincount(captions.tokens)
+    half, most = np.percentile(lengths, (50, 95)).astype(int)
+    rare = frequency < 5
+    share = 100 * frequency[rare].sum() / frequency.sum()
+    cells = json.loads(NOTEBOOKS[0].read_text())["cells"]
+    text = " ".join(" ".join(source(cell) for cell in cells if cell["cell_type"] == "markdown").split())
+    for sentence in (
+        f"half of the {len(lengths):,} validation captions have at most {half} tokens",
+        f"95 in 100 have at most {most}, and the longest has {lengths.max()}",
+        f"hold {len(captions.words):,} different words, of which {(frequency == 1).sum():,} occur a single time",
+        f"removes {100 * rare.mean():.0f}% of the words and {share:.1f}% of the tokens",
+    ):
+        assert sentence in text
