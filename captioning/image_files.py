@@ -88,7 +88,8 @@ def read_image(
         reason = "its content is of no image format that can be read"
     except MemoryError:
         reason = "it takes more memory than there is"
-    except Exception as error:  # a broken file makes Pillow's decoders raise nearly anything
+    except Exception as raised:  # a broken file makes Pillow's decoders raise nearly anything
+        error = raised.__cause__ or raised  # a decoder in C hides why its file could not be read
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
     raise InputError(f"{name} cannot be read as a photo ({reason}).")
 

@@ -43,27 +43,24 @@ class Reader:
         self.idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         for process in self.processes:
             self.idle.put(process)
-        self.closed = False
 
     def __call__(self, function: Callable, arguments: tuple, seconds: float) -> Any:
         """Call a function in the first process that is idle."""
         process = self.idle.get()
         try:
-            if self.closed:
-                raise InputError("The server is being stopped; try again later.")
             return process.call(function, arguments, seconds)
         finally:
             self.idle.put(process)
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
-        self.closed = True
         for process in self.processes:
-            process.stop()
+            process.close()
 
 
 class _Process:
     def __init__(self):
+        self.lock, self.closed = threading.Lock(), False
         self._start()
 
     def _start(self) -> None:
@@ -71,8 +68,11 @@ class _Process:
         self.popen = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def call(self, function: Callable, arguments: tuple, seconds: float) -> Any:
-        if self.popen.poll() is not None:
-            self._start()
+        with self.lock:  # or a call that begins while it is closed would start it anew
+            if self.closed:
+                raise InputError("The server is being stopped; try again later.")
+            if self.popen.poll() is not None:
+                self._start()
         assert self.popen.stdin is not None
         try:
             pickle.dump((function, arguments), self.popen.stdin)
@@ -94,6 +94,11 @@ class _Process:
             return pickle.load(self.popen.stdout)
         finally:
             timer.cancel()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            self.stop()
 
     def stop(self) -> None:
         self.popen.kill()

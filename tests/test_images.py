@@ -211,6 +211,20 @@ def test_a_slow_decoder_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_image(tmp_path / "a.png")
 
 
+def test_a_slow_decoder_in_c_says_so_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def decode(*_: object) -> None:
+        try:
+            raise ValueError("decoding it takes more than 60 seconds")
+        except ValueError as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    draw_noise(0).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", decode)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(InputError, match=r"a\.png .*more than 60 seconds"):
+        read_image(tmp_path / "a.png")
+
+
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path):
     with open(tmp_path / "a.webp", "wb") as file:
         file.write(b"RIFF\0\0\0\0WEBPVP8 ")

@@ -32,9 +32,9 @@ def reader() -> Iterator[Reader]:
 
 
 def test_it_returns_what_the_function_returns_or_raises(reader: Reader):
-    assert reader(pow, (2, 10), 5) == 1024
+    assert reader(pow, (2, 10), 60) == 1024
     with pytest.raises(InputError, match="no longer on the server"):
-        reader(prepare_image, (Path("none.jpg"), "none.jpg", Preprocessing(), 224), 5)
+        reader(prepare_image, (Path("none.jpg"), "none.jpg", Preprocessing(), 224), 60)
 
 
 def test_two_that_take_too_long_are_stopped_and_do_not_stop_the_next(reader: Reader):
@@ -74,12 +74,22 @@ def test_closing_ends_a_call_at_once():
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.3)
+    while not reader.idle.empty():
+        time.sleep(0.01)
     reader.close()
-    thread.join(5)
+    thread.join(60)
     assert call
     with pytest.raises(InputError, match="being stopped"):
         reader(abs, (1,), 60)
+
+
+def test_a_call_that_begins_while_it_is_closed_starts_no_process():
+    reader = Reader(1)
+    process = reader.idle.get()  # as a call has it when `close` comes
+    reader.close()
+    with pytest.raises(InputError, match="being stopped"):
+        process.call(abs, (1,), 60)
+    assert process.popen.poll() is not None
 
 
 def test_an_image_is_read_upright_and_as_its_owner_calls_it(image_path: Path, tmp_path: Path):

@@ -144,10 +144,11 @@ class SlowCaptioner:
 
     def __init__(self):
         self.sizes: list[int] = []
-        self.go = threading.Event()
+        self.called, self.go = threading.Event(), threading.Event()
 
     def __call__(self, images: list, how: Decoding) -> list[Caption]:
-        self.go.wait(30)
+        self.called.set()
+        self.go.wait(120)
         self.sizes.append(len(images))
         if images[0].getpixel((0, 0)) == (0, 255, 0):
             raise RuntimeError("broken")
@@ -184,10 +185,8 @@ BEAM = [Decoding(beam_size=size) for size in range(5)]
 def test_requests_that_wait_together_are_captioned_together(server: Server, slow: SlowCaptioner, image_path: Path):
     upload = Upload(image_path, "photo.png")
     with ThreadPoolExecutor(9) as pool:
-        first = pool.submit(server.caption, upload, "slow", BEAM[3])
-        while not server.waiting.empty() or first.running() is False:
-            time.sleep(0.01)
-        time.sleep(0.2)
+        pool.submit(server.caption, upload, "slow", BEAM[3])
+        slow.called.wait()
         models = ["slow", "slow", "other", "other"]
         rest = [pool.submit(server.caption, upload, models[i % 4], BEAM[2 + i % 2]) for i in range(8)]
         while server.waiting.qsize() < 8:
@@ -208,16 +207,16 @@ def test_a_failure_belongs_to_its_requests_alone(
     assert server.caption(Upload(image_path, "good.png"), "slow", BEAM[3])[0].text == "caption 3"
 
 
-def test_closing_ends_requests_that_wait_for_a_caption(server: Server, image_path: Path):
+def test_closing_ends_requests_that_wait_for_a_caption(server: Server, slow: SlowCaptioner, image_path: Path):
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(server.caption, Upload(image_path, "a.png"), "slow", BEAM[1]) for _ in range(3)]
-        time.sleep(0.3)
+        slow.called.wait()
         start = time.monotonic()
         server.close()
         for answer in waiting:
             with pytest.raises(InputError, match="being stopped"):
                 answer.result()
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 60  # which is half of what they would wait for
 
 
 def test_several_images_and_zip_files_are_captioned_in_order(
