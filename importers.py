@@ -291,6 +291,8 @@ def import_folder(
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in an earlier line.")
         image.captions += _captions(row, report)
+    for key in sorted(index.paths.keys() - result.keys()):
+        report.add("image{s} without a row or .txt file", str(index.paths[key][0]))
     folders = {key.partition("/")[0].lower() for key in result}
     if folders <= set(SPLITS) and not any(image.split for image in result.values()):
         for key, image in result.items():
@@ -339,11 +341,10 @@ def _read_text_files(
     """The captions in .txt files, one a line, of images that are called like them."""
     texts = {path for path in files if path.suffix.lower() == ".txt"}
     owners: dict[Path, Path] = {}
-    rows, bare = [], []
+    rows = []
     for key, (path, *_) in index.paths.items():
         text = (folder / path.relative_to(index.folder)).with_suffix(".txt")
         if text not in texts:
-            bare.append(path)
             continue
         if text in owners:
             raise InputError(f"{text} may be of {owners[text]} or of {path}; keep one of the two.")
@@ -355,8 +356,6 @@ def _read_text_files(
             if line.strip() or len(lines) == 1
         ]
     if rows:
-        for path in bare:
-            report.add("image{s} without a .txt file", str(path))
         for text in sorted(texts - set(owners)):
             report.add(".txt file{s} without an image", str(text))
     return rows
