@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -141,7 +140,7 @@ def _how_to_train(folder: str | Path) -> str:
     name = Path(folder).name
     if name == SAMPLE:
         return "`make demo` trains it"
-    if re.fullmatch(r"\w+", name) and (Path(__file__).parents[1] / "configs" / f"{name}.toml").exists():
+    if name in {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.toml")}:
         return f"`python train.py --config configs/{name}.toml` trains it"
     return "`python train.py` trains one, and `make demo` one of the sample data set"
 
