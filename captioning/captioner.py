@@ -41,9 +41,7 @@ class Decoding:
     another way of choosing, is refused by `check`.
     """
 
-    beam_size: int | None = (
-        None  # hypotheses kept at every step; 1 is greedy, the default of evaluate.py; that of caption.py is 3
-    )
+    beam_size: int | None = None  # hypotheses kept at each step; 1, evaluate.py's default, is greedy; caption.py's is 3
     temperature: float | None = None  # sample words at this temperature instead of choosing the best
     top_k: int | None = None  # sample from the k most probable words only
     top_p: float | None = None  # sample from the most probable words that hold this share of the probability

@@ -108,7 +108,9 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
         pytest.param([("0.txt", BALL), ("1.txt", BALL)], ["a red ball"], r"without an image: .*/1\.txt", id="no image"),
         pytest.param([("0.txt", BALL), ("0.TXT", b"a")], ["a red ball"], r"name of another: .*0\.TXT", id="two texts"),
         pytest.param([("0.jpg", PNG), ("0.txt", BALL)], ["a red ball"], r"name of another: .*/0\.jpg", id="same name"),
-        pytest.param([("0.mask.png", PNG), ("0.txt", BALL)], ["a red ball"], r"further image of a sample: .*0\.mask", id="mask"),
+        pytest.param(
+            [("0.mask.png", PNG), ("0.txt", BALL)], ["a red ball"], r"further image of a sample: .*0\.mask", id="mask"
+        ),
         pytest.param([("._0.png", b"Mac"), ("0.txt", BALL)], ["a red ball"], "", id="macOS"),
         pytest.param([("../b.png", PNG), ("0.txt", BALL)], ["a red ball"], r"leads out .*\.\./b\.png", id="parent"),
         pytest.param([("/b.png", PNG), ("0.txt", BALL)], ["a red ball"], r"leads out .*/b\.png", id="absolute"),
