@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -88,8 +88,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small(drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingConfig]:
-    """Makes the configuration of a training that takes a second, in a new folder; any field can be given."""
+def small_to_keep(drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingConfig]:
+    """As `small`, for fixtures that many tests share: the folders stay until all tests have run."""
 
     def make(**fields: object) -> TrainingConfig:
         settings: dict[str, object] = {
@@ -115,16 +115,32 @@ def small(drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
+@pytest.fixture
+def small(small_to_keep: Callable[..., TrainingConfig]) -> Iterator[Callable[..., TrainingConfig]]:
+    """Makes the configuration of a training that takes a second, in a new folder; any field can be given."""
+    folders = []
+
+    def make(**fields: object) -> TrainingConfig:
+        config = small_to_keep(**fields)
+        if "models" not in fields:
+            folders.append(config.models)
+        return config
+
+    yield make
+    for folder in folders:  # a ResNet-50 and two copies to resume from are 270 MB
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
-def trained(small: Callable[..., TrainingConfig]) -> Path:
+def trained(small_to_keep: Callable[..., TrainingConfig]) -> Path:
     """The folder of a model trained for two epochs; tests must not write into it."""
-    return train(small(num_epochs=2))
+    return train(small_to_keep(num_epochs=2))
 
 
 @pytest.fixture(scope="session")
-def attending(small: Callable[..., TrainingConfig]) -> Path:
+def attending(small_to_keep: Callable[..., TrainingConfig]) -> Path:
     """As `trained`, with the attention decoder."""
-    return train(small(decoder="attention"))
+    return train(small_to_keep(decoder="attention"))
 
 
 def build_tiny(**_: object) -> ResNet:
@@ -283,9 +299,9 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=DECODERS)
-def memorised(request: pytest.FixtureRequest, eight: Path, small: Callable[..., TrainingConfig]) -> Path:
+def memorised(request: pytest.FixtureRequest, eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Path:
     """The folder of a model, of either decoder, trained to know the eight captions by heart."""
-    config = small(
+    config = small_to_keep(
         data=eight,
         decoder=request.param,
         vocab_threshold=1,

@@ -266,11 +266,11 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(small: Make) -> Iterator[Path]:
+def tiny(small_to_keep: Make) -> Iterator[Path]:
     """A trained model with the small backbone that the launched processes have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.models, "resnet50", build_seeded_tiny)
-        yield train(small(num_epochs=2, image_size=32))
+        yield train(small_to_keep(num_epochs=2, image_size=32))
 
 
 @pytest.fixture(scope="module")

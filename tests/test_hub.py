@@ -143,8 +143,8 @@ def _small_backbone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def trained(small: Callable[..., TrainingConfig]) -> Path:
-    return train(small(num_epochs=2, image_size=32))
+def trained(small_to_keep: Callable[..., TrainingConfig]) -> Path:
+    return train(small_to_keep(num_epochs=2, image_size=32))
 
 
 @pytest.fixture(params=KINDS)
