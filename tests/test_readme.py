@@ -1,0 +1,75 @@
+"""Every command of the README runs as it stands there, on little data and with options that keep its work small."""
+
+import re
+import runpy
+import shlex
+import shutil
+from functools import partial
+
+import pytest
+from conftest import ROOT, draw_noise
+
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SHELL = [text for language, text in BLOCKS if language == "sh"]
+ELSEWHERE = ("make setup", "python download.py")  # run by .ci/run and by test_download.py
+SMALL = {
+    "train.py --config": "--weights random --image-size 64 --num-epochs 1 --batch-size 16",
+    "train.py --resume": "--num-epochs 1",
+    "train.py --data": "--num-epochs 1 --vocab-threshold 1 --batch-size 4",
+}
+
+
+def commands(block: str) -> list[list[str]]:
+    """A block's commands without their comments, as lists of words; those that other tests run are left out."""
+    lines = [line.split("  #")[0].replace(".venv/bin/", "").strip() for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if not line.startswith(ELSEWHERE)]
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch, drawn, tiny_backbone):
+    """A folder with what the README's commands name, as the working directory."""
+    for name in ("configs", "images", "models/photos"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(drawn, tmp_path / "data" / "coco")
+    for folder, names in (("holiday", ["beach.jpg"]), ("SOURCE", [f"{i}.jpg" for i in range(8)])):
+        (tmp_path / folder).mkdir()
+        for seed, name in enumerate(names):
+            draw_noise(seed).save(tmp_path / folder / name)
+    rows = [f"{i}.jpg,squares in many colours" for i in range(8)]
+    (tmp_path / "SOURCE" / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(clone, run_here):
+    """Runs one of `commands` in `clone`, with further options."""
+
+    def run(command, *further):
+        python, name, *arguments = command
+        assert python == "python"
+        return run_here(name, partial(runpy.run_path, str(ROOT / name), run_name="__main__"), *arguments, *further)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", SHELL, ids=[commands(block)[0][1] for block in SHELL])
+def test_every_command_runs(block, run):
+    for command in commands(block):
+        small = SMALL.get(" ".join(command[1:3]), "").split()
+        code, _, errors = run(command, *small)
+        assert code == 0, errors
+
+
+def test_the_output_shown_is_what_the_command_before_it_prints(run):
+    shown = [(block[1], BLOCKS[i - 1][1]) for i, block in enumerate(BLOCKS) if block[1].startswith("images/")]
+    ((output, block),) = shown
+    (command,) = commands(block)
+    assert run(command)[:2] == (0, output)
+
+
+def test_the_python_prints_a_caption_of_each_image(clone, capsys):
+    ((code),) = [text for language, text in BLOCKS if language == "python"]
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.fullmatch(r"(a .+\. -\d+\.\d+\n){2}", capsys.readouterr().out)
