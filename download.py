@@ -10,6 +10,7 @@ The same command resumes a download that was interrupted. Until it is complete, 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
 import os
@@ -315,14 +316,14 @@ def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
         if received > WEIGHTS_BYTES:
             raise NetworkError(f"it has more than {WEIGHTS_BYTES:,} bytes")
 
+    if "cancel" not in inspect.signature(download).parameters:
+        raise InputError("the gdown here is older than 6.5: pip install --upgrade gdown")
     late = threading.Event()
     timer = threading.Timer(WEIGHTS_SECONDS, late.set)
     timer.start()
     options: dict[str, Any] = {"quiet": not sys.stderr.isatty(), "resume": True, "timeout": TIMEOUT_SECONDS}
     try:
         download(WEIGHTS_URL, str(archive), **options, progress=check, cancel=late)
-    except TypeError as error:
-        raise InputError("the gdown here is older than 6.5: pip install --upgrade gdown") from error
     except NetworkError as error:
         shutil.rmtree(archive.parent)  # or the next run would resume it
         raise InputError(f"{WEIGHTS_URL} cannot be downloaded: {error}.") from error
