@@ -52,9 +52,15 @@ class SelfCritical:
         self.reward = CiderReward(data)
 
     def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> ImageBatches:
-        """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all."""
-        sampler = ImageBatches(np.arange(len(data.paths)), max(1, batch_size // DRAWS), seed)
-        sampler.captions = np.unique(data.image_rows, return_index=True)[1]
+        """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all.
+
+        An image with twice as many captions as most is drawn twice an epoch, and so on: data sets that were merged
+        have the shares that they have in cross-entropy training.
+        """
+        _, first, captions = np.unique(data.image_rows, return_index=True, return_counts=True)
+        times = np.maximum(1, captions // int(np.median(captions)))
+        sampler = ImageBatches(np.arange(times.sum()), max(1, batch_size // DRAWS), seed)
+        sampler.captions = np.repeat(first, times)
         return sampler
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:

@@ -156,6 +156,19 @@ def test_the_references_are_the_captions_with_their_end(objective: SelfCritical)
     assert whole == max(objective.reward(np.ones(len(every_caption()), int), every_caption()))
 
 
+@pytest.mark.parametrize(
+    ("captions", "drawn"),
+    [([1, 5, 1, 1], [0, *5 * [1], 2, 3]), ([5, 6, 5, 6, 12], [0, 1, 2, 3, 4, 4]), ([2, 1, 2], [0, 1, 2])],
+)
+def test_an_image_is_drawn_as_often_as_it_has_more_captions_than_most(captions, drawn):
+    rows = np.repeat(np.arange(len(captions)), captions)
+    offsets = 3 * np.arange(len(rows) + 1)
+    data = SimpleNamespace(tokens=np.tile([START, 7, END], len(rows)), offsets=offsets, image_rows=rows)
+    batches = list(SelfCritical(data).build_sampler(data, 2 * DRAWS, seed=3, frozen=True))
+    assert max(map(len, batches)) == 2
+    assert sorted(rows[np.concatenate(batches)]) == drawn
+
+
 def test_in_bfloat16_every_weight_learns_that_learns_in_float32(model: CaptioningModel):
     learns = []
     for enabled in (False, True):  # oneDNN's LSTM has bfloat16 on some processors only
