@@ -2,6 +2,7 @@
 
     python importers.py flickr8k SOURCE data/flickr8k      (flickr30k, karpathy and folder likewise)
     python importers.py merge data/coco data/flickr8k data/both
+    python importers.py average models/coco models/average --epochs 8 11
 
 An import is built in a temporary folder next to its destination and renamed at the end, so one that was interrupted
 never looks whole. Images are hard links where the file system allows it (no second copy on the disk; do
@@ -396,6 +397,23 @@ def import_weights(
     convert_weights(encoder, decoder, vocab, folder)
 
 
+def average(
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    epochs: tuple[int, ...],
+) -> None:
+    """Several epochs of a model, as one model whose weights are the means of theirs.
+
+    Args:
+        model: The trained model.
+        folder: The model to write; it must not exist yet, or be empty.
+        epochs: Two or more epochs that were saved, such as the best by cross-entropy and the best by CIDEr-D.
+    """
+    from captioning.checkpoint import average_epochs  # imports torch, which takes seconds
+
+    average_epochs(model, epochs, folder)
+
+
 def main() -> None:
     """The command line: one subcommand an importer."""
     tyro.extras.subcommand_cli_from_dict(
@@ -406,8 +424,9 @@ def main() -> None:
             "folder": import_folder,
             "merge": merge,
             "weights": import_weights,
+            "average": average,
         },
-        description="Turn other data sets, and the original recipe's weights, into this project's layouts.",
+        description="Turn other data sets and weights into this project's layouts; average the epochs of a model.",
     )
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from captioning.backbones import RESNET50, Preprocessing
 from captioning.errors import InputError
-from captioning.files import write_file
+from captioning.files import require_new_folder, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
@@ -234,6 +235,41 @@ def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module
         state = {key: value for key, value in state.items() if key not in backbone}
     write_file(folder / f"encoder-{epoch}.pkl", partial(torch.save, state))
     write_file(folder / f"decoder-{epoch}.pkl", partial(torch.save, decoder.state_dict()))
+
+
+def write_model(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module, description: Description) -> None:
+    """Write a new folder with one epoch's model, or nothing; `InputError` where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_epoch(folder, epoch, encoder, decoder, description)
+        write_description(folder, description)  # last: it makes the folder a model's
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{folder} cannot be written: {error.strerror}.") from None
+        raise
+
+
+def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
+    """Write a model whose weights are the means of these epochs' weights (arXiv 2203.05482), as the last one's epoch.
+
+    The scores in captioner.json stay those of the single epochs. Raises `InputError` if an epoch was not saved, or if
+    `folder` holds something already or cannot be written.
+    """
+    require_new_folder(folder)
+    if len(set(epochs)) < 2:
+        raise InputError("an average takes two epochs or more; name those of --epochs.")
+    models = [load_model(model, epoch) for epoch in sorted(set(epochs))]
+    encoder, decoder, _, description = models[-1]
+    for states in ([m[0].state_dict() for m in models], [m[1].state_dict() for m in models]):
+        for key, weight in states[-1].items():
+            if weight.is_floating_point():
+                weight.copy_(torch.stack([state[key] for state in states]).mean(0))
+    if description.training.get("tie_weights"):
+        decoder.linear.weight = decoder.embed.weight  # reading parted them
+    training = {**description.training, "averaged_epochs": sorted(set(epochs))}
+    changed = description.model_copy(update={"best_epoch": max(epochs), "training": training})
+    write_model(folder, max(epochs), encoder, decoder, changed)
 
 
 def store_backbone(folder: Path, encoder: EncoderCNN) -> None:

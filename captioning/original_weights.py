@@ -6,7 +6,6 @@ import io
 import pickle
 import pickletools
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -101,15 +100,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
         vocabulary=words,
         environment=checkpoint.environment(),
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_epoch(folder, epoch, *modules, description)
-        checkpoint.write_description(folder, description)  # last: it makes the folder a model's
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{folder} cannot be written: {error.strerror}.") from None
-        raise
+    checkpoint.write_model(folder, epoch, *modules, description)
     print(printable(f"{folder}: {len(words):,} words, {parts.embed_size} to {parts.hidden_size}, epoch {epoch}"))
 
 
