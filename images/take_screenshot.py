@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 
 
-def take(output: Path = ROOT / "images" / "page.png", example: str = "photographer", port: int = 7861) -> None:
+def take(output: Path = ROOT / "images" / "page.png", example: str = "cat", port: int = 7861) -> None:
     """Serve the page, choose an example and write what the browser shows.
 
     Args:
