@@ -316,7 +316,7 @@ def test_the_keyboard_alone_does_all(page: Page, browser, scene: Image.Image, tm
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_screenshots_of_every_state(page: Page, browser, scene: Image.Image, tmp_path: Path, width: int, scheme: str):
-    """Leaves them in `--basetemp` with `-o tmp_path_retention_policy=all`, to be looked at: nothing cut, crowded or empty."""
+    """To look at them: `--basetemp FOLDER -o tmp_path_retention_policy=all`. Nothing may be cut, crowded or empty."""
     upright = scene.resize((300, 400))
     (tmp_path / "turned.jpg").write_bytes(turned(upright))
     (tmp_path / "broken.jpg").write_text("not a photo at all")
