@@ -25,7 +25,7 @@ from torch._higher_order_ops import while_loop
 
 from captioning.checkpoint import load_model
 from captioning.errors import InputError
-from captioning.files import require_writable, write_file
+from captioning.files import check_output, write_file
 from captioning.hub import find_model
 from captioning.images import build_transform
 from model import DecoderModule
@@ -120,9 +120,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     if max_length < 1:
         raise InputError(f"max_length is {max_length}, but it has to be at least 1.")
     path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
-    require_writable(path.parent)
+    check_output(path)
     encoder, decoder, vocabulary, description = load_model(find_model(model))
     size = description.preprocessing.image_size
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1 the exporter would make a constant

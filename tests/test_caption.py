@@ -16,7 +16,7 @@ from PIL import Image
 
 import caption as caption_module
 from caption import main
-from captioning import bulk
+from captioning import bulk, export
 from captioning.backbones import Preprocessing
 from captioning.bulk import find_images
 from captioning.captioner import Caption, Captioner, Decoding
@@ -231,7 +231,8 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(
     command: Callable, trained: Path, image_path: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(Captioner, "load", lambda *_: pytest.fail("the work has begun"))
+    for owner, name in ((Captioner, "load"), (export, "load_model")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("the work has begun"))
     image_paths = [] if option == "--export" else [image_path]
     for output in (tmp_path / "file" / "out.png", tmp_path, tmp_path / ("a" * 300)):
         code, _, errors = command(*image_paths, "--model", trained, option, output)
