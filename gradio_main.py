@@ -61,7 +61,7 @@ CSS = """
 #maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(96px, 1fr))}
 #examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(70px, 1fr))}
 #examples .caption-label {display: none}
-#maps .caption-label {padding: 1px 5px; font-size: 0.8rem}
+#maps .caption-label {padding: 1px 4px; font-size: 0.75rem; max-width: 96%; right: 2%; bottom: 2%}
 @media (max-width: 639px) {footer .divider {display: none !important}}
 """
 
