@@ -10,7 +10,6 @@ captioner(["photo.jpg"])[0].text
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from captioning.errors import InputError, printable, run_command
 from captioning.features import BATCH
 from captioning.figures import MAX_SHEET, draw_attention, draw_sheet, save_figure
 from captioning.files import check_output
+from captioning.images import WORKERS
 
 
 def main(
@@ -41,7 +41,7 @@ def main(
     sheet: Path | None = None,
     attention: Path | None = None,
     export: Path | None = None,
-    workers: int = min(4, os.cpu_count() or 1),
+    workers: int = WORKERS,
 ) -> None:
     """Caption images and folders of images with a trained model.
 

@@ -8,7 +8,6 @@ python evaluate.py --references data/coco/annotations/captions_val2017.json --re
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from captioning.checkpoint import choose_epoch, default_model, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, run_command
 from captioning.files import check_output, write_file
+from captioning.images import WORKERS
 from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
 from captioning.scenes import checking
 from data_loader import CaptionDataset, find_split
@@ -136,7 +136,7 @@ def main(
     results: Path | None = None,
     references: Path | None = None,
     skip_unreadable: bool = False,
-    workers: int = min(4, os.cpu_count() or 1),
+    workers: int = WORKERS,
     precision: Precision = "auto",
 ) -> None:
     """Caption a split of a data set with a trained model and score the captions.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from benchmarks import drawn
 from benchmarks.timing import GPU
 from captioning.bulk import find_images
 from captioning.errors import InputError
-from captioning.images import ImageDataset, build_transform
+from captioning.images import WORKERS, ImageDataset, build_transform
 from captioning.training import TrainingConfig
 from vocabulary import Vocabulary
 
@@ -36,7 +35,7 @@ class Settings:
     repeats: int = 3  # of every measurement but the recipe's start-up; the best counts
     start_up_photos: int = drawn.IMAGES  # of the simulated data set
     start_up_captions: int = drawn.CAPTIONS
-    workers: int = min(4, os.cpu_count() or 1)  # processes that read images for the project and the peer
+    workers: int = WORKERS  # processes that read images for the project and the peer
     results: Path = Path("benchmarks/results")  # where the JSON is written
     figure: Path = Path("images/speed.png")
 

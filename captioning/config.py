@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from captioning import checkpoint
 from captioning.backbones import Preprocessing, count_stages, preprocessing_of
 from captioning.errors import InputError
 from captioning.files import CACHE
+from captioning.images import WORKERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -112,7 +112,7 @@ class DeviceOptions:
     """Devices and workers."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where it is faster
-    workers: int = min(4, os.cpu_count() or 1)  # processes that read images
+    workers: int = WORKERS  # processes that read images
     cache: Path = CACHE  # folder for tokenized captions and image features
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,9 @@ from captioning.files import CACHE, write_cache
 from captioning.image_files import read_image
 from captioning.shards import Member
 
-__all__ = ["ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
+__all__ = ["WORKERS", "ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
+
+WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # processes that read images, by default
 
 
 def build_transform(
@@ -128,30 +131,32 @@ def read_batches(
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}.")
-    pin = torch.cuda.is_available()
     batches = list(batches)
     loader = DataLoader(
         _Attempts(dataset),
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  ranges do, too
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=_stack,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
     )
-    for keys, items in zip(batches, _name_lost_workers(loader), strict=True):
-        readable = []
-        for key, item in zip(keys, items, strict=True):
-            if not isinstance(item, InputError):
-                readable.append(key)
-            elif unreadable is None:
-                raise item
-            else:
-                unreadable(key[0] if isinstance(key, tuple) else key, item)
-        images = [item for item in items if not isinstance(item, InputError)]
-        stacked = torch.stack(images) if images else torch.empty(0)
-        yield readable, stacked.pin_memory() if pin else stacked
+    for keys, (images, failed) in zip(batches, _name_lost_workers(loader), strict=True):
+        for position, error in failed.items():
+            if unreadable is None:
+                raise error
+            key = keys[position]
+            unreadable(key[0] if isinstance(key, tuple) else key, error)
+        yield [key for position, key in enumerate(keys) if position not in failed], images
 
 
-def _name_lost_workers(loader: DataLoader) -> Iterator[list]:
+def _stack(items: list[Tensor | InputError]) -> tuple[Tensor, dict[int, InputError]]:
+    """Stack a batch's images, in the worker, so that one tensor is passed on; returns the errors by position, too."""
+    images = [item for item in items if not isinstance(item, InputError)]
+    failed = {position: item for position, item in enumerate(items) if isinstance(item, InputError)}
+    return torch.stack(images) if images else torch.empty(0), failed
+
+
+def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, InputError]]]:
     """Yield the loader's batches; raises `InputError` if the system killed a worker."""
     try:
         yield from loader
