@@ -50,7 +50,8 @@ def main(
         decoding: how words are chosen; by default with a beam of 3 that never repeats three words.
         model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
             trained on photos. Given several times, the models' probabilities are averaged.
-        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32.
+        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32. int8 is the fastest on
+            most CPUs, changes captions a little, and needs onnxruntime, onnx and onnxscript.
         recursive: also caption the photos in folders within folders.
         json_: print one JSON list of objects with photo, caption and log_probability.
         output: instead write such objects here, one a line, however many and with several processes if so launched;

@@ -158,7 +158,8 @@ def main(
         references: caption nothing; score the captions in --results against this COCO captions file.
         skip_unreadable: evaluate without the images that are missing or cannot be read, and say how many they are.
         workers: processes that read images.
-        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32.
+        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32. int8, on CPUs only,
+            needs onnxruntime, onnx and onnxscript.
     """
     if references is not None:
         ignored = {"model": model or None, "limit": limit, "skip-unreadable": skip_unreadable or None}

@@ -95,15 +95,19 @@ class EncoderCNN(nn.Module):
             mean, std = (torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (self.mean, self.std))
             images = (images - mean) / std
         images = images.to(dtype, memory_format=torch.channels_last)
-        run = self.network[:-1] if self.backbone_name == RESNET50 else self.network.forward_features
         try:
-            features = run(images)
+            features = self.run_backbone(images)
         except (RuntimeError, NotImplementedError) as error:
             if dtype == torch.bfloat16 and "BFloat16" in str(error):
                 raise InputError(f"{self.backbone_name} does not run in bfloat16; use --precision fp32.") from error
             raise
         cells = self._cells(features)  # (B, cells, C)
         return cells if self.grid else cells.mean(1)
+
+    def run_backbone(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> the backbone's last features, in the layout of its family."""
+        run = self.network[:-1] if isinstance(self.network, nn.Sequential) else self.network.forward_features
+        return run(images)
 
     def _cells(self, features: Tensor) -> Tensor:
         """Flatten a backbone's output: (B, C, h, w), (B, h, w, C) or (B, tokens, C) -> (B, cells, C)."""

@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks import recipe
 from benchmarks.material import Material
-from benchmarks.timing import DEVICE, GPU, best_rates, seconds_of
+from benchmarks.timing import DEVICE, GPU, best_rates, log, seconds_of
 from captioning import checkpoint
 from captioning.backbones import preprocessing_of
 from captioning.captioner import Captioner, Decoding
@@ -32,6 +33,7 @@ class Model:
 
     captioner: Captioner
     encoder: EncoderCNN
+    quantized: Captioner | None  # the same in 8-bit integers, on a CPU with onnxruntime
 
     @property
     def image_size(self) -> int:
@@ -63,6 +65,8 @@ def measure_captioning(material: Material, model: Path) -> dict[str, Any]:
             "seconds_for_one": seconds,
             "ratio_for_one": recipe_one / seconds,
         }
+        if one.quantized:
+            backbones[name]["int8_ratio"] = measured["int8_photos_per_second"] / rates["recipe"]
     return {
         "recipe_photos_per_second": rates["recipe"],
         "recipe_seconds_for_one": recipe_one,
@@ -81,10 +85,17 @@ def load_models(material: Material, folder: Path) -> dict[str, Model]:
     with torch.no_grad():  # so that the decoder reads numbers of the size that it knows
         lite.standardise(lite.features(torch.stack([images[i] for i in range(min(STANDARDISED_ON, len(images)))])))
     other = description.model_copy(update={"preprocessing": preprocessing})
-    return {
-        RESNET: Model(Captioner(encoder, decoder, vocab, description), encoder),
-        LITE: Model(Captioner(lite, decoder, vocab, other), lite),
-    }
+    return {RESNET: build_model(encoder, decoder, vocab, description), LITE: build_model(lite, decoder, vocab, other)}
+
+
+def build_model(encoder: EncoderCNN, *rest: Any) -> Model:
+    """The captioner of an encoder in the precision that is chosen by itself and, where it can be had, in 8 bits."""
+    quantized = None
+    if not GPU and all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        quantized = Captioner(encoder, *rest, precision="int8")
+    else:
+        log("no captioning in 8-bit integers is measured: it takes a CPU, onnx, onnxruntime and onnxscript")
+    return Model(Captioner(encoder, *rest), encoder, quantized)
 
 
 def build_recipe(material: Material, model: Model) -> Callable[[Path], str]:
@@ -126,9 +137,12 @@ def backbone_turns(model: Model, material: Material) -> dict[str, Callable[[], i
     def read() -> int:
         return sum(len(keys) for keys, _ in read_batches(ImageDataset(paths, captioner.transform), batches, workers))
 
-    return {
+    turns = {
         "photos_per_second": lambda: len(list(captioner.stream(paths, Decoding(), workers))),
         "bare_forward_photos_per_second": forward,
         "encoder_from_memory_photos_per_second": encode,
         "reading_photos_per_second": read,
     }
+    if quantized := model.quantized:
+        turns["int8_photos_per_second"] = lambda: len(list(quantized.stream(paths, Decoding(), workers)))
+    return turns

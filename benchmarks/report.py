@@ -60,15 +60,18 @@ def _against_the_recipe(results: dict[str, Any]) -> list[tuple[str, str, str, st
     rows = [("training, captions/s over 3 epochs", f"{recipe_captions:.1f}", f"{captions:.0f}", training["ratio"])]
     for backbone, one in captioning["backbones"].items():
         name, rate, seconds = NAMES[backbone], one["photos_per_second"], one["seconds_for_one"]
-        rows += [
-            (f"captioning with {name}, photos/s", f"{recipe_photos:.1f}", f"{rate:.1f}", one["ratio"]),
+        rows.append((f"captioning with {name}, photos/s", f"{recipe_photos:.1f}", f"{rate:.1f}", one["ratio"]))
+        if int8 := one.get("int8_photos_per_second"):
+            values = f"{recipe_photos:.1f}", f"{int8:.1f}", one["int8_ratio"]
+            rows.append((f"captioning with {name} in int8, photos/s", *values))
+        rows.append(
             (
                 f"captioning one photo with {name}, ms",
                 f"{1000 * recipe_one:.0f}",
                 f"{1000 * seconds:.0f}",
                 one["ratio_for_one"],
-            ),
-        ]
+            )
+        )
     seconds, megabytes = start["recipe_seconds"], start["recipe_peak_megabytes"]
     cold, warm, peak = start["cold_seconds"], start["warm_seconds"], start["cold_peak_megabytes"]
     rows += [

@@ -24,7 +24,7 @@ from model import EncoderCNN
 from vocabulary import UNK, UNK_WORD, Vocabulary
 
 Source = str | Path | Member | Image.Image
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
@@ -143,10 +143,10 @@ class Caption:
 class Captioner:
     """A trained model that captions images: `Captioner.load(folder)(images)`.
 
-    precision: of the backbone, "fp32" or "bf16". "auto" is bfloat16 where the processor or GPU has it, else
-        float32; the attribute `precision` says which.
+    precision: of the backbone, "fp32", "bf16" or, on a CPU, "int8" (`quantization`). "auto" is bfloat16 where the
+        processor or GPU has it, else float32; the attribute `precision` says which.
 
-    Raises `InputError` for another precision.
+    Raises `InputError` for another precision, and for "int8" on a GPU or without onnxruntime.
     """
 
     def __init__(
@@ -161,7 +161,12 @@ class Captioner:
         assert device is not None
         self.device = device
         self.precision = _choose_precision(precision, self.device)
-        self.encoder = encoder.for_inference(DTYPES[self.precision]).to(self.device)
+        if self.precision == "int8":
+            from captioning.quantization import quantize  # imports onnxruntime
+
+            self.encoder = quantize(encoder.for_inference(torch.float32), description.preprocessing)
+        else:
+            self.encoder = encoder.for_inference(DTYPES[self.precision]).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
         self.transform = build_transform(False, **asdict(description.preprocessing), normalise=False)
@@ -346,6 +351,8 @@ class Ensemble(Captioner):
 def _choose_precision(precision: Precision, device: torch.device) -> str:
     if precision not in get_args(Precision):
         raise InputError(f"precision is {precision!r}, but it has to be one of {', '.join(get_args(Precision))}.")
+    if precision == "int8" and device.type != "cpu":
+        raise InputError("int8 is computed on CPUs only; use --precision auto.")
     if precision == "auto":
         return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
     return precision

@@ -1,0 +1,168 @@
+"""Backbones in 8-bit integers on a CPU, by ONNX Runtime's static quantization (arXiv 1712.05877).
+
+Weights have a scale per channel; the range of each activation is measured on the photos in images/. The quantized
+backbone is cached, under a hash of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from captioning.backbones import Preprocessing
+from captioning.errors import InputError
+from captioning.files import CACHE, write_cache
+from captioning.images import ImageDataset, build_transform
+from model import EncoderCNN
+
+PHOTOS = Path(__file__).parents[1] / "images"
+CROPS = 4  # of each photo, besides the whole
+
+
+class QuantizedBackbone(nn.Module):
+    """A backbone as an ONNX graph, which ONNX Runtime computes.
+
+    layout: "NCHW" or "NHWC", of its output. num_prefix_tokens: of its output, before the patches.
+    """
+
+    def __init__(self, graph: bytes, backbone: nn.Module):
+        super().__init__()
+        onnxruntime = import_onnxruntime()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
+        self.num_prefix_tokens = getattr(backbone, "num_prefix_tokens", 0)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) in float32 -> the backbone's last features, in float32."""
+        return torch.from_numpy(self.session.run(None, {"images": images.contiguous().numpy()})[0])
+
+
+class FeatureMap(nn.Module):
+    """Wraps an encoder's backbone into a module whose output is its last feature map."""
+
+    def __init__(self, encoder: EncoderCNN):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in float32 -> what the backbone gives."""
+        return self.encoder.run_backbone(images)
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime without its telemetry; raises `InputError` where a package that is needed is missing."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it would write an id into the temporary folder and send it
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"--precision int8 needs {error.name}, which is missing: pip install onnx onnxruntime onnxscript"
+        ) from None
+    return onnxruntime
+
+
+def quantize(encoder: EncoderCNN, preprocessing: Preprocessing, cache: Path = CACHE) -> EncoderCNN:
+    """Replace the backbone of an encoder that is `for_inference(torch.float32)`, on a CPU, by a quantized one.
+
+    Raises `InputError` where the backbone cannot be exported to ONNX, or onnxruntime is missing.
+    """
+    version = import_onnxruntime().__version__
+    name = f"int8/{_key(encoder, preprocessing, version)}.onnx"
+    try:
+        quantized = QuantizedBackbone((cache / name).read_bytes(), encoder.network)
+    except Exception:  # no file, or a damaged one, for which onnxruntime has many exceptions
+        graph = _quantize(encoder, preprocessing)
+        write_cache(cache, name, lambda file: file.write(graph))
+        quantized = QuantizedBackbone(graph, encoder.network)
+    encoder.set_submodule(encoder.module_name, quantized)
+    return encoder
+
+
+def _key(encoder: EncoderCNN, preprocessing: Preprocessing, version: str) -> str:
+    digest = hashlib.sha256(json.dumps(["1", version, encoder.backbone_name, asdict(preprocessing)]).encode())
+    for name, tensor in encoder.network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Photos(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = calibration_images(encoder, preprocessing)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            image = next(self.images, None)
+            return None if image is None else {"images": image[None].numpy()}
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # onnxruntime recommends what is done here
+        whole, prepared, small = (os.path.join(folder, f"{stage}.onnx") for stage in ("whole", "prepared", "small"))
+        try:
+            _export(encoder, preprocessing.image_size, whole)
+            quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                small,
+                Photos(),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+        return Path(small).read_bytes()
+
+
+def calibration_images(encoder: EncoderCNN, preprocessing: Preprocessing) -> Iterator[Tensor]:
+    """The photos of images/ and some crops of each, normalised, (3, H, W)."""
+    paths = sorted(PHOTOS.glob("*.jpg"))
+    whole, crops = (
+        ImageDataset(paths, build_transform(train, **asdict(preprocessing), normalise=True)) for train in (False, True)
+    )
+    for i in range(len(paths)):
+        yield whole[i]
+        yield from (crops[i, seed] for seed in range(CROPS))
+
+
+@torch.inference_mode()
+def _export(encoder: EncoderCNN, size: int, path: str) -> None:
+    images = torch.zeros(2, 3, size, size)  # of 1 the exporter would make a constant
+    try:
+        torch.onnx.export(
+            FeatureMap(encoder),
+            (images,),
+            path,
+            input_names=["images"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+        )
+    except Exception as error:
+        raise InputError(
+            f"{encoder.backbone_name} cannot be exported to ONNX, which --precision int8 needs "
+            f"({type(error).__name__}); use --precision fp32."
+        ) from error

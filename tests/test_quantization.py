@@ -1,0 +1,142 @@
+"""Backbones in 8-bit integers: `--precision int8`."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from conftest import ROOT, run_script
+from torch.nn.functional import cosine_similarity
+
+import caption
+from captioning import quantization
+from captioning.backbones import preprocessing_of
+from captioning.captioner import Captioner, _choose_precision
+from captioning.errors import InputError
+from captioning.images import ImageDataset, build_transform
+from captioning.quantization import QuantizedBackbone, quantize
+from model import EncoderCNN
+
+pytestmark = pytest.mark.slow
+
+LITE = "tf_efficientnet_lite2"
+SIZE = 128
+
+
+@pytest.fixture(scope="module")
+def images(drawn: Path) -> torch.Tensor:
+    """Eight drawn images, on which no range was measured, as uint8."""
+    transform = build_transform(image_size=SIZE, normalise=False)
+    data = ImageDataset(sorted((drawn / "images" / "val").glob("*.jpg")), transform)
+    return torch.stack([data[i] for i in range(len(data))])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for the tests of one backbone."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def lite(**fields: object) -> EncoderCNN:
+    return EncoderCNN(8, LITE, **fields).eval().for_inference(torch.float32)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_the_features_are_nearly_those_of_float32(images: torch.Tensor, store: Path, grid: bool):
+    plain, preprocessing = lite(grid=grid), preprocessing_of(LITE, SIZE)
+    quantized = quantize(lite(grid=grid), preprocessing, store)
+    with torch.inference_mode():
+        expected, features = plain.features(images), quantized.features(images)
+    assert features.shape == expected.shape
+    assert not torch.equal(features, expected)
+    assert cosine_similarity(features, expected, dim=-1).mean() > 0.95
+    centred = cosine_similarity(features - expected.mean(0), expected - expected.mean(0), dim=-1)
+    assert centred.mean() > 0.85, "what differs from image to image is lost"
+
+
+def test_an_image_has_the_same_features_in_any_batch(images: torch.Tensor, store: Path):
+    quantized = quantize(lite(), preprocessing_of(LITE, SIZE), store)
+    together = quantized.features(images)
+    torch.testing.assert_close(torch.cat([quantized.features(image[None]) for image in images]), together)
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "vit_tiny_patch16_224"])
+def test_other_families_are_quantized_too(backbone: str, tiny_backbone: Callable, tmp_path: Path):
+    torch.manual_seed(0)
+    encoder = EncoderCNN(8, backbone, weights="random", grid=True).eval().for_inference(torch.float32)
+    preprocessing = preprocessing_of(backbone)
+    noise = torch.randint(0, 256, (2, 3, preprocessing.image_size, preprocessing.image_size), dtype=torch.uint8)
+    expected = encoder.features(noise)
+    features = quantize(encoder, preprocessing, tmp_path).features(noise)
+    assert features.shape == expected.shape
+    assert cosine_similarity(features, expected, dim=-1).mean() > 0.95
+
+
+def test_the_quantized_backbone_is_cached_and_a_damaged_one_is_made_again(
+    images: torch.Tensor, store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    preprocessing = preprocessing_of(LITE, SIZE)
+    features = quantize(lite(), preprocessing, store).features(images)
+    (file,) = store.rglob("*.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization, "_quantize", lambda *_: pytest.fail("it was not taken from the cache"))
+        torch.testing.assert_close(quantize(lite(), preprocessing, store).features(images), features)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    torch.testing.assert_close(quantize(lite(), preprocessing, store).features(images), features)
+    assert file.read_bytes() == whole
+
+
+def test_another_backbone_or_input_size_is_quantized_anew(tmp_path: Path):
+    encoder = lite()
+    keys = {quantization._key(encoder, preprocessing_of(LITE, size), "1") for size in (96, SIZE)}
+    encoder.network.conv_stem.weight.data += 1
+    assert len(keys | {quantization._key(encoder, preprocessing_of(LITE, SIZE), "1")}) == 3
+
+
+def test_a_command_captions_with_it_says_so_and_tells_nobody(tmp_path: Path):
+    options = ("--model", "models/photos", "--precision", "int8", "--json")
+    done = run_script("caption.py", "images/cat.jpg", *options, ORT_DISABLE_TELEMETRY="", TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "cat" in json.loads(done.stdout)[0]["caption"]
+    assert not list(tmp_path.rglob(".ses")), "onnxruntime's telemetry was on"
+    captioner = Captioner.load(ROOT / "models" / "photos", precision="int8")
+    assert captioner.precision == "int8"
+    assert isinstance(captioner.encoder.network, QuantizedBackbone)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
+def test_what_is_missing_is_a_sentence(missing: str, monkeypatch: pytest.MonkeyPatch, run_here: Callable):
+    real = builtins.__import__
+
+    def without(name: str, *rest: object, **others: object) -> object:
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *rest, **others)  # pyright: ignore
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    main = lambda: tyro.cli(caption.main)  # noqa: E731
+    code, _, err = run_here("caption.py", main, "images/cat.jpg", "--model", "models/photos", "--precision", "int8")
+    assert code == 2
+    assert f"--precision int8 needs {missing}, which is missing: pip install" in err
+
+
+def test_a_backbone_that_cannot_be_exported_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such operator")))
+    with pytest.raises(InputError, match=f"{LITE} cannot be exported to ONNX, which --precision int8 needs"):
+        quantize(lite(), preprocessing_of(LITE, SIZE), tmp_path)
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_a_gpu_does_not_compute_in_8_bit_integers():
+    with pytest.raises(InputError, match="int8 is computed on CPUs only"):
+        _choose_precision("int8", torch.device("cuda"))
+
+
+def test_auto_is_never_int8():
+    assert _choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
