@@ -29,7 +29,7 @@ import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from captioning.backbones import RESNET50, Preprocessing
-from captioning.errors import InputError
+from captioning.errors import InputError, printable
 from captioning.files import require_new_folder, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
@@ -64,12 +64,12 @@ class Architecture(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decoder: Literal["lstm", "attention", "transformer"]
-    embed_size: int = Field(ge=1, le=1 << 14)
-    hidden_size: int = Field(ge=1, le=1 << 14)
-    num_layers: int = Field(ge=1, le=16)
+    embed_size: int = Field(strict=True, ge=1, le=1 << 14)
+    hidden_size: int = Field(strict=True, ge=1, le=1 << 14)
+    num_layers: int = Field(strict=True, ge=1, le=16)
     dropout: float = Field(ge=0, lt=1)
     backbone: str = Field(max_length=200)  # "resnet50", or the name of a timm model
-    grid_size: int | None = Field(default=None, ge=1, le=64)  # rows and columns that its feature map is averaged to
+    grid_size: int | None = Field(default=None, strict=True, ge=1, le=64)  # rows and columns, after averaging
     # Where its weights are: published under its name, in backbone.pkl for all epochs, or in every encoder-<i>.pkl.
     backbone_weights: Literal["published", "shared", "epoch"]
 
@@ -84,7 +84,7 @@ class Description(BaseModel):
     data: dict[str, Any] = {}
     training: dict[str, Any] = {}
     epochs: list[dict[str, Any]] = []
-    best_epoch: int | None = Field(default=None, ge=1)
+    best_epoch: int | None = Field(default=None, strict=True, ge=1)
     environment: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -270,6 +270,7 @@ def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
     training = {**description.training, "averaged_epochs": sorted(set(epochs))}
     changed = description.model_copy(update={"best_epoch": max(epochs), "training": training})
     write_model(folder, max(epochs), encoder, decoder, changed)
+    print(printable(f"{folder}: the mean of epochs {', '.join(map(str, sorted(set(epochs))))}; evaluate.py scores it"))
 
 
 def store_backbone(folder: Path, encoder: EncoderCNN) -> None:

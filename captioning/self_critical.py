@@ -8,7 +8,7 @@ with the mean reward of the other samples as its baseline (arXiv 2003.09971), wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import torch
@@ -45,6 +45,27 @@ class CiderReward:
         return self.cider(image_index.tolist(), captions)
 
 
+class RepeatingBatches(ImageBatches):
+    """Sample batches of images, each represented by its first caption, some of them several times an epoch.
+
+    The occurrences of an image are spread evenly over the epoch; no batch holds an image twice.
+
+    first: (images,) the index of each one's first caption. times: (images,) how often it occurs.
+    """
+
+    def __init__(self, first: np.ndarray, times: np.ndarray, images_per_batch: int, seed: int = 0):
+        super().__init__(np.arange(times.sum()), images_per_batch, seed)
+        self.first, self.times = first, times
+        self.share = np.concatenate([np.arange(n) / n for n in times])  # of the epoch, after the first occurrence
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        start = np.random.default_rng((self.seed, self.epoch)).random(len(self.first))
+        order = np.repeat(self.first, self.times)[np.argsort((np.repeat(start, self.times) + self.share) % 1)]
+        for i in range(0, len(order), self.images_per_batch):
+            yield np.unique(order[i : i + self.images_per_batch])
+        self.epoch += 1
+
+
 class SelfCritical:
     """Minus the expected reward of the captions that the decoder samples."""
 
@@ -59,9 +80,7 @@ class SelfCritical:
         """
         _, first, captions = np.unique(data.image_rows, return_index=True, return_counts=True)
         times = np.maximum(1, captions // int(np.median(captions)))
-        sampler = ImageBatches(np.arange(times.sum()), max(1, batch_size // DRAWS), seed)
-        sampler.captions = np.repeat(first, times)
-        return sampler
+        return RepeatingBatches(first, times, max(1, batch_size // DRAWS), seed)
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
         """The sampled captions, each a term of the loss."""

@@ -266,8 +266,9 @@ def epochs(request: pytest.FixtureRequest, small: Callable[..., TrainingConfig],
     return train(small(decoder=request.param, **options))
 
 
-def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_path: Path):
+def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_path: Path, capsys):
     average_epochs(epochs, (3, 1), tmp_path / "average")
+    assert capsys.readouterr().out == f"{tmp_path}/average: the mean of epochs 1, 3; evaluate.py scores it\n"
     encoder, decoder, _, description = load_model(tmp_path / "average")
     first, third = load_model(epochs, 1), load_model(epochs, 3)
     for module, one, other in zip((encoder, decoder), first, third, strict=False):

@@ -556,6 +556,10 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: load_model(k.model(architecture__hidden_size=10**9)),
         r"hidden_size: ",
     ),
+    "model: a size that is true": (
+        lambda k: load_model(k.model(architecture__num_layers=True)),
+        r"num_layers: Input should be a valid integer",
+    ),
     "model: an absurd depth": (
         lambda k: load_model(k.model(architecture__num_layers=10**6)),
         r"num_layers: ",

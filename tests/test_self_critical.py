@@ -4,8 +4,9 @@ import functools
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,16 +158,32 @@ def test_the_references_are_the_captions_with_their_end(objective: SelfCritical)
 
 
 @pytest.mark.parametrize(
-    ("captions", "drawn"),
-    [([1, 5, 1, 1], [0, *5 * [1], 2, 3]), ([5, 6, 5, 6, 12], [0, 1, 2, 3, 4, 4]), ([2, 1, 2], [0, 1, 2])],
+    ("captions", "times"),
+    [
+        ([1, 5, *18 * [1]], {1: 5}),
+        ([5, 6, 5, 6, 12, 5], {4: 2}),
+        ([2, 1, 2], {}),
+    ],
 )
-def test_an_image_is_drawn_as_often_as_it_has_more_captions_than_most(captions, drawn):
+def test_an_image_is_drawn_as_often_as_it_has_more_captions_than_most(captions: list[int], times: dict[int, int]):
     rows = np.repeat(np.arange(len(captions)), captions)
     offsets = 3 * np.arange(len(rows) + 1)
     data = SimpleNamespace(tokens=np.tile([START, 7, END], len(rows)), offsets=offsets, image_rows=rows)
-    batches = list(SelfCritical(data).build_sampler(data, 2 * DRAWS, seed=3, frozen=True))
-    assert max(map(len, batches)) == 2
-    assert sorted(rows[np.concatenate(batches)]) == drawn
+    sampler = SelfCritical(data).build_sampler(data, 2 * DRAWS, seed=3, frozen=True)
+    orders = [[rows[batch].tolist() for batch in sampler] for _ in range(3)]
+    for batches in orders:
+        assert len(batches) == len(sampler)
+        assert all(len(set(batch)) == len(batch) <= 2 for batch in batches)
+        assert Counter(chain(*batches)) == {i: times.get(i, 1) for i in range(len(captions))}
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_an_image_with_more_captions_than_there_are_batches_is_drawn_once_in_each():
+    rows = np.repeat([0, 1, 2], [9, 1, 1])
+    data = SimpleNamespace(tokens=np.tile([START, 7, END], 11), offsets=3 * np.arange(12), image_rows=rows)
+    batches = [rows[batch].tolist() for batch in SelfCritical(data).build_sampler(data, 6 * DRAWS, seed=0, frozen=True)]
+    assert len(batches) == 2
+    assert all(batch.count(0) == 1 for batch in batches)
 
 
 def test_in_bfloat16_every_weight_learns_that_learns_in_float32(model: CaptioningModel):
