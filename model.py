@@ -63,9 +63,7 @@ class EncoderCNN(nn.Module):
         stages = stage_parameters(backbone, self.network)
         self.stages = len(stages)
         if not 0 <= fine_tune <= self.stages:
-            raise InputError(
-                f"fine_tune is how many of the {self.stages} stages of {backbone} are trained, not {fine_tune}."
-            )
+            raise InputError(f"fine_tune is a number of {backbone}'s stages, 0 to {self.stages}, not {fine_tune}.")
         self.fine_tune = fine_tune
         self.network.requires_grad_(False)
         for stage in stages[self.stages - fine_tune :]:
@@ -307,13 +305,12 @@ class AttentionDecoder(DecoderModule):
         packed, order = pack_sequences(words, None if lengths is None else lengths - 1)
         order = order if row is None else row.index_select(0, order)
         state = tuple(x.index_select(0, order) for x in self.init_state(features))
-        batch = len(captions)
-        hidden, attention = [], features.new_zeros(batch, features.shape[1], dtype=torch.float32)
+        hidden, attention = [], features.new_zeros(len(captions), features.shape[1], dtype=torch.float32)
         for step_words in packed.data.split(packed.batch_sizes.tolist()):  # finished captions are the last rows
             rows = len(step_words)
             h, state = self._advance(step_words, tuple(x[:rows] for x in state))
             hidden.append(h)
-            attention = attention + F.pad(state[-1].float(), (0, 0, 0, batch - rows))
+            attention = attention + F.pad(state[-1].float(), (0, 0, 0, len(captions) - rows))
         return self.dropout(torch.cat(hidden)), attention
 
 

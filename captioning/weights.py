@@ -199,5 +199,5 @@ def _unusable_number(weight: Tensor) -> float | None:
     """Find a number in a weight that is not finite, or so large that products overflow; None if there is none."""
     if not weight.is_floating_point() or not weight.numel():
         return None
-    extremes = torch.stack(weight.aminmax()).tolist()  # both are nan where any number is
+    extremes = torch.stack((weight.amin(), weight.amax())).tolist()  # both are nan where any number is; aminmax is slow
     return next((x for x in extremes if not abs(x) <= LARGEST_WEIGHT), None)
