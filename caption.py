@@ -1,4 +1,4 @@
-"""Caption photos with a trained model.
+"""Caption images with a trained model.
 
 python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
 torchrun --nproc_per_node 2 caption.py photos/ shard-000000.tar --output captions.jsonl
@@ -48,19 +48,16 @@ def main(
     Args:
         images: images, folders of images, and tar files of images as WebDataset has them.
         decoding: how words are chosen; by default with a beam of 3 that never repeats three words.
-        model: the model's folder, or user/name on the Hugging Face Hub; by default the newest in models/ that was
-            trained on photos. Given several times, the models' probabilities are averaged.
-        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32. int8 is the fastest on
-            most CPUs, changes captions a little, and needs onnxruntime, onnx and onnxscript.
-        recursive: also caption the photos in folders within folders.
-        json_: print one JSON list of objects with photo, caption and log_probability.
-        output: instead write such objects here, one a line, however many and with several processes if so launched;
-            run again, it resumes where it was stopped.
-        strict: stop at the first photo that cannot be read.
-        sheet: also draw the photos with their captions into this PNG.
-        attention: also draw where the decoder looked for each word of the first photo into this PNG.
-        export: instead write the model into this ONNX file, which captions greedily wherever ONNX runs.
-        workers: processes that read photos.
+        model: folder, or user/name on the Hub; default: the newest trained on photos. Several make an ensemble.
+        precision: of the backbone; auto is bf16 if supported, else fp32; int8, for CPUs, is fast and slightly inexact.
+        recursive: also caption the images in subfolders.
+        json_: print a JSON list of objects with the keys photo, caption and log_probability.
+        output: write these objects to this JSON Lines file instead; run the command again to resume.
+        strict: stop at the first image that cannot be read.
+        sheet: also draw a contact sheet of the images and captions to this PNG file.
+        attention: also draw the first image's attention maps, one per word, to this PNG file.
+        export: instead of captioning, export the model with greedy decoding to this ONNX file.
+        workers: processes that read images.
     """
     if workers < 0:
         raise InputError(f"--workers must be at least 0, not {workers}.")
@@ -74,7 +71,7 @@ def main(
     decoding = decoding.with_defaults()
     decoding.check()
     if not images:
-        raise InputError("no photo was named; name photos or folders of photos.")
+        raise InputError("no image was named; name images or folders of images.")
     if output is not None:
         if json_ or sheet is not None or attention is not None:
             raise InputError("--output goes with none of --json, --sheet and --attention.")
@@ -123,11 +120,11 @@ def write_file(
     workers: int,
     strict: bool,
 ) -> None:
-    """Caption into a file of JSON Lines; `InputError` says how many photos could not be read."""
+    """Write captions to a JSON Lines file; raises `InputError` if images could not be read."""
     process = this_process()
     if process.is_main_process:
         check_output(output)
-    with process.local_main_process_first():  # what it downloads the others find
+    with process.local_main_process_first():  # it downloads for the others
         captioner = Captioner.load(model or default_model(), precision=precision)
     try:
         rows, unreadable = write_captions(captioner, images, decoding, output, workers, strict, recursive, log)
@@ -142,9 +139,9 @@ def write_file(
 def print_captions(
     captioner: Captioner, sources: Sequence[Source], decoding: Decoding, workers: int, strict: bool, as_document: bool
 ) -> tuple[dict[int, Caption], list[InputError]]:
-    """Caption photos and print the captions, as they come or as one JSON document.
+    """Caption images and print the captions, as they come or as one JSON document.
 
-    Returns the captions by their photos' indices, and why other photos could not be read.
+    Returns the captions by image index, and the errors of images that could not be read.
     """
     failed: list[InputError] = []
     unreadable = None if strict else lambda _, error: failed.append(error)

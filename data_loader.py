@@ -162,7 +162,7 @@ class CaptionDataset(Dataset):
 
     @cached_property
     def coco(self) -> COCO:
-        """The split behind pycocotools' API, for exploring it; all its entries are in memory."""
+        """The split as a pycocotools `COCO`, for exploration; it loads all entries."""
         coco = COCO()
         captions = read_captions(self.annotation_file) if len(self.image_rows) else ()
         coco.dataset = {  # pyright: ignore[reportAttributeAccessIssue]  its stub lists detection's fields
@@ -185,7 +185,7 @@ class CaptionDataset(Dataset):
         return references
 
     def scenes(self) -> dict[int, Any]:
-        """Read what the sample data set says of each image's drawn scene: image id -> scene; elsewhere empty."""
+        """Read the ground truth of drawn scenes: image id -> scene; empty for other data sets."""
         ids = set(self.image_ids.tolist())
         images = read_images(self.annotation_file)
         return {i: entry["scene"] for i, entry in images if i in ids and "scene" in entry}

@@ -116,8 +116,8 @@ async def _fetch_archives(archives: list[str], root: Path, work: Path) -> None:
         if not all(path.exists() for path in targets.values()):
             wanted[archive] = targets
     sizes = {archive: COCO_ARCHIVES[archive][0] for archive in wanted}
-    # They are unpacked one at a time and removed, and images do not compress: at worst all archives lie
-    # on the disk, as archives or as images, and the largest both ways.
+    # Archives are unpacked one at a time and then removed, and images do not compress: at worst the disk
+    # holds every archive, packed or unpacked, and the largest both ways.
     needed = int(1.03 * (sum(sizes.values()) + max(sizes.values(), default=0)))
     if any(path.suffix == ".json" for targets in wanted.values() for path in targets.values()):
         needed += ANNOTATION_BYTES
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_image(data: bytes, width: int, height: int) -> str | None:
-    """Say what is wrong with a downloaded image, which has to be a JPEG of this size; None if nothing is."""
+    """Say why a downloaded image is not a JPEG of this size; None if it is."""
     if data.count(b"\xff\xda") > MAX_SCANS:
         return "it is not a photo"
     try:
@@ -286,7 +286,7 @@ def weights(to: Path = Path("models/published")) -> None:
     try:
         import gdown  # only this command needs it
     except ImportError as error:
-        raise InputError("the published weights lie on a drive that needs gdown: pip install gdown") from error
+        raise InputError("the published weights are on Google Drive: pip install gdown") from error
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"{to} exists and is not empty; delete it or name another folder.")
     work = to.with_name(to.name + ".download")

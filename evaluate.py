@@ -147,19 +147,16 @@ def main(
 
     Args:
         decoding: how words are chosen.
-        model: folder of the model, or user/name on the Hugging Face Hub; by default the newest in models/ that was
-            trained on this data set. Given several times, the models' probabilities are averaged.
+        model: folder, or user/name on the Hub; default: the newest trained on this data. Several make an ensemble.
         data: folder of the data set.
         split: split of the data set.
         limit: evaluate the first LIMIT images only.
         json_: print one JSON document.
-        results: write the captions to this file, in the form that the COCO evaluation server takes; with --references,
-            read them from this file.
-        references: caption nothing; score the captions in --results against this COCO captions file.
-        skip_unreadable: evaluate without the images that are missing or cannot be read, and say how many they are.
+        results: write the captions to this file in COCO's results format; with --references, read them from it.
+        references: run no model; score the captions in --results against this COCO captions file.
+        skip_unreadable: leave out images that are missing or cannot be read, and report how many.
         workers: processes that read images.
-        precision: of the backbone; auto is bf16 where the processor or GPU has it, else fp32. int8, on CPUs only,
-            needs onnxruntime, onnx and onnxscript.
+        precision: of the backbone; auto: bf16 if supported, else fp32; int8 needs a CPU, onnx, onnxruntime, onnxscript.
     """
     if references is not None:
         ignored = {"model": model or None, "limit": limit, "skip-unreadable": skip_unreadable or None}

@@ -38,7 +38,7 @@ from captioning.scenes.dataset import draw_scene
 from captioning.web import LOOPBACK, MAX_IMAGES, MAX_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
 
 AGE = 3600  # seconds after which uploads are deleted
-MAX_WAITING = 128  # requests; the next one is told to come back later
+MAX_WAITING = 128  # queued requests; further ones are refused
 HANDLED_AT_ONCE = 32  # requests, most of them waiting for the batch that they are in
 IMAGES = Path(__file__).with_name("images")
 DESCRIPTION_TAG = 0x010E  # of EXIF: what a photo shows
@@ -70,10 +70,10 @@ CSS = """
 
 
 def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple[Path, str]]:
-    """List example images with their descriptions, of the kinds that the models were trained on.
+    """List example images of the kinds that the models were trained on, with their descriptions.
 
-    A model's own, in its folder's `examples/`; else the project's photos, or for a model of the sample data set
-    held-out scenes, drawn now into `folder`.
+    They are the images in a model's `examples/`; else the project's photos or, for a model of the sample data set,
+    held-out scenes, drawn into `folder`.
     """
     examples: dict[Path, str] = {}
     for captioner in captioners.values():
@@ -318,19 +318,19 @@ def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket
         theme=Soft(font=["system-ui", "sans-serif"], font_mono=["system-ui", "sans-serif"]),
         css=CSS,
     )
-    page.has_launched = True  # until then Gradio takes any path for an upload's
+    page.has_launched = True  # before, Gradio accepts any path as an upload
     image.sample = f"{url}{FILE}{image.sample}"
     gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK)
     if share:
         try:
             public = setup_tunnel(host, port, token_urlsafe(32), None, None)
         except Exception as error:  # what Gradio meets on the way to its makers' server
-            reason = f"no public address can be had ({error}); check the network, or leave out --share."
+            reason = f"no public link can be made ({error}); check the network, or leave out --share."
             raise InputError(reason) from None
         gate.origins = {urlsplit(public).netloc}
     print(f"The page is at {url}" + (f" and {public}" if share else "; --share opens a public address too"), flush=True)
     config = uvicorn.Config(gate, log_level="warning", ws="none", timeout_graceful_shutdown=STOP_SECONDS)
-    # Of Gradio's app: its tabs keep a connection open.
+    # Gradio's open tabs hold connections.
     stop_tabs = app.routes[-1].app.stop_event.set  # pyright: ignore[reportAttributeAccessIssue]
     StoppableServer(config, stop_tabs, server.close).run(sockets=[listener])
 
@@ -345,12 +345,11 @@ def main(
     """Serve the web page and its API.
 
     Args:
-        model: a model's folder, or user/name on the Hugging Face Hub; given several times, a menu chooses among them.
-            By default the newest in models/ that was trained on photos.
-        host: the address to listen on; 0.0.0.0 is every network that this computer is in.
-        port: the port to listen on.
-        share: also open a public address, through a tunnel that Gradio's makers run.
-        flag_folder: show a button that keeps a photo and its caption in this folder.
+        model: folder, or user/name on the Hub; default: the newest trained on photos. Several fill a menu.
+        host: address to listen on; 0.0.0.0 means all network interfaces.
+        port: port to listen on.
+        share: also create a public link, through Gradio's tunnel.
+        flag_folder: show a button that saves the image and its caption to this folder.
     """
     captioners = load_models(model or (default_model(),))
     if flag_folder is not None:
@@ -373,7 +372,7 @@ def main(
             server, example_images(captioners, Path(folder)), Path(folder) / "uploads", flag_folder
         )
         serve(page, image, server, listener, share)
-    gc.freeze()  # Python would look through all that was imported, for seconds, before it ends
+    gc.freeze()  # else the garbage collection at exit takes seconds
 
 
 if __name__ == "__main__":

@@ -101,12 +101,11 @@ def import_flickr(
     images: Path | None = None,
     encoding: str | None = None,
 ) -> None:
-    """Flickr8k or Flickr30k, in their own files or as a captions.txt / results.csv, into COCO's layout.
+    """Convert Flickr8k or Flickr30k, in their own files or with a captions.txt or results.csv, to COCO's layout.
 
-    The split files that are there (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt,
-    val.txt, test.txt) say which image belongs where; other images are left out. Without split files
-    the images are divided 90 : 5 : 5 by a hash of their names. Where only the validation split is
-    absent, 5% of the training images become it.
+    Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val.txt, test.txt), if any,
+    list the images of each split; other images are left out. Without them, images are divided 90 : 5 : 5 by
+    a hash of their names. If only the validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The folder that the data set was unpacked into, subfolders included, or its file of captions.
@@ -184,11 +183,11 @@ def import_karpathy(
     destination: Destination,
     images: Path | None = None,
 ) -> None:
-    """Karpathy's splits (dataset_coco.json, or that of Flickr8k or Flickr30k) into COCO's layout.
+    """Convert Karpathy's splits of COCO, Flickr8k or Flickr30k (dataset_*.json) to COCO's layout.
 
-    His "restval" images go to the training split, as in the papers that report on these splits
-    (arXiv 1412.2306). COCO's image ids are kept. An image is looked for at its filepath and filename.
-    Where there is no validation split, 5% of the training images become it.
+    The "restval" images go to the training split, as in the papers that use these splits (arXiv 1412.2306).
+    COCO's image ids are kept. Images are found by their filepath and filename. If there is no validation
+    split, it takes 5% of the training images.
 
     Args:
         source: The dataset_*.json file, or the folder that holds it.
@@ -260,15 +259,14 @@ def import_folder(
     images: Path | None = None,
     encoding: str | None = None,
 ) -> None:
-    """Your own images with a table of captions, or with a .txt file for each image, into COCO's layout.
+    """Convert your own images, with a table of captions or a .txt file per image, to COCO's layout.
 
-    A table is CSV, TSV, JSON Lines or a JSON array, Hugging Face's metadata.csv and metadata.jsonl
-    included. A column photo (or image, file_name, filename) has the image's path below the images'
-    folder; a column caption (or text) has a caption, as have caption_1, caption_2 and so on; a column
-    split may have train, val or test. A .txt file has a caption a line. Without splits those of folders
-    called train, val and test are taken if all images are in such, else the images are divided 90 : 5 : 5
-    by a hash of their names. Where only the validation split is absent, 5% of the training images become
-    it.
+    A table is CSV, TSV, JSON Lines or a JSON array, such as Hugging Face's metadata.csv or metadata.jsonl.
+    Its column photo (or image, file_name, filename) gives the image's path below the images' folder, caption (or
+    text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. Text files
+    have one caption per line. Without a split column, folders called train, val and test give the splits if
+    they hold all images; otherwise images are divided 90 : 5 : 5 by a hash of their names. If only the
+    validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The table, or a folder with one table, with metadata files or with .txt files.
@@ -366,9 +364,9 @@ def _read_text_files(
 
 
 def merge(sources: Sources, destination: Destination) -> None:
-    """Data sets in COCO's layout, merged into one: training, validation and test split each by itself.
+    """Merge data sets in COCO's layout into one, split by split.
 
-    An image's file name begins with the name of its data set's folder. Image ids that occur twice are
+    Image names are prefixed with the name of their data set's folder. Image ids that occur twice are
     changed; captions are not.
 
     Args:
@@ -384,7 +382,7 @@ def import_weights(
     vocab: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VOCAB")],
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
 ) -> None:
-    """Weights and vocabulary that the original recipe's code trained, as a model's folder of this project.
+    """Convert weights and vocabulary of a training by the original recipe's code to a model's folder.
 
     Args:
         encoder: Its encoder-<i>.pkl.
@@ -402,7 +400,7 @@ def average(
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
     epochs: tuple[int, ...],
 ) -> None:
-    """Several epochs of a model, as one model whose weights are the means of theirs.
+    """Average the weights of several epochs of a model into one model.
 
     Args:
         model: The trained model.

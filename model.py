@@ -32,7 +32,7 @@ class EncoderCNN(nn.Module):
     Args:
         embed_size: output size of `embed`.
         backbone: "resnet50" for torchvision's ResNet-50 (arXiv 1512.03385), or the name of a timm model.
-        weights: "pretrained" for the published weights, "random", or a file with its or an encoder's state dict.
+        weights: "pretrained" (the published weights), "random", or a state-dict file of a backbone or encoder.
         fine_tune: number of stages to train, counted from the last; the other stages are frozen. The statistics of
             batch norms are updated only if all stages are trained.
         grid: return the features of all cells rather than their mean.
@@ -154,7 +154,7 @@ def init_forget_bias(lstm: nn.LSTM) -> None:
 class DecoderModule(nn.Module):
     """What training, decoding and export need of a decoder.
 
-    A decoder that attends takes the cells of the image's grid (cells, embed_size), any other one vector (embed_size).
+    An image is a grid of cells (cells, embed_size) for a decoder that attends, else one vector (embed_size).
     """
 
     attends: bool  # if so, the last tensor of a state is the attention over the cells
@@ -171,8 +171,8 @@ class DecoderModule(nn.Module):
             captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
             row: (B,) each caption's row in `features`, or None where caption i belongs to image i.
 
-        Returns the input (tokens, H), ordered as `pack` does, of all tokens, or if the decoder attends, of those after
-        `<start>`; and if it is recorded, the attention (B, cells) summed over each caption, in the order of `pack`.
+        Returns the output layer's inputs (tokens, H) in the order of `pack`, for all tokens or, if the decoder attends,
+        those after `<start>`; and each caption's summed attention (B, cells), in the same order, or None.
         """
         raise NotImplementedError
 
@@ -185,7 +185,7 @@ class DecoderModule(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The logits of the tokens that `unroll` runs over: (B, T or T - 1, vocab_size), with `lengths` packed."""
+        """The logits of `unroll`'s tokens: (B, T or T - 1, vocab_size), or packed if `lengths` is given."""
         logits = self.linear(self.unroll(features, captions, lengths)[0])
         return logits.unflatten(0, (-1, len(captions))).transpose(0, 1) if lengths is None else logits
 
@@ -195,10 +195,10 @@ class DecoderRNN(DecoderModule):
 
     Args:
         embed_size: embedding dimension of the image and the words.
-        hidden_size: of the LSTM.
+        hidden_size: size of the LSTM's state.
         vocab_size: number of words.
-        num_layers: of the LSTM.
-        dropout: on the embedded words and on the input of the output layer, in training.
+        num_layers: number of LSTM layers.
+        dropout: rate, on the word embeddings and the output layer's input.
     """
 
     attends = False
@@ -237,8 +237,7 @@ class DecoderRNN(DecoderModule):
     def sample(self, features: Tensor, max_len: int = 20) -> list[list[int]]:
         """Decode a batch greedily as the original recipe does: (B, embed_size) -> at most `max_len` tokens an image.
 
-        The first input is the image; a trained model answers it with `<start>`. Decoding ends with `<end>`.
-        `decoding.greedy` feeds `<start>` itself and returns words only.
+        The input is the image; a trained model predicts `<start>` first (`decoding.greedy` feeds it) and `<end>` last.
         """
         inputs, state, tokens = features[:, None], None, []
         for _ in range(max_len):
@@ -252,8 +251,8 @@ class DecoderRNN(DecoderModule):
 class AttentionDecoder(DecoderModule):
     """An LSTM with soft attention over the image's cells (Show, Attend and Tell, arXiv 1502.03044).
 
-    Its state begins with the mean of the cells. For every word it weighs the cells (equations 4 to 6); their weighted
-    mean, gated (section 4.2.1), is an input with the word. The arguments are those of `DecoderRNN`.
+    The mean of the cells initialises the state. At each word, attention weights the cells (equations 4 to 6); their
+    gated weighted mean (section 4.2.1) is input together with the word. The arguments are those of `DecoderRNN`.
     """
 
     attends = True
@@ -367,7 +366,7 @@ class TransformerDecoder(DecoderModule):
     """
 
     attends = True
-    positions = 64  # learned; all words after the last share one
+    positions = 64  # learned; later words share the last one
 
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
         super().__init__()
@@ -431,7 +430,7 @@ class TransformerDecoder(DecoderModule):
 def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, Tensor]:
     """Pack padded sequences (B, T, ...), longest first; returns them and the order (B,) of their rows.
 
-    `lengths` (B,) should be on the CPU, so that no device is waited for; None means no padding.
+    `lengths` (B,) should be on the CPU, to avoid a synchronisation; None means no padding.
     """
     lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
     lengths, order = lengths.cpu().sort(descending=True, stable=True)

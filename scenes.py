@@ -28,7 +28,7 @@ def main(
         train: pictures to train on.
         val: pictures to choose a model with.
         test: pictures to measure the final model on.
-        seed: the same seed draws the same pictures.
+        seed: random seed.
     """
     folder = draw_dataset(out, train, val, test, seed)
     print(f"{folder}: {train} pictures to train on, {val} to validate, {test} to test, five captions each.")

@@ -6,7 +6,7 @@
     python train.py --resume models/mine --objective cider     then raise the captions' CIDEr-D score
     torchrun --nproc_per_node 2 train.py --data data/mine      on two GPUs
 
-Options on the command line override those of --config, and those that a run to be resumed was started with.
+Options on the command line override those of --config and those of the run that --resume continues.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RunOptions:
 
     config: Path | None = None  # recipe to start from: a TOML file such as configs/scenes.toml
     resume: Path | None = None  # model folder of the run to resume
-    overwrite: bool = False  # delete the model that has this name
+    overwrite: bool = False  # replace a model of this name
 
 
 @dataclass

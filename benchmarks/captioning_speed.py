@@ -82,7 +82,7 @@ def load_models(material: Material, folder: Path) -> dict[str, Model]:
     preprocessing = preprocessing_of(LITE, material.settings.lite_image_size)
     lite = EncoderCNN(encoder.embed.out_features, LITE).eval()
     images = ImageDataset(material.paths, build_transform(False, **asdict(preprocessing), normalise=False))
-    with torch.no_grad():  # so that the decoder reads numbers of the size that it knows
+    with torch.no_grad():  # so that the decoder's inputs have the scale it knows
         lite.standardise(lite.features(torch.stack([images[i] for i in range(min(STANDARDISED_ON, len(images)))])))
     other = description.model_copy(update={"preprocessing": preprocessing})
     return {RESNET: build_model(encoder, decoder, vocab, description), LITE: build_model(lite, decoder, vocab, other)}
@@ -112,7 +112,7 @@ def build_recipe(material: Material, model: Model) -> Callable[[Path], str]:
 
 
 def backbone_turns(model: Model, material: Material) -> dict[str, Callable[[], int]]:
-    """What is timed of a backbone, by the name of its rate: captioning, and the parts of it alone."""
+    """The functions to time for a backbone, by the rate's name: captioning, and its parts alone."""
     captioner, paths, workers = model.captioner, material.paths, material.settings.workers
     dtype, times = fast_dtype(DEVICE), 20 if GPU else 5
     backbone = copy.deepcopy(model.encoder.network).to(DEVICE, dtype, memory_format=torch.channels_last).eval()

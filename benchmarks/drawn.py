@@ -37,7 +37,7 @@ def _draw_image(folder: Path, index: int) -> Path:
 
 
 def draw_captions(count: int, seed: int = 0) -> list[str]:
-    """Captions of made-up words: as many a caption as COCO's, and as often, so that as many differ.
+    """Captions of made-up words, with the lengths and the word frequencies of COCO's.
 
     Of 414,113 captions some 9,000 words occur five times or more.
     """

@@ -112,7 +112,7 @@ def make_empty_data_set(folder: Path, images: int) -> Path:
 
 
 def make_weights(path: Path, paths: list[Path], image_size: int) -> Path:
-    """A random ResNet-50 whose batch norms know the images, so that its numbers are of an ordinary size."""
+    """A random ResNet-50 with batch norms fitted to the images, so that features have a usual scale."""
     torch.manual_seed(0)
     backbone = resnet50(weights=None).train()
     for module in backbone.modules():

@@ -1,4 +1,4 @@
-"""How good captions are after as many epochs of the plain recipe and of this project, on the same frozen backbone.
+"""The captions' scores after equally many epochs of the plain recipe and this project, on one frozen backbone.
 
     python -m benchmarks.quality        on the sample data set, drawn by `python scenes.py data/scenes`
 

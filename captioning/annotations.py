@@ -1,7 +1,7 @@
 """COCO annotation files: read entry by entry, and kept in flat arrays.
 
-This is the only reader of annotation files. It takes any Unicode encoding, with a byte order mark or without, and
-ignores whatever captioning does not need, such as "categories".
+Training and scoring read annotation files here. Any Unicode encoding is accepted, with a byte order mark or without;
+whatever captioning does not need, such as "categories", is ignored.
 """
 
 from __future__ import annotations

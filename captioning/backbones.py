@@ -79,7 +79,7 @@ class Preprocessing:
             raise ValueError("mean and std must be of RGB values from 0 to 1")
 
     def view(self, image: Image.Image, size: int) -> Image.Image:
-        """Show what the network sees of an image: the center or, squashed, the whole, as a square of `size` pixels."""
+        """Return what the network sees of an image, its center or all of it squashed, as a square of `size` pixels."""
         width, height = image.size
         box = (0.0, 0.0, float(width), float(height))
         if self.crop == "center":
@@ -238,7 +238,7 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
 
 
 def _build_resnet50(weights: str | Path) -> nn.Sequential:
-    """Build torchvision's ResNet-50 (arXiv 1512.03385) as the published keys name it: all children but the last."""
+    """Build torchvision's ResNet-50 (arXiv 1512.03385) without its classifier, with the published keys."""
     from torchvision.models import ResNet50_Weights, resnet50
 
     if weights == "pretrained":

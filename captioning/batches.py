@@ -59,10 +59,10 @@ class EpochBatches:
         return len(self.sampler)
 
     def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[np.ndarray, bool, Batch]]:
-        """The steps of an epoch from the one after `first_step` on.
+        """Iterate over an epoch's steps after the first `first_step`.
 
-        Yields the caption indices of the whole batch, whether this process has any of them, and its own part of the
-        batch; where it has none, that is the batch's first caption, whose loss must not count.
+        Yields the caption indices of the global batch, whether this process has a share of it, and this process's
+        batch; without a share that is the global batch's first caption, whose loss must not count.
         """
         self.sampler.set_epoch(epoch)
         order = list(self.sampler)[first_step:]

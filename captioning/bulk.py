@@ -39,11 +39,11 @@ def find_images(paths: Iterable[Path], recursive: bool = False, log: Log | None 
 
 
 def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | None = None) -> Iterator[Path | Member]:
-    """The images at the paths, in the order given: of a folder the files with an image's suffix, in name order.
+    """Yield the images at the paths in the given order; the images and tar files in a folder come in name order.
 
-    With `recursive` a subfolder's images come where its name comes; each folder is entered once, wherever links lead.
-    A tar file's come in its order, where its name comes if it lies in a folder. A folder of any size is never held
-    in memory whole. `log` is told of each path which files and folders were left out. macOS's ._ files are none.
+    With `recursive`, subfolders are visited in name order too, each once, even if links form a cycle. The images of a
+    tar file come in its own order. Memory does not grow with the size of a folder. For each path, `log` receives a
+    line on the files and folders that were left out; macOS's ._ files are ignored.
     Raises `InputError` at once for a folder or a tar file that holds no images or cannot be read.
     """
     paths = list(paths)
@@ -161,18 +161,18 @@ def write_captions(
     recursive: bool = False,
     log: Log | None = None,
 ) -> tuple[int, int]:
-    """Caption the images at the paths into a file of JSON Lines, one row an image, in order, by all processes together.
+    """Caption the images at the paths into a JSON Lines file, one row per image, in order, with all processes.
 
-    The rows of a run that was stopped stay, and it resumes after them. An image that cannot be read has an
-    "error" in its row. `log` is told what was left out of the folders and what was written. Returns how many images
-    there are, and how many cannot be read. Raises `InputError` where the rows are of other images, or give them other
-    captions than this model does with these options.
+    Resumes after the rows of an interrupted run. An image that cannot be read has an "error" in its row. `log`
+    receives what was left out of the folders and what was written. Returns the number of images, and of those that
+    cannot be read. Raises `InputError` if earlier rows are of other images, or if their captions are not the ones
+    that this model gives with these options.
     """
     process = this_process()
     is_main = process.is_main_process
     done = failed = earlier = first_index = 0
     with ExitStack() as stack:
-        if is_main:  # which alone looks for the images and reads and writes the file
+        if is_main:  # only this process lists the images and accesses the file
             images = stream_images(paths, recursive, log)
             stack.enter_context(exclusive_lock(output))
             file = stack.enter_context(open(output, "a+b"))
@@ -237,9 +237,9 @@ def exclusive_lock(output: Path) -> Iterator[None]:
 
 
 def _read_rows(file: BinaryIO, images: Iterator[Path | Member]) -> tuple[int, int, list[tuple[Path | Member, dict]]]:
-    """How many rows the file holds, how many of them are errors, and those of the last batch, with their images.
+    """Count the file's rows and the errors among them; also returns the last batch's rows with their images.
 
-    `images` is moved on past them; a row that was cut short by a kill is removed.
+    Advances `images` past all rows, and removes an incomplete last row.
     """
     done = failed = end = 0
     batch: list[tuple[Path | Member, dict]] = []

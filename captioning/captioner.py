@@ -37,22 +37,22 @@ LONGEST = 1000  # tokens
 class Decoding:
     """The decoding options: greedy by default, beam search with `beam_size`, sampling with `temperature`.
 
-    None stands for an option that was not given. One that was given and has no effect, because it belongs to
-    another way of choosing, is refused by `check`.
+    None means that an option was not given. `check` refuses a given option that has no effect because it
+    belongs to another decoding method.
     """
 
-    beam_size: int | None = None  # hypotheses kept at each step; 1, evaluate.py's default, is greedy; caption.py's is 3
+    beam_size: int | None = None  # hypotheses per step; 1 is greedy; default 3 in caption.py, 1 in evaluate.py
     temperature: float | None = None  # sample words at this temperature instead of choosing the best
     top_k: int | None = None  # sample from the k most probable words only
-    top_p: float | None = None  # sample from the most probable words that hold this share of the probability
+    top_p: float | None = None  # sample from the fewest words that have this probability in total
     seed: int | None = None  # random seed of sampling
-    alternatives: int = 0  # further captions of each image, after the first
+    alternatives: int = 0  # additional captions per image
     max_length: int = 20  # maximum number of tokens
     min_length: int = 0  # minimum number of words
-    length_penalty: float | None = None  # a beam ranks by log p / length ** this; 0 prefers short captions, 1 is usual
-    block_trigrams: bool | None = None  # a beam never repeats three words, by default in caption.py
-    groups: int | None = None  # groups of the beam that are kept different from one another
-    diversity: float | None = None  # how different the groups are kept; 0.5 is usual
+    length_penalty: float | None = None  # rank beams by log p / length ** penalty; 0 favours short captions, 1 is usual
+    block_trigrams: bool | None = None  # never repeat a trigram in a beam; default in caption.py
+    groups: int | None = None  # groups of diverse beam search (arXiv 1610.02424)
+    diversity: float | None = None  # penalty on earlier groups' words; 0.5 is usual
 
     def with_defaults(self) -> Decoding:
         """Fill the options that were not given from `DEFAULT_DECODING`.
@@ -116,7 +116,7 @@ class Decoding:
                 raise InputError(f"--{name.replace('_', '-')} has no effect {reason}.")
 
 
-# What `caption.py`, the page and `Captioner` choose words by unless told otherwise.
+# The default decoding of `caption.py`, the web page and `Captioner`.
 DEFAULT_DECODING = Decoding(beam_size=3, block_trigrams=True)
 
 
@@ -207,8 +207,8 @@ class Captioner:
     def __call__(self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any) -> list[Caption]:
         """One `Caption` per image, in their order; images are PIL images or paths, one or many.
 
-        Words are chosen as `DEFAULT_DECODING` says. Its fields can be given by name: `captioner(image, beam_size=5)`;
-        or all of it as `how`. Raises `InputError` naming the first image that cannot be read, or an option that
+        Decodes with `DEFAULT_DECODING`. Its fields can be given by name, as in `captioner(image, beam_size=5)`, or a
+        whole `Decoding` as `how`. Raises `InputError` naming the first image that cannot be read, or an option that
         has no effect.
         """
         if how is not None and options:
@@ -231,8 +231,8 @@ class Captioner:
         `workers` processes read ahead. An image that cannot be read is passed to `unreadable` and left out;
         without that, its `InputError` is raised. If `shared`, each of several processes captions its share of the
         batches, which are the same for any number of processes, and so are the captions. `first_index` is the
-        number of images before these, where they are a part of more: samples depend on the seed and on an image's
-        index among all.
+        index of the first source if these are part of a longer list: samples depend on the seed and on an image's
+        index in that list.
         """
         how.check()
         batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]

@@ -4,7 +4,7 @@
     encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights; a shared model
     decoder-<i>.pkl   may have .safetensors files instead
     backbone.pkl      the backbone's state dict where it is frozen and not published under its name
-    resume.pt         all that training needs to go on; resume-previous.pt is the one before it
+    resume.pt         what training resumes from; resume-previous.pt is the one before it
 
 Every file is written to a temporary name, flushed to disk and renamed. Nothing that is read can
 run code: state dicts are tensors only, the rest is JSON that is checked field by field.
@@ -22,7 +22,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -57,13 +57,18 @@ RESUME_TYPES = {  # of what resume.pt holds
 }
 WEIGHTS = (".pkl", ".safetensors")
 
+if TYPE_CHECKING:
+    DecoderName = str
+else:
+    DecoderName = Literal[tuple(DECODERS)]
+
 
 class Architecture(BaseModel):
     """What is needed to build the encoder and the decoder."""
 
     model_config = ConfigDict(extra="forbid")
 
-    decoder: Literal["lstm", "attention", "transformer"]
+    decoder: DecoderName
     embed_size: int = Field(strict=True, ge=1, le=1 << 14)
     hidden_size: int = Field(strict=True, ge=1, le=1 << 14)
     num_layers: int = Field(strict=True, ge=1, le=16)
@@ -90,7 +95,7 @@ class Description(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_format_1(cls, fields: Any) -> Any:
-        """Format 1 knew ResNet-50 only: its torchvision weights by their name, or "stored" with every epoch."""
+        """Convert format 1, of ResNet-50 only: torchvision's weights, or "stored" with every epoch."""
         if (
             not isinstance(fields, dict)
             or fields.get("format") != 1
@@ -147,12 +152,11 @@ def _how_to_train(folder: str | Path) -> str:
 
 
 def default_model(models: Path | None = None, data: str | None = None) -> Path:
-    """The model in `models` to use where none was named; by default in models/ here, else in the project's own.
+    """Choose a model in `models` (default: models/ here, else the project's) when none was named.
 
-    That is the one trained last on the data set whose folder is called `data`; where there is none such, on
-    photos, for which a model of the drawn sample is of no use; else on anything. The one that comes with the
-    project is older than any other, whatever git makes of its date.
-    `InputError` says how to get one where there is none at all.
+    It is the newest one trained on a data set whose folder is called `data`; else the newest trained on photos, that
+    is, on anything but the drawn sample; else the newest. The model that comes with the project counts as the
+    oldest, whatever its date. Raises `InputError` if there is none.
     """
     if models is None:
         models = MODELS if any(MODELS.glob(f"*/{DESCRIPTION}")) else Path(__file__).parents[1] / MODELS
@@ -177,7 +181,7 @@ def _trained_on(folder: Path) -> object:
 
 
 def resolve_weights(weights: str) -> str:
-    """`weights` as `EncoderCNN` takes it: for a model's folder, the file that holds its backbone."""
+    """Convert --weights for `EncoderCNN`: a model's folder to the file that holds its backbone."""
     folder = Path(weights)
     if not folder.is_dir():
         return weights
@@ -216,8 +220,8 @@ def choose_epoch(folder: Path, description: Description, epoch: int | None = Non
     if epoch not in saved:
         wanted = "any epoch's" if epoch is None else f"epoch {epoch}'s"
         raise InputError(
-            f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or go "
-            f"on with `python train.py --resume {folder}`."
+            f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or "
+            f"resume: `python train.py --resume {folder}`."
         )
     return epoch
 
@@ -251,7 +255,7 @@ def write_model(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Modul
 
 
 def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
-    """Write a model whose weights are the means of these epochs' weights (arXiv 2203.05482), as the last one's epoch.
+    """Average these epochs' weights (arXiv 2203.05482) into a new model, saved under the last epoch's number.
 
     The scores in captioner.json stay those of the single epochs. Raises `InputError` if an epoch was not saved, or if
     `folder` holds something already or cannot be written.
@@ -266,7 +270,7 @@ def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
             if weight.is_floating_point():
                 weight.copy_(torch.stack([state[key] for state in states]).mean(0))
     if description.training.get("tie_weights"):
-        decoder.linear.weight = decoder.embed.weight  # reading parted them
+        decoder.linear.weight = decoder.embed.weight  # loading untied them
     training = {**description.training, "averaged_epochs": sorted(set(epochs))}
     changed = description.model_copy(update={"best_epoch": max(epochs), "training": training})
     write_model(folder, max(epochs), encoder, decoder, changed)
@@ -290,10 +294,10 @@ def remove_epoch(folder: Path, epoch: int) -> None:
 def load_model(
     folder: str | Path, epoch: int | None = None
 ) -> tuple[EncoderCNN, DecoderModule, Vocabulary, Description]:
-    """Encoder, decoder, vocabulary and description from a model's folder, in evaluation mode on the CPU.
+    """Load a model's encoder, decoder, vocabulary and description, on the CPU in evaluation mode.
 
-    Without `epoch` the best one's weights, else the last one's. `InputError` says what is missing or does
-    not go together.
+    Without `epoch`, loads the best epoch, else the last. Raises `InputError` if files are missing or do not
+    match.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -323,7 +327,7 @@ def load_model(
 
 
 def remove_training(folder: Path) -> None:
-    """Delete what a training wrote into the folder, the description first: without it the rest is nothing."""
+    """Delete a training's files, the description first: without it, the folder is no model."""
     for name in (DESCRIPTION, "resume.pt", "resume-previous.pt", "backbone.pkl"):
         (folder / name).unlink(missing_ok=True)
     for epoch in epochs_saved(folder):
@@ -340,7 +344,7 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
-    """Read what `save_resume` wrote, or where that is damaged the state before it, which is said to `log`.
+    """Read resume.pt or, if it is damaged, the state before it, which is reported to `log`.
 
     Raises `InputError` if neither can be read.
     """

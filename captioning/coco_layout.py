@@ -39,7 +39,7 @@ class SourceImage:
 def write_dataset(images: list[SourceImage], destination: Path) -> None:
     """Write images/{split}/ and annotations/captions_{split}.json, and print how much that is.
 
-    A test split gets an image_info_test.json too, as COCO has one, with the images that have no captions among it.
+    As in COCO, a test split also gets image_info_test.json, which includes the images without captions.
     Images are hard links where the file system allows it, else copies. All is written next to `destination` and
     renamed at the end, so an interrupted run leaves nothing that looks whole.
 

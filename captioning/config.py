@@ -49,10 +49,10 @@ class DataOptions:
     """Images and captions."""
 
     data: Path = Path("data/scenes")  # data set folder in COCO's layout, or of WebDataset tar files
-    vocab_threshold: int = 5  # a word must occur this often to be in the vocabulary
+    vocab_threshold: int = 5  # how often a word must occur to be in the vocabulary
     vocab_from_file: bool = False  # take the vocabulary from --vocab-file rather than from the captions
     vocab_file: Path = Path("vocab.json")  # JSON list of words
-    val_images: int = 5000  # validation images scored after each epoch: the first ones
+    val_images: int = 5000  # score this many validation images after each epoch
     skip_unreadable: bool = False  # leave out images that cannot be read, rather than stop
 
 
@@ -63,10 +63,10 @@ class ModelOptions:
     backbone: str = "resnet50"  # image backbone: torchvision's ResNet-50, or the name of a timm model
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
     image_size: int | None = None  # input resolution in pixels; default: the backbone's own
-    crop: Literal["center", "squash"] | None = None  # cut out the center, or squeeze images square; default center
+    crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default center
     grid_size: int | None = None  # average the feature map to this many rows and columns, for a decoder that attends
     views: int = 1  # augmented crops cached per image, for a frozen backbone
-    decoder: Literal["lstm", "attention", "transformer"] = "lstm"  # decoder architecture
+    decoder: checkpoint.DecoderName = "lstm"  # decoder architecture
     embed_size: int = 256  # embedding dimension
     hidden_size: int = 512  # hidden dimension of the decoder; of a transformer, of its feed-forward layers
     num_layers: int = 1  # layers of the decoder
@@ -82,7 +82,7 @@ class OptimizationOptions:
     """
 
     objective: Objective = "cross-entropy"  # likelihood of the captions, or CIDEr-D as a reward (arXiv 1612.00563)
-    fine_tune: int | None = None  # how many backbone stages to train, from the last; default 0, or all if random
+    fine_tune: int | None = None  # backbone stages to train, from the last; default 0, or all if random
     num_epochs: int = 3  # passes over the training data
     batch_size: int = 128  # captions per step, over all processes
     learning_rate: float | None = None  # peak learning rate; default 1e-3, or 5e-4 for cider
@@ -111,7 +111,7 @@ class CheckpointOptions:
 class DeviceOptions:
     """Devices and workers."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where it is faster
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 if faster
     workers: int = WORKERS  # processes that read images
     cache: Path = CACHE  # folder for tokenized captions and image features
 

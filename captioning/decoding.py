@@ -185,7 +185,7 @@ def beam_search(
         if decoder.attends:
             beams.attention_rows[:, :, t] = rows + sum(len(weights) for weights in attention)
             attention.append(state[-1])
-        if groups == 1:  # two groups can end alike, so there the n_best that have ended may be fewer
+        if groups == 1:  # groups may end in the same caption, so n_best ended ones may be fewer
             _prune(beams, n_best, length_penalty)
         previous, live = live, beams.live()
         if len(live) == 0 or t == max_length - 1:
@@ -339,7 +339,7 @@ def _decode(decoder: Decoder, state: State, choose: Choose, max_length: int) -> 
             if attention is None:
                 attention = state[-1].new_zeros(batch, max_length, state[-1].size(1))
             attention[rows, t] = state[-1]
-        unfinished = (last != END).nonzero().squeeze(1)  # the one wait for the device in a step
+        unfinished = (last != END).nonzero().squeeze(1)  # the only device sync per step
         if len(unfinished) == 0:
             break
         if len(unfinished) < len(rows):

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 train.py --data data/scenes             on two GPUs, or on CPUs where there is none
     accelerate launch --num_processes 2 train.py --data data/scenes     on two GPUs
 
-accelerate does the work. This module adds that several processes without a GPU compute together on CPUs, and how long
-a process waits for the others.
+accelerate does the work. This module makes several processes without a GPU use CPUs, and sets how long a process waits
+for the others.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def run_command(main: Callable[[], None]) -> None:
         _end(f"error: {error}", 2)
     except KeyboardInterrupt:
         _end("interrupted", 130)
-    except RuntimeError:  # what a process meets that waits for one which has ended
+    except RuntimeError:  # raised while waiting for a process that has exited
         if not _ended(0):
             raise
         sys.exit(2)
@@ -62,7 +62,7 @@ def _end(message: str, code: int) -> None:
 def _ended(more: int) -> int:
     """Add `more` to the number of launched processes that ended early, and return it; 0 for a single process.
 
-    They count in the store through which they found each other, which their launcher keeps.
+    The number is kept in the rendezvous store, which belongs to the launcher.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0

@@ -163,7 +163,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
 def _build_captioner(
     encoder: nn.Module, decoder: DecoderModule, images: Tensor, vocab_size: int, max_length: int
 ) -> GreedyCaptioner:
-    # float() also renews what an LSTM remembers of its weights, which it may not do inside of the loop.
+    # float() also rebuilds an LSTM's cached flat weights, which cannot happen inside the loop.
     for module in (encoder, decoder):
         module.float().eval().requires_grad_(False)
     state = decoder.init_state(encoder(images))

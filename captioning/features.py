@@ -68,8 +68,8 @@ def encode(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Run batches of images through the backbone: yields their indices and features, on the encoder's device.
 
-    `encoder` should be one `for_inference`. Features are (B, 2048), or (B, cells, 2048) of an encoder with
-    `grid`, or with a transform of several `Views`, (B, views, ...). `unreadable` as in `read_batches`.
+    `encoder` should be one `for_inference`. Features are (B, C) or, with the encoder's `grid`, (B, cells, C); a
+    transform of several `Views` makes them (B, views, ...). `unreadable` is as in `read_batches`.
     """
     device = encoder.embed.weight.device
     for indices, images in read_batches(dataset, batches, workers, unreadable):
@@ -90,10 +90,10 @@ def stored_features(
 ) -> Tensor:
     """The features of all images, in half precision, memory-mapped: (images, views, C) or (images, views, cells, C).
 
-    Those that are on disk already are not computed again. Each of several processes computes its share; of
-    several trainings one computes them and the others wait. Photos that cannot be read are passed to
-    `unreadable`, in every process, and their rows stay zero; without it the pass goes over all photos and then
-    raises `InputError` with the list of them.
+    Features on disk are reused. Each process of a training computes its share; of several trainings, one
+    computes and the others wait. Images that cannot be read are passed to `unreadable` in every process, and
+    their rows stay zero; without `unreadable`, the pass is finished and then raises an `InputError` that lists
+    them.
     """
     state = this_process()
     with ExitStack() as stack:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from captioning.errors import InputError
 
-ATTEMPTS = 5  # in a row that bring less than a chunk
+ATTEMPTS = 5  # in a row that fetch less than a chunk
 RETRY_SECONDS = 0.5  # doubled after every failure
-TIMEOUT_SECONDS = 30.0  # to connect and receive the headers, and to be late by in the body
+TIMEOUT_SECONDS = 30.0  # to connect and get the headers; also the body's allowed delay
 SLOWEST_BYTES = 10_000  # per second
 REDIRECTS = 5
 CHUNK_BYTES = 1 << 20

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 # Matplotlib takes a second to import, and most captions need no figure: our functions import it.
 
-MAX_SHEET = 1000  # photos on a sheet, of some 100 megapixels then
+MAX_SHEET = 1000  # images on a sheet, which then has 100 megapixels
 CELL = 320  # pixels from photo to photo
 THUMBNAIL = (304, 228)  # pixels, at most
 MARGIN = (CELL - THUMBNAIL[0]) // 2
 LINE_HEIGHT = 18
 LINE_LENGTH = 42  # characters
 FONT_SIZE = 13
-DARKEST = 0.2  # of the photo's brightness, where the decoder looked least
+DARKEST = 0.2  # of the image's brightness, where the attention is least
 
 
 def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int | None = None) -> Image.Image:
     """A contact sheet: thumbnails of the images in rows, each above its caption.
 
-    Without `columns` there are 4, or of more than 16 images as many as rows. `InputError` for more than `MAX_SHEET`
+    `columns` defaults to 4, or for more than 16 images to about a square. `InputError` for more than `MAX_SHEET`
     images, or one that cannot be read.
     """
     from matplotlib import get_data_path
@@ -76,7 +76,7 @@ def scale_attention(weights: Tensor) -> np.ndarray:
 
 
 def overlay_attention(view: Image.Image, weights: Tensor) -> Image.Image:
-    """The part of an image that the encoder took, bright where the decoder looked for one word and dark elsewhere."""
+    """The encoder's view of an image, bright where the decoder looked for one word and dark elsewhere."""
     mask = Image.fromarray((255 * scale_attention(weights)).astype(np.uint8)).resize(
         view.size, Image.Resampling.BICUBIC
     )

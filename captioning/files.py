@@ -28,7 +28,7 @@ BYTE_ORDER_MARKS = {  # the longest first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
-# Formats that Pillow has another program draw, only recognises, or embeds others in without bounds.
+# Formats that Pillow renders with another program, only identifies, or nests without bounds.
 NOT_DECODED = {"BLP", "BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
 

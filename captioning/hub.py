@@ -49,9 +49,9 @@ METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr",
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of a model: `model` itself, or if it is a user/name on the Hub, where that is downloaded to.
+    """Return a model's folder: `model` itself or, for a user/name on the Hub, the folder of its download.
 
-    A folder that exists goes before the Hub, which is never asked for a name below a folder that exists. Raises
+    An existing folder takes precedence, and the Hub is not asked if the parent folder exists. Raises
     `InputError` where the Hub has no such model or cannot be reached.
     """
     folder, name = Path(model), Path(model).as_posix()

@@ -89,7 +89,7 @@ class ImageDataset(Dataset):
 def resized_side(transform: Callable) -> int | None:
     """Return the side that a transform's first step resizes to, or None if that is no resize.
 
-    Only then may it be decoded at a reduced size: a crop, for one, would cut out something else.
+    Only before a resize may an image be decoded at a reduced size; it would change a crop.
     """
     first = next(iter(getattr(transform, "transforms", [])), None)
     if not isinstance(first, T.Resize | v2.Resize) or first.interpolation == T.InterpolationMode.NEAREST:
@@ -100,7 +100,7 @@ def resized_side(transform: Callable) -> int | None:
 
 
 class _Attempts(Dataset):
-    """Wraps a data set; an item that cannot be read is its `InputError`."""
+    """Wraps a data set; returns the `InputError` of an unreadable item."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset

@@ -35,7 +35,7 @@ class Interruption:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Long work that a signal ends where it is, with a KeyboardInterrupt."""
+        """A context in which a signal raises KeyboardInterrupt at once."""
         self.deferred = False
         try:
             if self.signal:

@@ -21,8 +21,8 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     """Write the images and captions of several data sets as one, split by split.
 
     An image's name begins with the name of its source's folder; its id changes only where an image of another source
-    or split has it. Captions stay as they are. Where the val or test split has an image whose name and sizes are those
-    of an image that another source trains on, how many there are is said on standard error.
+    or split has it. Captions stay as they are. Reports on standard error how many images of the val and test
+    splits have the name and sizes of an image that another source trains on.
 
     Raises:
         InputError: Less than two sources, one given twice, one that is not in COCO's layout, or what

@@ -89,7 +89,7 @@ class Page(gr.Blocks):
     """Gradio's page; a request with invalid values is answered with a sentence."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list, *arguments: Any, **options: Any) -> list:
-        """As Gradio's; values that are missing are those that the page begins with."""
+        """As Gradio's, with the page's initial values for missing ones."""
         inputs = [*inputs, *(block.value for block in block_fn.inputs[len(inputs) :])]
         try:
             for block, value in zip(block_fn.inputs, inputs, strict=False):
@@ -173,7 +173,7 @@ class Answers:
     def show_all(
         self, files: list[Upload], method: str, beam_size: float, temperature: float, model: str
     ) -> Iterator[tuple]:
-        """Caption photos and those in zip files: yields how far it is, a table, and at the end its two files."""
+        """Caption images, also in zip files: yields the progress, a table and, at the end, two files of it."""
         how = decoding_of(method, int(beam_size), temperature)
         how.alternatives = 0
         table: list[list[object]] = []

@@ -34,7 +34,7 @@ START_SECONDS = 120
 class Reader:
     """A pool of processes: `reader(function, arguments, seconds)` returns the function's result.
 
-    The function must be one of a module's, and what it takes and returns picklable. Raises `InputError` where the
+    The function must be at module level, its arguments and result picklable. Raises `InputError` where the
     function does, or where it takes more than the seconds or more than `MAX_MEMORY`.
     """
 
@@ -68,7 +68,7 @@ class _Process:
         self.popen = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def call(self, function: Callable, arguments: tuple, seconds: float) -> Any:
-        with self.lock:  # or a call that begins while it is closed would start it anew
+        with self.lock:  # a call during `close` must not restart the process
             if self.closed:
                 raise InputError("The server is being stopped; try again later.")
             if self.popen.poll() is not None:
@@ -172,7 +172,7 @@ def unpack_images(
             members = [(name, info) for name, info in files if name.suffix.lower() in image_suffixes()]
             if len(members) > max_images:
                 raise InputError(f"{path.name} holds {len(members):,} photos; send at most {max_images} at once.")
-            if sum(info.file_size for _, info in members) > max_bytes:  # of none more is read than it says
+            if sum(info.file_size for _, info in members) > max_bytes:  # no member is read beyond its size
                 raise InputError(f"The photos in {path.name} are more than {max_bytes >> 20} MB; send fewer at once.")
             for i, (name, info) in enumerate(members):
                 target = folder / f"{i:04}{name.suffix.lower()}"

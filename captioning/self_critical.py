@@ -75,8 +75,8 @@ class SelfCritical:
     def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> ImageBatches:
         """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all.
 
-        An image with twice as many captions as most is drawn twice an epoch, and so on: data sets that were merged
-        have the shares that they have in cross-entropy training.
+        An image with twice the median number of captions is drawn twice per epoch, and so on, so that merged data
+        sets keep the shares that they have in cross-entropy training.
         """
         _, first, captions = np.unique(data.image_rows, return_index=True, return_counts=True)
         times = np.maximum(1, captions // int(np.median(captions)))
@@ -106,7 +106,7 @@ class SelfCritical:
 
         Returns each caption's row in `embedded` (P * DRAWS,), the captions from `<start>` on (padded), their lengths
         (on the CPU), and their rewards (P, DRAWS), 0 to 10. The samples come from torch's global generator. The
-        decoder must have no dropout, or they would not be those of the model that is trained with them.
+        decoder must have no dropout, so that it is trained on samples of its own distribution.
         """
         hypotheses = [hypothesis.tokens for hypothesis in sample(decoder, embedded, n=DRAWS)]
         # Older versions of torch would reuse the weights that autocast converted without a gradient.

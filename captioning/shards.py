@@ -196,8 +196,8 @@ def list_images(shard: Path) -> Iterator[Member]:
 def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
     """Write a COCO captions file of what tar files hold, or find the one that an earlier call has cached.
 
-    An image's "file_name" is that of its tar file and its own; "offset" and "size" say where it is in there; the
-    list "skipped" says what was left out. The cache finds an index by the tar files' names, sizes and dates.
+    An image's "file_name" is the tar file's name and its own; "offset" and "size" locate its bytes; the list
+    "skipped" says what was left out. The cache finds an index by the tar files' names, sizes and dates.
     Returns its path.
     """
     try:

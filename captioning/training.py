@@ -47,11 +47,11 @@ from vocabulary import Vocabulary
 
 __all__ = ["Run", "TrainingConfig", "autocast", "learning_rate_factor", "read_log", "resumed_config", "train"]
 
-# Adam moves every weight by a like amount, and `embed` sums thousands of features that are never negative: at the
-# full rate an image's embedding would swing from step to step, and the decoder could not learn to read it.
+# Adam moves every weight by a similar amount, and `embed` sums thousands of non-negative features: at the full
+# rate, an image's embedding would oscillate between steps, and the decoder could not learn to use it.
 EMBED_RATE = 0.05
 
-SHARED_STEPS = 10  # steps after which several processes tell each other of their losses and of a signal
+SHARED_STEPS = 10  # steps between exchanges of losses and signals by several processes
 
 
 def train(config: TrainingConfig) -> Path:
@@ -75,7 +75,7 @@ def train(config: TrainingConfig) -> Path:
     except OSError as error:  # of the log or the cache; images and checkpoints have sentences of their own
         raise InputError(
             f"{error.filename or folder} cannot be read or written ({error.strerror or error}); what was saved before "
-            f"is intact: once this is mended, resume with `python train.py --resume {folder}`."
+            f"is intact; fix this, then resume with `python train.py --resume {folder}`."
         ) from error
     return folder
 
@@ -150,7 +150,7 @@ class Run:
             self.val = CaptionDataset(config.data, "val", None, self.data.vocab, cache=config.cache)
             self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.old)
         synchronise_batch_norms(self.encoder, self.accelerator)
-        if config.skip_unreadable or config.fine_tune:  # a pass of a frozen backbone lists them itself
+        if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
         self.description = describe(config, self.data, self.val, self.old)
         self.progress = Progress()
@@ -300,7 +300,7 @@ class Run:
                     if stopped or self.is_save_due():
                         self.save()
                     if stopped:
-                        self.accelerator.wait_for_everyone()  # the first to leave has its launcher stop the others
+                        self.accelerator.wait_for_everyone()  # the launcher stops the rest once one exits
                         self.stop()
 
     def train_step(self, step: int, whole: np.ndarray, counts: bool, batch: Batch) -> StepLoss:

@@ -51,7 +51,7 @@ class Scalars:
         self.wanted = wanted
 
     def remove(self) -> None:
-        """Delete those of the training that was in the folder before."""
+        """Delete the scalars of an earlier training in the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, values: dict[str, float], step: int) -> None:

@@ -44,11 +44,11 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 class Gate:
     """Refuses requests that the page never sends, before Gradio reads them.
 
-    That is a request that another website's script makes in a visitor's browser, one that names another host where
-    only this computer is served, one to fetch an address on the caller's behalf, and a body that is too large.
+    Refused are requests of another website's script in a visitor's browser, requests for another host name if only
+    this computer is served, requests to fetch an address for the caller, and bodies that are too large.
 
-    `hosts` are the names that the server answers to; None is any. `origins` are hosts whose pages may call it though
-    requests name another host: a tunnel's.
+    `hosts` are the names that the server answers to, None for any. `origins` are further hosts whose pages may call
+    it, such as a tunnel's.
     """
 
     def __init__(self, app: ASGIApp, hosts: set[str] | None = None):
@@ -102,7 +102,7 @@ class StoppableServer(uvicorn.Server):
         self.on_stop = on_stop
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop."""
+        """Call the callbacks, then shut down."""
         for function in self.on_stop:
             function()
         await super().shutdown(sockets)
@@ -131,8 +131,8 @@ class Progress:
 class Server:
     """Captions the images of requests; those that arrive together form a batch.
 
-    Every request has its photo read in a process, waits for it in its own thread, and one thread captions. (Gradio's
-    `batch=True` would fail all requests of a batch when it refuses the file of one.)
+    A request's image is read in another process while the request waits in its own thread; one thread captions.
+    (Gradio's `batch=True` would fail a whole batch when it refuses one file.)
     """
 
     def __init__(self, captioners: dict[str, Captioner]):
@@ -158,9 +158,9 @@ class Server:
         raise InputError("The server is being stopped; try again later.")
 
     def caption_all(self, uploads: list[Upload], model: str, how: Decoding, folder: Path) -> Iterator[Progress]:
-        """Caption photos, and those in zip files, in order; one that cannot be read does not end it.
+        """Caption images, also those in zip files, in order; one that cannot be read is skipped.
 
-        Yields, after each, all that is done. Zip files are unpacked into `folder` meanwhile. Raises `InputError` where
+        Yields the progress after each image. Zip files are unpacked into `folder` meanwhile. Raises `InputError` where
         there are no photos or too many.
         """
         with tempfile.TemporaryDirectory(dir=folder) as unpacked:

@@ -64,7 +64,7 @@ def test_only_the_last_stages_learn(name: str):
     whole = EncoderCNN(8, name, weights="random", fine_tune=encoder.stages).train()
     assert all(parameter.requires_grad for parameter in whole.network.parameters())
     assert whole.network.training
-    with pytest.raises(InputError, match=rf"of the {encoder.stages} stages of {name} are trained"):
+    with pytest.raises(InputError, match=rf"a number of {name}'s stages, 0 to {encoder.stages}, not"):
         EncoderCNN(8, name, weights="random", fine_tune=encoder.stages + 1)
 
 

@@ -26,7 +26,7 @@ def _named(words: str, text: str) -> bool:
 
 
 def subject(caption: str) -> tuple[str | None, str | None]:
-    """The thing that a caption names first, which it is about, and the colour that it gives it; None for neither."""
+    """Find a caption's subject (the first thing it names) and the subject's colour, each None if there is none."""
     text = _plain(caption)
     first = re.search(rf"\b{_any_of(tuple(noun for name in KINDS for noun in _nouns(name)))}\b", text)
     if not first:
@@ -41,13 +41,13 @@ def subject(caption: str) -> tuple[str | None, str | None]:
 
 
 def check(caption: str, scene: dict) -> dict[str, bool]:
-    """Check a caption against a scene's ground truth, with this module's own vocabulary.
+    """Check a caption against a scene's ground truth, by the words of `world`: attribute -> whether it is right.
 
-    thing: its subject is the main thing. colour: it gives its subject the main thing's colour. setting: it names
+    thing: the caption's subject is the main thing. colour: its subject has the right colour. setting: it names
     the right setting and no other. count: it names the main thing, in the right number. company: it names no
-    kind of thing that is not there (as CHAIR does, arXiv 1809.02156). relation: it puts the main thing to the
-    other thing as they are. What a scene does not have (a colour in greyscale, a relation without another
-    thing) is left out.
+    kind of thing that is absent (as CHAIR, arXiv 1809.02156). relation: it states how the main thing relates to
+    the other one. Attributes that a scene lacks (a colour in greyscale, a relation without another thing) are
+    left out.
     """
     text = _plain(caption)
     name, count, others = scene["kind"], scene["count"], scene["others"]
@@ -68,7 +68,7 @@ def check(caption: str, scene: dict) -> dict[str, bool]:
 
 
 def _names_relation(text: str, other: dict) -> bool:
-    """Whether the text puts the main thing to the other thing as they are."""
+    """Whether the text states how the main thing relates to the other."""
     phrases, reverse = RELATIONS[other["relation"]]
     before = ["holding", "holds", "hold"] if other["relation"] == "holding" else list(phrases)
     if other["relation"] == "next to":

@@ -18,7 +18,7 @@ OVERLAP = 0.3  # how much of a thing's width the next of several may cover
 
 @dataclass
 class Placed:
-    """One thing's place: middle and foot, in shorter sides from the centre, and pixels a unit."""
+    """A thing's place, (x of its middle, y of its foot), and scale, in shorter sides of the image."""
 
     kind: str
     colour: str | None

@@ -77,7 +77,7 @@ LONGEST = 18
 
 
 def _relation(rng: random.Random, scene: dict, other: dict) -> tuple[str, bool]:
-    """How the main thing is to the other, and whether that goes after the place."""
+    """The phrase for the main thing's relation, and whether it follows the place."""
     noun = article(_noun(rng, other["kind"], other["colour"], 1))
     phrases, reverse = RELATIONS[other["relation"]]
     if other["relation"] == "holding":

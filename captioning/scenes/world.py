@@ -218,7 +218,7 @@ def plan(rng: random.Random) -> dict:
 
 
 def _possible(kind: Kind, setting: str, action: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Relations and the company they can be had with, where the main thing is and does this."""
+    """The relations possible in this setting and action, each with the possible other things."""
     options = []
     for relation, company in kind.company.items():
         if (action in SKY_ACTIONS) == (relation == "above"):
