@@ -111,7 +111,7 @@ class CheckpointOptions:
 class DeviceOptions:
     """Devices and workers."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 if faster
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of features and steps; auto: bf16 if faster
     workers: int = WORKERS  # processes that read images
     cache: Path = CACHE  # folder for tokenized captions and image features
 

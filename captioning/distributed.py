@@ -40,7 +40,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Return bfloat16 for "bf16", float32 for "fp32", and for "auto" the faster of both on this device."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or fast_dtype(device)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass: bfloat16 if `precision` is "bf16", or "auto" and it is faster on this device."""
-    dtype = fast_dtype(device) if precision == "auto" else torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32" and dtype == torch.bfloat16)
+    """The context of a forward pass, in bfloat16 where `choose_dtype` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype(device, precision) == torch.bfloat16)

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captioning.backbones import Preprocessing
-from captioning.distributed import fast_dtype, this_process
+from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE, write_file
 from captioning.images import ImageDataset, build_transform, read_batches
@@ -87,6 +87,7 @@ def stored_features(
     cache: Path = CACHE,
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
+    precision: str = "auto",
 ) -> Tensor:
     """The features of all images, in half precision, memory-mapped: (images, views, C) or (images, views, cells, C).
 
@@ -96,10 +97,12 @@ def stored_features(
     them.
     """
     state = this_process()
+    assert state.device is not None
+    dtype = choose_dtype(state.device, precision)
     with ExitStack() as stack:
         location: list = [None, None, None]
         if state.is_main_process:
-            store = cache / "features" / _key(encoder, paths, preprocessing, views)
+            store = cache / "features" / _key(encoder, paths, preprocessing, views, dtype)
             partial = store.with_name(f"{store.name}.{BATCH}.partial")
             store.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
@@ -112,7 +115,7 @@ def stored_features(
             location = [store, partial, store.exists()]
         store, partial, complete = broadcast_object_list(location)
         if not complete:
-            failed = _fill(encoder, paths, preprocessing, views, partial, workers)
+            failed = _fill(encoder, paths, preprocessing, views, dtype, partial, workers)
             if unreadable is not None:
                 for index, error in failed.items():
                     unreadable(index, error)
@@ -140,8 +143,10 @@ def _lock(path: Path) -> AbstractContextManager:
         return lock.acquire(timeout=-1)
 
 
-def _key(encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Preprocessing, views: int) -> str:
-    about = ["2", encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size]
+def _key(
+    encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Preprocessing, views: int, dtype: torch.dtype
+) -> str:
+    about = ["3", encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size, str(dtype)]
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in encoder.network.state_dict().items():
         digest.update(name.encode())
@@ -182,6 +187,7 @@ def _fill(
     paths: Sequence[Path | Member],
     preprocessing: Preprocessing,
     views: int,
+    dtype: torch.dtype,
     folder: Path,
     workers: int,
 ) -> dict[int, InputError]:
@@ -194,8 +200,7 @@ def _fill(
     mine = starts[state.process_index :: state.num_processes]
     batches = [range(start, min(start + BATCH, len(paths))) for start in mine]
     failed: dict[int, InputError] = {}
-    assert state.device is not None
-    fast = encoder.for_inference(fast_dtype(state.device)).to(state.device)
+    fast = encoder.for_inference(dtype).to(state.device)
     results = encode(fast, ImageDataset(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)
     progress = tqdm(
         total=len(batches) * BATCH,

@@ -202,7 +202,7 @@ class Run:
         config, self.features, self.val_features = self.config, None, None
         self.encoder.to(self.device)
         if config.fine_tune == 0:
-            stored = {"cache": config.cache, "workers": config.workers}
+            stored: Any = {"cache": config.cache, "workers": config.workers, "precision": config.precision}
             val_paths = self.val.paths[: config.val_images]
             with self.interruption.immediate():
                 features = stored_features(self.encoder, self.data.paths, config.preprocessing, config.views, **stored)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captioning.config import TrainingConfig
 from captioning.decoding import greedy
-from captioning.distributed import autocast, fast_dtype
+from captioning.distributed import autocast, choose_dtype
 from captioning.features import BATCH, encode
 from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
@@ -48,7 +48,8 @@ def validate(
         chunks = ((rows, features[rows]) for rows in local)
     else:
         reader = ImageDataset(val.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
-        chunks = encode(encoder.for_inference(fast_dtype(accelerator.device)), reader, local, config.workers)
+        dtype = choose_dtype(accelerator.device, config.precision)
+        chunks = encode(encoder.for_inference(dtype), reader, local, config.workers)
     order = np.argsort(val.image_rows, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
     ends = np.concatenate([[0], np.cumsum(np.bincount(val.image_rows, minlength=len(val.paths)))])
     loss, tokens, hypotheses = 0.0, 0, {}

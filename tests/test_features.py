@@ -54,6 +54,17 @@ def test_what_is_stored_is_what_the_backbone_sees(encoder: EncoderCNN, paths: li
     assert (stored[:, 0].float() - expected).norm() < 0.03 * expected.norm()
 
 
+def test_features_are_computed_and_stored_in_the_precision_asked_for(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path
+):
+    images = torch.stack([build_transform(image_size=64)(read_image(path)) for path in paths])
+    with torch.no_grad():
+        exact = encoder.features(images)
+    stored = {p: stored_features(encoder, paths, SIZE, cache=tmp_path, precision=p)[:, 0] for p in ("fp32", "bf16")}
+    errors = {p: (features.float() - exact).norm() / exact.norm() for p, features in stored.items()}
+    assert errors["fp32"] < 1e-3 < errors["bf16"]
+
+
 def test_the_grid_is_stored_where_the_decoder_attends(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
     pooled = stored_features(encoder, paths, SIZE, cache=tmp_path)
     encoder.grid = True
