@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from traceback import print_exception
+from types import FrameType
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -100,6 +101,10 @@ class StoppableServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, *on_stop: Callable[[], None]):
         super().__init__(config)
         self.on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal; a second one, which would cut the stop short with a traceback, changes nothing."""
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Call the callbacks, then shut down."""

@@ -114,6 +114,8 @@ def page(attending: Path, trained: Path, tmp_path_factory: pytest.TempPathFactor
     yield page
     with page.client.stream("GET", f"{page.api}/heartbeat/open-tab"):  # which a browser keeps open
         page.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        page.process.send_signal(signal.SIGINT)  # of one who cannot wait
         assert page.process.wait(10) == 0
     assert "Traceback" not in (folder / "log").read_text()
     assert [path for path in page.temporary.rglob("*") if path.is_file()] == []  # uploads do not outlive the server
