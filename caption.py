@@ -62,8 +62,9 @@ def main(
     if workers < 0:
         raise InputError(f"--workers must be at least 0, not {workers}.")
     if export is not None:
-        if images or decoding != Decoding(max_length=decoding.max_length) or precision != "auto" or len(model) > 1:
-            raise InputError("--export takes no photos, one --model, and of the options of decoding only --max-length.")
+        others = (images, recursive, json_, output, strict, sheet, attention, precision != "auto")
+        if any(others) or decoding != Decoding(max_length=decoding.max_length) or len(model) > 1:
+            raise InputError("--export takes one --model and --max-length, but no images and no other option.")
         from captioning.export import export_onnx
 
         export_onnx(model[0] if model else default_model(), export, decoding.max_length)

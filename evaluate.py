@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from captioning.captioner import Caption, Captioner, Decoding, Precision
 from captioning.checkpoint import choose_epoch, default_model, read_description
 from captioning.distributed import this_process
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError, printable, run_command
 from captioning.files import check_output, write_file
 from captioning.images import WORKERS
 from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
@@ -159,8 +159,15 @@ def main(
         precision: of the backbone; auto: bf16 if supported, else fp32; int8 needs a CPU, onnx, onnxruntime, onnxscript.
     """
     if references is not None:
-        ignored = {"model": model or None, "limit": limit, "skip-unreadable": skip_unreadable or None}
-        for name in (name for name, value in ignored.items() if value is not None):
+        ignored = {
+            "model": model,
+            "data": data != Path("data/scenes"),
+            "split": split != "test",
+            "limit": limit is not None,
+            "skip-unreadable": skip_unreadable,
+            "precision": precision != "auto",
+        }
+        for name in (name for name, given in ignored.items() if given):
             raise InputError(f"--{name} has no effect with --references, which captions nothing; leave it out.")
         if decoding != Decoding():
             raise InputError("options of decoding have no effect with --references, which captions nothing.")
@@ -191,7 +198,7 @@ def main(
 
 
 def _log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def _score_file(references: Path, results: Path | None, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.treebank import TreebankWordDetokenizer
 
 from captioning.errors import InputError
-from captioning.files import write_file
+from captioning.files import require_regular, write_file
 
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
@@ -109,6 +109,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary that `save` has written; raises `InputError` where it is missing or not one."""
+        require_regular(path)
         try:
             return cls(json.loads(Path(path).read_bytes()))
         except InputError as error:

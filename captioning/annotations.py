@@ -21,12 +21,13 @@ import ijson
 import numpy as np
 
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE, hash_file, write_cache
+from captioning.files import CACHE, hash_file, require_regular, write_cache
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
 
 MAX_DEPTH = 100  # of nested lists and objects in an annotation file
+MAX_CAPTION = 1_000_000  # characters
 
 # The entries of a JSON file
 
@@ -39,6 +40,9 @@ _LONE_SURROGATE = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+
+_LONG_NUMBER = re.compile(rb"[0-9]{4301}")  # yajl crashes on those of over 64 kB
 
 
 class _Utf8:
@@ -54,6 +58,8 @@ class _Utf8:
         """Read about `size` bytes."""
         data = self.file.read(size)
         text = self.tail + data
+        if _LONG_NUMBER.search(text):
+            raise ValueError("it holds a number of more than 4,300 digits")
         if (b"\\ud" in text or b"\\uD" in text) and _LONE_SURROGATE.search(text, 7):
             raise UnicodeError("half of a surrogate pair")
         self.tail = text[-64:]
@@ -65,6 +71,7 @@ def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int
 
     Takes the memory of one entry. Raises `InputError` where the file is not JSON or does not have each list once.
     """
+    require_regular(path)
     try:
         with open(path, "rb") as file:
             yield from _entries(ijson.basic_parse(_Utf8(file)), names)
@@ -74,6 +81,8 @@ def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int
         raise InputError(f"{path} is not a COCO annotation file: it {error}.") from None
     except UnicodeError as error:
         raise InputError(f"{path} is not valid Unicode text ({error}); write it again in UTF-8.") from None
+    except ArithmeticError:
+        raise InputError(f"{path} is not JSON that can be read: it holds a number that is out of range.") from None
     except (ijson.JSONError, ValueError) as error:
         text = error.args[0] if error.args else ""
         reason, *near = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split("\n")
@@ -163,11 +172,12 @@ def _parse_image(entry: Any) -> tuple[int, dict[str, Any]]:
 
 def _parse_caption(entry: Any) -> tuple[int, list[str]]:
     image_id, caption = parse_image_id(_field(entry, "image_id")), _field(entry, "caption")
-    if isinstance(caption, str):
-        return image_id, [caption]
-    if not isinstance(caption, list) or not all(isinstance(text, str) for text in caption):
+    captions = [caption] if isinstance(caption, str) else caption
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
-    return image_id, caption
+    if any(len(text) > MAX_CAPTION for text in captions):
+        raise InputError(f"has a caption of more than {MAX_CAPTION:,} characters")
+    return image_id, captions
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "skipped": str}

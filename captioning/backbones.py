@@ -75,7 +75,7 @@ class Preprocessing:
             raise ValueError(f"crop_pct must be from 0.1 to 1, not {self.crop_pct}")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f'interpolation must be "bilinear" or "bicubic", not "{self.interpolation}"')
-        if not all(0 < value < 10 for value in self.std) or not all(-10 < value < 10 for value in self.mean):
+        if not all(1e-3 < value < 10 for value in self.std) or not all(-10 < value < 10 for value in self.mean):
             raise ValueError("mean and std must be of RGB values from 0 to 1")
 
     def view(self, image: Image.Image, size: int) -> Image.Image:

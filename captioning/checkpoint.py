@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from captioning.backbones import RESNET50, Preprocessing
 from captioning.errors import InputError, printable
-from captioning.files import require_new_folder, write_file
+from captioning.files import require_new_folder, require_regular, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
@@ -129,6 +129,7 @@ def read_description(folder: str | Path) -> Description:
     path = Path(folder) / DESCRIPTION
     if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have, too
         raise InputError(f"{folder} is not a trained model's folder: {path} is missing; {_how_to_train(folder)}.")
+    require_regular(path)
     try:
         if path.stat().st_size > LARGEST_DESCRIPTION:
             raise InputError(f"{path} is larger than any description of a model; it is not one.")
@@ -366,7 +367,7 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
             problems.append(str(error).rstrip("."))
         else:
             if problems:
-                log(f"{problems[0]}; going on from {path}")
+                log(f"{problems[0]}; resuming from {path}")
             return state
     raise InputError(f"{folder} cannot be resumed: {' and '.join(problems)}; start a new training.")
 
@@ -377,4 +378,12 @@ def _is_resume_state(state: object) -> bool:
         and state.keys() == RESUME_TYPES.keys()
         and all(isinstance(state[key], types) for key, types in RESUME_TYPES.items())
         and state["format"] == 2
+        and state["objective"] in ("cross-entropy", "cider")
+        and 1 <= state["first_epoch"] <= state["epoch"] == len(state["epochs"]) + 1
+        and all(isinstance(epoch, dict) and isinstance(epoch.get("CIDEr"), int | float) for epoch in state["epochs"])
+        and (state["best_epoch"] is None) == (not state["epochs"])
+        and 1 <= (state["best_epoch"] or 1) <= max(1, len(state["epochs"]))
+        and min(state["step"], state["epoch_tokens"], state["log_bytes"]) >= 0
+        and isinstance(groups := state["optimizer"].get("param_groups", []), list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
     )

@@ -14,8 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from captioning import checkpoint
 from captioning.backbones import Preprocessing, count_stages, preprocessing_of
 from captioning.errors import InputError
-from captioning.files import CACHE
+from captioning.files import CACHE, require_regular
 from captioning.images import WORKERS
+from model import DECODERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,6 +132,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     def __post_init__(self) -> None:
         self.name = self.name or self.data.resolve().name
+        if self.resume is None:
+            self._refuse_without_effect()
         self._fill_defaults()
         self._check()
 
@@ -138,6 +141,19 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of images for the backbone."""
         return preprocessing_of(self.backbone, self.image_size, self.crop)
+
+    def _refuse_without_effect(self) -> None:
+        penalty = 0 < self.attention_penalty < math.inf and self.attention_penalty != 1
+        trains_backbone = self.fine_tune or (self.fine_tune is None and self.weights == "random")
+        without = {
+            "grid_size": (self.grid_size, DECODERS[self.decoder].attends, "on a decoder that does not attend"),
+            "attention_penalty": (penalty, self.decoder == "attention", "on this decoder"),
+            "vocab_file": (self.vocab_file != Path("vocab.json"), self.vocab_from_file, "without vocab_from_file"),
+            "backbone_learning_rate": (self.backbone_learning_rate, trains_backbone, "on a frozen backbone"),
+        }
+        for name, (given, has_effect, reason) in without.items():
+            if given and not has_effect:
+                raise InputError(f"{name} has no effect {reason}; leave it out.")
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
@@ -209,6 +225,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read the options in a TOML file. Raises `InputError` for a file that cannot be used."""
+    require_regular(path)
     try:
         with open(path, "rb") as file:
             options = tomllib.load(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -20,7 +21,7 @@ class InputError(ValueError):
 @functools.cache
 def warn_once(message: str) -> None:
     """Print a warning on stderr; the same message is printed once."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
@@ -40,13 +41,25 @@ def run_command(main: Callable[[], None]) -> None:
 
     Of several processes that were launched together the first to fail says why, and the others end with it.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  a photo's name may hold what the terminal cannot show
+    if sys.stdout is not None:  # a photo's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         _end(f"error: {error}", 2)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _end(f"error: {error.filename} is longer than a path may be; choose a shorter one.", 2)
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit does not fail as well
+        if error.errno == errno.EPIPE:  # the reader, such as `head`, has seen enough
+            sys.exit(1)
+        _end(f"error: standard output cannot be written ({error.strerror}).", 2)
     except RuntimeError:  # raised while waiting for a process that has exited
         if not _ended(0):
             raise

@@ -29,7 +29,7 @@ BYTE_ORDER_MARKS = {  # the longest first: UTF-32's begins with UTF-16's
 }
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
 # Formats that Pillow renders with another program, only identifies, or nests without bounds.
-NOT_DECODED = {"BLP", "BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "WMF"}
 WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
 
 
@@ -45,6 +45,13 @@ def hash_file(path: Path, before: bytes = b"") -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     return digest.hexdigest()
+
+
+def require_regular(path: str | Path) -> None:
+    """Raise `InputError` for a pipe, a device or a folder, which reading would wait for or never end."""
+    with suppress(OSError):  # whatever opens it says what is wrong
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path} is not a regular file.")
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
@@ -66,7 +73,11 @@ def read_text(path: Path, encoding: str | None = None, advice: str = "save it as
     A given `encoding` comes before both. Raises `InputError`, which ends with the `advice`, where the bytes are not
     text in that encoding, and where the file cannot be read.
     """
-    data = read_bytes(path)
+    return decode_text(read_bytes(path), path, encoding, advice)
+
+
+def decode_text(data: bytes, path: object, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
+    """Decode what `read_text` reads; `path` is the file's name in the sentence of an `InputError`."""
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding or marked)

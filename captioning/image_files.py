@@ -36,9 +36,13 @@ MAX_SCANNED_PIXELS = 4_000_000_000  # in all scans together, some 3 seconds
 MAX_ASPECT = 32  # of an image's longer side to its shorter one; of a longer image only the middle is kept
 BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 20}  # that the decoder allocates, measured
 DEFAULT_BYTES_PER_PIXEL = 8  # 4 in Pillow's memory and 4 in the decoder's or the RGB copy's
+DEEP_BYTES_PER_PIXEL = 12  # of a decoder that holds four channels of 16 bits
+RLE_ROWS = 255  # that a single code of a run-length encoded BMP may add below the image
 BAND_PIXELS = 1 << 20  # that are converted at once
 WHITES = (1, 255, 4095, 65535)  # the levels of white in images of more than 8 bits a channel
-NO_DATA = 1e30  # geographers mark missing cells by numbers beyond it
+OVERSHOOT = 1.5  # the highest level of a floating-point image whose white is 1
+NO_DATA = 1e30  # geographers mark missing cells by numbers beyond it, or by one of these
+NO_DATA_LEVELS = (-9999, -32768, -99999)
 
 TURNS = {  # of EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,9 +106,16 @@ class _TimedFile(io.BufferedReader):
         self.deadline = time.monotonic() + MAX_SECONDS
 
     def read(self, size: int | None = -1) -> bytes:
+        self._check_time()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._check_time()
+        return super().readline(size)
+
+    def _check_time(self) -> None:
         if time.monotonic() > self.deadline:
             raise ValueError(f"decoding it takes more than {MAX_SECONDS} seconds")
-        return super().read(size)
 
 
 def _open_file(source: str | Path | Member) -> _TimedFile:
@@ -178,8 +189,11 @@ def _draft(image: Image.Image, shorter_side: int | None) -> None:
 
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
-    most = MAX_BYTES // BYTES_PER_PIXEL.get(str(image.format), DEFAULT_BYTES_PER_PIXEL)
-    if width * height > most:
+    tiles = str(getattr(image, "tile", ""))
+    deep = ";16" in tiles and len(image.getbands()) > 1  # the decoder holds 16 bits a channel
+    usual = DEEP_BYTES_PER_PIXEL if deep else DEFAULT_BYTES_PER_PIXEL
+    most = MAX_BYTES // BYTES_PER_PIXEL.get(str(image.format), usual)
+    if width * (height + RLE_ROWS * ("bmp_rle" in tiles)) > most:
         raise ValueError(f"it has {width} x {height} pixels, more than {most // 10**6} million; save it smaller")
 
 
@@ -260,14 +274,15 @@ def _over_white(band: Image.Image) -> Image.Image:
 def _levels(band: Image.Image) -> np.ndarray:
     """The levels of an image of 16 or 32 bits, float64, NaN where there is none."""
     levels = np.asarray(band, dtype=np.float64)
-    return np.where(np.abs(levels) < NO_DATA, levels, np.nan)
+    return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, NO_DATA_LEVELS), levels, np.nan)
 
 
 def _black_and_white(image: Image.Image) -> tuple[float, float]:
     """Find the levels of black and white.
 
     Formats of 16 or 32 bits do not say how many of them are used. White is the lowest of `WHITES` that no level
-    exceeds; where there is none, or a level is negative, the lowest level is black and the highest white.
+    exceeds, and 1 where levels that are no whole numbers exceed it by little; where there is none, or a level is
+    negative, the lowest level is black and the highest white. Raises `ValueError` where no level is a number.
     """
     ranges = [
         (np.fmin.reduce(levels, axis=None), np.fmax.reduce(levels, axis=None))
@@ -275,8 +290,12 @@ def _black_and_white(image: Image.Image) -> tuple[float, float]:
     ]
     lows, highs = np.array(ranges).T
     low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
-    if math.isnan(low) or low < 0 or high > WHITES[-1]:
+    if math.isnan(low):
+        raise ValueError("none of its levels is a number")
+    if low < 0 or high > WHITES[-1]:
         return low, high
+    if image.mode == "F" and high <= OVERSHOOT:
+        return 0.0, 1.0
     return 0.0, float(next(white for white in WHITES if high <= white))
 
 

@@ -28,6 +28,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captioning.annotations import parse_image_id, read_captions
 from captioning.errors import InputError
+from captioning.files import require_regular
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 METEOR_WORDS = 1000  # METEOR's aligner takes seconds for a caption of 1,000 words and minutes for one of 9,000
@@ -234,6 +235,7 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
 def _read_results(path: str | Path) -> dict[int, str]:
     """Read a COCO results file: image id -> its one caption."""
     form = '[{"image_id": 1, "caption": "..."}, ...]'
+    require_regular(path)
     try:
         entries = json.loads(Path(path).read_bytes())
     except OSError as error:

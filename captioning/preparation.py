@@ -147,6 +147,22 @@ def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> di
     }
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Load an optimizer's state, read from `path`; raises `InputError` if it belongs to other parameters.
+
+    torch itself does not compare the sizes of the moments with the parameters', and would read beyond their ends.
+    """
+    try:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for name, value in optimizer.state[parameter].items():
+                    if value.shape != (() if name == "step" else parameter.shape):
+                        raise ValueError(f"{name} has the size {tuple(value.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path} belongs to another training ({error}).") from None
+
+
 @torch.no_grad()
 def first_features(
     data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -25,11 +24,12 @@ from tempfile import TemporaryFile, mkdtemp
 from typing import Any, BinaryIO
 
 from captioning.errors import InputError, warn_once
-from captioning.files import image_suffixes, write_cache, write_file
+from captioning.files import decode_text, image_suffixes, require_regular, write_cache, write_file
 from captioning.reports import Report
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # how the name of an index ends
+MAX_TEXT_BYTES = 1 << 20  # of a file with an image's captions
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several, the first that holds a caption counts
 
 
@@ -76,6 +76,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
     those of its WebDataset key, the name up to the first dot, if no other image has the key. Files need not be
     adjacent. What cannot be used is counted in `report`. Raises `InputError` where the tar file cannot be read.
     """
+    require_regular(shard)
     groups: dict[str, list[Member]] = {}
     try:
         for member in _members(shard, report):
@@ -152,25 +153,24 @@ def read_captions_of(files: dict[str, Member]) -> list[str]:
     return []
 
 
-def _read_text(file: Member) -> str:
-    data = file.read()
+def _read(file: Member) -> bytes:
+    if file.size > MAX_TEXT_BYTES:
+        raise InputError(f"{file} has {file.size:,} bytes; captions of at most {MAX_TEXT_BYTES:,} are read.")
+    return file.read()
+
+
+def _read_lines(file: Member) -> list[str]:
+    return decode_text(_read(file), file, advice="convert it to UTF-8 and pack the tar file again").split("\n")
+
+
+def _read_json_captions(file: Member) -> list[str]:
+    data = _read(file)
     try:
-        return data.decode(json.detect_encoding(data))
+        content = json.loads(data)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8 and pack the tar file again."
         ) from None
-
-
-def _read_lines(file: Member) -> Iterator[str]:
-    return io.StringIO(_read_text(file), newline=None)
-
-
-def _read_json_captions(file: Member) -> list[str]:
-    try:
-        content = json.loads(_read_text(file))
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}).") from None
     value: Any = content.get("captions", content.get("caption")) if isinstance(content, dict) else None

@@ -25,7 +25,7 @@ from captioning import checkpoint
 from captioning.batches import EpochBatches, place_features
 from captioning.config import TrainingConfig, resumed_config
 from captioning.distributed import autocast, fast_dtype, on_cpus, this_process
-from captioning.errors import InputError
+from captioning.errors import InputError, printable
 from captioning.features import stored_features
 from captioning.files import require_writable
 from captioning.interruption import Interruption
@@ -35,6 +35,7 @@ from captioning.preparation import (
     check_images,
     describe,
     first_features,
+    load_optimizer,
     restart_from_best,
     synchronise_batch_norms,
 )
@@ -73,10 +74,11 @@ def train(config: TrainingConfig) -> Path:
             f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
         ) from error
     except OSError as error:  # of the log or the cache; images and checkpoints have sentences of their own
-        raise InputError(
-            f"{error.filename or folder} cannot be read or written ({error.strerror or error}); what was saved before "
-            f"is intact; fix this, then resume with `python train.py --resume {folder}`."
-        ) from error
+        problem = f"{error.filename or folder} cannot be read or written ({error.strerror or error})"
+        if os.path.exists(folder / "resume.pt"):
+            hint = f"what was saved before is intact; fix this, then resume with `python train.py --resume {folder}`"
+            problem = f"{problem}; {hint}"
+        raise InputError(f"{problem}.") from error
     return folder
 
 
@@ -135,7 +137,7 @@ class Run:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=on_cpus(), kwargs_handlers=[ddp])
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.log = tqdm.write if self.is_main else lambda _: None
+        self.log = (lambda text: tqdm.write(printable(text))) if self.is_main else lambda _: None
         if config.precision == "bf16" and fast_dtype(self.device) != torch.bfloat16:
             raise InputError(f"this {self.device.type.upper()} is not made for bfloat16; use --precision auto.")
         torch.manual_seed(config.seed)
@@ -234,13 +236,12 @@ class Run:
             warnings.simplefilter("ignore", FutureWarning)
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if state is not None and state["optimizer"] is not None:
-            try:
-                self.optimizer.load_state_dict(state["optimizer"])
-            except (ValueError, KeyError) as error:
-                raise InputError(f"{self.folder}/resume.pt belongs to another training ({error}).") from None
+            load_optimizer(self.optimizer, state["optimizer"], self.folder / "resume.pt")
         sampler = self.objective.build_sampler(self.data, config.batch_size, config.seed, self.features is not None)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
+        if self.progress.step > len(self.batches):
+            raise InputError(f"{self.folder}/resume.pt belongs to another training; start a new one.")
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
 
     def open_log(self, state: dict[str, Any] | None) -> Any:

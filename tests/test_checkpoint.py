@@ -230,6 +230,16 @@ def test_what_is_left_of_a_failed_write_cannot_hide_the_failure(tmp_path: Path):
         ({"more": 1}, "is not a training's state"),
         ({"epoch": "2"}, "is not a training's state"),
         ({"optimizer": None}, "is not a training's state"),
+        ({"epoch": -5}, "is not a training's state"),
+        ({"epoch": 9}, "is not a training's state"),
+        ({"first_epoch": 99}, "is not a training's state"),
+        ({"step": -3}, "is not a training's state"),
+        ({"log_bytes": -1}, "is not a training's state"),
+        ({"best_epoch": 99}, "is not a training's state"),
+        ({"best_epoch": -7}, "is not a training's state"),
+        ({"best_epoch": None}, "is not a training's state"),
+        ({"epochs": [{"a": 1}, {"a": 1}]}, "is not a training's state"),
+        ({"objective": "xyz"}, "is not a training's state"),
         ({"encoder": {"embed.weight": 1}}, "holds no state dict"),
         ({"decoder": {"embed.weight": torch.zeros(1).expand(1 << 20)}}, "holds no state dict"),
         ({"optimizer": {"state": complex(1)}}, "__builtin__.complex"),
@@ -248,7 +258,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_resumed(
     [sentence] = messages
     assert problem in sentence
     assert sentence.startswith(f"{folder}/resume.pt ")
-    assert sentence.endswith(f"; going on from {folder}/resume-previous.pt")
+    assert sentence.endswith(f"; resuming from {folder}/resume-previous.pt")
     save_resume(folder, {**state, **changes})
     with pytest.raises(
         InputError, match=r"cannot be resumed: .*resume\.pt .* and .*resume-previous\.pt .*; start a new"

@@ -123,8 +123,11 @@ def test_the_documented_use_gives_the_captions_words(model, exported, tmp_path, 
 def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, image_path, monkeypatch):
     path = tmp_path / "model.onnx"
     for images, how in (((image_path,), Decoding()), ((), Decoding(beam_size=3))):
-        with pytest.raises(InputError, match="--export takes no photos"):
+        with pytest.raises(InputError, match="--export takes one --model"):
             caption.main(images, how, model=(model,), export=path)
+    for option in ({"json_": True}, {"recursive": True}, {"strict": True}, {"sheet": path}, {"output": path}):
+        with pytest.raises(InputError, match="no other option"):
+            caption.main((), Decoding(), model=(model,), export=path, **option)
     with pytest.raises(InputError, match="max_length is 0"):
         export_onnx(model, path, max_length=0)
     (tmp_path / "file").touch()

@@ -121,6 +121,25 @@ def plain(width: int, height: int, form: str, mode: str = "RGB", **options: obje
     return encode(Image.new(mode, (width, height)), form, **options)
 
 
+def bmp_delta(width: int) -> bytes:
+    """A run-length encoded BMP of a kilobyte, of one row, which a code moves 255 rows up."""
+    codes = b"\0\2\0\xff\0\1"
+    start = 14 + 40 + 1024
+    header = struct.pack("<IiiHHIIiiII", 40, width, 1, 1, 8, 1, len(codes), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(codes), 0, 0, start) + header + bytes(1024) + codes
+
+
+def deep_tiff(side: int) -> bytes:
+    """A TIFF of four channels of 16 bits, in one strip."""
+    strip = zlib.compress(bytes(8 * side), 1)
+    depths = 8 + 2 + 12 * 11 + 4
+    tags = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 4, depths), (259, 3, 1, 8), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, depths + 8), (277, 3, 1, 4), (278, 4, 1, side), (279, 4, 1, len(strip))]
+    tags += [(284, 3, 1, 1), (338, 3, 1, 2)]
+    entries = b"".join(struct.pack("<HHLL", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4) + struct.pack("<4H", *4 * [16]) + strip
+
+
 RED = Image.new("RGB", (64, 64), "red")
 EXIF = tag_bomb(2000, 1 << 20)
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, and what is said of it
@@ -135,6 +154,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, 
     "pixels of an RGBA PNG": (lambda: png_header(13000, 12000, 6), "more than 125 million"),
     "pixels of a GIF": (lambda: plain(13000, 12000, "GIF", "P"), "more than 125 million"),
     "pixels of a WebP": (lambda: plain(9000, 8000, "WEBP", lossless=True, method=0), "more than 62 million"),
+    "rows of a run-length encoded BMP": (lambda: bmp_delta(16_000_000), "16000000 x 1 pixels"),
+    "pixels of a deep TIFF": (lambda: deep_tiff(9500), "more than 83 million"),
+    "a FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "of no image format"),
+    "an ICNS": (lambda: b"icns\0\0\x10\0ic10\0\0\x0f\xf8" + plain(64, 64, "JPEG2000"), "of no image format"),
     "pixels of a JPEG 2000": (lambda: plain(8000, 7000, "JPEG2000", "L"), "more than 50 million"),
 }
 
@@ -313,7 +336,11 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
         np.where(np.isnan(SPOILT), -3.4e38, SPOILT).astype(np.float32),
         np.nan_to_num(SPOILT) * 255,
     ),
-    "nothing but NaN": (np.full((16, 256), np.nan, np.float32), np.zeros((16, 256))),
+    "float of 0 to 1.2": (GREY.astype(np.float32) / 255 * 1.2, (GREY / 255 * 1.2).clip(0, 1) * 255),
+    "float with -9999 for no data": (
+        np.where(np.isnan(SPOILT), -9999, SPOILT).astype(np.float32),
+        np.nan_to_num(SPOILT) * 255,
+    ),
     "nothing but zeros": (np.zeros((16, 256), np.int32), np.zeros((16, 256))),
 }
 
@@ -326,6 +353,12 @@ def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monk
     Image.fromarray(levels).save(tmp_path / "a.tif")
     read = np.asarray(read_image(tmp_path / "a.tif")).astype(float)
     assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
+
+
+def test_an_image_without_a_level_is_refused(tmp_path: Path):
+    Image.fromarray(np.full((16, 256), np.nan, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif cannot be read as a photo \(none of its levels is a number\)"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_transparency_over_white_in_bands(monkeypatch: pytest.MonkeyPatch):

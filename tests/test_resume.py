@@ -116,10 +116,22 @@ def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
     assert_same_model(folder, undisturbed)
 
 
-def test_a_state_without_its_optimizer_s_parameters_is_refused_in_a_sentence(config: Make):
+def test_a_state_of_an_optimizer_of_other_parameters_is_refused_in_a_sentence(config: Make):
     folder = train(config(num_epochs=1))
     state = load_resume(folder, print)
-    torch.save({**state, "optimizer": {}}, folder / "resume.pt")
+    (folder / "resume-previous.pt").unlink()
+    moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+    short = {i: {**moment, "exp_avg": torch.zeros(3)} for i, moment in moments.items()}
+    for optimizer in (
+        {},
+        {"state": {}, "param_groups": 5},
+        {"state": {0: "x"}, "param_groups": groups},
+        {"state": short, "param_groups": groups},  # with which torch would read beyond their ends
+    ):
+        torch.save({**state, "optimizer": optimizer}, folder / "resume.pt")
+        with pytest.raises(InputError, match=r"resume.pt (belongs to another training|is not a training's state)"):
+            train(resumed_config(folder))
+    torch.save({**state, "step": 10**6}, folder / "resume.pt")
     with pytest.raises(InputError, match=r"resume.pt belongs to another training"):
         train(resumed_config(folder))
 
@@ -278,7 +290,7 @@ def test_the_previous_state_is_used_with_a_warning(
     train(resumed_config(stopped))
     output = capsys.readouterr().out
     assert "resume.pt" in output
-    assert "going on from" in output
+    assert "resuming from" in output
     assert "resume-previous.pt" in output
     assert_same_model(stopped, train(config()))
 

@@ -343,6 +343,22 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         r"captions_train\.json is not a regular file",
     ),
     "annotations: empty file": (lambda k: k.read_data(b""), r"captions_train\.json is not JSON"),
+    "annotations: a number that yajl cannot hold": (
+        lambda k: k.read_data(b'{"x": ' + b"9" * 150_000 + b', "images": [], "annotations": []}'),
+        r"captions_train\.json is not JSON \(it holds a number of more than 4,300 digits",
+    ),
+    "annotations: a number out of range": (
+        lambda k: k.read_data(b'{"x": 1e99999999999999999999, "images": [], "annotations": []}'),
+        r"captions_train\.json is not JSON that can be read: it holds a number that is out of range",
+    ),
+    "annotations: an endless caption": (
+        lambda k: k.read_data(
+            b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 1, "caption": "'
+            + b"a " * 600_000
+            + b'"}]}'
+        ),
+        r"annotations\[0\] has a caption of more than 1,000,000 characters",
+    ),
     "annotations: torn": (lambda k: k.read_data(b'{"images": [{"id"'), r"captions_train\.json is not JSON"),
     "annotations: not UTF-8": (
         lambda k: k.read_data(b'{"images": "\xff"}'),
@@ -614,6 +630,13 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "model: weights that overflow together": (lambda k: caption_with_overflow(k.trained), r"small are so large"),
     # a training
+    "training: a grid for one vector": (lambda k: k.small(grid_size=3), r"grid_size has no effect on a decoder that"),
+    "training: a penalty on nothing": (lambda k: k.small(attention_penalty=5.0), r"attention_penalty has no effect"),
+    "training: a vocabulary unread": (lambda k: k.small(vocab_file="my.json"), r"vocab_file has no effect without"),
+    "training: a rate for a frozen backbone": (
+        lambda k: k.small(backbone_learning_rate=1e-4),
+        r"backbone_learning_rate has no effect on a frozen backbone",
+    ),
     "training: batch size": (lambda k: k.small(batch_size=0), r"batch_size must be at least 1, not 0"),
     "training: no epochs": (lambda k: k.small(num_epochs=0), r"num_epochs must be at least 1"),
     "training: dropout": (lambda k: k.small(dropout=1.5), r"dropout must be at most"),
@@ -624,7 +647,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "training: absurd sizes": (lambda k: k.small(hidden_size=10**9), r"hidden_size must be at most"),
     "training: a log elsewhere": (lambda k: k.small(log_file="../log.txt"), r"log_file must be a name"),
     "training: a name elsewhere": (lambda k: k.small(name="../model"), r"name must be a name"),
-    "training: six parts of five": (lambda k: train(k.small(fine_tune=6)), r"fine_tune .* 5 stages .* not 6"),
+    "training: six parts of five": (lambda k: train(k.small(fine_tune=6)), r"fine_tune .* stages, 0 to 5, not 6"),
     "training: no weights file": (lambda k: train(k.small(weights="none.pth")), r"none\.pth does not exist"),
     "training: a folder that is a file": (
         lambda k: train(k.small(models=Path(__file__))),

@@ -165,8 +165,11 @@ def test_a_name_in_another_encoding(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("0.txt", "a café".encode("cp1252"), r"a\.tar/0\.txt is not UTF-8 text \(byte 5\)"),
+        ("0.txt", "a café".encode("cp1252"), r"a\.tar/0\.txt, line 1, is not UTF-8 text \(byte 5\)"),
         ("0.json", '{"caption": "a café"}'.encode("cp1252"), r"a\.tar/0\.json is not UTF-8 text"),
+        ("0.txt", "一只狗 在跑".encode("utf-16-le"), r"a\.tar/0\.txt"),
+        ("0.txt", b"a " * (1 << 20), r"a\.tar/0\.txt has 2,097,152 bytes; captions of at most 1,048,576"),
+        ("0.json", b" " * (2 << 20), r"a\.tar/0\.json has 2,097,152 bytes"),
         ("0.json", b"{", r"a\.tar/0\.json is not JSON"),
         ("0.json", b"[" * 100_000, r"a\.tar/0\.json is not JSON"),
         ("0.json", b'{"captions": ["a", 3]}', r"0\.json has a caption that is not text: 3"),

@@ -1,0 +1,84 @@
+"""How commands end: at pipes, at a standard output that fails, at paths that are too long."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from captioning.annotations import read_annotations
+from captioning.checkpoint import read_description
+from captioning.config import read_recipe
+from captioning.errors import InputError, warn_once
+from captioning.metrics import read_references, score_results
+from captioning.reports import Report
+from captioning.shards import read_samples
+from vocabulary import Vocabulary
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "read",
+    [
+        Vocabulary.load,
+        read_recipe,
+        lambda path: read_description(path.parent),
+        lambda path: score_results(path.parent / "references.json", path),
+        lambda path: read_annotations(path, path.parent / "cache"),
+        read_references,
+        lambda path: list(read_samples(path, Report())),
+    ],
+    ids=["vocabulary", "recipe", "description", "results", "annotations", "references", "tar"],
+)
+def test_a_pipe_is_refused_and_not_waited_for(read: Callable[[Path], object], tmp_path: Path):
+    references = {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+    (tmp_path / "references.json").write_text(json.dumps(references))
+    os.mkfifo(tmp_path / "captioner.json")
+    with pytest.raises(InputError, match=r"captioner\.json is not a regular file"):
+        read(tmp_path / "captioner.json")
+
+
+# The end of a command
+
+
+PRINTS = "from captioning.errors import run_command\nrun_command(lambda: print('a caption\\n' * 100_000))"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "sentence"),
+    [
+        ("| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", 1, ""),
+        ("> /dev/full", 2, "error: standard output cannot be written (No space left on device).\n"),
+        (">&-", 0, ""),
+    ],
+    ids=["a reader that has seen enough", "a full disk", "no standard output"],
+)
+def test_standard_output_that_fails_ends_no_command_in_a_traceback(redirection: str, code: int, sentence: str):
+    command = f'"{sys.executable}" -c "$0" {redirection}'
+    done = subprocess.run(["bash", "-c", command, PRINTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, sentence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["train.py --name", "scenes.py", "download.py coco --root", "download.py weights --to"]
+)
+def test_a_path_longer_than_the_systems_is_a_sentence(name: str, tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    command, *options = name.split()
+    done = run_script(command, *options, "n" * 300, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "n" * 300 in re.sub(r"\s", "", done.stderr)
+
+
+def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):
+    warn_once("evil\x1b[2J\x07.png cannot be read")
+    assert capsys.readouterr().err == "warning: evil\\x1b[2J\\x07.png cannot be read\n"
