@@ -60,7 +60,7 @@ class Evaluation:
 def evaluate(
     captioner: Captioner,
     dataset: CaptionDataset,
-    how: Decoding | None = None,
+    decode: Decoding | None = None,
     limit: int | None = None,
     workers: int = 0,
     java: bool | None = None,
@@ -88,7 +88,7 @@ def evaluate(
         share.append((index, str(error)))
 
     start = time.perf_counter()
-    stream = captioner.stream(paths, how or Decoding(), workers, skip, shared=True)
+    stream = captioner.stream(paths, decode or Decoding(), workers, skip, shared=True)
     total = -(-len(paths) // process.num_processes)
     share.extend(tqdm(stream, total=total, unit="image", delay=2, disable=None if is_main else True))
     outcomes = sorted(gather_object(share), key=itemgetter(0))

@@ -37,7 +37,7 @@ from captioning.page import FILE, PER_WORD, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
 from captioning.web import LOOPBACK, MAX_IMAGES, MAX_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
 
-AGE = 3600  # seconds after which uploads are deleted
+UPLOAD_LIFETIME = (600, 3600)  # seconds between deletions of uploads, and how old these are
 MAX_WAITING = 128  # queued requests; further ones are refused
 HANDLED_AT_ONCE = 32  # requests, most of them waiting for the batch that they are in
 IMAGES = Path(__file__).with_name("images")
@@ -113,7 +113,7 @@ def build_page(
     answers = Answers(server, folder)
     uploaded = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
     names = list(server.captioners)
-    with Page(title="Photo captions", analytics_enabled=False, delete_cache=(AGE // 6, AGE)) as page:
+    with Page(title="Photo captions", analytics_enabled=False, delete_cache=UPLOAD_LIFETIME) as page:
         gr.Markdown("# Photo captions\nThe model says in a sentence what it sees in a photo.")
         model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
         options = [*_lay_out_options(), model]

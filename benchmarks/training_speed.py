@@ -120,7 +120,7 @@ def train_steps(run: Run, steps: int) -> int:
     """Train for the first steps of an epoch, the same batches every time; returns how many captions they had."""
     run.model.train()
     captions = 0
-    for step, (whole, counts, batch) in enumerate(islice(run.batches.epoch(1, 0, run.device), steps), 1):
-        run.train_step(step, whole, counts, batch)
+    for step, (whole, has_share, batch) in enumerate(islice(run.batches.epoch(1, 0, run.device), steps), 1):
+        run.train_step(step, whole, has_share, batch)
         captions += run.objective.count(run.data.lengths[whole], run.decoder)[1]
     return captions

@@ -68,12 +68,12 @@ class EpochBatches:
         order = list(self.sampler)[first_step:]
         image, whole_images = self.data.image_rows, self.features is None
         shares = [share(batch, image, self.rank, self.processes, whole_images) for batch in order]
-        local = [mine if len(mine) else whole[:1] for mine, whole in zip(shares, order, strict=True)]
+        local = [own if len(own) else whole[:1] for own, whole in zip(shares, order, strict=True)]
         batches = self._from_pixels(local, epoch) if whole_images else self._from_features(local, epoch)
         if device.type == "cuda":
             batches = prefetch(batch.map(_pin) for batch in batches)
-        for whole, mine, batch in zip(order, shares, batches, strict=True):
-            yield whole, len(mine) > 0, batch.to(device)
+        for whole, own, batch in zip(order, shares, batches, strict=True):
+            yield whole, len(own) > 0, batch.to(device)
 
     def _from_pixels(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         seed = int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1, np.uint64)[0])

@@ -154,7 +154,7 @@ def _describe(left_out: Counter[str]) -> str:
 def write_captions(
     captioner: Captioner,
     paths: Iterable[Path],
-    how: Decoding,
+    decode: Decoding,
     output: Path,
     workers: int = 0,
     strict: bool = False,
@@ -187,7 +187,7 @@ def write_captions(
             chunk, first_index = broadcast_object_list([chunk, first_index])
             if not chunk:
                 break
-            rows = gather_object(_caption_share(captioner, chunk, how, workers, strict, first_index))
+            rows = gather_object(_caption_share(captioner, chunk, decode, workers, strict, first_index))
             first_index += len(chunk)
             if not is_main:
                 continue
@@ -266,14 +266,14 @@ def _read_rows(file: BinaryIO, images: Iterator[Path | Member]) -> tuple[int, in
 
 
 def _caption_share(
-    captioner: Captioner, images: list[Path | Member], how: Decoding, workers: int, strict: bool, first_index: int
+    captioner: Captioner, images: list[Path | Member], decode: Decoding, workers: int, strict: bool, first_index: int
 ) -> list[tuple[int, dict[str, Any]]]:
     """Caption this process's share of the images; returns rows with their indices, in any order."""
     rows: list[tuple[int, dict[str, Any]]] = []
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(images[i], error)))
     if len(images) <= 2 * BATCH * this_process().num_processes:
         workers = 0
-    for i, caption in captioner.stream(images, how, workers, unreadable, shared=True, first_index=first_index):
+    for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, first_index=first_index):
         rows.append((i, as_json(images[i], caption)))
     return rows
 

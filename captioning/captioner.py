@@ -204,23 +204,25 @@ class Captioner:
             raise InputError("only a single model that was loaded from a folder can be shared; use Captioner.load.")
         return push(self.folder, name, licence, private, self.epoch)
 
-    def __call__(self, images: Source | Iterable[Source], how: Decoding | None = None, **options: Any) -> list[Caption]:
+    def __call__(
+        self, images: Source | Iterable[Source], decode: Decoding | None = None, **options: Any
+    ) -> list[Caption]:
         """One `Caption` per image, in their order; images are PIL images or paths, one or many.
 
         Decodes with `DEFAULT_DECODING`. Its fields can be given by name, as in `captioner(image, beam_size=5)`, or a
-        whole `Decoding` as `how`. Raises `InputError` naming the first image that cannot be read, or an option that
+        whole `Decoding` as `decode`. Raises `InputError` naming the first image that cannot be read, or an option that
         has no effect.
         """
-        if how is not None and options:
+        if decode is not None and options:
             raise InputError(f"{next(iter(options))} has no effect beside a whole Decoding; set it there.")
         sources = [images] if isinstance(images, Source) else list(images)
-        how = how or Decoding(**options).with_defaults()
-        return [caption for _, caption in self.stream(sources, how)]
+        decode = decode or Decoding(**options).with_defaults()
+        return [caption for _, caption in self.stream(sources, decode)]
 
     def stream(
         self,
         sources: Sequence[Source],
-        how: Decoding,
+        decode: Decoding,
         workers: int = 0,
         unreadable: Callable[[int, InputError], object] | None = None,
         shared: bool = False,
@@ -234,12 +236,12 @@ class Captioner:
         index of the first source if these are part of a longer list: samples depend on the seed and on an image's
         index in that list.
         """
-        how.check()
+        decode.check()
         batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
         for indices, features in self._embed(sources, batches, workers, unreadable):
-            decoded = how(self.decoder, features, [first_index + i for i in indices])
+            decoded = decode(self.decoder, features, [first_index + i for i in indices])
             for index, hypotheses in zip(indices, decoded, strict=True):
                 first, *others = [self._caption(hypothesis) for hypothesis in hypotheses]
                 first.alternatives = others

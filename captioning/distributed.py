@@ -17,7 +17,7 @@ from accelerate.utils import get_cpu_distributed_information
 
 # Processes that read images from disks of different speed finish hours apart. One that has ended is noticed at once,
 # whatever this is.
-PATIENCE = timedelta(days=1)
+TIMEOUT = timedelta(days=1)
 
 
 def on_cpus() -> bool:
@@ -27,7 +27,7 @@ def on_cpus() -> bool:
 
 def this_process() -> PartialState:
     """Return accelerate's state of this process (index, device, barrier); the first call connects the processes."""
-    return PartialState(cpu=on_cpus(), timeout=PATIENCE)
+    return PartialState(cpu=on_cpus(), timeout=TIMEOUT)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -174,17 +174,17 @@ class Answers:
         self, files: list[Upload], method: str, beam_size: float, temperature: float, model: str
     ) -> Iterator[tuple]:
         """Caption images, also in zip files: yields the progress, a table and, at the end, two files of it."""
-        how = decoding_of(method, int(beam_size), temperature)
-        how.alternatives = 0
+        decode = decoding_of(method, int(beam_size), temperature)
+        decode.alternatives = 0
         table: list[list[object]] = []
         try:
-            for progress in self.server.caption_all(files, model, how, self.folder):
+            for progress in self.server.caption_all(files, model, decode, self.folder):
                 name, caption = progress.rows[-1]
                 failed = isinstance(caption, InputError)
                 table.append([name, str(caption), None] if failed else [name, caption.text, per_word(caption)])
                 counted = f"{len(table)} of {progress.total} photos"
-                shown = gr.update(value=as_table(["photo", "caption", PER_WORD], table), visible=True)
-                yield counted, shown, *[gr.update(visible=False)] * 2
+                table_update = gr.update(value=as_table(["photo", "caption", PER_WORD], table), visible=True)
+                yield counted, table_update, *[gr.update(visible=False)] * 2
         except InputError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
         failures = sum(isinstance(caption, InputError) for _, caption in progress.rows)
@@ -192,7 +192,7 @@ class Answers:
         if progress.left_out:
             summary += f" Files in zip files that are no photos, and were left out: {progress.left_out}."
         tables = write_tables([as_json(name, caption) for name, caption in progress.rows], self.folder)
-        yield summary, shown, *[gr.update(value=str(file), visible=True) for file in tables]
+        yield summary, table_update, *[gr.update(value=str(file), visible=True) for file in tables]
 
 
 def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
@@ -219,8 +219,8 @@ def other_captions(caption: Caption) -> list[Caption]:
 
 def as_table(headers: list[str], rows: list[list[Any]]) -> dict[str, Any]:
     """Rows for a `gr.Dataframe`, which shows their numbers with one decimal."""
-    shown = [[f"{cell:.1f}" if isinstance(cell, float) else cell or "" for cell in row] for row in rows]
-    return {"headers": headers, "data": rows, "metadata": {"display_value": shown}}
+    cells = [[f"{cell:.1f}" if isinstance(cell, float) else cell or "" for cell in row] for row in rows]
+    return {"headers": headers, "data": rows, "metadata": {"display_value": cells}}
 
 
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:

@@ -29,10 +29,10 @@ from model import DECODERS, DecoderModule, EncoderCNN
 FIRST_IMAGES = 256  # that the embedding is standardised on
 
 
-def build_networks(config: TrainingConfig, words: int, old: Description | None) -> tuple[EncoderCNN, DecoderModule]:
-    """Build the encoder and the decoder of a training; `old` describes the training that is resumed."""
+def build_networks(config: TrainingConfig, words: int, resumed: Description | None) -> tuple[EncoderCNN, DecoderModule]:
+    """Build the encoder and the decoder of a training; `resumed` describes the training that is resumed."""
     weights = checkpoint.resolve_weights(config.weights)
-    if old is not None and old.architecture.backbone_weights != "published":
+    if resumed is not None and resumed.architecture.backbone_weights != "published":
         weights = "random"  # resume.pt holds the real ones
     decoder_class = DECODERS[config.decoder]
     encoder = EncoderCNN(
@@ -82,17 +82,19 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
         tqdm.write(f"left out: {error}")
 
 
-def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, old: Description | None) -> Description:
-    """Build the description of a training before its first epoch; `old` describes the training that is resumed."""
+def describe(
+    config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, resumed: Description | None
+) -> Description:
+    """Build the description of a training before its first epoch; `resumed` describes the training that is resumed."""
     settings = settings_of(config)
-    if old is not None:
-        before = {"objective": "cross-entropy", **old.training}
+    if resumed is not None:
+        before = {"objective": "cross-entropy", **resumed.training}
         if (before["objective"], before.get("fine_tune")) != (config.objective, config.fine_tune):
-            settings["before"] = old.training  # of the epochs with another objective or other trained stages
-        elif "before" in old.training:
-            settings["before"] = old.training["before"]
+            settings["before"] = resumed.training  # of the epochs with another objective or other trained stages
+        elif "before" in resumed.training:
+            settings["before"] = resumed.training["before"]
     return Description(
-        architecture=describe_architecture(config, old),
+        architecture=describe_architecture(config, resumed),
         preprocessing=config.preprocessing,
         vocabulary=data.vocab.words,
         data={
@@ -107,12 +109,12 @@ def describe(config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, 
     )
 
 
-def describe_architecture(config: TrainingConfig, old: Description | None) -> Architecture:
+def describe_architecture(config: TrainingConfig, resumed: Description | None) -> Architecture:
     """Build the description of a training's networks."""
-    if config.fine_tune or (old is not None and old.architecture.backbone_weights == "epoch"):
+    if config.fine_tune or (resumed is not None and resumed.architecture.backbone_weights == "epoch"):
         where = "epoch"
-    elif old is not None:
-        where = old.architecture.backbone_weights
+    elif resumed is not None:
+        where = resumed.architecture.backbone_weights
     else:
         where = "published" if checkpoint.resolve_weights(config.weights) == "pretrained" else "shared"
     return Architecture(

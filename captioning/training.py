@@ -141,26 +141,26 @@ class Run:
         if config.precision == "bf16" and fast_dtype(self.device) != torch.bfloat16:
             raise InputError(f"this {self.device.type.upper()} is not made for bfloat16; use --precision auto.")
         torch.manual_seed(config.seed)
-        self.old = checkpoint.read_description(folder) if config.resume else None
+        self.resumed = checkpoint.read_description(folder) if config.resume else None
         vocab = None
-        if self.old is not None:
-            vocab = Vocabulary(self.old.vocabulary)
+        if self.resumed is not None:
+            vocab = Vocabulary(self.resumed.vocabulary)
         elif config.vocab_from_file:
             vocab = Vocabulary.load(config.vocab_file)
         with this_process().local_main_process_first():  # the others find what it downloads and tokenizes
             self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
             self.val = CaptionDataset(config.data, "val", None, self.data.vocab, cache=config.cache)
-            self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.old)
+            self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.resumed)
         synchronise_batch_norms(self.encoder, self.accelerator)
         if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
-        self.description = describe(config, self.data, self.val, self.old)
+        self.description = describe(config, self.data, self.val, self.resumed)
         self.progress = Progress()
         self.scalars = Scalars(folder, config.tensorboard and self.is_main)
 
     def execute(self) -> None:
         """Train to the end, or until a signal."""
-        state = self.restore() if self.old is not None else None
+        state = self.restore() if self.resumed is not None else None
         self.extract_features()
         self.prepare(state)
         with self.open_log(state) as self.log_file, closing(self.scalars):
@@ -172,12 +172,12 @@ class Run:
 
     def restore(self) -> dict[str, Any]:
         """Take the networks' weights and the progress from resume.pt; returns what it holds."""
-        old, folder = self.old, self.folder
-        assert old is not None
-        if old.data.get("train_sha256") != self.description.data["train_sha256"]:
+        resumed, folder = self.resumed, self.folder
+        assert resumed is not None
+        if resumed.data.get("train_sha256") != self.description.data["train_sha256"]:
             raise InputError(f"{self.data.annotation_file} is not what {folder} was trained on; start a new training.")
-        if old.preprocessing != self.description.preprocessing:
-            size = old.preprocessing.image_size
+        if resumed.preprocessing != self.description.preprocessing:
+            size = resumed.preprocessing.image_size
             raise InputError(
                 f"{folder} is trained with --image-size {size}, which cannot change; start a new training."
             )
@@ -188,7 +188,7 @@ class Run:
         self.description.epochs, self.description.best_epoch = state["epochs"], state["best_epoch"]
         position = ("epoch", "step", "first_epoch", "epoch_loss", "epoch_tokens")
         self.progress = Progress(**{name: state[name] for name in position})
-        published = old.architecture.backbone_weights == "published"
+        published = resumed.architecture.backbone_weights == "published"
         optional = (f"{self.encoder.module_name}.",) if published else ()
         load_weights(self.encoder, state["encoder"], folder / "resume.pt", optional)
         load_weights(self.decoder, state["decoder"], folder / "resume.pt")
@@ -258,8 +258,8 @@ class Run:
             checkpoint.remove_training(self.folder)
             self.scalars.remove()
             self.save()
-        elif self.is_main and state and self.old and state["optimizer"] is None:
-            if self.description.architecture.backbone_weights != self.old.architecture.backbone_weights:
+        elif self.is_main and state and self.resumed and state["optimizer"] is None:
+            if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
             checkpoint.write_description(self.folder, self.description)  # first: what is resumed from here on is new
             self.save()
@@ -289,8 +289,8 @@ class Run:
             unit="step",
             disable=None if self.is_main else True,
         ) as bar:
-            for step, (whole, counts, batch) in enumerate(batches, progress.step + 1):
-                unread.append(self.train_step(step, whole, counts, batch))
+            for step, (whole, has_share, batch) in enumerate(batches, progress.step + 1):
+                unread.append(self.train_step(step, whole, has_share, batch))
                 bar.update()
                 if self.must_read(step):
                     line, stopped = self.read_losses(unread)
@@ -304,10 +304,10 @@ class Run:
                         self.accelerator.wait_for_everyone()  # the launcher stops the rest once one exits
                         self.stop()
 
-    def train_step(self, step: int, whole: np.ndarray, counts: bool, batch: Batch) -> StepLoss:
+    def train_step(self, step: int, whole: np.ndarray, has_share: bool, batch: Batch) -> StepLoss:
         """One step of the optimizer.
 
-        whole: the captions of all processes' batch. counts: False where this process's own part is only a stand-in.
+        whole: the captions of all processes' batch. has_share: False where this process's batch is only a stand-in.
         """
         config, processes = self.config, self.accelerator.num_processes
         assert config.learning_rate is not None
@@ -330,11 +330,11 @@ class Run:
             ) from None
         terms, captions = self.objective.count(self.data.lengths[whole], self.decoder)
         objective = loss / terms + config.attention_penalty * penalty / captions
-        self.accelerator.backward(counts * objective * processes)  # the processes' gradients are averaged
+        self.accelerator.backward(has_share * objective * processes)  # the processes' gradients are averaged
         self.accelerator.clip_grad_norm_(self.trained, config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepLoss(step, loss.detach() * counts, terms, config.learning_rate * factor)
+        return StepLoss(step, loss.detach() * has_share, terms, config.learning_rate * factor)
 
     def must_read(self, step: int) -> bool:
         """Whether to read the losses after this step; the same in all processes."""

@@ -148,7 +148,7 @@ class Server:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def caption(self, image: Upload, model: str, how: Decoding) -> tuple[Caption, Image.Image]:
+    def caption(self, image: Upload, model: str, decode: Decoding) -> tuple[Caption, Image.Image]:
         """Caption an image; returns the caption and the model's view, a square of `VIEW_SIZE` pixels.
 
         Raises `InputError` for what is no photo, and for one that takes more than `IMAGE_SECONDS` to read.
@@ -156,13 +156,13 @@ class Server:
         preprocessing = self.captioners[model].description.preprocessing
         small, view = self.reader(prepare_image, (image.path, image.name, preprocessing, VIEW_SIZE), IMAGE_SECONDS)
         answer: Future[Caption] = Future()
-        self.waiting.put(_Job(small, model, how, answer))
+        self.waiting.put(_Job(small, model, decode, answer))
         while not self.closed:
             with suppress(TimeoutError):
                 return answer.result(timeout=1), view
         raise InputError("The server is being stopped; try again later.")
 
-    def caption_all(self, uploads: list[Upload], model: str, how: Decoding, folder: Path) -> Iterator[Progress]:
+    def caption_all(self, uploads: list[Upload], model: str, decode: Decoding, folder: Path) -> Iterator[Progress]:
         """Caption images, also those in zip files, in order; one that cannot be read is skipped.
 
         Yields the progress after each image. Zip files are unpacked into `folder` meanwhile. Raises `InputError` where
@@ -177,7 +177,7 @@ class Server:
             progress = Progress(len(images), left_out, [])
             pool = ThreadPoolExecutor(8)  # some wait for captions while others are read
             try:
-                for row in pool.map(lambda image: self._caption_one(image, model, how), images):
+                for row in pool.map(lambda image: self._caption_one(image, model, decode), images):
                     progress.rows.append(row)
                     yield progress
             finally:
@@ -199,12 +199,12 @@ class Server:
         return images, others
 
     def _caption_one(
-        self, image: Upload | tuple[str, InputError], model: str, how: Decoding
+        self, image: Upload | tuple[str, InputError], model: str, decode: Decoding
     ) -> tuple[str, Caption | InputError]:
         if isinstance(image, tuple):
             return image
         try:
-            return image.name, self.caption(image, model, how)[0]
+            return image.name, self.caption(image, model, decode)[0]
         except InputError as error:
             return image.name, error
 
@@ -217,14 +217,14 @@ class Server:
             for job in jobs:
                 if job is None:
                     return
-                groups.setdefault(f"{job.model} {job.how}", []).append(job)
+                groups.setdefault(f"{job.model} {job.decode}", []).append(job)
             for group in groups.values():
                 self._caption_group(group)
 
     def _caption_group(self, jobs: list[_Job]) -> None:
-        captioner, how = self.captioners[jobs[0].model], jobs[0].how
+        captioner, decode = self.captioners[jobs[0].model], jobs[0].decode
         try:
-            for job, caption in zip(jobs, captioner([job.image for job in jobs], how), strict=True):
+            for job, caption in zip(jobs, captioner([job.image for job in jobs], decode), strict=True):
                 job.answer.set_result(caption)
         except Exception as error:  # it belongs to these requests; the next ones are served
             print_exception(error)
@@ -243,5 +243,5 @@ class Server:
 class _Job:
     image: Image.Image
     model: str
-    how: Decoding
+    decode: Decoding
     answer: Future[Caption]
