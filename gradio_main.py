@@ -62,8 +62,9 @@ CSS = """
 #examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(70px, 1fr))}
 #examples .caption-label {display: none}
 #maps .caption-label {padding: 1px 4px; font-size: 0.75rem; max-width: 96%; right: 2%; bottom: 2%}
-@media (max-width: 639px) {footer .divider {display: none !important}}
 """
+# The footer, which CSS does not reach: Gradio hides its first link on a phone, but not the dot after it.
+HEAD = "<style>@media (max-width: 639px) {footer .divider {display: none !important}}</style>"
 
 
 # Layout
@@ -317,6 +318,7 @@ def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket
         footer_links=["api", "settings"],
         theme=Soft(font=["system-ui", "sans-serif"], font_mono=["system-ui", "sans-serif"]),
         css=CSS,
+        head=HEAD,
     )
     page.has_launched = True  # before, Gradio accepts any path as an upload
     image.sample = f"{url}{FILE}{image.sample}"
