@@ -33,6 +33,7 @@ from captioning.config import (
     TrainingConfig,
     load_config,
     read_recipe,
+    require_effect,
     resumed_config,
 )
 from captioning.errors import InputError, run_command
@@ -70,8 +71,12 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     groups = {name: value for name, value in vars(options).items() if name != "run"}
     fields = {name: value for group in groups.values() for name, value in vars(group).items()}
     if options.run.resume is not None:
-        return ResumedConfig(**fields, resume=options.run.resume), options.run
-    return TrainingConfig(**fields), options.run
+        config: TrainingConfig = ResumedConfig(**fields, resume=options.run.resume)
+    else:
+        config = TrainingConfig(**fields)
+    flags = (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
+    require_effect(config, {flag.removeprefix("--").replace("-", "_") for flag in flags})
+    return config, options.run
 
 
 def starting_values(arguments: list[str]) -> dict[str, Any]:

@@ -312,6 +312,7 @@ def _save(annotations: Annotations, file: BinaryIO) -> None:
 
 def _load(path: Path) -> Annotations | None:
     try:
+        require_regular(path)
         with np.load(path) as file:
             arrays: dict[str, Any] = {"places": None, **file}
         arrays["file_names"] = Names(arrays["file_names"])

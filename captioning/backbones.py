@@ -104,10 +104,9 @@ def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | N
         fixed = config.fixed_input_size
     if fixed and image_size not in (None, own.image_size):
         raise InputError(f"{backbone} takes images of {own.image_size} pixels only, not of {image_size}.")
+    size = own.image_size if image_size is None else image_size
     try:
-        return Preprocessing(
-            image_size or own.image_size, crop or own.crop, own.crop_pct, own.interpolation, own.mean, own.std
-        )
+        return Preprocessing(size, crop or own.crop, own.crop_pct, own.interpolation, own.mean, own.std)
     except ValueError as error:
         raise InputError(f"{error}.") from None
 

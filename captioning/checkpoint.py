@@ -12,6 +12,7 @@ run code: state dicts are tensors only, the rest is JSON that is checked field b
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -380,10 +381,24 @@ def _is_resume_state(state: object) -> bool:
         and state["format"] == 2
         and state["objective"] in ("cross-entropy", "cider")
         and 1 <= state["first_epoch"] <= state["epoch"] == len(state["epochs"]) + 1
-        and all(isinstance(epoch, dict) and isinstance(epoch.get("CIDEr"), int | float) for epoch in state["epochs"])
+        and all(isinstance(epoch, dict) and _is_finite(epoch.get("CIDEr")) for epoch in state["epochs"])
+        and _is_json(state["epochs"])
         and (state["best_epoch"] is None) == (not state["epochs"])
         and 1 <= (state["best_epoch"] or 1) <= max(1, len(state["epochs"]))
-        and min(state["step"], state["epoch_tokens"], state["log_bytes"]) >= 0
+        and all(0 <= state[key] < 1 << 63 for key in ("step", "epoch_tokens", "log_bytes"))
+        and _is_finite(state["epoch_loss"])
         and isinstance(groups := state["optimizer"].get("param_groups", []), list)
         and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
     )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

@@ -11,11 +11,11 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from captioning.errors import InputError, printable
 from captioning.files import require_new_folder
+from captioning.image_files import open_image
 
 SPLITS = ("train", "val", "test")
 
@@ -114,7 +114,7 @@ def _write_into(folder: Path, images: list[SourceImage], description: str) -> No
 
 def _read_size(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
     except Exception:  # a broken file makes Pillow raise nearly anything
         raise InputError(f"{path} cannot be read as an image; replace or remove it.") from None

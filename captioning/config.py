@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,7 @@ RENAMED = {"val_photos": "val_images"}  # options that older captioner.json file
 
 # The smallest and the largest value of each number.
 LIMITS: dict[str, tuple[float, float]] = {
+    "grid_size": (1, 64),
     "embed_size": (1, 1 << 14),
     "hidden_size": (1, 1 << 14),
     "num_layers": (1, 16),
@@ -132,8 +134,6 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     def __post_init__(self) -> None:
         self.name = self.name or self.data.resolve().name
-        if self.resume is None:
-            self._refuse_without_effect()
         self._fill_defaults()
         self._check()
 
@@ -141,19 +141,6 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of images for the backbone."""
         return preprocessing_of(self.backbone, self.image_size, self.crop)
-
-    def _refuse_without_effect(self) -> None:
-        penalty = 0 < self.attention_penalty < math.inf and self.attention_penalty != 1
-        trains_backbone = self.fine_tune or (self.fine_tune is None and self.weights == "random")
-        without = {
-            "grid_size": (self.grid_size, DECODERS[self.decoder].attends, "on a decoder that does not attend"),
-            "attention_penalty": (penalty, self.decoder == "attention", "on this decoder"),
-            "vocab_file": (self.vocab_file != Path("vocab.json"), self.vocab_from_file, "without vocab_from_file"),
-            "backbone_learning_rate": (self.backbone_learning_rate, trains_backbone, "on a frozen backbone"),
-        }
-        for name, (given, has_effect, reason) in without.items():
-            if given and not has_effect:
-                raise InputError(f"{name} has no effect {reason}; leave it out.")
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
@@ -169,6 +156,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             raise InputError("objective cider needs a trained model to start from; add --resume models/NAME.")
         for field, (least, most) in LIMITS.items():
             value = getattr(self, field)
+            if value is None:
+                continue
             if not value >= least:
                 raise InputError(f"{field} must be at least {least}, not {value}.")
             if value > most:
@@ -185,8 +174,21 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             value = getattr(self, field)
             if value in ("", ".", "..") or Path(value).name != value or "\0" in value:
                 raise InputError(f'{field} must be a name without folders, not "{value}".')
-        if Path(self.log_file).suffix in (".json", ".pkl", ".pt", ".safetensors", ".lock"):
+        if Path(self.log_file).suffix in (".json", ".pkl", ".pt", ".safetensors", ".lock") or self.log_file == ".lock":
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
+
+
+def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
+    """Raise `InputError` if one of the options that were given has no effect beside the others."""
+    without = {
+        "grid_size": (DECODERS[config.decoder].attends, "a decoder that does not attend"),
+        "attention_penalty": (config.decoder == "attention", "this decoder"),
+        "vocab_file": (config.vocab_from_file, "a vocabulary of the captions; add --vocab-from-file"),
+        "backbone_learning_rate": (config.fine_tune, "a frozen backbone; add --fine-tune"),
+    }
+    for name, (has_effect, what) in without.items():
+        if name in given and not has_effect:
+            raise InputError(f"--{name.replace('_', '-')} has no effect on {what}.")
 
 
 @dataclass

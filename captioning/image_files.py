@@ -1,7 +1,7 @@
 """Reading of image files into RGB pixels, within limits of memory and time.
 
 Reading a file takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES`
-bounds what its decoder allocates, and so how many pixels it may have (50 million of a JPEG 2000, 62 million of a WebP,
+bounds what its decoder allocates, and so how many pixels it may have (33 million of a JPEG 2000, 62 million of a WebP,
 83 million of an AVIF or HEIC, 125 million of a PNG or TIFF). A JPEG may have 4,000 million, since it is decoded at a
 reduced size. An image of 12 megapixels takes 6 MB as a JPEG that is reduced to 256 pixels, and 100 MB as a PNG.
 """
@@ -15,8 +15,8 @@ import re
 import stat
 import time
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,12 @@ MAX_SECONDS = 60  # of reading one file
 MAX_SCANS = 100  # of a JPEG; encoders write about 10
 MAX_SCANNED_PIXELS = 4_000_000_000  # in all scans together, some 3 seconds
 MAX_ASPECT = 32  # of an image's longer side to its shorter one; of a longer image only the middle is kept
-BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 20}  # that the decoder allocates, measured
+BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # that the decoder allocates, measured
 DEFAULT_BYTES_PER_PIXEL = 8  # 4 in Pillow's memory and 4 in the decoder's or the RGB copy's
-DEEP_BYTES_PER_PIXEL = 12  # of a decoder that holds four channels of 16 bits
 RLE_ROWS = 255  # that a single code of a run-length encoded BMP may add below the image
 BAND_PIXELS = 1 << 20  # that are converted at once
 WHITES = (1, 255, 4095, 65535)  # the levels of white in images of more than 8 bits a channel
-OVERSHOOT = 1.5  # the highest level of a floating-point image whose white is 1
+OVERSHOOT = 16  # the highest level of an image of fractions whose white is 1
 NO_DATA = 1e30  # geographers mark missing cells by numbers beyond it, or by one of these
 NO_DATA_LEVELS = (-9999, -32768, -99999)
 
@@ -53,11 +52,12 @@ TURNS = {  # of EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ORIENTATION = 0x0112
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 # A JPEG's marker that a length follows, or the end of the image; 00 and D0 to D7 stand within the data of a scan.
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
+JPEG_START = b"\xff\xd8\xff"
 
 
 def read_image(
@@ -98,6 +98,16 @@ def read_image(
     raise InputError(f"{name} cannot be read as a photo ({reason}).")
 
 
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file of any format that `read_image` reads, without decoding it; raises what Pillow raises."""
+    with warnings.catch_warnings(), _open_file(path) as file:
+        warnings.simplefilter("ignore")
+        is_jpeg = file.read(len(JPEG_START)) == JPEG_START
+        file.seek(0)
+        yield jpeg_factory(file) if is_jpeg else _open_image(file, None)
+
+
 class _TimedFile(io.BufferedReader):
     """A file that can be read for `MAX_SECONDS`; Pillow's decoders read it block by block."""
 
@@ -134,7 +144,7 @@ def _open_file(source: str | Path | Member) -> _TimedFile:
 def _open_image(file: _TimedFile, formats: Collection[str] | None) -> Image.Image:
     start = file.read(12)
     file.seek(0)
-    if start.startswith(b"\xff\xd8\xff") and (formats is None or "JPEG" in formats):
+    if start.startswith(JPEG_START) and (formats is None or "JPEG" in formats):
         scans = _count_scans(file.read())
         file.seek(0)
         image = jpeg_factory(file)  # unlike Image.open it sets no limit to the size before `_draft`
@@ -189,12 +199,16 @@ def _draft(image: Image.Image, shorter_side: int | None) -> None:
 
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
-    tiles = str(getattr(image, "tile", ""))
-    deep = ";16" in tiles and len(image.getbands()) > 1  # the decoder holds 16 bits a channel
-    usual = DEEP_BYTES_PER_PIXEL if deep else DEFAULT_BYTES_PER_PIXEL
-    most = MAX_BYTES // BYTES_PER_PIXEL.get(str(image.format), usual)
-    if width * (height + RLE_ROWS * ("bmp_rle" in tiles)) > most:
+    most = MAX_BYTES // _bytes_per_pixel(image)
+    if width * (height + RLE_ROWS * ("bmp_rle" in str(getattr(image, "tile", "")))) > most:
         raise ValueError(f"it has {width} x {height} pixels, more than {most // 10**6} million; save it smaller")
+
+
+def _bytes_per_pixel(image: Any) -> int:
+    """The bytes that decoding takes for each pixel."""
+    if image.format == "TIFF":  # a decoder holds all samples of a strip, which may be the whole image
+        return max(DEFAULT_BYTES_PER_PIXEL, 4 + -(-sum(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) // 8))
+    return BYTES_PER_PIXEL.get(str(image.format), DEFAULT_BYTES_PER_PIXEL)
 
 
 def _bound_tags(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -281,7 +295,7 @@ def _black_and_white(image: Image.Image) -> tuple[float, float]:
     """Find the levels of black and white.
 
     Formats of 16 or 32 bits do not say how many of them are used. White is the lowest of `WHITES` that no level
-    exceeds, and 1 where levels that are no whole numbers exceed it by little; where there is none, or a level is
+    exceeds, and 1 for fractions of which few exceed it; where there is none, or a level is
     negative, the lowest level is black and the highest white. Raises `ValueError` where no level is a number.
     """
     ranges = [
@@ -294,7 +308,7 @@ def _black_and_white(image: Image.Image) -> tuple[float, float]:
         raise ValueError("none of its levels is a number")
     if low < 0 or high > WHITES[-1]:
         return low, high
-    if image.mode == "F" and high <= OVERSHOOT:
+    if high <= OVERSHOOT and any((_levels(image.crop(box)) % 1 > 0).any() for box in _bands(image)):
         return 0.0, 1.0
     return 0.0, float(next(white for white in WHITES if high <= white))
 

@@ -76,8 +76,8 @@ def _read_split(folder: Path, prefix: str, split: str, report: Report) -> Iterat
     images: dict[int, SourceImage] = {}
     for where, entry in _entries(path, document, "images"):
         image_id, name = _whole_number(entry.get("id"), where), entry.get("file_name")
-        if not isinstance(name, str):
-            raise InputError(f"{where} has no file_name.")
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise InputError(f"{where} has no file_name within the image folder: {name!r:.80}.")
         if image_id in images:
             raise InputError(f"{where} has the id {image_id}, which an image before it has.")
         image_path = folder / "images" / path.stem.split("_")[-1] / name

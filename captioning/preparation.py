@@ -150,17 +150,24 @@ def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> di
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Load an optimizer's state, read from `path`; raises `InputError` if it belongs to other parameters.
+    """Load Adam's moments, read from `path`; raises `InputError` if they belong to other parameters.
 
-    torch itself does not compare the sizes of the moments with the parameters', and would read beyond their ends.
+    The options of the groups stay the optimizer's own. torch itself does not compare the sizes of the moments with the
+    parameters', and would read beyond their ends.
     """
+    own = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict(state)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                for name, value in optimizer.state[parameter].items():
-                    if value.shape != (() if name == "step" else parameter.shape):
-                        raise ValueError(f"{name} has the size {tuple(value.shape)}")
+        if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("its parameters are others")
+        for index, moments in state["state"].items():
+            shape = parameters[index].shape
+            sizes = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
+            if {name: value.shape for name, value in moments.items()} != sizes:
+                raise ValueError("its moments have other sizes")
+            if not all(value.isfinite().all() for value in moments.values()):
+                raise ValueError("its moments are not finite")
+        optimizer.load_state_dict({"state": state["state"], "param_groups": own})
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path} belongs to another training ({error}).") from None
 

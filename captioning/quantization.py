@@ -24,7 +24,7 @@ from torch import Tensor
 
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
-from captioning.files import CACHE, write_cache
+from captioning.files import CACHE, read_bytes, write_cache
 from captioning.images import ImageDataset, build_transform
 from model import EncoderCNN
 
@@ -87,7 +87,7 @@ def quantize(encoder: EncoderCNN, preprocessing: Preprocessing, cache: Path = CA
     version = import_onnxruntime().__version__
     name = f"int8/{_key(encoder, preprocessing, version)}.onnx"
     try:
-        quantized = QuantizedBackbone((cache / name).read_bytes(), encoder.network)
+        quantized = QuantizedBackbone(read_bytes(cache / name), encoder.network)
     except Exception:  # no file, or a damaged one, for which onnxruntime has many exceptions
         graph = _quantize(encoder, preprocessing)
         write_cache(cache, name, lambda file: file.write(graph))

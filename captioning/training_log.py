@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from captioning.errors import InputError
+from captioning.files import read_bytes
 
-LINE = re.compile(r"Epoch \[(\d+)/\d+\], Step \[(\d+)/\d+\], Loss: ([^,]+), .*")
+LINE = re.compile(r"Epoch \[(\d+)/\d+\], Step \[(\d+)/\d+\], Loss: (-?[0-9.]+(?:e[-+]?[0-9]+)?|-?inf|nan), .*")
 
 
 def format_line(epoch: int, epochs: int, step: int, steps: int, loss: float, mean: str) -> str:
@@ -25,12 +26,15 @@ def read_log(path: str | Path) -> np.ndarray:
     none of a log.
     """
     rows = []
-    *lines, _ = Path(path).read_text(errors="replace").split("\n")
+    *lines, _ = read_bytes(Path(path)).decode(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)
         if not match:
             raise InputError(f"{path}, line {number} is not of a training log; delete the line or the file.")
-        rows.append([float(x) for x in match.groups()])
+        try:
+            rows.append([float(x) for x in match.groups()])
+        except ValueError:
+            raise InputError(f"{path}, line {number} has the loss {match[3]}, which is no number.") from None
     return np.array(rows).reshape(-1, 3)
 
 

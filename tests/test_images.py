@@ -158,7 +158,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, 
     "pixels of a deep TIFF": (lambda: deep_tiff(9500), "more than 83 million"),
     "a FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "of no image format"),
     "an ICNS": (lambda: b"icns\0\0\x10\0ic10\0\0\x0f\xf8" + plain(64, 64, "JPEG2000"), "of no image format"),
-    "pixels of a JPEG 2000": (lambda: plain(8000, 7000, "JPEG2000", "L"), "more than 50 million"),
+    "pixels of a JPEG 2000": (lambda: plain(8000, 7000, "JPEG2000", "L"), "more than 33 million"),
 }
 
 
@@ -335,6 +335,10 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
     "float with a mark for no data": (
         np.where(np.isnan(SPOILT), -3.4e38, SPOILT).astype(np.float32),
         np.nan_to_num(SPOILT) * 255,
+    ),
+    "float of 0 to 1 with a spark": (
+        np.where(np.isnan(SPOILT), 4, SPOILT).astype(np.float32),
+        np.where(np.isnan(SPOILT), 1, SPOILT) * 255,
     ),
     "float of 0 to 1.2": (GREY.astype(np.float32) / 255 * 1.2, (GREY / 255 * 1.2).clip(0, 1) * 255),
     "float with -9999 for no data": (

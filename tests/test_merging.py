@@ -111,7 +111,7 @@ MISTAKES = {
     ),
     "an image outside": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "../train/0.jpg"}]),
-        "which a data set cannot hold",
+        r"images\[0\] has no file_name within the image folder",
     ),
     "an id twice": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "0.jpg"}] * 2),
@@ -153,3 +153,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["importers.py", "merge", str(a), str(b), str(tmp_path / "out")])
     importers.main()
     assert "4 train, 2 val, 2 test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../0.jpg", "a\0b"])
+def test_an_image_outside_its_data_set_is_refused(name: str, tmp_path: Path):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b")
+    path = b / "annotations" / "captions_train.json"
+    document = json.loads(path.read_text())
+    document["images"][0]["file_name"] = name
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"images\[0\] has no file_name within the image folder"):
+        importers.merge((a, b), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -127,6 +128,8 @@ def test_a_state_of_an_optimizer_of_other_parameters_is_refused_in_a_sentence(co
         {"state": {}, "param_groups": 5},
         {"state": {0: "x"}, "param_groups": groups},
         {"state": short, "param_groups": groups},  # with which torch would read beyond their ends
+        {"state": {**moments, 0: {"step": torch.tensor(1.0)}}, "param_groups": groups},
+        {"state": {**moments, 0: {k: v * math.nan for k, v in moments[0].items()}}, "param_groups": groups},
     ):
         torch.save({**state, "optimizer": optimizer}, folder / "resume.pt")
         with pytest.raises(InputError, match=r"resume.pt (belongs to another training|is not a training's state)"):

@@ -630,13 +630,9 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "model: weights that overflow together": (lambda k: caption_with_overflow(k.trained), r"small are so large"),
     # a training
-    "training: a grid for one vector": (lambda k: k.small(grid_size=3), r"grid_size has no effect on a decoder that"),
-    "training: a penalty on nothing": (lambda k: k.small(attention_penalty=5.0), r"attention_penalty has no effect"),
-    "training: a vocabulary unread": (lambda k: k.small(vocab_file="my.json"), r"vocab_file has no effect without"),
-    "training: a rate for a frozen backbone": (
-        lambda k: k.small(backbone_learning_rate=1e-4),
-        r"backbone_learning_rate has no effect on a frozen backbone",
-    ),
+    "training: a grid out of range": (lambda k: k.small(grid_size=0), r"grid_size must be at least 1, not 0"),
+    "training: images of no size": (lambda k: k.small(image_size=0), r"image_size must be from 32 to 2048, not 0"),
+    "training: a log for a lock": (lambda k: k.small(log_file=".lock"), r"log_file must not be named as a model's"),
     "training: batch size": (lambda k: k.small(batch_size=0), r"batch_size must be at least 1, not 0"),
     "training: no epochs": (lambda k: k.small(num_epochs=0), r"num_epochs must be at least 1"),
     "training: dropout": (lambda k: k.small(dropout=1.5), r"dropout must be at most"),

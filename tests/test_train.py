@@ -606,3 +606,45 @@ def test_bfloat16_is_refused_where_the_processor_has_none(small: Callable, monke
     monkeypatch.setattr(training, "fast_dtype", lambda _: torch.float32)
     with pytest.raises(InputError, match="use --precision auto"):
         train(small(precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--grid-size", "3"], "--grid-size has no effect on a decoder that does not attend"),
+        (["--attention-penalty=5"], "--attention-penalty has no effect on this decoder"),
+        (["--vocab-file", "my.json"], "--vocab-file has no effect on a vocabulary of the captions; add --vocab-from"),
+        (
+            ["--backbone-learning-rate", "1e-4"],
+            "--backbone-learning-rate has no effect on a frozen backbone; add --fin",
+        ),
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_is_refused(options: list[str], sentence: str):
+    with pytest.raises(InputError, match=sentence):
+        train_module.parse_options(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--grid-size", "3", "--decoder", "attention"],
+        ["--config", "configs/photos.toml", "--decoder", "lstm"],
+        ["--config", "configs/photos.toml", "--fine-tune", "2", "--backbone-learning-rate", "1e-5"],
+        ["--vocab-file", "my.json", "--vocab-from-file"],
+    ],
+    ids=str,
+)
+def test_an_option_that_has_an_effect_beside_the_others_is_not(options: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(train_module.__file__).parent)
+    train_module.parse_options(options)
+
+
+@pytest.mark.parametrize("line", ["Loss: 5.1Epoch [1/3], Step [3/22], Loss: 5.0", "Loss: abc", "Loss: 5.1.0"])
+def test_a_spoilt_line_within_the_log_is_a_sentence(line: str, tmp_path: Path):
+    (tmp_path / "log.txt").write_text(f"Epoch [1/3], Step [2/22], {line}, Perplexity: 1\n")
+    with pytest.raises(InputError, match=r"log\.txt, line 1 "):
+        read_log(tmp_path / "log.txt")
+    with pytest.raises(InputError, match=r"none\.txt cannot be read"):
+        read_log(tmp_path / "none.txt")
