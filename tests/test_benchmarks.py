@@ -62,7 +62,7 @@ def test_a_small_run_reports_every_measurement(
     assert all(np.isfinite(n) and n > 0 for n in numbers(parts))
     assert Image.open(settings.figure).width > 500
     printed = capsys.readouterr().out
-    assert printed.count("|\n") == (2 + 8) + (2 + 2) + (2 + 4)
+    assert printed.count("|\n") == (2 + 10) + (2 + 2) + (2 + 4)
     assert results["device"] in printed
     results["peer"] = dict.fromkeys(
         ("captions_per_second", "training_ratio", "photos_per_second", "captioning_ratio"), 2.0

@@ -389,6 +389,17 @@ def test_heic_is_read_whatever_its_name(tmp_path: Path, name: str):
     assert np.abs(np.asarray(read_image(tmp_path / name), int) - (255, 0, 0)).max() < 9
 
 
+def test_the_sizes_of_all_images_that_are_read_are_known_without_decoding(tmp_path: Path, recwarn):
+    huge = encode(RED, "JPEG")
+    at = huge.index(b"\xff\xc0") + 5
+    (tmp_path / "huge.jpg").write_bytes(huge[:at] + struct.pack(">HH", 13000, 14000) + huge[at + 4 :])
+    pytest.importorskip("pillow_heif").from_pillow(RED).save(tmp_path / "a.heic")
+    for name, size in (("huge.jpg", (14000, 13000)), ("a.heic", (64, 64))):
+        with image_files.open_image(tmp_path / name) as image:
+            assert image.size == size
+    assert not list(recwarn)
+
+
 def test_heic_without_pillow_heif_is_a_sentence_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
