@@ -35,7 +35,17 @@ from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, run_command
 from captioning.page import FILE, PER_WORD, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
-from captioning.web import LOOPBACK, MAX_IMAGES, MAX_UPLOADED, STOP_SECONDS, Gate, Server, StoppableServer, Upload
+from captioning.web import (
+    LOOPBACK,
+    MAX_IMAGES,
+    MAX_UPLOADED,
+    STOP_SECONDS,
+    Gate,
+    Protocol,
+    Server,
+    StoppableServer,
+    Upload,
+)
 
 UPLOAD_LIFETIME = (600, 3600)  # seconds between deletions of uploads, and how old these are
 MAX_WAITING = 128  # queued requests; further ones are refused
@@ -331,7 +341,7 @@ def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket
             raise InputError(reason) from None
         gate.origins = {urlsplit(public).netloc}
     print(f"The page is at {url}" + (f" and {public}" if share else "; --share opens a public address too"), flush=True)
-    config = uvicorn.Config(gate, log_level="warning", ws="none", timeout_graceful_shutdown=STOP_SECONDS)
+    config = uvicorn.Config(gate, http=Protocol, ws="none", log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
     # Gradio's open tabs hold connections.
     stop_tabs = app.routes[-1].app.stop_event.set  # pyright: ignore[reportAttributeAccessIssue]
     StoppableServer(config, stop_tabs, server.close).run(sockets=[listener])

@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.errors import InputError
@@ -93,6 +94,15 @@ def _counted(receive: Receive, limit: int) -> Receive:
         return message
 
     return receive_counted
+
+
+class Protocol(H11Protocol):
+    """Uvicorn's, but deaf once it has refused a request: it would answer the rest of that with a traceback."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take what a client sent."""
+        if not self.transport.is_closing():
+            super().data_received(data)
 
 
 class StoppableServer(uvicorn.Server):

@@ -698,7 +698,7 @@ def test_a_full_queue_says_so(slow: SlowCaptioner, scene: Image.Image, monkeypat
 
 
 def test_uploads_are_deleted_and_examples_stay(slow: SlowCaptioner, image_path: Path, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(gradio_main, "AGE", 6)
+    monkeypatch.setattr(gradio_main, "UPLOAD_LIFETIME", (1, 6))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     with served(slow, [(image_path, "red and blue")], tmp_path) as api:
         path = post(f"{api}/upload", files={"files": ("a.jpg", b"a")}).json()[0]

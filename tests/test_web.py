@@ -13,17 +13,19 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from uvicorn.server import ServerState
 
 from captioning import web
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Decoding
 from captioning.errors import InputError
-from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, Gate, Server, Upload
+from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, Gate, Protocol, Server, Upload
 
 # Requests
 
@@ -267,3 +269,28 @@ def test_a_visitor_who_leaves_ends_the_captioning(
     rows.close()
     assert sum(slow.sizes) < 100
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_what_follows_a_refused_request_is_ignored():
+    class Transport(asyncio.Transport):
+        written, closing = b"", False
+
+        def write(self, data: bytes) -> None:
+            self.written += data
+
+        def close(self) -> None:
+            self.closing = True
+
+        def is_closing(self) -> bool:
+            return self.closing
+
+    async def refuse() -> bytes:
+        config = uvicorn.Config(lambda: None, log_config=None)
+        config.load()
+        protocol, transport = Protocol(config, ServerState(), {}), Transport()
+        protocol.connection_made(transport)
+        for _ in range(2):
+            protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n")
+        return transport.written
+
+    assert asyncio.run(refuse()).count(b"400 Bad Request") == 1
