@@ -28,14 +28,14 @@ from captioning.files import CACHE, read_bytes, write_cache
 from captioning.images import ImageDataset, build_transform
 from model import EncoderCNN
 
-PHOTOS = Path(__file__).parents[1] / "images"
-CROPS = 4  # of each photo, besides the whole
+IMAGES = Path(__file__).parents[1] / "images"
+CROPS = 4  # of each image, besides the whole
 
 
 class QuantizedBackbone(nn.Module):
     """A backbone as an ONNX graph, which ONNX Runtime computes.
 
-    layout: "NCHW" or "NHWC", of its output. num_prefix_tokens: of its output, before the patches.
+    Its output is that of the `backbone` which it stands for, and so are `output_fmt` and `num_prefix_tokens`.
     """
 
     def __init__(self, graph: bytes, backbone: nn.Module):
@@ -101,6 +101,8 @@ def _key(encoder: EncoderCNN, preprocessing: Preprocessing, version: str) -> str
     for name, tensor in encoder.network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
+    for path in calibration_files():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -108,9 +110,9 @@ def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Photos(CalibrationDataReader):
+    class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.images = calibration_images(encoder, preprocessing)
+            self.images = calibration_images(preprocessing)
 
         def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             image = next(self.images, None)
@@ -126,7 +128,7 @@ def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
             quantize_static(
                 prepared,
                 small,
-                Photos(),
+                Images(),
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -136,9 +138,17 @@ def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
         return Path(small).read_bytes()
 
 
-def calibration_images(encoder: EncoderCNN, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """The photos of images/ and some crops of each, normalised, (3, H, W)."""
-    paths = sorted(PHOTOS.glob("*.jpg"))
+def calibration_files() -> list[Path]:
+    """List the images that the ranges are measured on; raises `InputError` where there is none."""
+    paths = sorted(IMAGES.glob("*.jpg"))
+    if not paths:
+        raise InputError(f"--precision int8 needs the photos of {IMAGES}; restore that folder from the repository.")
+    return paths
+
+
+def calibration_images(preprocessing: Preprocessing) -> Iterator[Tensor]:
+    """Yield each image of `calibration_files` and some crops of it, normalised, (3, H, W)."""
+    paths = calibration_files()
     whole, crops = (
         ImageDataset(paths, build_transform(train, **asdict(preprocessing), normalise=True)) for train in (False, True)
     )

@@ -99,6 +99,12 @@ def test_another_backbone_or_input_size_is_quantized_anew(tmp_path: Path):
     assert len(keys | {quantization._key(encoder, preprocessing_of(LITE, SIZE), "1")}) == 3
 
 
+def test_without_the_images_that_the_ranges_are_measured_on_it_says_so(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(quantization, "IMAGES", tmp_path)
+    with pytest.raises(InputError, match="--precision int8 needs the photos of"):
+        quantize(lite(), preprocessing_of(LITE, SIZE), tmp_path)
+
+
 def test_a_command_captions_with_it_says_so_and_tells_nobody(tmp_path: Path):
     options = ("--model", "models/photos", "--precision", "int8", "--json")
     done = run_script("caption.py", "images/cat.jpg", *options, ORT_DISABLE_TELEMETRY="", TMPDIR=str(tmp_path))
