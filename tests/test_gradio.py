@@ -170,7 +170,7 @@ def browser() -> Iterator[object]:
         browser.close()
 
 
-CAPTION = "document.querySelector('#caption textarea').value"
+CAPTION = "document.querySelector('#caption textarea')?.value"
 
 
 def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Image, tmp_path: Path):
@@ -195,7 +195,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
 
     tab.get_by_role("button", name="How words are chosen").click()
     tab.get_by_label("Greedy").check()
-    tab.wait_for_function("text => document.querySelector('#caption textarea').value == text", arg=greedy)
+    tab.wait_for_function("text => document.querySelector('#caption textarea')?.value == text", arg=greedy)
     tab.get_by_text("Alternatives").wait_for(state="detached")
     tab.get_by_label("Sampling").check()
     tab.get_by_text("Temperature").wait_for()
@@ -207,7 +207,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     tab.locator("#examples button").first.click()
     example = tab.locator(".image-frame img[src*='scene-1']").get_attribute("src")
     _, (expected, *_) = page.caption(get(example).content, "scene.jpg", "beam", 5)
-    tab.wait_for_function("text => document.querySelector('#caption textarea').value == text", arg=expected)
+    tab.wait_for_function("text => document.querySelector('#caption textarea')?.value == text", arg=expected)
 
     tab.get_by_role("button", name="Keep this photo").click()
     tab.get_by_text("Kept; thank you.").wait_for()
@@ -219,7 +219,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     tab.get_by_role("combobox", name="Model").click()
     tab.get_by_role("option", name="plain").click()
     _, (other, *_) = page.caption(get(example).content, "scene.jpg", "beam", 5, 1, "plain")
-    tab.wait_for_function("text => document.querySelector('#caption textarea').value == text", arg=other)
+    tab.wait_for_function("text => document.querySelector('#caption textarea')?.value == text", arg=other)
     tab.get_by_text("Where the model looked").wait_for(state="detached")  # it does not attend
 
     tab.get_by_label("Remove Image").click()
