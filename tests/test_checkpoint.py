@@ -223,6 +223,7 @@ def test_what_is_left_of_a_failed_write_cannot_hide_the_failure(tmp_path: Path):
 # The state to resume from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
