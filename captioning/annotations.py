@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import ijson
 import numpy as np
 
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE, hash_file, require_regular, write_cache
+from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
@@ -165,7 +164,7 @@ def _parse_image(entry: Any) -> tuple[int, dict[str, Any]]:
         raise InputError(f'has a "file_name" that is no name: {name!r:.80}')
     if "\n" in name or "\0" in name:
         raise InputError(f'has a "file_name" with a line break or a zero byte: {name!r:.80}')
-    if os.path.isabs(name) or (".." in name and ".." in Path(name).parts):
+    if not is_within(name):
         raise InputError(f'has a "file_name" outside the image folder: {name!r:.80}')
     return image_id, entry
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captioning import decoding
 from captioning.checkpoint import Description, load_model
-from captioning.distributed import fast_dtype, this_process
+from captioning.distributed import choose_dtype, fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
@@ -26,7 +26,6 @@ from vocabulary import UNK, UNK_WORD, Vocabulary
 Source = str | Path | Member | Image.Image
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
 BEAM_OPTIONS = ("beam_size", "length_penalty", "groups", "diversity", "block_trigrams")
 LARGEST_BEAM = 100  # and number of alternatives; memory grows with it
@@ -166,7 +165,7 @@ class Captioner:
 
             self.encoder = quantize(encoder.for_inference(torch.float32), description.preprocessing)
         else:
-            self.encoder = encoder.for_inference(DTYPES[self.precision]).to(self.device)
+            self.encoder = encoder.for_inference(choose_dtype(self.device, self.precision)).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
         self.transform = build_transform(False, **asdict(description.preprocessing), normalise=False)

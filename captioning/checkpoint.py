@@ -263,9 +263,10 @@ def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
     `folder` holds something already or cannot be written.
     """
     require_new_folder(folder)
-    if len(set(epochs)) < 2:
+    chosen = sorted(set(epochs))
+    if len(chosen) < 2:
         raise InputError("an average takes two epochs or more; name those of --epochs.")
-    models = [load_model(model, epoch) for epoch in sorted(set(epochs))]
+    models = [load_model(model, epoch) for epoch in chosen]
     encoder, decoder, _, description = models[-1]
     for states in ([m[0].state_dict() for m in models], [m[1].state_dict() for m in models]):
         for key, weight in states[-1].items():
@@ -273,10 +274,10 @@ def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
                 weight.copy_(torch.stack([state[key] for state in states]).mean(0))
     if description.training.get("tie_weights"):
         decoder.linear.weight = decoder.embed.weight  # loading untied them
-    training = {**description.training, "averaged_epochs": sorted(set(epochs))}
-    changed = description.model_copy(update={"best_epoch": max(epochs), "training": training})
-    write_model(folder, max(epochs), encoder, decoder, changed)
-    print(printable(f"{folder}: the mean of epochs {', '.join(map(str, sorted(set(epochs))))}; evaluate.py scores it"))
+    training = {**description.training, "averaged_epochs": chosen}
+    changed = description.model_copy(update={"best_epoch": chosen[-1], "training": training})
+    write_model(folder, chosen[-1], encoder, decoder, changed)
+    print(printable(f"{folder}: the mean of epochs {', '.join(map(str, chosen))}; evaluate.py scores it"))
 
 
 def store_backbone(folder: Path, encoder: EncoderCNN) -> None:

@@ -34,6 +34,7 @@ from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE, write_file
 from captioning.images import ImageDataset, build_transform, read_batches
 from captioning.shards import Member
+from captioning.weights import hash_weights
 from model import EncoderCNN
 
 # On a CPU a small batch stays in its cache; on a GPU many workers read as many batches at once.
@@ -148,9 +149,7 @@ def _key(
 ) -> str:
     about = ["3", encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size, str(dtype)]
     digest = hashlib.sha256(json.dumps(about).encode())
-    for name, tensor in encoder.network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    hash_weights(digest, encoder.network)
     for path in paths:
         stat = path.stat()
         digest.update(f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())

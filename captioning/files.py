@@ -36,9 +36,8 @@ WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
 def hash_file(path: Path, before: bytes = b"") -> str:
     """Compute the SHA-256 of a file, with `before` prepended, in hexadecimal."""
     digest = hashlib.sha256(before)
+    require_regular(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"{path} is not a regular file.")
         with open(path, "rb") as file:
             while part := file.read(1 << 20):
                 digest.update(part)
@@ -54,14 +53,17 @@ def require_regular(path: str | Path) -> None:
             raise InputError(f"{path} is not a regular file.")
 
 
+def is_within(name: str) -> bool:
+    """Whether a file's name, relative to its folder, stays within that."""
+    return not os.path.isabs(name) and not (".." in name and ".." in Path(name).parts)
+
+
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """Read a regular file of at most `limit` bytes; raises `InputError` for anything else, pipes included."""
+    require_regular(path)
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is not a regular file.")
-        if limit is not None and status.st_size > limit:
-            raise InputError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are read.")
+        if limit is not None and (size := os.stat(path).st_size) > limit:
+            raise InputError(f"{path} has {size:,} bytes; at most {limit:,} are read.")
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None

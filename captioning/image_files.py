@@ -308,7 +308,11 @@ def _black_and_white(image: Image.Image) -> tuple[float, float]:
         raise ValueError("none of its levels is a number")
     if low < 0 or high > WHITES[-1]:
         return low, high
-    if high <= OVERSHOOT and any((_levels(image.crop(box)) % 1 > 0).any() for box in _bands(image)):
+    if (
+        image.mode == "F"
+        and high <= OVERSHOOT
+        and any((_levels(image.crop(box)) % 1 > 0).any() for box in _bands(image))
+    ):
         return 0.0, 1.0
     return 0.0, float(next(white for white in WHITES if high <= white))
 

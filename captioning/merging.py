@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 from captioning.coco_layout import SPLITS, SourceImage, write_dataset
 from captioning.errors import InputError
-from captioning.files import read_text, require_new_folder
+from captioning.files import is_within, read_text, require_new_folder
 from captioning.reports import Report
 from captioning.tables import read_json
 
@@ -76,7 +76,7 @@ def _read_split(folder: Path, prefix: str, split: str, report: Report) -> Iterat
     images: dict[int, SourceImage] = {}
     for where, entry in _entries(path, document, "images"):
         image_id, name = _whole_number(entry.get("id"), where), entry.get("file_name")
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        if not isinstance(name, str) or not is_within(name) or "\0" in name:
             raise InputError(f"{where} has no file_name within the image folder: {name!r:.80}.")
         if image_id in images:
             raise InputError(f"{where} has the id {image_id}, which an image before it has.")

@@ -26,6 +26,7 @@ from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import CACHE, read_bytes, write_cache
 from captioning.images import ImageDataset, build_transform
+from captioning.weights import hash_weights
 from model import EncoderCNN
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -98,9 +99,7 @@ def quantize(encoder: EncoderCNN, preprocessing: Preprocessing, cache: Path = CA
 
 def _key(encoder: EncoderCNN, preprocessing: Preprocessing, version: str) -> str:
     digest = hashlib.sha256(json.dumps(["1", version, encoder.backbone_name, asdict(preprocessing)]).encode())
-    for name, tensor in encoder.network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+    hash_weights(digest, encoder.network)
     for path in calibration_files():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

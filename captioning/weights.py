@@ -160,6 +160,13 @@ def _is_whole(value: object) -> bool:
     return value.nbytes <= value.untyped_storage().nbytes()
 
 
+def hash_weights(digest: Any, module: nn.Module) -> None:
+    """Add the names and values of a module's state dict to a hash of hashlib's."""
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+
 def load_weights(
     module: nn.Module, state: dict[str, Tensor], path: str | Path, optional_prefixes: tuple[str, ...] = ()
 ) -> None:
