@@ -10,6 +10,7 @@ captioner(["photo.jpg"])[0].text
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from captioning.checkpoint import default_model
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable, run_command
 from captioning.features import BATCH
-from captioning.figures import MAX_SHEET, draw_attention, draw_sheet, save_figure
+from captioning.figures import MAX_SHEET, check_figure, draw_attention, draw_sheet, save_figure
 from captioning.files import check_output
 from captioning.images import WORKERS
 
@@ -62,9 +63,11 @@ def main(
     if workers < 0:
         raise InputError(f"--workers must be at least 0, not {workers}.")
     if export is not None:
-        others = (images, recursive, json_, output, strict, sheet, attention, precision != "auto")
+        others = (images, recursive, json_, output, strict, sheet, attention, precision != "auto", workers != WORKERS)
         if any(others) or decoding != Decoding(max_length=decoding.max_length) or len(model) > 1:
             raise InputError("--export takes one --model and --max-length, but no images and no other option.")
+        if os.path.isfile(export) and export.suffix.lower() != ".onnx":
+            raise InputError(f"{export} exists and is not named like an ONNX file; name another file for the export.")
         from captioning.export import export_onnx
 
         export_onnx(model[0] if model else default_model(), export, decoding.max_length)
@@ -78,13 +81,15 @@ def main(
             raise InputError("--output goes with none of --json, --sheet and --attention.")
         if decoding.temperature is not None and decoding.seed is None:
             raise InputError("--output with --temperature needs a --seed, so that a run that was stopped can resume.")
-        write_file(images, recursive, model, precision, decoding, output, workers, strict)
+        caption_to_file(images, recursive, model, precision, decoding, output, workers, strict)
         return
+    if sys.stdout is None:
+        raise InputError("standard output is closed, and the captions go there; open it, or write them with --output.")
     if this_process().num_processes > 1:
         raise InputError("several processes caption into one file; add --output captions.jsonl.")
     for path in (sheet, attention):
         if path is not None:
-            check_output(path)
+            check_figure(path)
     sources = find_images(images, recursive, log)
     captioner = Captioner.load(model or default_model(), precision=precision)
     if attention is not None and not captioner.decoder.attends:
@@ -111,7 +116,7 @@ def log(message: str) -> None:
     tqdm.write(printable(message), file=sys.stderr)
 
 
-def write_file(
+def caption_to_file(
     images: tuple[Path, ...],
     recursive: bool,
     model: tuple[Path, ...],
@@ -148,17 +153,19 @@ def print_captions(
     unreadable = None if strict else lambda _, error: failed.append(error)
     captions: dict[int, Caption] = {}
     stream = captioner.stream(sources, decoding, workers if len(sources) > 2 * BATCH else 0, unreadable)
-    for index, caption in tqdm(stream, total=len(sources), unit="photo", delay=2, disable=None):
-        captions[index] = caption
-        if not as_document:
-            text = f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text
-            tqdm.write(printable(text))
-            for other in caption.alternatives:
-                tqdm.write(printable(f"    {other.text}"))
-    if as_document:
-        print(json.dumps([as_json(sources[i], caption) for i, caption in captions.items()], indent=1))
+    try:
+        for index, caption in tqdm(stream, total=len(sources), unit="photo", delay=2, disable=None):
+            captions[index] = caption
+            if not as_document:
+                text = f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text
+                tqdm.write(printable(text))
+                for other in caption.alternatives:
+                    tqdm.write(printable(f"    {other.text}"))
+    finally:  # --strict stops at an image that cannot be read; those before it are captioned
+        if as_document:
+            print(json.dumps([as_json(sources[i], caption) for i, caption in captions.items()], indent=1))
     return captions, failed
 
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main))
+    run_command(lambda: tyro.cli(main, config=(tyro.conf.DisallowNone,)))

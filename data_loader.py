@@ -5,7 +5,7 @@ A data set is a folder laid out as COCO is,
     <folder>/annotations/captions_{train,val,test}<year>.json, image_info_test<year>.json
     <folder>/images/{train,val,test}<year>/
 
-or as WebDataset has it, <folder>/{train,val,test}-*.tar (`captioning/shards.py`). An annotation file is tokenized
+or as WebDataset has it, <folder>/{train,val,test}*.tar (`captioning/shards.py`). An annotation file is tokenized
 once. The result, a few flat integer arrays, is cached under the file's hash: training on COCO starts in a second
 the next time.
 """
@@ -75,7 +75,7 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
-    raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}-*{SUFFIX}; {advice}")
+    raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{SUFFIX}; {advice}")
 
 
 class CaptionDataset(Dataset):
@@ -202,27 +202,48 @@ class CaptionDataset(Dataset):
 # Batches
 
 
-class LengthBatches(Sampler):
-    """Sample batches of caption indices, all captions of a batch of one length, every caption once an epoch.
+class EpochSampler(Sampler):
+    """Sample batches of caption indices in an order that depends on the seed and the epoch only.
 
-    Captions of one length need no padding, which would cost decoder steps. The order depends only on the seed and
-    the epoch; `set_epoch` chooses the epoch, and each complete pass advances it by one.
+    `set_epoch` chooses the epoch, and each complete pass advances it by one. Subclasses draw the batches of an epoch.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        per_length = np.bincount(lengths)
-        self.batches = int(np.ceil(per_length / batch_size).sum())
+    def __init__(self, seed: int):
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
         self.epoch = epoch
 
+    def draw(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the batches of an epoch."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from self.draw(np.random.default_rng((self.seed, self.epoch)))
+        self.epoch += 1
+
+
+class LengthBatches(EpochSampler):
+    """Batches in which all captions have one length, every caption once an epoch.
+
+    Captions of one length need no padding, which would cost decoder steps.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
+        super().__init__(seed)
+        self.lengths, self.batch_size = lengths, batch_size
+        per_length = np.bincount(lengths)
+        self.batches = int(np.ceil(per_length / batch_size).sum())
+
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+    def draw(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the batches of an epoch."""
         order = rng.permutation(len(self.lengths))
         order = order[np.argsort(self.lengths[order], kind="stable")]
         ends = np.cumsum(np.bincount(self.lengths))
@@ -233,37 +254,29 @@ class LengthBatches(Sampler):
         ]
         for i in rng.permutation(len(batches)):
             yield batches[i]
-        self.epoch += 1
 
 
-class ImageBatches(Sampler):
-    """Sample batches of caption indices that hold all captions of each of their images, every caption once an epoch.
+class ImageBatches(EpochSampler):
+    """Batches that hold all captions of each of their images, every caption once an epoch.
 
     For training with the backbone, which then processes an image once an epoch and not once a caption.
     """
 
     def __init__(self, image_rows: np.ndarray, batch_size: int, seed: int = 0):
-        self.seed, self.epoch = seed, 0
+        super().__init__(seed)
         self.captions = np.argsort(image_rows, kind="stable")
         self.ends = np.cumsum(np.bincount(image_rows))  # image i has captions[ends[i - 1]:ends[i]]
         self.images_per_batch = max(1, round(batch_size * len(self.ends) / len(image_rows)))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return -(-len(self.ends) // self.images_per_batch)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.ends))
+    def draw(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the batches of an epoch."""
+        order = rng.permutation(len(self.ends))
         for start in range(0, len(order), self.images_per_batch):
             rows = order[start : start + self.images_per_batch]
             yield np.concatenate([self.captions[self.ends[i - 1] if i else 0 : self.ends[i]] for i in rows])
-        self.epoch += 1
-
-
-CaptionBatches = LengthBatches | ImageBatches
 
 
 def get_loader(

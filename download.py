@@ -3,8 +3,9 @@
     python download.py coco --root data/coco --year 2017 [--limit 500]
     python download.py weights --to models/published
 
-The same command resumes a download that was interrupted. Until it is complete, everything lies in a folder
-`.download` inside the data set, so that a part is never taken for the whole.
+The same command resumes a download that was interrupted. What is not whole yet lies in `.download` inside the data set
+(for the weights, in FOLDER.download): an archive's content moves to its place once all of it is unpacked, the images of
+--limit once all are there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from captioning.fetching import (
     read,
     require_space,
 )
+from captioning.image_files import MAX_SCANS
 from importers import import_weights
 
 COCO_SERVER = "http://images.cocodataset.org"  # its https certificate names another host; SHA-256 protects us
@@ -96,7 +98,6 @@ WEIGHTS_SECONDS = 3600  # the most that downloading them may take; the same comm
 AT_ONCE = 16  # requests for images
 IMAGE_BYTES = 200_000  # a COCO image has 163,000 on average
 LARGEST_IMAGE = 4_000_000  # bytes; COCO's are 640 x 640 pixels at most
-MAX_SCANS = 100  # of a progressive JPEG, each of which takes time to decode
 ANNOTATION_BYTES = 150_000_000  # the caption files of one year, unpacked
 
 

@@ -8,6 +8,7 @@ python evaluate.py --references data/coco/annotations/captions_val2017.json --re
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -21,10 +22,10 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from captioning.captioner import Caption, Captioner, Decoding, Precision
-from captioning.checkpoint import choose_epoch, default_model, read_description
+from captioning.checkpoint import Description, choose_epoch, default_model, name_weights, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable, run_command
-from captioning.files import check_output, write_file
+from captioning.files import check_output, hash_file, write_file
 from captioning.images import WORKERS
 from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
 from captioning.scenes import checking
@@ -100,6 +101,8 @@ def evaluate(
         raise InputError(f"none of the {len(paths)} images can be read, the first for this reason: {unreadable[0]}")
     evaluation = Evaluation(captions, time.perf_counter() - start, None, {}, unreadable)
     if results is not None:
+        if os.path.exists(results):  # perhaps captions to score, where --references was forgotten
+            os.replace(results, f"{results}.old")
         write_file(results, lambda file: file.write(json.dumps(evaluation.results()).encode()))
     hypotheses = evaluation.hypotheses()
     if len(dataset.image_rows):
@@ -112,17 +115,17 @@ def evaluate(
 def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[str, float]:
     """Compute the attribute accuracy of captions (image id -> caption) of drawn scenes; empty for photos."""
     correct: dict[str, list[bool]] = defaultdict(list)
-    for i, text in hypotheses.items():
-        scene = dataset.coco.imgs[i].get("scene")
-        if scene is not None:
-            try:
-                checked = checking.check(text, scene)
-            except (KeyError, TypeError, AttributeError, IndexError):
-                raise InputError(
-                    f"{dataset.annotation_file} describes image {i} as no drawn scene is; draw the scenes again."
-                ) from None
-            for attribute, is_correct in checked.items():
-                correct[attribute].append(is_correct)
+    for i, scene in dataset.scenes().items():
+        if i not in hypotheses:
+            continue
+        try:
+            checked = checking.check(hypotheses[i], scene)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise InputError(
+                f"{dataset.annotation_file} describes image {i} as no drawn scene is; draw the scenes again."
+            ) from None
+        for attribute, is_correct in checked.items():
+            correct[attribute].append(is_correct)
     return {attribute: sum(values) / len(values) for attribute, values in correct.items()}
 
 
@@ -185,16 +188,23 @@ def main(
         captioner = Captioner.load(models, precision=precision)
         dataset = CaptionDataset(data, split, vocab=captioner.vocab, must_exist=not skip_unreadable)
     about = _describe(captioner, models, data, split)
-    training_captions = None
+    training_captions, replaced = None, False
     if this_process().is_main_process:
-        _log("{model}, epoch {epoch}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
+        weights = name_weights(captioner.description, about["epoch"])
+        _log(
+            "{model}, {weights}, trained on {trained_on}; evaluated on {data}, {split} split".format(
+                weights=weights, **about
+            )
+        )
         results = _choose_output(results, dataset)
-        training_captions = _read_training_captions(data)
+        replaced = results is not None and results.exists()
+        training_captions = _read_training_captions(data, captioner.description)
     evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
     if evaluation is not None:
         _report(evaluation, about, diversity(evaluation.hypotheses(), training_captions), json_)
         if results is not None:
-            _log(f"wrote {results}")
+            before = f"; what it held before is in {results}.old" if replaced else ""
+            _log(f"wrote {results}{before}")
 
 
 def _log(message: str) -> None:
@@ -254,10 +264,13 @@ def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) 
     }
 
 
-def _read_training_captions(data: Path) -> list[str] | None:
-    """Read the training captions, for the share of novel captions; None without a training split."""
+def _read_training_captions(data: Path, description: Description) -> list[str] | None:
+    """Read the captions that the model learned from, for the share of novel captions; None where they are not here."""
     try:
-        references = read_references(find_split(data, "train")[0])
+        path = find_split(data, "train")[0]
+        if hash_file(path) != description.data.get("train_sha256"):
+            raise InputError(f"the model was trained on other captions than those of {path}.")
+        references = read_references(path)
     except InputError as error:
         _log(f"the share of new captions is not measured: {error}")
         return None
@@ -301,4 +314,4 @@ def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, fl
 
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main))
+    run_command(lambda: tyro.cli(main, config=(tyro.conf.DisallowNone,)))

@@ -33,16 +33,16 @@ from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, run_command
-from captioning.page import FILE, PER_WORD, Answers, Files, ImageInput, Page
+from captioning.page import FILE_ROUTE, PER_WORD, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
 from captioning.web import (
     LOOPBACK,
     MAX_IMAGES,
     MAX_UPLOADED,
     STOP_SECONDS,
+    CaptionServer,
     Gate,
-    Protocol,
-    Server,
+    HttpProtocol,
     StoppableServer,
     Upload,
 )
@@ -54,13 +54,11 @@ IMAGES = Path(__file__).with_name("images")
 DESCRIPTION_TAG = 0x010E  # of EXIF: what a photo shows
 SOURCES: list[Literal["upload", "webcam", "clipboard"]] = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
-BACKBONES = {
-    "IMAGENET1K_V1": "ResNet-50",
-    "stored": "ResNet-50",
+BACKBONE_NAMES = {
     "resnet50": "ResNet-50",
     "tf_efficientnet_lite2": "EfficientNet-Lite2",
 }
-DECODERS = {"lstm": "an LSTM", "attention": "an LSTM with attention", "transformer": "a transformer"}
+DECODER_NAMES = {"lstm": "an LSTM", "attention": "an LSTM with attention", "transformer": "a transformer"}
 OTHER_MODELS = """`python gradio_main.py --model FOLDER` serves another model.
 Give `--model` several times to choose among models on this page. `make demo` trains `models/scenes`."""
 Option = gr.Radio | gr.Slider | gr.Dropdown
@@ -108,8 +106,8 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
 def describe_model(name: str, description: Description) -> str:
     """Describe a model and its training data, as Markdown."""
     architecture, data = description.architecture, description.data
-    backbone = BACKBONES.get(architecture.backbone, architecture.backbone)
-    decoder = DECODERS.get(architecture.decoder, architecture.decoder)
+    backbone = BACKBONE_NAMES.get(architecture.backbone, architecture.backbone)
+    decoder = DECODER_NAMES.get(architecture.decoder, architecture.decoder)
     text = f"**Model `{name}`**: {backbone} and {decoder}, {len(description.vocabulary):,} words"
     images, captions = data.get("train_photos"), data.get("train_captions")
     if isinstance(images, int) and isinstance(captions, int):
@@ -118,7 +116,7 @@ def describe_model(name: str, description: Description) -> str:
 
 
 def build_page(
-    server: Server, examples: list[tuple[Path, str]], folder: Path, flag_folder: Path | None = None
+    server: CaptionServer, examples: list[tuple[Path, str]], folder: Path, flag_folder: Path | None = None
 ) -> tuple[Page, ImageInput]:
     """Build the page; returns it and its image input."""
     answers = Answers(server, folder)
@@ -309,7 +307,7 @@ def load_models(folders: tuple[Path, ...]) -> dict[str, Captioner]:
     return captioners
 
 
-def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket, share: bool) -> None:
+def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket.socket, share: bool) -> None:
     """Serve the page on a socket until SIGTERM or Ctrl-C; if `share`, through a public tunnel as well."""
     address, port = listener.getsockname()[:2]
     host = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address))
@@ -331,7 +329,7 @@ def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket
         head=HEAD,
     )
     page.has_launched = True  # before, Gradio accepts any path as an upload
-    image.sample = f"{url}{FILE}{image.sample}"
+    image.sample = f"{url}{FILE_ROUTE}{image.sample}"
     gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK)
     if share:
         try:
@@ -341,7 +339,9 @@ def serve(page: Page, image: ImageInput, server: Server, listener: socket.socket
             raise InputError(reason) from None
         gate.origins = {urlsplit(public).netloc}
     print(f"The page is at {url}" + (f" and {public}" if share else "; --share opens a public address too"), flush=True)
-    config = uvicorn.Config(gate, http=Protocol, ws="none", log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+    config = uvicorn.Config(
+        gate, http=HttpProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=STOP_SECONDS
+    )
     # Gradio's open tabs hold connections.
     stop_tabs = app.routes[-1].app.stop_event.set  # pyright: ignore[reportAttributeAccessIssue]
     StoppableServer(config, stop_tabs, server.close).run(sockets=[listener])
@@ -379,7 +379,7 @@ def main(
     with listener, tempfile.TemporaryDirectory(prefix="captions-") as folder, suppress(KeyboardInterrupt):
         # Gradio serves all that is in this folder, by default one that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
-        server = Server(captioners)
+        server = CaptionServer(captioners)
         page, image = build_page(
             server, example_images(captioners, Path(folder)), Path(folder) / "uploads", flag_folder
         )
@@ -388,4 +388,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main))
+    run_command(lambda: tyro.cli(main, config=(tyro.conf.DisallowNone,)))

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from captioning.files import hash_file, read_text, require_new_folder
 from captioning.image_index import ImageIndex, walk_files
 from captioning.merging import merge_datasets
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, SPLITS, Row, clean_caption, read_json, read_table, read_token_file
+from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 SPLIT_FILE = re.compile(r"(?:^|[_.\-])(train|dev|val|test)(?:images)?$", re.IGNORECASE)
@@ -96,10 +96,7 @@ def _captions(row: Row, report: Report) -> list[str]:
 
 
 def import_flickr(
-    source: Source,
-    destination: Destination,
-    images: Path | None = None,
-    encoding: str | None = None,
+    source: Source, destination: Destination, images: Path | None = None, encoding: str | None = None
 ) -> None:
     """Convert Flickr8k or Flickr30k, in their own files or with a captions.txt or results.csv, to COCO's layout.
 
@@ -126,7 +123,7 @@ def import_flickr(
 
     split_files = [path for path in texts if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)]
     splits = _read_split_files(split_files, captions, table, encoding)
-    result = []
+    rows: dict[str, Row] = {}
     for name in captions:
         if split_files and name not in splits:
             report.add("image{s} in no split file", name)
@@ -134,12 +131,25 @@ def import_flickr(
         where, split = splits.get(name, (str(table), ""))
         key = index.find(name, where, anywhere)
         if key is not None:
-            result.append(SourceImage(index.paths[key][0], key.rpartition("/")[2], split, captions[name]))
+            if key in rows:
+                raise InputError(f"{where}: {name} and {rows[key].image} are both {index.paths[key][0]}; name it once.")
+            rows[key] = Row(where, name, captions[name], split)
         elif split:
             raise InputError(f"{where}: {name} is not under {index.folder}.")
         else:  # Flickr8k's captions name one that was never part of it (2258277193_586949ec62.jpg.1)
-            report.add("captioned image{s} not under " + str(index.folder).replace("{", "{{"), name)
-    _write(result, table, destination, report)
+            report.add(f"captioned image{{s}} not under {index.folder}", name)
+    _write(_name_images(rows, index), table, destination, report)
+
+
+def _name_images(rows: dict[str, Row], index: ImageIndex) -> list[SourceImage]:
+    """The images of rows by their keys in the index; the name is the file's alone, unless another image has that."""
+    names = Counter((row.split, key.rpartition("/")[2]) for key, row in rows.items())
+    images = []
+    for key, row in rows.items():
+        name = key.rpartition("/")[2]
+        name = name if names[row.split, name] == 1 else key
+        images.append(SourceImage(index.paths[key][0], name, row.split, row.captions))
+    return images
 
 
 def _flickr_captions(folder: Path, texts: list[Path]) -> Path:
@@ -161,7 +171,7 @@ def _read_split_files(
     for path in paths:
         match = SPLIT_FILE.search(path.stem)
         assert match is not None
-        split = SPLITS[match[1].lower()]
+        split = SPLIT_ALIASES[match[1].lower()]
         for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
             name, where = line.strip(), f"{path}, line {number}"
             if not name:
@@ -178,11 +188,7 @@ def _read_split_files(
 # Karpathy's splits
 
 
-def import_karpathy(
-    source: Source,
-    destination: Destination,
-    images: Path | None = None,
-) -> None:
+def import_karpathy(source: Source, destination: Destination, images: Path | None = None) -> None:
     """Convert Karpathy's splits of COCO, Flickr8k or Flickr30k (dataset_*.json) to COCO's layout.
 
     The "restval" images go to the training split, as in the papers that use these splits (arXiv 1412.2306).
@@ -217,13 +223,9 @@ def import_karpathy(
         if key in keys:
             raise InputError(f"{row.where}: {index.paths[key][0]} is the image of {keys[key].where} already.")
         keys[key] = row
-    names = Counter((row.split, key.rpartition("/")[2]) for key, row in keys.items())
-    result = []
-    for (key, row), entry in zip(keys.items(), entries, strict=True):
-        name = key.rpartition("/")[2]
-        name = name if names[row.split, name] == 1 else key
-        path = index.paths[key][0]
-        result.append(SourceImage(path, name, row.split, _captions(row, report), entry.get("cocoid")))
+    result = _name_images(keys, index)
+    for image, row, entry in zip(result, rows, entries, strict=True):
+        image.captions, image.id = _captions(row, report), entry.get("cocoid")
     _write(result, paths[0], destination, report)
 
 
@@ -243,29 +245,26 @@ def _karpathy_row(entry: Any, where: str) -> Row:
         raise InputError(f"{where}: {error} is missing.") from None
     except (TypeError, AttributeError):
         raise InputError(f"{where} is not an entry with filename, split and sentences as Karpathy has them.") from None
-    if not isinstance(name, str) or not isinstance(split, str) or split.lower() not in SPLITS:
+    if not isinstance(name, str) or not isinstance(split, str) or split.lower() not in SPLIT_ALIASES:
         raise InputError(f"{where}: the split {split!r} is unknown, or the filename {name!r} is not text.")
     if image_id is not None and (type(image_id) is not int or abs(image_id) >= 1 << 63):
         raise InputError(f"{where}: the cocoid {image_id!r} is not a whole number of 64 bits.")
-    return Row(where, image, captions, SPLITS[split.lower()])
+    return Row(where, image, captions, SPLIT_ALIASES[split.lower()])
 
 
 # Folders of images with captions
 
 
 def import_folder(
-    source: Source,
-    destination: Destination,
-    images: Path | None = None,
-    encoding: str | None = None,
+    source: Source, destination: Destination, images: Path | None = None, encoding: str | None = None
 ) -> None:
     """Convert your own images, with a table of captions or a .txt file per image, to COCO's layout.
 
     A table is CSV, TSV, JSON Lines or a JSON array, such as Hugging Face's metadata.csv or metadata.jsonl.
     Its column photo (or image, file_name, filename) gives the image's path below the images' folder, caption (or
     text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. Text files
-    have one caption per line. Without a split column, folders called train, val and test give the splits if
-    they hold all images; otherwise images are divided 90 : 5 : 5 by a hash of their names. If only the
+    have one caption per line. Without a column split or set, folders called train, val and test give the splits
+    if they hold all images; otherwise images are divided 90 : 5 : 5 by a hash of their names. If only the
     validation split is missing, it takes 5% of the training images.
 
     Args:
@@ -290,13 +289,22 @@ def import_folder(
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in an earlier line.")
         image.captions += _captions(row, report)
+    from_texts = all(row.where.partition(", line ")[0].lower().endswith(".txt") for row in rows)
     for key in sorted(index.paths.keys() - result.keys()):
-        report.add("image{s} without a row or .txt file", str(index.paths[key][0]))
-    folders = {key.partition("/")[0].lower() for key in result}
-    if folders <= set(SPLITS) and not any(image.split for image in result.values()):
-        for key, image in result.items():
-            image.split = SPLITS[key.partition("/")[0].lower()]
+        report.add(f"image{{s}} without a {'.txt file' if from_texts else 'row'}", str(index.paths[key][0]))
+    if not any(image.split for image in result.values()):
+        for key, split in _splits_by_folder(result).items():
+            result[key].split = split
     _write(list(result.values()), source, destination, report)
+
+
+def _splits_by_folder(names: Collection[str]) -> dict[str, str]:
+    """The images' splits by the outermost folders that are all called like splits; empty where there are none."""
+    folders = {name: name.lower().split("/")[:-1] for name in names}
+    for level in range(min(map(len, folders.values()), default=0)):
+        if {inside[level] for inside in folders.values()} <= SPLIT_ALIASES.keys():
+            return {name: SPLIT_ALIASES[inside[level]] for name, inside in folders.items()}
+    return {}
 
 
 def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> list[Row]:
@@ -314,8 +322,11 @@ def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: 
 def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
     """Hugging Face's metadata files, at most one a folder, or the one table that is in `folder` itself."""
     tables = [path for path in files if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
-    if not tables:
-        tables = [path for path in files if path.parent == folder and path.suffix.lower() in suffixes]
+    if not any(path.parent == folder for path in tables):
+        others = [path for path in files if path.parent == folder and path.suffix.lower() in suffixes]
+        if tables and others:
+            raise InputError(f"{tables[0]} and {others[0]} may both hold the captions; name the one that does.")
+        tables = tables or others
     by_folder: dict[Path, Path] = {}
     for path in tables:
         if by_folder.setdefault(path.parent, path) is not path:
@@ -338,12 +349,12 @@ def _read_text_files(
     folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
 ) -> list[Row]:
     """The captions in .txt files, one a line, of images that are called like them."""
-    texts = {path for path in files if path.suffix.lower() == ".txt"}
+    texts = {path.with_suffix(".txt"): path for path in files if path.suffix.lower() == ".txt"}
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():
-        text = (folder / path.relative_to(index.folder)).with_suffix(".txt")
-        if text not in texts:
+        text = texts.get((folder / path.relative_to(index.folder)).with_suffix(".txt"))
+        if text is None:
             continue
         if text in owners:
             raise InputError(f"{text} may be of {owners[text]} or of {path}; keep one of the two.")
@@ -355,7 +366,7 @@ def _read_text_files(
             if line.strip() or len(lines) == 1
         ]
     if rows:
-        for text in sorted(texts - set(owners)):
+        for text in sorted(set(texts.values()) - owners.keys()):
             report.add(".txt file{s} without an image", str(text))
     return rows
 
@@ -425,6 +436,7 @@ def main() -> None:
             "average": average,
         },
         description="Turn other data sets and weights into this project's layouts; average the epochs of a model.",
+        config=(tyro.conf.DisallowNone,),
     )
 
 

@@ -38,7 +38,7 @@ class EncoderCNN(nn.Module):
         grid: return the features of all cells rather than their mean.
         grid_size: with `grid`, average the feature map to this many rows and columns.
 
-    `stages` is the number of the backbone's stages (5 for ResNet-50: the stem and four), `feature_size` the number of
+    `num_stages` is the number of the backbone's stages (5 for ResNet-50: the stem and four), `feature_size` that of
     its channels (2048). Raises `InputError` for an unknown backbone and for weights that cannot be loaded.
     """
 
@@ -61,12 +61,12 @@ class EncoderCNN(nn.Module):
         self.feature_size = 2048 if backbone == RESNET50 else self.network.num_features
         self.embed = nn.Linear(self.feature_size, embed_size)
         stages = stage_parameters(backbone, self.network)
-        self.stages = len(stages)
-        if not 0 <= fine_tune <= self.stages:
-            raise InputError(f"fine_tune is a number of {backbone}'s stages, 0 to {self.stages}, not {fine_tune}.")
+        self.num_stages = len(stages)
+        if not 0 <= fine_tune <= self.num_stages:
+            raise InputError(f"fine_tune is a number of {backbone}'s stages, 0 to {self.num_stages}, not {fine_tune}.")
         self.fine_tune = fine_tune
         self.network.requires_grad_(False)
-        for stage in stages[self.stages - fine_tune :]:
+        for stage in stages[self.num_stages - fine_tune :]:
             for parameter in stage:
                 parameter.requires_grad_(True)
         self.network.to(memory_format=torch.channels_last)
@@ -80,13 +80,13 @@ class EncoderCNN(nn.Module):
     def train(self, mode: bool = True) -> EncoderCNN:
         """Set the training mode; a backbone with frozen stages stays in evaluation mode."""
         super().train(mode)
-        self.network.train(mode and self.fine_tune == self.stages)
+        self.network.train(mode and self.fine_tune == self.num_stages)
         return self
 
     def features(self, images: Tensor) -> Tensor:
         """Run the backbone: (B, 3, H, W) -> (B, feature_size), or (B, cells, feature_size) with `grid`.
 
-        uint8 images are normalised here; floating-point ones must be normalised already.
+        uint8 images are normalized here; floating-point ones must be normalized already.
         """
         dtype = next(self.network.parameters(), self.embed.weight).dtype
         if images.dtype == torch.uint8:
@@ -103,7 +103,7 @@ class EncoderCNN(nn.Module):
         return cells if self.grid else cells.mean(1)
 
     def run_backbone(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> the backbone's last features, in the layout of its family."""
+        """Normalized images (B, 3, H, W) -> the backbone's last features, in the layout of its family."""
         run = self.network[:-1] if isinstance(self.network, nn.Sequential) else self.network.forward_features
         return run(images)
 
@@ -123,11 +123,11 @@ class EncoderCNN(nn.Module):
         return self.embed(self.features(images).to(self.embed.weight.dtype))
 
     @torch.no_grad()
-    def standardise(self, features: Tensor) -> None:
+    def standardize(self, features: Tensor) -> None:
         """Scale and shift `embed` so that it maps these features (N, ..., feature_size) to mean 0 and deviation 1.
 
         Features of different images differ little compared with their mean, and without this data-dependent
-        initialisation (arXiv 1511.06422) the decoder learns to ignore them.
+        initialization (arXiv 1511.06422) the decoder learns to ignore them.
         """
         embedded = self.embed(features.to(self.embed.weight.dtype)).flatten(0, -2)
         std, mean = torch.std_mean(embedded, 0, correction=0)
@@ -251,7 +251,7 @@ class DecoderRNN(DecoderModule):
 class AttentionDecoder(DecoderModule):
     """An LSTM with soft attention over the image's cells (Show, Attend and Tell, arXiv 1502.03044).
 
-    The mean of the cells initialises the state. At each word, attention weights the cells (equations 4 to 6); their
+    The mean of the cells initializes the state. At each word, attention weights the cells (equations 4 to 6); their
     gated weighted mean (section 4.2.1) is input together with the word. The arguments are those of `DecoderRNN`.
     """
 
@@ -328,7 +328,7 @@ class TransformerLayer(nn.Module):
         self.feed = nn.Sequential(nn.Linear(size, hidden_size), nn.GELU(), nn.Linear(hidden_size, size))
         self.dropout = nn.Dropout(dropout)
 
-    def split(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, size) -> (B, heads, T, size / heads)."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
@@ -349,12 +349,12 @@ class TransformerLayer(nn.Module):
         return x, key_value, query
 
     def _attend(self, query: Tensor, key_value: Tensor, causal: bool = False) -> Tensor:
-        query, key, value = (self.split(x) for x in (query, *key_value.chunk(2, 2)))
+        query, key, value = (self.split_heads(x) for x in (query, *key_value.chunk(2, 2)))
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
 
     def attention(self, query: Tensor, image: Tensor) -> Tensor:
         """The mean weights of the cross-attention's heads: (B, T, size), (B, cells, 2 * size) -> (B, T, cells)."""
-        query, key = self.split(query), self.split(image.chunk(2, 2)[0])
+        query, key = self.split_heads(query), self.split_heads(image.chunk(2, 2)[0])
         return (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).float().softmax(3).mean(1)
 
 
@@ -366,13 +366,13 @@ class TransformerDecoder(DecoderModule):
     """
 
     attends = True
-    positions = 64  # learned; later words share the last one
+    max_positions = 64  # learned; later words share the last one
 
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
         super().__init__()
         heads = max(n for n in (8, 4, 2, 1) if embed_size % n == 0)
         self.embed = nn.Embedding(vocab_size, embed_size)
-        self.position = nn.Embedding(self.positions, embed_size)
+        self.position = nn.Embedding(self.max_positions, embed_size)
         self.norm_image = nn.LayerNorm(embed_size)
         layers = (TransformerLayer(embed_size, heads, hidden_size, dropout) for _ in range(num_layers))
         self.layers = nn.ModuleList(layers)
@@ -394,7 +394,7 @@ class TransformerDecoder(DecoderModule):
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Decode one token; the attention in the state is the last layer's."""
         history, image, _ = state
-        position = min(history.shape[1], self.positions - 1)
+        position = min(history.shape[1], self.max_positions - 1)
         x = (self.embed(tokens) + self.position.weight[position])[:, None]  # (B, 1, E)
         key_values = []
         for i, layer in enumerate(self.layers):
@@ -407,7 +407,7 @@ class TransformerDecoder(DecoderModule):
         """The output layer's input: (P, cells, E), (B, T) -> (B, T, E); `row` as in `unroll`."""
         _, image, _ = self.init_state(features)  # keys and values are computed once per image
         image = image if row is None else image.index_select(0, row)
-        positions = torch.arange(words.shape[1], device=words.device).clamp(max=self.positions - 1)
+        positions = torch.arange(words.shape[1], device=words.device).clamp(max=self.max_positions - 1)
         x = self.dropout(self.embed(words) + self.position(positions))
         for i, layer in enumerate(self.layers):
             x, _, _ = layer(x, image[:, :, i])
@@ -430,7 +430,7 @@ class TransformerDecoder(DecoderModule):
 def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, Tensor]:
     """Pack padded sequences (B, T, ...), longest first; returns them and the order (B,) of their rows.
 
-    `lengths` (B,) should be on the CPU, to avoid a synchronisation; None means no padding.
+    `lengths` (B,) should be on the CPU, to avoid a synchronization; None means no padding.
     """
     lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
     lengths, order = lengths.cpu().sort(descending=True, stable=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from captioning.backbones import preprocessing_of
 from captioning.captioner import Captioner, Decoding
 from captioning.distributed import fast_dtype
 from captioning.features import BATCH
-from captioning.images import ImageDataset, build_transform, read_batches
+from captioning.images import ImageDataset, build_pixel_transform, read_batches
 from model import EncoderCNN
 
 RESNET, LITE = "resnet50", "tf_efficientnet_lite2"
-STANDARDISED_ON = 64  # images
+STANDARDIZED_ON = 64  # images
+CAN_QUANTIZE = not GPU and all(map(find_spec, ("onnx", "onnxruntime", "onnxscript")))
 
 
 @dataclass
@@ -78,23 +79,21 @@ def measure_captioning(material: Material, model: Path) -> dict[str, Any]:
 
 def load_models(material: Material, folder: Path) -> dict[str, Model]:
     """The trained model with its ResNet-50, and its decoder behind an EfficientNet-Lite2."""
+    if not CAN_QUANTIZE:
+        log("no captioning in 8-bit integers is measured: it takes a CPU, onnx, onnxruntime and onnxscript")
     encoder, decoder, vocab, description = checkpoint.load_model(folder)
     preprocessing = preprocessing_of(LITE, material.settings.lite_image_size)
     lite = EncoderCNN(encoder.embed.out_features, LITE).eval()
-    images = ImageDataset(material.paths, build_transform(False, **asdict(preprocessing), normalise=False))
+    images = ImageDataset(material.paths, build_pixel_transform(preprocessing))
     with torch.no_grad():  # so that the decoder's inputs have the scale it knows
-        lite.standardise(lite.features(torch.stack([images[i] for i in range(min(STANDARDISED_ON, len(images)))])))
+        lite.standardize(lite.features(torch.stack([images[i] for i in range(min(STANDARDIZED_ON, len(images)))])))
     other = description.model_copy(update={"preprocessing": preprocessing})
     return {RESNET: build_model(encoder, decoder, vocab, description), LITE: build_model(lite, decoder, vocab, other)}
 
 
 def build_model(encoder: EncoderCNN, *rest: Any) -> Model:
     """The captioner of an encoder in the precision that is chosen by itself and, where it can be had, in 8 bits."""
-    quantized = None
-    if not GPU and all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
-        quantized = Captioner(encoder, *rest, precision="int8")
-    else:
-        log("no captioning in 8-bit integers is measured: it takes a CPU, onnx, onnxruntime and onnxscript")
+    quantized = Captioner(encoder, *rest, precision="int8") if CAN_QUANTIZE else None
     return Model(Captioner(encoder, *rest), encoder, quantized)
 
 

@@ -32,7 +32,7 @@ class Settings:
     recipe_photos: int = 128 if GPU else 24  # images that the recipe captions
     decoder_steps: int = 60 if GPU else 8  # training steps of each decoder that are timed
     decoder_images: int = 20_000 if GPU else 2_000  # with five captions each, in the data set of those steps
-    repeats: int = 3  # of every measurement but the recipe's start-up; the best counts
+    repeats: int = 3  # of every measurement but the latencies and the recipe's start-up; the best counts
     start_up_photos: int = drawn.IMAGES  # of the simulated data set
     start_up_captions: int = drawn.CAPTIONS
     workers: int = WORKERS  # processes that read images for the project and the peer

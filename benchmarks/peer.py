@@ -74,7 +74,7 @@ def read_pixels(
     material: Material, paths: Sequence[Path], batches: Iterable[list[int]], train: bool
 ) -> Iterator[Tensor]:
     """Batches of images as the ViT takes them, (B, 3, H, W) from -1 to 1."""
-    images = ImageDataset(paths, build_transform(train, material.settings.image_size, normalise=False))
+    images = ImageDataset(paths, build_transform(train, material.settings.image_size, normalize=False))
     for _, pixels in read_batches(images, batches, material.settings.workers):
         yield pixels.to(DEVICE, non_blocking=True).float() / 127.5 - 1
 

@@ -1,7 +1,7 @@
 """The plain recipe, written anew from its description: what this project is measured against.
 
 A frozen ResNet-50 runs in float32 for every caption of every epoch. Each step draws a caption length at
-random, then captions of that length; the photo of each is opened, resized, cropped and normalised by itself
+random, then captions of that length; the photo of each is opened, resized, cropped and normalized by itself
 in the main process. The vocabulary is counted by tokenizing every caption with NLTK, one at a time, and all
 captions are tokenized a second time for their lengths. Photos are captioned one by one.
 
@@ -40,7 +40,7 @@ class Captions(Dataset):
     """Photos and captions; an item is (photo (3, size, size), caption (length,)).
 
     `threshold` is how often a word must occur; with `words` that list is the vocabulary instead. `mean` and `std` are
-    those that the backbone's images are normalised by.
+    those that the backbone's images are normalized by.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Captions(Dataset):
         self.index = {word: index for index, word in enumerate(words)}
         self.lengths = [len(words_of(self.coco.anns[i]["caption"])) for i in self.ids]
         resize = T.Resize(round(image_size * 256 / 224))
-        normalise = [T.ToTensor(), T.Normalize(mean, std)]
+        normalize = [T.ToTensor(), T.Normalize(mean, std)]
         crop = [T.RandomCrop(image_size), T.RandomHorizontalFlip()]
-        self.transform = T.Compose([resize, *crop, *normalise])
-        self.test_transform = T.Compose([resize, T.CenterCrop(image_size), *normalise])
+        self.transform = T.Compose([resize, *crop, *normalize])
+        self.test_transform = T.Compose([resize, T.CenterCrop(image_size), *normalize])
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -5,7 +5,7 @@
 
 The photos are empty files, for nothing here looks at them; their features are made up, and their captions, five a
 photo, have the statistics of COCO's (`drawn.py`). Training is the project's own `train`, stopped within its first
-epoch. Prints a table and writes it, with the slopes, to benchmarks/results/scale.json after every size.
+epoch. Writes the results, with the slopes, to benchmarks/results/scale.json after every size, and prints a table.
 """
 
 from __future__ import annotations

@@ -35,14 +35,14 @@ def device_name() -> str:
 
 def seconds_of(work: Callable[[], object]) -> float:
     """The seconds until the work is done, on the GPU too."""
-    synchronise()
+    synchronize()
     start = time.perf_counter()
     work()
-    synchronise()
+    synchronize()
     return time.perf_counter() - start
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if GPU:
         torch.cuda.synchronize()

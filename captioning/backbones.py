@@ -54,7 +54,7 @@ class Preprocessing:
         crop: "center" resizes the shorter side to `image_size / crop_pct` and cuts the center out; "squash" resizes
             both sides, so that the whole image is seen in other proportions.
         interpolation: "bilinear" or "bicubic", both antialiased.
-        mean, std: of the RGB values, 0 to 1, that the input is normalised by.
+        mean, std: of the RGB values, 0 to 1, that the input is normalized by.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where captioner.json holds one

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import TypeVar
 
 import numpy as np
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from captioning.config import TrainingConfig
-from captioning.images import ImageDataset, build_transform, read_batches
+from captioning.images import ImageDataset, build_pixel_transform, read_batches
 from captioning.losses import Batch
-from data_loader import CaptionBatches, CaptionDataset
+from data_loader import CaptionDataset, EpochSampler
 
 T = TypeVar("T")
 
@@ -45,7 +44,7 @@ class EpochBatches:
     def __init__(
         self,
         data: CaptionDataset,
-        sampler: CaptionBatches,
+        sampler: EpochSampler,
         features: Tensor | None,
         config: TrainingConfig,
         rank: int = 0,
@@ -68,19 +67,17 @@ class EpochBatches:
         order = list(self.sampler)[first_step:]
         image, whole_images = self.data.image_rows, self.features is None
         shares = [share(batch, image, self.rank, self.processes, whole_images) for batch in order]
-        local = [own if len(own) else whole[:1] for own, whole in zip(shares, order, strict=True)]
+        local = [own if len(own) else global_batch[:1] for own, global_batch in zip(shares, order, strict=True)]
         batches = self._from_pixels(local, epoch) if whole_images else self._from_features(local, epoch)
         if device.type == "cuda":
             batches = prefetch(batch.map(_pin) for batch in batches)
-        for whole, own, batch in zip(order, shares, batches, strict=True):
-            yield whole, len(own) > 0, batch.to(device)
+        for global_batch, own, batch in zip(order, shares, batches, strict=True):
+            yield global_batch, len(own) > 0, batch.to(device)
 
     def _from_pixels(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         seed = int(np.random.SeedSequence((self.config.seed, epoch)).generate_state(1, np.uint64)[0])
         keys = [[(int(i), seed) for i in np.unique(self.data.image_rows[batch])] for batch in order]
-        images = ImageDataset(
-            self.data.paths, build_transform(True, **asdict(self.config.preprocessing), normalise=False)
-        )
+        images = ImageDataset(self.data.paths, build_pixel_transform(self.config.preprocessing, train=True))
         pixels = (batch for _, batch in read_batches(images, keys, self.config.workers))
         for batch, inputs in zip(order, pixels, strict=True):
             index, row = np.unique(self.data.image_rows[batch], return_inverse=True)

@@ -22,7 +22,7 @@ from captioning.captioner import Caption, Captioner, Decoding, Source
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable
 from captioning.features import BATCH
-from captioning.files import HEIF_SUFFIXES, WEB_ADDRESS, image_suffixes, missing_file
+from captioning.files import HEIF_SUFFIXES, WEB_ADDRESS, image_suffixes, missing_file, write_file
 from captioning.shards import SUFFIX, Member, is_shard, list_images
 
 NAMES = 1 << 18  # of a folder's entries that are held at once, some 30 MB
@@ -163,7 +163,8 @@ def write_captions(
 ) -> tuple[int, int]:
     """Caption the images at the paths into a JSON Lines file, one row per image, in order, with all processes.
 
-    Resumes after the rows of an interrupted run. An image that cannot be read has an "error" in its row. `log`
+    Resumes after the rows of an interrupted run. An image that cannot be read has an "error" in its row, and is tried
+    again when the file is resumed. `log`
     receives what was left out of the folders and what was written. Returns the number of images, and of those that
     cannot be read. Raises `InputError` if earlier rows are of other images, or if their captions are not the ones
     that this model gives with these options.
@@ -171,12 +172,18 @@ def write_captions(
     process = this_process()
     is_main = process.is_main_process
     done = failed = earlier = first_index = 0
+    readable: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
         if is_main:  # only this process lists the images and accesses the file
             images = stream_images(paths, recursive, log)
             stack.enter_context(exclusive_lock(output))
             file = stack.enter_context(open(output, "a+b"))
-            done, failed, last_batch = _read_rows(file, images)
+            done, unreadable, last_batch = _read_rows(file, images)
+            readable = _retry(captioner, unreadable, decode)
+            failed = len(unreadable) - len(readable)
+            if readable:
+                _replace_rows(output, readable)
+                file = stack.enter_context(open(output, "a+b"))
             earlier, first_index = done, done - len(last_batch)
             images = chain([image for image, _ in last_batch], images)  # in whole batches, as if never stopped
         progress = stack.enter_context(
@@ -204,7 +211,8 @@ def write_captions(
             done += len(rows)
             progress.update(len(rows))
     if is_main and log is not None:
-        log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there")
+        again = f", {len(readable):,} of them without a caption until now" if readable else ""
+        log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there{again}")
     return broadcast_object_list([(done, failed)])[0]
 
 
@@ -236,12 +244,35 @@ def exclusive_lock(output: Path) -> Iterator[None]:
             os.unlink(lock.lock_file)
 
 
-def _read_rows(file: BinaryIO, images: Iterator[Path | Member]) -> tuple[int, int, list[tuple[Path | Member, dict]]]:
-    """Count the file's rows and the errors among them; also returns the last batch's rows with their images.
+def _retry(captioner: Captioner, images: dict[int, Path | Member], decode: Decoding) -> dict[int, dict[str, Any]]:
+    """Caption images, by their indices, that could not be read before; returns the rows of those that now can."""
+    rows = {}
+    for index, image in images.items():
+        for _, caption in captioner.stream([image], decode, unreadable=lambda *_: None, first_index=index):
+            rows[index] = as_json(image, caption)
+    return rows
+
+
+def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
+    """Replace rows of the file, by their indices; it is written whole or not at all."""
+
+    def write(new: BinaryIO) -> None:
+        with open(output, "rb") as old:
+            for index, line in enumerate(old):
+                new.write(json.dumps(rows[index]).encode() + b"\n" if index in rows else line)
+
+    write_file(output, write)
+
+
+def _read_rows(
+    file: BinaryIO, images: Iterator[Path | Member]
+) -> tuple[int, dict[int, Path | Member], list[tuple[Path | Member, dict]]]:
+    """Count the file's rows; also returns the images with an error, by index, and the last batch's images and rows.
 
     Advances `images` past all rows, and removes an incomplete last row.
     """
-    done = failed = end = 0
+    done = end = 0
+    unreadable: dict[int, Path | Member] = {}
     batch: list[tuple[Path | Member, dict]] = []
     file.seek(0)
     for line in file:
@@ -260,9 +291,11 @@ def _read_rows(file: BinaryIO, images: Iterator[Path | Member]) -> tuple[int, in
         if done % BATCH == 0:
             batch = []
         batch.append((image, row))
-        done, failed, end = done + 1, failed + ("error" in row), end + len(line)
+        if "error" in row:
+            unreadable[done] = image
+        done, end = done + 1, end + len(line)
     file.truncate(end)
-    return done, failed, batch
+    return done, unreadable, batch
 
 
 def _caption_share(

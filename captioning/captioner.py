@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from captioning.distributed import choose_dtype, fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
-from captioning.images import ImageDataset, build_transform
+from captioning.images import ImageDataset, build_pixel_transform
 from captioning.shards import Member
 from model import EncoderCNN
 from vocabulary import UNK, UNK_WORD, Vocabulary
@@ -168,7 +168,7 @@ class Captioner:
             self.encoder = encoder.for_inference(choose_dtype(self.device, self.precision)).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
-        self.transform = build_transform(False, **asdict(description.preprocessing), normalise=False)
+        self.transform = build_pixel_transform(description.preprocessing)
         self.folder: Path | None = None  # and its epoch, where it comes from one
         self.epoch: int | None = None
 

@@ -56,7 +56,7 @@ RESUME_TYPES = {  # of what resume.pt holds
     "best_epoch": (int, NoneType),
     "log_bytes": int,
 }
-WEIGHTS = (".pkl", ".safetensors")
+WEIGHT_SUFFIXES = (".pkl", ".safetensors")
 
 if TYPE_CHECKING:
     DecoderName = str
@@ -198,14 +198,14 @@ def resolve_weights(weights: str) -> str:
 
 def epochs_saved(folder: Path) -> list[int]:
     """List the epochs whose encoder and decoder are both in the folder, in order."""
-    names = {path.stem.split("-", 1)[1] for path in folder.glob("encoder-*") if path.suffix in WEIGHTS}
+    names = {path.stem.split("-", 1)[1] for path in folder.glob("encoder-*") if path.suffix in WEIGHT_SUFFIXES}
     epochs = sorted(int(i) for i in names if i.isdecimal())
     return [i for i in epochs if all(path.exists() for path in weight_files(folder, i))]
 
 
 def weight_file(folder: Path, name: str) -> Path:
     """The file of weights of this name: .safetensors where there is no .pkl."""
-    pickled, safe = (folder / f"{name}{suffix}" for suffix in WEIGHTS)
+    pickled, safe = (folder / f"{name}{suffix}" for suffix in WEIGHT_SUFFIXES)
     return safe if safe.exists() and not pickled.exists() else pickled
 
 
@@ -233,12 +233,11 @@ def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module
 
     A backbone with published weights is named in captioner.json and not written.
     """
-    state, where = encoder.state_dict(), description.architecture.backbone_weights
-    backbone = {key: value for key, value in state.items() if not key.startswith("embed.")}
+    where = description.architecture.backbone_weights
     if where == "shared" and not weight_file(folder, "backbone").exists():
+        backbone = encoder.network.state_dict(prefix=f"{encoder.module_name}.")
         write_file(folder / "backbone.pkl", partial(torch.save, backbone))
-    if where != "epoch":
-        state = {key: value for key, value in state.items() if key not in backbone}
+    state = encoder.state_dict() if where == "epoch" else encoder.embed.state_dict(prefix="embed.")
     write_file(folder / f"encoder-{epoch}.pkl", partial(torch.save, state))
     write_file(folder / f"decoder-{epoch}.pkl", partial(torch.save, decoder.state_dict()))
 
@@ -280,9 +279,15 @@ def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
     print(printable(f"{folder}: the mean of epochs {', '.join(map(str, chosen))}; evaluate.py scores it"))
 
 
+def name_weights(description: Description, epoch: int | None) -> str:
+    """Name the epoch, or the epochs whose mean the weights are."""
+    averaged = description.training.get("averaged_epochs")
+    return f"mean of epochs {', '.join(map(str, averaged))}" if isinstance(averaged, list) else f"epoch {epoch}"
+
+
 def store_backbone(folder: Path, encoder: EncoderCNN) -> None:
     """Write the backbone into every epoch's encoder file, before it is fine-tuned."""
-    backbone = {key: value for key, value in encoder.state_dict().items() if not key.startswith("embed.")}
+    backbone = encoder.network.state_dict(prefix=f"{encoder.module_name}.")
     for epoch in epochs_saved(folder):
         path, _ = weight_files(folder, epoch)
         write_file(path, partial(torch.save, {**backbone, **read_state_dict(path)}))

@@ -92,7 +92,7 @@ class OptimizationOptions:
     backbone_learning_rate: float | None = None  # for fine-tuned stages; default 1e-3, or 1e-5 for cider
     warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
     clip_norm: float = 5.0  # gradients are clipped to this norm
-    attention_penalty: float = 1.0  # weight of the doubly stochastic regularisation (arXiv 1502.03044)
+    attention_penalty: float = 1.0  # weight of the doubly stochastic regularization (arXiv 1502.03044)
     patience: int = 3  # stop after this many epochs without a better CIDEr
     seed: int = 0  # random seed
 
@@ -185,7 +185,13 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
         "attention_penalty": (config.decoder == "attention", "this decoder"),
         "vocab_file": (config.vocab_from_file, "a vocabulary of the captions; add --vocab-from-file"),
         "backbone_learning_rate": (config.fine_tune, "a frozen backbone; add --fine-tune"),
+        "vocab_threshold": (not config.vocab_from_file, "a vocabulary from a file"),
+        "views": (not config.fine_tune, "a backbone that is fine-tuned, which sees new crops in every epoch"),
     }
+    if config.resume is not None:
+        other = (config.models / config.name).resolve() != config.resume.resolve()
+        stays = f"a training that is resumed, which stays in {config.resume}; copy the folder to keep it as it is"
+        without |= {"overwrite": (False, stays), **dict.fromkeys(("name", "models"), (not other, stays))}
     for name, (has_effect, what) in without.items():
         if name in given and not has_effect:
             raise InputError(f"--{name.replace('_', '-')} has no effect on {what}.")

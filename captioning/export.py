@@ -14,7 +14,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import onnx
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -113,6 +112,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     is missing, or the file cannot be written.
     """
     try:
+        import onnx
         import onnxscript  # noqa: F401  torch.onnx needs it and would fail far from here
         from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
     except ImportError as error:

@@ -32,8 +32,8 @@ from captioning.backbones import Preprocessing
 from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE, write_file
-from captioning.images import ImageDataset, build_transform, read_batches
-from captioning.shards import Member
+from captioning.images import ImageDataset, build_pixel_transform, read_batches
+from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
 
@@ -49,8 +49,8 @@ class Views:
 
     def __init__(self, preprocessing: Preprocessing, views: int):
         self.views = views
-        self.first = build_transform(False, **asdict(preprocessing), normalise=False)
-        self.random = build_transform(True, **asdict(preprocessing), normalise=False)
+        self.first = build_pixel_transform(preprocessing)
+        self.random = build_pixel_transform(preprocessing, train=True)
         self.transforms = self.first.transforms
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -87,15 +87,13 @@ def stored_features(
     views: int = 1,
     cache: Path = CACHE,
     workers: int = 0,
-    unreadable: Callable[[int, InputError], object] | None = None,
     precision: str = "auto",
 ) -> Tensor:
     """The features of all images, in half precision, memory-mapped: (images, views, C) or (images, views, cells, C).
 
     Features on disk are reused. Each process of a training computes its share; of several trainings, one
-    computes and the others wait. Images that cannot be read are passed to `unreadable` in every process, and
-    their rows stay zero; without `unreadable`, the pass is finished and then raises an `InputError` that lists
-    them.
+    computes and the others wait. If images cannot be read, the pass is finished first and then raises an `InputError`
+    that lists them.
     """
     state = this_process()
     assert state.device is not None
@@ -105,8 +103,13 @@ def stored_features(
         if state.is_main_process:
             store = cache / "features" / _key(encoder, paths, preprocessing, views, dtype)
             partial = store.with_name(f"{store.name}.{BATCH}.partial")
-            store.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
+            try:
+                store.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
+            except OSError as error:
+                raise InputError(
+                    f"{error.filename or cache} cannot be written ({error.strerror}); name another folder with --cache."
+                ) from None
             if not store.exists():
                 partial.mkdir(exist_ok=True)
                 with torch.no_grad():
@@ -117,22 +120,17 @@ def stored_features(
         store, partial, complete = broadcast_object_list(location)
         if not complete:
             failed = _fill(encoder, paths, preprocessing, views, dtype, partial, workers)
-            if unreadable is not None:
-                for index, error in failed.items():
-                    unreadable(index, error)
-            elif failed:
+            if failed:
                 raise InputError(
                     f"{len(failed)} of {len(paths)} photos cannot be read: {summarize_errors(failed.values())}"
                 )
-            complete = not failed
-            if complete and state.is_main_process:
+            if state.is_main_process:
                 os.replace(partial, store)
             state.wait_for_everyone()
-        folder = store if complete else partial
         try:
-            return torch.from_numpy(np.load(folder / "features.npy", mmap_mode="c"))
+            return torch.from_numpy(np.load(store / "features.npy", mmap_mode="c"))
         except (ValueError, EOFError, FileNotFoundError) as error:
-            raise InputError(f"{folder} is damaged ({error}); delete it, and it is computed again.") from None
+            raise InputError(f"{store} is damaged ({error}); delete it, and it is computed again.") from None
 
 
 def _lock(path: Path) -> AbstractContextManager:
@@ -151,8 +149,7 @@ def _key(
     digest = hashlib.sha256(json.dumps(about).encode())
     hash_weights(digest, encoder.network)
     for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
+        digest.update(stamp(path))
     return digest.hexdigest()[:32]
 
 

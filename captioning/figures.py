@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Source
 from captioning.errors import InputError, printable
+from captioning.files import check_output
 from captioning.image_files import read_image
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ MARGIN = (CELL - THUMBNAIL[0]) // 2
 LINE_HEIGHT = 18
 LINE_LENGTH = 42  # characters
 FONT_SIZE = 13
+SOFTWARE = "image captioning"  # how a sheet names what drew it; Matplotlib names itself
 DARKEST = 0.2  # of the image's brightness, where the attention is least
 
 
@@ -106,12 +110,25 @@ def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessin
     return figure
 
 
+def check_figure(path: Path) -> None:
+    """Check, before long work, that a figure can be written to `path`; a file that is no figure is not replaced."""
+    check_output(path)
+    software = ""
+    if path.exists():
+        with suppress(Exception), Image.open(path) as image:  # which reads the header only
+            software = str(image.info.get("Software", ""))
+        if not software.startswith(("Matplotlib", SOFTWARE)):
+            raise InputError(f"{path} exists and was not drawn by this project; name another file for the figure.")
+
+
 def save_figure(figure: Figure | Image.Image, path: Path) -> None:
     """Write a figure or a sheet as a PNG and say where it is, on stderr."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(figure, Image.Image):
-            figure.save(path, format="PNG")
+            description = PngInfo()
+            description.add_text("Software", SOFTWARE)
+            figure.save(path, format="PNG", pnginfo=description)
         else:
             figure.savefig(path, format="png", dpi=100)
     except OSError as error:

@@ -25,6 +25,7 @@ from captioning.checkpoint import (
     DESCRIPTION,
     Description,
     choose_epoch,
+    name_weights,
     read_description,
     weight_file,
     weight_files,
@@ -45,7 +46,7 @@ LARGEST_MODEL = 8 << 30  # bytes to download
 PARTS = ("encoder-*", "decoder-*", "backbone")  # of a model, as its files of weights are named
 SAFE, PICKLED = ([DESCRIPTION, *(part + suffix for part in PARTS)] for suffix in (".safetensors", ".pkl"))
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "val_perplexity")
+CARD_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "val_perplexity")
 
 
 def find_model(model: str | Path) -> Path:
@@ -173,7 +174,7 @@ print(captioner("photo.jpg")[0].text)
 ```
 
 `captioner.json` holds the architecture, the preprocessing, the vocabulary and the settings of the training.
-The weights are those of epoch {epoch}, as `.safetensors` and, with the same numbers, as the `.pkl` state dicts of the
+The weights ({weights}) are stored as `.safetensors` and, with the same numbers, as the `.pkl` state dicts of the
 original recipe.
 
 ## Data
@@ -201,7 +202,9 @@ def model_card(description: Description, name: str, licence: str) -> str:
 
     architecture, epoch = description.architecture, description.best_epoch
     measured = next((entry for entry in description.epochs if entry.get("epoch") == epoch), {})
-    scores = {key: measured[key] for key in METRICS if isinstance(measured.get(key), (int, float))}
+    scores = {key: measured[key] for key in CARD_METRICS if isinstance(measured.get(key), (int, float))}
+    if "averaged_epochs" in description.training:
+        scores = {}  # those recorded are the single epochs'
     data_set = str(description.data.get("folder", "unknown"))
     metadata = ModelCardData(
         license=licence,
@@ -221,7 +224,7 @@ def model_card(description: Description, name: str, licence: str) -> str:
         architecture=architecture,
         decoder=str(DECODERS[architecture.decoder].__doc__).splitlines()[0],
         words=len(description.vocabulary),
-        epoch=epoch,
+        weights=name_weights(description, epoch),
         data=_about_data(description.data),
         metrics=metrics,
         licence=licence,

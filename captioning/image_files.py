@@ -239,6 +239,7 @@ TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFi
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # by which Pillow turns a TIFF itself
     turn = None
     with suppress(Exception):  # a broken EXIF costs the turn and not the image
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))

@@ -16,8 +16,8 @@ from captioning.files import image_suffixes
 def walk_files(folder: Path) -> Iterator[Path]:
     """Yield all files under `folder`, in name order, shallow folders first.
 
-    Hidden names and what macOS adds to archives are left out. Links to folders are followed, after all folders
-    that are none, and no folder is visited twice. Raises `InputError` where a folder cannot be read.
+    Hidden names and what macOS adds to archives are left out. Symbolic links to folders are followed after all real
+    folders; no folder is visited twice. Raises `InputError` where a folder cannot be read.
     """
     folders, links, visited = deque([folder]), deque[Path](), set()
     while folders or links:
@@ -46,10 +46,10 @@ def walk_files(folder: Path) -> Iterator[Path]:
 class ImageIndex:
     """The images under a folder by their paths below it, with "/" between folders and in Unicode's composed form.
 
-    Raises `InputError` where there are none. `option` names what the user may give in the folder's place.
+    Raises `InputError` where there are none.
     """
 
-    def __init__(self, folder: Path, option: str = "--images"):
+    def __init__(self, folder: Path):
         self.folder = folder
         self.paths: dict[str, list[Path]] = defaultdict(list)
         self.by_name: dict[str, set[str]] = defaultdict(set)  # file name -> keys of `paths`
@@ -62,7 +62,7 @@ class ImageIndex:
                 self.by_name[name].add(key)
                 self.by_stem[posixpath.splitext(name)[0]].add(key)
         if not self.paths:
-            raise InputError(f"{folder} holds no images; name the folder that does with {option}.")
+            raise InputError(f"{folder} holds no images; name the folder that does with --images.")
 
     def holds_any(self, names: Iterable[str]) -> bool:
         """Whether one of the names is an image's path below the folder."""

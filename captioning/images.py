@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from torchvision import transforms as T
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import CACHE, write_cache
 from captioning.image_files import read_image
-from captioning.shards import Member
+from captioning.shards import Member, stamp
 
 __all__ = ["WORKERS", "ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
 
@@ -34,7 +36,7 @@ WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # pr
 def build_transform(
     train: bool = False,
     image_size: int = 224,
-    normalise: bool = True,
+    normalize: bool = True,
     crop: str = "center",
     crop_pct: float = 224 / 256,
     interpolation: str = "bilinear",
@@ -43,10 +45,10 @@ def build_transform(
 ) -> T.Compose:
     """Build the transform of a PIL image into a backbone's input, by default the original recipe's.
 
-    It resizes the shorter side (to 256 for a crop of 224), crops the center and normalises; in training the crop is
+    It resizes the shorter side (to 256 for a crop of 224), crops the center and normalizes; in training the crop is
     random and half the images are flipped. `backbones.Preprocessing` explains the arguments, and its fields are the
-    arguments for any backbone: `build_transform(train, **asdict(preprocessing))`. Without `normalise` the result stays
-    uint8, (3, image_size, image_size), a quarter of the memory, and `EncoderCNN` normalises it on its own device.
+    arguments for any backbone: `build_transform(train, **asdict(preprocessing))`. Without `normalize` the result stays
+    uint8, (3, image_size, image_size), a quarter of the memory, and `EncoderCNN` normalizes it on its own device.
     """
     how = T.InterpolationMode(interpolation)
     if crop == "center":
@@ -57,7 +59,7 @@ def build_transform(
     else:
         resize, cut = [T.Resize((image_size, image_size), how)], []
     flip = [T.RandomHorizontalFlip()] if train else []
-    tensor = [T.ToTensor(), T.Normalize(mean, std)] if normalise else [T.PILToTensor()]
+    tensor = [T.ToTensor(), T.Normalize(mean, std)] if normalize else [T.PILToTensor()]
     return T.Compose([*resize, *cut, *flip, *tensor])
 
 
@@ -176,6 +178,11 @@ class _Checks(ImageDataset):
         return torch.empty(0)
 
 
+def build_pixel_transform(preprocessing: Preprocessing, train: bool = False) -> T.Compose:
+    """Build a backbone's transform of a PIL image into uint8 pixels, which `EncoderCNN` normalizes."""
+    return build_transform(train, **asdict(preprocessing), normalize=False)
+
+
 def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
     """Read every image once, in `workers` processes; returns the indices and errors of those that cannot be read.
 
@@ -183,11 +190,10 @@ def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Pat
     """
     key = hashlib.sha256()
     for path in paths:
-        with suppress(OSError):  # whose reason is found below
-            status = path.stat()
-            key.update(
-                f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
-            )
+        try:
+            key.update(stamp(path))
+        except OSError:  # whose reason is found below
+            key.update(f"{path}\n".encode("utf-8", "surrogateescape"))
     name = f"unreadable/{key.hexdigest()[:32]}.json"
     rows: Sequence[int] = range(len(paths))
     with suppress(OSError, ValueError):

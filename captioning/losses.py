@@ -12,11 +12,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from data_loader import CaptionBatches, CaptionDataset, ImageBatches, LengthBatches
+from data_loader import CaptionDataset, EpochSampler, ImageBatches, LengthBatches
 from model import DecoderModule, EncoderCNN, pack
 
 # The float32 logits that exist at a time. On a CPU they stay in its cache.
-CHUNK, LARGEST_CHUNK = {"cpu": 1 << 20}, 1 << 26
+CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS = {"cpu": 1 << 20}, 1 << 26
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Batch:
 class Objective(Protocol):
     """The interface of a training objective."""
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> CaptionBatches:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> EpochSampler:
         """Batches of caption indices, one per step; `frozen` if the images' features are stored."""
         ...
 
@@ -68,7 +68,7 @@ class Objective(Protocol):
 class CrossEntropy:
     """The cross-entropy of each token of a true caption, given the true tokens before it."""
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> CaptionBatches:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> EpochSampler:
         """Captions of one length where features are stored, else all captions of an image in one batch."""
         if frozen:
             return LengthBatches(data.lengths, batch_size, seed)
@@ -118,7 +118,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def attention_penalty(attention: Tensor | None, hidden: Tensor) -> Tensor:
     """Compute (1 - a cell's summed weight) squared, averaged over the cells and summed over the captions.
 
-    The doubly stochastic regularisation of Show, Attend and Tell (equation 14); 0 without attention (B, cells).
+    The doubly stochastic regularization of Show, Attend and Tell (equation 14); 0 without attention (B, cells).
     """
     if attention is None:
         return hidden.new_zeros((), dtype=torch.float32)
@@ -166,7 +166,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Compute the loss, and what `backward` multiplies."""
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         logits = hidden @ weight.T  # (tokens, V), without the bias
-        rows = max(1, CHUNK.get(logits.device.type, LARGEST_CHUNK) // logits.shape[1])
+        rows = max(1, CHUNK_LOGITS.get(logits.device.type, DEFAULT_CHUNK_LOGITS) // logits.shape[1])
         loss, bias_gradient = torch.zeros((), device=logits.device), torch.zeros_like(bias, dtype=torch.float32)
         for i in range(0, len(logits), rows):
             chunk, target = logits[i : i + rows], targets[i : i + rows, None]

@@ -14,7 +14,7 @@ from captioning.coco_layout import SPLITS, SourceImage, write_dataset
 from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
 from captioning.reports import Report
-from captioning.tables import read_json
+from captioning.tables import check_caption, read_json
 
 
 def merge_datasets(sources: list[Path], destination: Path) -> None:
@@ -42,9 +42,11 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         names = (f"{folder.name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1 + len(folders)))))
         prefix = next(name for name in names if name not in prefixes)
         prefixes.add(prefix)
-        for split in SPLITS:
-            images += _read_split(folder, prefix, split, report)
-        if not any(_annotation_file(folder, split) for split in SPLITS):
+        files = [(split, path) for split in SPLITS for path in _annotation_files(folder, split)]
+        for split, path in files:
+            listed = {image.path for image in images}  # captions_test.json lists some of image_info_test.json's
+            images += [x for x in _read_images(path, folder, prefix, split, report) if x.path not in listed]
+        if not files:
             raise InputError(
                 f"{folder} holds no annotations/captions_train<year>.json, nor one of val or test; "
                 "only data sets in COCO's layout can be merged."
@@ -55,22 +57,18 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     report.print()
 
 
-def _annotation_file(folder: Path, split: str) -> Path | None:
-    """The split's captions; for "test" its image_info where those are secret."""
+def _annotation_files(folder: Path, split: str) -> Iterator[Path]:
+    """The split's captions; for "test" then its image_info, with the images whose captions are secret."""
     for kind in ("captions", "image_info") if split == "test" else ("captions",):
         files = sorted((folder / "annotations").glob(f"{kind}_{split}*.json"))
         files = [path for path in files if re.fullmatch(rf"{kind}_{split}\d*\.json", path.name)]
         if len(files) > 1:
             raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep one of them.")
-        if files:
-            return files[0]
-    return None
+        yield from files
 
 
-def _read_split(folder: Path, prefix: str, split: str, report: Report) -> Iterator[SourceImage]:
-    path = _annotation_file(folder, split)
-    if path is None:
-        return
+def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Report) -> Iterator[SourceImage]:
+    """The images of an annotation file, with their captions if it has any."""
     document = read_json(path, read_text(path))
     has_captions = path.name.startswith("captions")
     images: dict[int, SourceImage] = {}
@@ -87,9 +85,12 @@ def _read_split(folder: Path, prefix: str, split: str, report: Report) -> Iterat
         )
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
         image_id, caption = _whole_number(entry.get("image_id"), where), entry.get("caption")
-        if image_id not in images or not isinstance(caption, str):
+        captions: list[Any] = caption if isinstance(caption, list) else [caption]
+        if image_id not in images or not all(isinstance(text, str) for text in captions):
             raise InputError(f"{where} has no caption, or is of image {image_id}, which is not in the file's images.")
-        images[image_id].captions.append(caption)
+        for text in captions:
+            check_caption(text, where)
+        images[image_id].captions += captions
     for image in images.values():
         if has_captions and not image.captions:
             report.add("image{s} without a caption", str(image.path))

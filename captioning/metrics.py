@@ -168,21 +168,21 @@ def score(
     texts = [caption for i in ids for caption in references[i]]
     tokenized, tokenizer = _tokenize([*texts, ".", *(hypotheses[i] for i in ids)], java)
     words = iter(tokenized)
-    truth = {i: [next(words) for _ in references[i]] for i in ids}
+    tokenized_references = {i: [next(words) for _ in references[i]] for i in ids}
     next(words)
-    result = {i: [next(words)] for i in ids}
+    tokenized_hypotheses = {i: [next(words)] for i in ids}
 
     meteor = meteor and java is not False
-    without_meteor = _refuse_meteor(truth, result, tokenizer) if meteor else None
+    without_meteor = _why_no_meteor(tokenized_references, tokenized_hypotheses, tokenizer) if meteor else None
     if without_meteor and java:
         raise InputError(without_meteor)
     run_meteor = meteor and not without_meteor
     # Its Java takes seconds to start, while the others compute.
     with closing(_Meteor()) if run_meteor else nullcontext() as meteor_scorer:
-        values = _score_in_python(truth, result)
+        values = _score_in_python(tokenized_references, tokenized_hypotheses)
         if meteor_scorer is not None:
             try:
-                values["METEOR"] = meteor_scorer.compute_score(truth, result)
+                values["METEOR"] = meteor_scorer.compute_score(tokenized_references, tokenized_hypotheses)
             except InputError as error:
                 if java:
                     raise
@@ -201,26 +201,26 @@ Tokenized = dict[int, list[str]]  # image id -> captions, each as words with spa
 Values = dict[str, tuple[SupportsFloat, Sequence[float] | np.ndarray]]  # metric -> of the corpus, of each caption
 
 
-def _refuse_meteor(truth: Tokenized, result: Tokenized, tokenizer: str) -> str | None:
+def _why_no_meteor(tokenized_references: Tokenized, tokenized_hypotheses: Tokenized, tokenizer: str) -> str | None:
     if tokenizer != "PTB":
         return "METEOR is missing because Java is; captions were split by the plain tokenizer."
-    for image, captions in truth.items():
-        if any(caption.count(" ") >= METEOR_WORDS for caption in [*captions, *result[image]]):
+    for image, captions in tokenized_references.items():
+        if any(caption.count(" ") >= METEOR_WORDS for caption in [*captions, *tokenized_hypotheses[image]]):
             return f"METEOR is missing because a caption of image {image} has more than {METEOR_WORDS:,} words."
     return None
 
 
-def _score_in_python(truth: Tokenized, result: Tokenized) -> Values:
+def _score_in_python(tokenized_references: Tokenized, tokenized_hypotheses: Tokenized) -> Values:
     """Compute all metrics but METEOR."""
-    corpus, each = Bleu(4).compute_score(truth, result, verbose=0)
+    corpus, each = Bleu(4).compute_score(tokenized_references, tokenized_hypotheses, verbose=0)
     values: Values = {f"Bleu_{n}": pair for n, pair in enumerate(zip(corpus, each, strict=True), start=1)}
-    _, rouge = Rouge().compute_score(truth, result)
-    rouge = rouge * [bool(caption) for (caption,) in result.values()]  # it finds two empty captions equal
+    _, rouge = Rouge().compute_score(tokenized_references, tokenized_hypotheses)
+    rouge = rouge * [bool(caption) for (caption,) in tokenized_hypotheses.values()]  # it finds two empty captions equal
     values["ROUGE_L"] = rouge.mean(), rouge
-    if any(chain.from_iterable(truth.values())):
-        values["CIDEr"] = Cider().compute_score(truth, result)
+    if any(chain.from_iterable(tokenized_references.values())):
+        values["CIDEr"] = Cider().compute_score(tokenized_references, tokenized_hypotheses)
     else:  # it needs an n-gram in the references
-        values["CIDEr"] = 0.0, np.zeros(len(truth))
+        values["CIDEr"] = 0.0, np.zeros(len(tokenized_references))
     return values
 
 
@@ -271,19 +271,17 @@ def _parse_result(entry: object) -> tuple[int, str]:
     return image, captions[0]
 
 
-def score_results(
-    references_file: str | Path, results_file: str | Path, meteor: bool = True, java: bool | None = None
-) -> Scores:
+def score_results(references_file: str | Path, results_file: str | Path, java: bool | None = None) -> Scores:
     """Score a COCO results file, `[{"image_id": 1, "caption": "..."}, ...]`, against a COCO captions file.
 
-    Only the images in the results count; `meteor` and `java` are those of `score`. Raises InputError, naming
+    Only the images in the results count; `java` is that of `score`. Raises InputError, naming
     the file and the entry, when one is missing or wrong, for an unknown image and for one captioned twice.
     """
     references, hypotheses = read_references(references_file), _read_results(results_file)
     for image in hypotheses:
         if not references.get(image):
             raise InputError(f"{results_file}: image {image} has no caption in {references_file}; remove it.")
-    return score(hypotheses, references, meteor=meteor, java=java)
+    return score(hypotheses, references, java=java)
 
 
 def format_table(scores: Scores) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from captioning import checkpoint
+from captioning.backbones import Preprocessing
 from captioning.errors import InputError, printable
 from captioning.files import read_bytes, require_new_folder
 from captioning.weights import load_weights, read_state_dict
@@ -96,7 +97,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
     epoch = max(1, int(number[1])) if number else 1
     description = checkpoint.Description(
         architecture=parts,
-        preprocessing=checkpoint.Preprocessing(image_size=224),
+        preprocessing=Preprocessing(image_size=224),
         vocabulary=words,
         environment=checkpoint.environment(),
     )

@@ -23,10 +23,10 @@ from captioning.bulk import as_json
 from captioning.captioner import DEFAULT_DECODING, Caption, Decoding
 from captioning.errors import InputError
 from captioning.figures import overlay_attention
-from captioning.web import Server, Upload
+from captioning.web import CaptionServer, Upload
 
 PER_WORD = "% per word"  # heading of the column of probabilities
-FILE = "/gradio_api/file="  # the address of an uploaded file ends in this and its path
+FILE_ROUTE = "/gradio_api/file="  # the address of an uploaded file ends in this and its path
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
 
@@ -46,7 +46,7 @@ def to_path(component: Component, url_or_path: str | Path | None) -> str | Path 
     """Convert the address of an upload on this server to its path; other addresses are refused, not fetched."""
     if not str(url_or_path).startswith(("http://", "https://")):
         return url_or_path
-    _, is_here, path = str(url_or_path).partition(FILE)
+    _, is_here, path = str(url_or_path).partition(FILE_ROUTE)
     if not is_here:
         raise gr.Error("Upload the photo itself, not its address.")
     return locate(component, FileData(path=path)).path
@@ -132,7 +132,7 @@ def explain_unusable(block: Component, value: object) -> str | None:
 class Answers:
     """The event handlers of the page and its API."""
 
-    def __init__(self, server: Server, folder: Path):
+    def __init__(self, server: CaptionServer, folder: Path):
         self.server, self.folder = server, folder
 
     def caption(

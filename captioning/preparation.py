@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
@@ -21,12 +23,48 @@ from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import hash_file
-from captioning.images import ImageDataset, build_transform, find_unreadable, read_batches
+from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DECODERS, DecoderModule, EncoderCNN
 
-FIRST_IMAGES = 256  # that the embedding is standardised on
+FIRST_IMAGES = 256  # that the embedding is standardized on
+FIXED = ("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights")
+FIXED += ("vocab_threshold", "vocab_from_file", "vocab_file")  # options that a training keeps when it is resumed
+
+
+def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
+    """Raise `InputError` if an option differs from the resumed training's and cannot."""
+    before, now = resumed.training | vars(resumed.preprocessing), settings_of(config) | vars(config.preprocessing)
+    for name in (*FIXED, *vars(config.preprocessing)):
+        if name in before and before[name] != now[name]:
+            raise InputError(
+                f"{config.resume} is trained with {name} {before[name]}, which cannot change; start a new training."
+            )
+
+
+@contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Create the folder and hold its lock, so that no other training writes to it."""
+    lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
+    if this_process().is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            problem = f"another training is writing to {folder}; wait for it or choose another --name."
+        except OSError as error:
+            problem = (
+                f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
+                f"--models or --name."
+            )
+    problem = broadcast_object_list([problem])[0]
+    if problem:
+        raise InputError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def build_networks(config: TrainingConfig, words: int, resumed: Description | None) -> tuple[EncoderCNN, DecoderModule]:
@@ -42,8 +80,8 @@ def build_networks(config: TrainingConfig, words: int, resumed: Description | No
     return encoder, decoder_class(config.embed_size, config.hidden_size, words, config.num_layers, dropout)
 
 
-def synchronise_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> None:
-    """Synchronise trained batch norms across processes.
+def synchronize_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> None:
+    """Synchronize trained batch norms across processes.
 
     Raises `InputError` on CPUs, for which torch cannot.
     """
@@ -181,8 +219,8 @@ def first_features(
     some = np.random.default_rng(config.seed).permutation(len(data.paths))[:FIRST_IMAGES]
     if features is not None:
         return features[torch.from_numpy(some).to(features.device), 0].to(device).float()
-    reader = ImageDataset(data.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
-    pixels = next(read_batches(reader, [some.tolist()]))[1].to(device)
+    dataset = ImageDataset(data.paths, build_pixel_transform(config.preprocessing))
+    pixels = next(read_batches(dataset, [some.tolist()]))[1].to(device)
     statistics = {key: value.clone() for key, value in encoder.network.state_dict().items()}
     with autocast(device, config.precision):
         result = encoder.features(pixels).float()

@@ -50,7 +50,7 @@ class QuantizedBackbone(nn.Module):
         self.num_prefix_tokens = getattr(backbone, "num_prefix_tokens", 0)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) in float32 -> the backbone's last features, in float32."""
+        """Normalized images (B, 3, H, W) in float32 -> the backbone's last features, in float32."""
         return torch.from_numpy(self.session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
@@ -146,10 +146,10 @@ def calibration_files() -> list[Path]:
 
 
 def calibration_images(preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """Yield each image of `calibration_files` and some crops of it, normalised, (3, H, W)."""
+    """Yield each image of `calibration_files` and some crops of it, normalized, (3, H, W)."""
     paths = calibration_files()
     whole, crops = (
-        ImageDataset(paths, build_transform(train, **asdict(preprocessing), normalise=True)) for train in (False, True)
+        ImageDataset(paths, build_transform(train, **asdict(preprocessing), normalize=True)) for train in (False, True)
     )
     for i in range(len(paths)):
         yield whole[i]

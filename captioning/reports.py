@@ -22,7 +22,7 @@ class Report:
         lines = []
         for (verb, kind), (count, first) in self.entries.items():
             plural, which = ("", ":") if count == 1 else ("s", ", the first is")
-            lines.append(f"{verb} {count:,} {kind.format(s=plural)}{which} {first}")
+            lines.append(f"{verb} {count:,} {kind.replace('{s}', plural)}{which} {first}")
         return lines
 
     def print(self) -> None:

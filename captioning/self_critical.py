@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from captioning.cider import CiderD
 from captioning.decoding import sample
 from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
-from data_loader import CaptionDataset, ImageBatches
+from data_loader import CaptionDataset, EpochSampler
 from model import DecoderModule, EncoderCNN, pack
 from vocabulary import END, START, UNK
 
@@ -45,8 +45,8 @@ class CiderReward:
         return self.cider(image_index.tolist(), captions)
 
 
-class RepeatingBatches(ImageBatches):
-    """Sample batches of images, each represented by its first caption, some of them several times an epoch.
+class RepeatingBatches(EpochSampler):
+    """Batches of images, each represented by its first caption, some of them several times an epoch.
 
     The occurrences of an image are spread evenly over the epoch; no batch holds an image twice.
 
@@ -54,16 +54,19 @@ class RepeatingBatches(ImageBatches):
     """
 
     def __init__(self, first: np.ndarray, times: np.ndarray, images_per_batch: int, seed: int = 0):
-        super().__init__(np.arange(times.sum()), images_per_batch, seed)
-        self.first, self.times = first, times
-        self.share = np.concatenate([np.arange(n) / n for n in times])  # of the epoch, after the first occurrence
+        super().__init__(seed)
+        self.first, self.times, self.images_per_batch = first, times, images_per_batch
+        self.offset = np.concatenate([np.arange(n) / n for n in times])  # from the first occurrence, in epochs
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        start = np.random.default_rng((self.seed, self.epoch)).random(len(self.first))
-        order = np.repeat(self.first, self.times)[np.argsort((np.repeat(start, self.times) + self.share) % 1)]
+    def __len__(self) -> int:
+        return -(-int(self.times.sum()) // self.images_per_batch)
+
+    def draw(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the batches of an epoch."""
+        start = rng.random(len(self.first))
+        order = np.repeat(self.first, self.times)[np.argsort((np.repeat(start, self.times) + self.offset) % 1)]
         for i in range(0, len(order), self.images_per_batch):
             yield np.unique(order[i : i + self.images_per_batch])
-        self.epoch += 1
 
 
 class SelfCritical:
@@ -72,7 +75,7 @@ class SelfCritical:
     def __init__(self, data: CaptionDataset):
         self.reward = CiderReward(data)
 
-    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> ImageBatches:
+    def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> EpochSampler:
         """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all.
 
         An image with twice the median number of captions is drawn twice per epoch, and so on, so that merged data

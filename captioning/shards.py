@@ -55,13 +55,15 @@ class Member:
         """Return the tar file's size and dates, as `Path.stat` does for a file."""
         return self.shard.stat()
 
-    def absolute(self) -> Member:
-        """Return the same member with the tar file's absolute path, as `Path.absolute` does."""
-        return Member(self.shard.absolute(), self.name, self.offset, self.size)
-
     def resolve(self) -> Member:
         """Return the same member with all links of the tar file's path resolved, as `Path.resolve` does."""
         return Member(self.shard.resolve(), self.name, self.offset, self.size)
+
+
+def stamp(path: Path | Member) -> bytes:
+    """A file's path, size and date, by which a cache knows it; raises `OSError` where it is missing."""
+    status = path.stat()
+    return f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
 
 
 def is_shard(path: Path) -> bool:
@@ -97,6 +99,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
             elif suffix in image_suffixes():
                 images.setdefault(stem, member)
             else:
+                report.add(f"{suffix} file{{s}}" if suffix else "file{s} without a suffix", repr(str(member)))
                 continue
             if member not in (images.get(stem), *texts.get(stem, {}).values()):
                 report.add("file{s} with the name of another", repr(str(member)))
@@ -201,10 +204,10 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
     Returns its path.
     """
     try:
-        about = "".join(f"{p.resolve()}\n{p.stat().st_size}\n{p.stat().st_mtime_ns}\n" for p in shards)
+        about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(f'3{about}'.encode()).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'4' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from captioning.annotations import MAX_CAPTION
 from captioning.errors import InputError
 from captioning.files import image_suffixes, read_text
 
-SPLITS = {  # a split's name in other data sets -> its name here
+SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
+SPLIT_COLUMNS = ("split", "set", "subset")  # the first that gives a split
 CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # the first that a table has
 DELIMITERS = ",|;\t"
 MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # how tables spell a cell without a value
@@ -71,22 +73,39 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 def clean_caption(caption: str, where: str) -> str:
     """The caption in one line with single spaces; "" where it holds no letter or digit, or spells a missing value."""
+    check_caption(caption, where)
     caption = " ".join(caption.split())
+    return caption if caption.lower() not in MISSING and any(map(str.isalnum, caption)) else ""
+
+
+def check_caption(caption: str, where: str) -> None:
+    """Raise `InputError` for a caption that training would refuse."""
+    if len(caption) > MAX_CAPTION:
+        raise InputError(f"{where}, has a caption of more than {MAX_CAPTION:,} characters; shorten it.")
     try:
         caption.encode()
     except UnicodeEncodeError:
         raise InputError(f"{where}, has a caption with half of a surrogate pair; write the whole character.") from None
-    return caption if caption.lower() not in MISSING and any(map(str.isalnum, caption)) else ""
 
 
 def read_json(path: Path, text: str) -> Any:
     """The value that a JSON text of this file holds; `InputError` names the line where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_as_object)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, is not JSON: {error.msg}.") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists within lists
         raise InputError(f"{path} is not JSON that can be read: {error}.") from None
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Convert the pairs of a JSON object; raises `ValueError` where a name occurs twice, whose first value is lost."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.80} occurs twice in an object")
+    return result
 
 
 # Columns
@@ -146,12 +165,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _split(record: dict[str, Any], where: str) -> str:
-    split = record.get("split")
-    if _is_missing(split):
-        return ""
-    if str(split).strip().lower() not in SPLITS:
-        raise InputError(f"{where}: the split {split!r} is none of train, val and test.")
-    return SPLITS[str(split).strip().lower()]
+    for column in SPLIT_COLUMNS:
+        split = record.get(column)
+        if not _is_missing(split) and str(split).strip().lower() in SPLIT_ALIASES:
+            return SPLIT_ALIASES[str(split).strip().lower()]
+        if not _is_missing(split) and column == "split":
+            raise InputError(f"{where}: the split {split!r} is none of train, val and test.")
+    return ""
 
 
 # JSON
@@ -163,7 +183,7 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_as_object)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
             if not isinstance(record, dict):
@@ -230,12 +250,12 @@ def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
     """The delimiter and the columns' names, those that occur twice told apart."""
     delimiters = "\t" if path.suffix.lower() == ".tsv" else DELIMITERS
     for delimiter in delimiters:
-        columns: list[str] = []
+        columns: dict[str, None] = {}
         for name in line.split(delimiter):
             name = _unquote(name.strip()).strip().lower()
-            columns.append(f"{name}.{len(columns)}" if name in columns else name)
-        if set(columns) & set(IMAGE_COLUMNS) and _caption_columns(columns):
-            return delimiter, columns
+            columns[f"{name}.{len(columns)}" if name in columns else name] = None
+        if columns.keys() & IMAGE_COLUMNS and _caption_columns(list(columns)):
+            return delimiter, list(columns)
     raise InputError(
         f"{path}, line {number}, should name a column for the image ({', '.join(IMAGE_COLUMNS)}) and one for the "
         f"caption ({', '.join(CAPTION_COLUMNS)}), but reads {line[:80]!r}; put such a header first."
@@ -253,8 +273,10 @@ def _read_cells(
             if line.strip():
                 yield number, [_unquote(cell.strip()) for cell in line.split(delimiter)]
         return
-    reader = csv.reader((line + "\n" for line in lines[start:]), delimiter=delimiter, strict=True)
+    rows = (line + "\n" for line in lines[start:])
+    reader = csv.reader(rows, delimiter=delimiter, strict=True, skipinitialspace=True)
     number = start + 1
+    csv.field_size_limit(1 << 30)  # the length of a caption is checked with the caption
     try:
         for cells in reader:
             if cells:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,10 +32,12 @@ from captioning.preparation import (
     build_networks,
     check_images,
     describe,
+    exclusive_lock,
     first_features,
     load_optimizer,
+    require_unchanged,
     restart_from_best,
-    synchronise_batch_norms,
+    synchronize_batch_norms,
 )
 from captioning.self_critical import SelfCritical
 from captioning.training_log import Scalars, format_line, read_log
@@ -46,7 +46,7 @@ from captioning.weights import load_weights
 from data_loader import CaptionDataset
 from vocabulary import Vocabulary
 
-__all__ = ["Run", "TrainingConfig", "autocast", "learning_rate_factor", "read_log", "resumed_config", "train"]
+__all__ = ["Run", "TrainingConfig", "learning_rate_factor", "read_log", "train"]
 
 # Adam moves every weight by a similar amount, and `embed` sums thousands of non-negative features: at the full
 # rate, an image's embedding would oscillate between steps, and the decoder could not learn to use it.
@@ -74,36 +74,14 @@ def train(config: TrainingConfig) -> Path:
             f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
         ) from error
     except OSError as error:  # of the log or the cache; images and checkpoints have sentences of their own
+        if error.errno == errno.EPIPE:  # of standard output
+            raise
         problem = f"{error.filename or folder} cannot be read or written ({error.strerror or error})"
         if os.path.exists(folder / "resume.pt"):
             hint = f"what was saved before is intact; fix this, then resume with `python train.py --resume {folder}`"
             problem = f"{problem}; {hint}"
         raise InputError(f"{problem}.") from error
     return folder
-
-
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Create the folder and hold its lock, so that no other training writes to it."""
-    lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
-    if this_process().is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout:
-            problem = f"another training is writing to {folder}; wait for it or choose another --name."
-        except OSError as error:
-            problem = (
-                f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
-                f"--models or --name."
-            )
-    problem = broadcast_object_list([problem])[0]
-    if problem:
-        raise InputError(problem)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass
@@ -144,14 +122,16 @@ class Run:
         self.resumed = checkpoint.read_description(folder) if config.resume else None
         vocab = None
         if self.resumed is not None:
+            require_unchanged(config, self.resumed)
             vocab = Vocabulary(self.resumed.vocabulary)
         elif config.vocab_from_file:
             vocab = Vocabulary.load(config.vocab_file)
         with this_process().local_main_process_first():  # the others find what it downloads and tokenizes
-            self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, config.cache)
-            self.val = CaptionDataset(config.data, "val", None, self.data.vocab, cache=config.cache)
+            files: Any = {"cache": config.cache, "must_exist": not config.skip_unreadable}
+            self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, **files)
+            self.val = CaptionDataset(config.data, "val", None, self.data.vocab, **files)
             self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.resumed)
-        synchronise_batch_norms(self.encoder, self.accelerator)
+        synchronize_batch_norms(self.encoder, self.accelerator)
         if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
         self.description = describe(config, self.data, self.val, self.resumed)
@@ -176,18 +156,12 @@ class Run:
         assert resumed is not None
         if resumed.data.get("train_sha256") != self.description.data["train_sha256"]:
             raise InputError(f"{self.data.annotation_file} is not what {folder} was trained on; start a new training.")
-        if resumed.preprocessing != self.description.preprocessing:
-            size = resumed.preprocessing.image_size
-            raise InputError(
-                f"{folder} is trained with --image-size {size}, which cannot change; start a new training."
-            )
         state = checkpoint.load_resume(folder, self.log)
         trained_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
         if (state["objective"], trained_before) != (self.config.objective, len(self.backbone_parameters())):
             state = restart_from_best(folder, state, self.config.objective)
         self.description.epochs, self.description.best_epoch = state["epochs"], state["best_epoch"]
-        position = ("epoch", "step", "first_epoch", "epoch_loss", "epoch_tokens")
-        self.progress = Progress(**{name: state[name] for name in position})
+        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
         published = resumed.architecture.backbone_weights == "published"
         optional = (f"{self.encoder.module_name}.",) if published else ()
         load_weights(self.encoder, state["encoder"], folder / "resume.pt", optional)
@@ -212,11 +186,11 @@ class Run:
             self.features = place_features(features, self.device)
 
     def prepare(self, state: dict[str, Any] | None) -> None:
-        """Make the optimizer and the batches, and initialise the networks of a new training (`state` None)."""
+        """Make the optimizer and the batches, and initialize the networks of a new training (`state` None)."""
         config, encoder, decoder = self.config, self.encoder, self.decoder
         assert config.learning_rate is not None
         if state is None:
-            encoder.standardise(first_features(self.data, encoder, self.features, config))
+            encoder.standardize(first_features(self.data, encoder, self.features, config))
         if config.tie_weights:
             if state is None:
                 decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
@@ -227,8 +201,8 @@ class Run:
         ]
         if backbone := self.backbone_parameters():
             groups.append({"params": backbone, "lr": config.backbone_learning_rate})
-        self.peaks = [group["lr"] for group in groups]
-        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.peak_rates = [group["lr"] for group in groups]
+        self.trained_parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.Adam(groups, fused=True)
         self.objective = SelfCritical(self.data) if config.objective == "cider" else CrossEntropy()
         model = CaptioningModel(encoder, decoder, self.objective)
@@ -240,6 +214,9 @@ class Run:
         sampler = self.objective.build_sampler(self.data, config.batch_size, config.seed, self.features is not None)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
+        before = resumed_config(self.folder).batch_size if self.resumed else config.batch_size
+        if before != config.batch_size:
+            self.progress.step = min(self.progress.step * before // config.batch_size, len(self.batches))
         if self.progress.step > len(self.batches):
             raise InputError(f"{self.folder}/resume.pt belongs to another training; start a new one.")
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
@@ -267,9 +244,11 @@ class Run:
             f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "
             f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
         )
+        if self.progress.epoch > self.last_epoch:
+            self.log(f"all epochs are done; --num-epochs {self.config.num_epochs + 1} trains one more")
 
     def is_out_of_patience(self) -> bool:
-        """Whether the best epoch is more than `patience` epochs ago."""
+        """Whether none of the last `patience` epochs has a better CIDEr than those before."""
         best, patience = self.description.best_epoch, self.config.patience
         if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
             return False
@@ -289,8 +268,8 @@ class Run:
             unit="step",
             disable=None if self.is_main else True,
         ) as bar:
-            for step, (whole, has_share, batch) in enumerate(batches, progress.step + 1):
-                unread.append(self.train_step(step, whole, has_share, batch))
+            for step, (global_batch, has_share, batch) in enumerate(batches, progress.step + 1):
+                unread.append(self.train_step(step, global_batch, has_share, batch))
                 bar.update()
                 if self.must_read(step):
                     line, stopped = self.read_losses(unread)
@@ -304,10 +283,10 @@ class Run:
                         self.accelerator.wait_for_everyone()  # the launcher stops the rest once one exits
                         self.stop()
 
-    def train_step(self, step: int, whole: np.ndarray, has_share: bool, batch: Batch) -> StepLoss:
+    def train_step(self, step: int, global_batch: np.ndarray, has_share: bool, batch: Batch) -> StepLoss:
         """One step of the optimizer.
 
-        whole: the captions of all processes' batch. has_share: False where this process's batch is only a stand-in.
+        global_batch: the captions of all processes' batch. has_share: False where this process's batch only stands in.
         """
         config, processes = self.config, self.accelerator.num_processes
         assert config.learning_rate is not None
@@ -316,7 +295,7 @@ class Run:
         seed = (config.seed * 1_000_003 + done) * processes + self.accelerator.process_index
         torch.manual_seed(seed % 2**64)
         factor = learning_rate_factor(done, len(self.batches) * config.num_epochs, config.warmup_steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         try:
             with autocast(self.device, config.precision):
@@ -328,10 +307,10 @@ class Run:
                 f"step {step} of epoch {self.progress.epoch} has a single image, which leaves the backbone's batch "
                 f"norms a single value; use another --batch-size, a larger --image-size, or a smaller --fine-tune."
             ) from None
-        terms, captions = self.objective.count(self.data.lengths[whole], self.decoder)
+        terms, captions = self.objective.count(self.data.lengths[global_batch], self.decoder)
         objective = loss / terms + config.attention_penalty * penalty / captions
         self.accelerator.backward(has_share * objective * processes)  # the processes' gradients are averaged
-        self.accelerator.clip_grad_norm_(self.trained, config.clip_norm)
+        self.accelerator.clip_grad_norm_(self.trained_parameters, config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepLoss(step, loss.detach() * has_share, terms, config.learning_rate * factor)
@@ -374,7 +353,7 @@ class Run:
             progress.epoch_tokens += x.terms
             step = (progress.epoch - 1) * len(self.batches) + x.step
             self.scalars.add({"train/loss": value, "train/learning_rate": x.learning_rate}, step)
-        if not bool(torch.stack([p.isfinite().all() for p in self.trained]).all()):
+        if not bool(torch.stack([p.isfinite().all() for p in self.trained_parameters]).all()):
             raise InputError(
                 f"a weight is not a finite number after step {progress.step} of epoch {progress.epoch}; {hint}"
             )
@@ -423,9 +402,8 @@ class Run:
             return
         self.log_file.flush()
         os.fsync(self.log_file.fileno())
-        encoder = self.encoder.state_dict()
-        if self.description.architecture.backbone_weights == "published":
-            encoder = {key: value for key, value in encoder.items() if key.startswith("embed.")}
+        published = self.description.architecture.backbone_weights == "published"
+        encoder = self.encoder.embed.state_dict(prefix="embed.") if published else self.encoder.state_dict()
         state = {
             "format": 2,
             "objective": self.config.objective,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from captioning.config import TrainingConfig
 from captioning.decoding import greedy
 from captioning.distributed import autocast, choose_dtype
 from captioning.features import BATCH, encode
-from captioning.images import ImageDataset, build_transform
+from captioning.images import ImageDataset, build_pixel_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
 from captioning.metrics import score
 from data_loader import CaptionDataset
@@ -47,9 +46,9 @@ def validate(
     if features is not None:
         chunks = ((rows, features[rows]) for rows in local)
     else:
-        reader = ImageDataset(val.paths, build_transform(False, **asdict(config.preprocessing), normalise=False))
+        dataset = ImageDataset(val.paths, build_pixel_transform(config.preprocessing))
         dtype = choose_dtype(accelerator.device, config.precision)
-        chunks = encode(encoder.for_inference(dtype), reader, local, config.workers)
+        chunks = encode(encoder.for_inference(dtype), dataset, local, config.workers)
     order = np.argsort(val.image_rows, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
     ends = np.concatenate([[0], np.cumsum(np.bincount(val.image_rows, minlength=len(val.paths)))])
     loss, tokens, hypotheses = 0.0, 0, {}

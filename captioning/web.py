@@ -36,7 +36,7 @@ IMAGE_SECONDS = 10  # to read a photo
 ZIP_SECONDS = 30  # to unpack a zip file
 STOP_SECONDS = 2  # for the last batch, once the server is being stopped
 VIEW_SIZE = 224  # pixels of the part of the photo that the model sees, as it is drawn under attention maps
-UPLOAD = "/gradio_api/upload"
+UPLOAD_ROUTE = "/gradio_api/upload"
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -62,7 +62,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = MAX_UPLOADED if scope["path"] == UPLOAD else MAX_BODY
+        limit = MAX_UPLOADED if scope["path"] == UPLOAD_ROUTE else MAX_BODY
         sentence = self._refusal(scope["path"], Headers(scope=scope))
         app = PlainTextResponse(sentence, 403) if sentence else self.app
         await app(scope, _counted(receive, limit), send)
@@ -96,7 +96,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
     return receive_counted
 
 
-class Protocol(H11Protocol):
+class HttpProtocol(H11Protocol):
     """Uvicorn's, but deaf once it has refused a request: it would answer the rest of that with a traceback."""
 
     def data_received(self, data: bytes) -> None:
@@ -143,7 +143,7 @@ class Progress:
     rows: list[tuple[str, Caption | InputError]]  # each photo's name, and its caption or why it has none
 
 
-class Server:
+class CaptionServer:
     """Captions the images of requests; those that arrive together form a batch.
 
     A request's image is read in another process while the request waits in its own thread; one thread captions.

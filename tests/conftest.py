@@ -46,7 +46,7 @@ def peak():
 
 
 # A test with one of these trains, serves, exports or runs Java.
-SLOW_FIXTURES = {"config", "memorised", "official_and_ours", "served", "stopped"}
+SLOW_FIXTURES = {"config", "memorized", "official_and_ours", "served", "stopped"}
 MISSING = {
     "java": None if shutil.which("java") else "Java is not installed",
     "gpu": None if torch.cuda.is_available() else "there is no CUDA GPU",
@@ -299,7 +299,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=DECODERS)
-def memorised(request: pytest.FixtureRequest, eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Path:
+def memorized(request: pytest.FixtureRequest, eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Path:
     """The folder of a model, of either decoder, trained to know the eight captions by heart."""
     config = small_to_keep(
         data=eight,

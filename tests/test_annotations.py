@@ -108,6 +108,7 @@ def test_every_encoding_that_json_may_have(tmp_path: Path, encoding: str, how: d
     check(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_locale_s_encoding_does_not_matter(tmp_path: Path):
     write(tmp_path)
     code = (
@@ -341,6 +342,7 @@ def test_a_character_of_two_halves_across_two_reads(tmp_path: Path, place: int):
             list(read_captions(tmp_path / "f.json"))
 
 
+@pytest.mark.slow
 def test_a_long_list_takes_the_memory_of_its_entries(tmp_path: Path):
     path = tmp_path / "file.json"
     with open(path, "w") as file:

@@ -46,7 +46,7 @@ def test_a_backbone_gives_cells_or_their_mean_and_the_same_with_batch_norms_fold
     with torch.no_grad():
         features = encoder.features(images)
         assert features.shape == (2, cells, channels or encoder.feature_size)
-        assert encoder.stages == stages or stages is None
+        assert encoder.num_stages == stages or stages is None
         assert encoder(images).shape == (2, cells, 8)
         folded = encoder.for_inference(torch.float32)
         torch.testing.assert_close(folded.features(images), features, rtol=1e-3, atol=1e-3 * features.abs().max())
@@ -61,11 +61,11 @@ def test_only_the_last_stages_learn(name: str):
     assert any(learns)
     assert not all(learns)
     assert not encoder.network.training  # batch norms of a backbone that is not trained whole stay as they are
-    whole = EncoderCNN(8, name, weights="random", fine_tune=encoder.stages).train()
+    whole = EncoderCNN(8, name, weights="random", fine_tune=encoder.num_stages).train()
     assert all(parameter.requires_grad for parameter in whole.network.parameters())
     assert whole.network.training
-    with pytest.raises(InputError, match=rf"a number of {name}'s stages, 0 to {encoder.stages}, not"):
-        EncoderCNN(8, name, weights="random", fine_tune=encoder.stages + 1)
+    with pytest.raises(InputError, match=rf"a number of {name}'s stages, 0 to {encoder.num_stages}, not"):
+        EncoderCNN(8, name, weights="random", fine_tune=encoder.num_stages + 1)
 
 
 @pytest.mark.parametrize("name", PACKAGED)
@@ -93,7 +93,7 @@ def test_the_packaged_weights_name_what_an_image_shows(image: str, label: int):
     path = next((Path(package.__file__).parent / "models").glob("*.pth"))
     weights = list(torch.load(path, weights_only=True).values())[-2:]
     classifier.weight.data, classifier.bias.data = weights
-    transform = build_transform(**asdict(preprocessing_of(name)), normalise=False)
+    transform = build_transform(**asdict(preprocessing_of(name)), normalize=False)
     with torch.no_grad():
         logits = classifier(encoder.features(transform(read_image(IMAGES / image))[None]).mean(1))
     assert logits.argmax().item() == label
@@ -164,8 +164,8 @@ def test_the_feature_map_is_averaged_to_a_grid():
 def test_squashing_shows_the_whole_image():
     image = Image.new("RGB", (400, 100), "black")
     image.paste("white", (0, 0, 40, 100))
-    assert build_transform(image_size=64, normalise=False)(image).max() == 0
-    squashed = build_transform(image_size=64, normalise=False, crop="squash")(image)
+    assert build_transform(image_size=64, normalize=False)(image).max() == 0
+    squashed = build_transform(image_size=64, normalize=False, crop="squash")(image)
     assert squashed.shape == (3, 64, 64)
     assert squashed[:, :, :5].min() == 255
 

@@ -114,6 +114,7 @@ def test_a_folder_that_links_to_its_own_parent_is_entered_once(tmp_path: Path):
     assert names(tmp_path, find_images([tmp_path], True)) == ["a/a.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "depth"), [("a", sys.getrecursionlimit() + 100), ("a" * 200, 30)])
 def test_folders_deeper_than_python_or_the_system_reaches(tmp_path: Path, name: str, depth: int):
     here = os.getcwd()

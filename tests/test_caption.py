@@ -23,13 +23,14 @@ from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
 from captioning.errors import InputError
+from captioning.features import BATCH
 from captioning.figures import draw_attention
 from captioning.images import ImageDataset, build_transform
 
 
 @pytest.fixture(scope="module")
-def captioner(memorised: Path) -> Captioner:
-    return Captioner.load(memorised)
+def captioner(memorized: Path) -> Captioner:
+    return Captioner.load(memorized)
 
 
 @pytest.fixture
@@ -42,15 +43,15 @@ def test_different_pictures_get_different_captions(captioner: Captioner, image_p
     assert len(set(texts)) == len(image_paths)
 
 
-def test_a_reloaded_model_captions_as_before(memorised: Path, image_paths: list[Path]):
-    before, after = Captioner.load(memorised)(image_paths), Captioner.load(memorised)(image_paths)
+def test_a_reloaded_model_captions_as_before(memorized: Path, image_paths: list[Path]):
+    before, after = Captioner.load(memorized)(image_paths), Captioner.load(memorized)(image_paths)
     assert [(c.text, c.log_probability) for c in before] == [(c.text, c.log_probability) for c in after]
 
 
 def test_the_caption_is_what_the_networks_give_image_by_image(
-    memorised: Path, image_paths: list[Path], captioner: Captioner
+    memorized: Path, image_paths: list[Path], captioner: Captioner
 ):
-    encoder, decoder, vocab, description = load_model(memorised)
+    encoder, decoder, vocab, description = load_model(memorized)
     pictures = ImageDataset(image_paths, build_transform(image_size=description.preprocessing.image_size))
     for index, caption in enumerate(captioner(image_paths)):
         with torch.no_grad():
@@ -195,6 +196,24 @@ def test_strict_stops_at_the_first_bad_image(command: Callable, trained: Path, a
     assert "00-bad.png" in errors
 
 
+def test_strict_keeps_the_captions_before_a_bad_image(command: Callable, trained: Path, album: Path, image_path: Path):
+    images = [image_path] * BATCH + [album / "00-bad.png"]
+    code, output, _ = command(*images, "--model", trained, "--strict", "--json")
+    assert code == 2
+    assert len(json.loads(output)) == BATCH
+
+
+def test_a_closed_standard_output_loses_no_caption(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", None)
+    code, _, errors = command(image_path, "--model", trained)
+    assert (code, errors.split(",")[0]) == (2, "error: standard output is closed")
+    code, _, _ = command(image_path, "--model", trained, "--output", tmp_path / "captions.jsonl")
+    assert code == 0
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_sheet_is_drawn(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
     code, _, errors = command(image_path, "--model", trained, "--sheet", tmp_path / "new" / "sheet.png")
     assert code == 0
@@ -224,6 +243,56 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_
         assert code == 2
         assert expected in errors
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png"])
+def test_a_photo_that_takes_the_place_of_an_output_is_not_replaced(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path, option: str, name: str
+):
+    draw_noise(0).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    code, _, errors = command(
+        *([] if option == "--export" else [image_path]), "--model", trained, option, tmp_path / name
+    )
+    assert code == 2
+    assert name in errors
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_figure_replaces_the_one_before(command: Callable, attending: Path, image_path: Path, tmp_path: Path):
+    options = ("--sheet", tmp_path / "sheet.png", "--attention", tmp_path / "attention.png")
+    for _ in range(2):
+        assert command(image_path, "--model", attending, *options)[0] == 0
+
+
+def test_a_photo_that_was_repaired_is_captioned_when_the_file_is_resumed(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path
+):
+    folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
+    folder.mkdir()
+    for i in range(20):
+        draw_noise(i).save(folder / f"{i:02}.png")
+    whole = (folder / "03.png").read_bytes()
+    for name in ("03.png", "18.png"):
+        (folder / name).write_bytes(b"no image")
+    code, _, errors = command(folder, "--model", trained, "--output", output)
+    assert (code, errors.splitlines()[-1]) == (
+        2,
+        f"error: 2 of 20 photos could not be read; their rows in {output} say why.",
+    )
+    (folder / "03.png").write_bytes(whole)
+    code, _, errors = command(folder, "--model", trained, "--output", output)
+    assert f"{output}: 0 rows written, 20 were there, 1 of them without a caption until now" in errors
+    assert (code, errors.splitlines()[-1]) == (
+        2,
+        f"error: 1 of 20 photos could not be read; their rows in {output} say why.",
+    )
+    (folder / "18.png").write_bytes(whole)
+    assert command(folder, "--model", trained, "--output", output)[0] == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    command(folder, "--model", trained, "--output", tmp_path / "at-once.jsonl")
+    assert rows == [json.loads(line) for line in (tmp_path / "at-once.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])

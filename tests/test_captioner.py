@@ -249,6 +249,7 @@ def test_a_model_twice_captions_as_once(model: Captioner, trained: Path, image_p
             assert other.attention is None
 
 
+@pytest.mark.slow
 def test_models_of_different_decoders_average_their_probabilities(
     model: Captioner, trained: Path, attending: Path, image_paths: list[Path]
 ):
@@ -289,6 +290,7 @@ def test_several_models_on_the_command_line(trained: Path, attending: Path, imag
         tyro.cli(caption_command.main, args=[*arguments[1:], "--export", "x.onnx"])
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_averaged_are_a_sentence(trained: Path, tmp_path: Path):
     folder = shutil.copytree(trained, tmp_path / "other")
     description = json.loads((folder / "captioner.json").read_text())

@@ -281,6 +281,7 @@ def epochs(request: pytest.FixtureRequest, small: Callable[..., TrainingConfig],
     return train(small(decoder=request.param, **options))
 
 
+@pytest.mark.slow
 def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_path: Path, capsys):
     average_epochs(epochs, (3, 1), tmp_path / "average")
     assert capsys.readouterr().out == f"{tmp_path}/average: the mean of epochs 1, 3; evaluate.py scores it\n"

@@ -35,7 +35,7 @@ def test_the_recipe_s_transforms():
 
 def test_a_random_transform_draws_from_the_seed_and_the_index_alone():
     pictures = [draw_noise(0)] * 2
-    dataset = ImageDataset(pictures, build_transform(train=True, image_size=32, normalise=False))
+    dataset = ImageDataset(pictures, build_transform(train=True, image_size=32, normalize=False))
     drawn = {(i, seed): dataset[i, seed] for i in range(2) for seed in range(8)}
     torch.rand(5)
     assert all(torch.equal(dataset[key], value) for key, value in drawn.items())
@@ -44,7 +44,7 @@ def test_a_random_transform_draws_from_the_seed_and_the_index_alone():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_images_come_in_order_from_any_number_of_workers(workers: int):
-    dataset = ImageDataset([draw_noise(i) for i in range(10)], build_transform(True, 32, normalise=False))
+    dataset = ImageDataset([draw_noise(i) for i in range(10)], build_transform(True, 32, normalize=False))
     batches = [[(0, 1), (1, 1)], [(9, 1)], [(3, 2), (2, 2), (3, 3)]]
     results = list(read_batches(dataset, batches, workers))
     assert [keys for keys, _ in results] == batches
@@ -54,8 +54,8 @@ def test_batches_of_images_come_in_order_from_any_number_of_workers(workers: int
 
 def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path: Path):
     draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg", quality=95)
-    whole = build_transform(normalise=False)(Image.open(tmp_path / "large.jpg").convert("RGB"))
-    fast = ImageDataset([tmp_path / "large.jpg"], build_transform(normalise=False))[0]
+    whole = build_transform(normalize=False)(Image.open(tmp_path / "large.jpg").convert("RGB"))
+    fast = ImageDataset([tmp_path / "large.jpg"], build_transform(normalize=False))[0]
     assert fast.shape == whole.shape
     assert (fast.float() - whole.float()).abs().mean() < 2
 

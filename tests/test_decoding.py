@@ -215,10 +215,10 @@ def test_a_beam_wide_enough_for_everything_finds_the_true_optimum(length_penalty
 
 def test_the_optimum_depends_on_the_length_penalty():
     decoder, features = Toy(6, scale=1.0), features_of(8, 6)
-    plain, normalised = (
+    plain, normalized = (
         [h[0].tokens for h in beam_search(decoder, features, 121, max_length=4, length_penalty=p)] for p in (0, 1)
     )
-    assert sum(map(len, plain)) < sum(map(len, normalised))
+    assert sum(map(len, plain)) < sum(map(len, normalized))
 
 
 SETTINGS = [

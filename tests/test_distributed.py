@@ -31,7 +31,7 @@ from captioning import bulk, errors, metrics
 from captioning.batches import share
 from captioning.checkpoint import read_description
 from captioning.features import BATCH
-from captioning.preparation import synchronise_batch_norms
+from captioning.preparation import synchronize_batch_norms
 from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 
@@ -193,13 +193,13 @@ def test_on_gpus_batch_norms_share_their_statistics(config: Make):
     encoder = model.EncoderCNN(8, weights="random", fine_tune=5)
     names = list(encoder.state_dict())
     gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
-    synchronise_batch_norms(encoder, gpus)
+    synchronize_batch_norms(encoder, gpus)
     norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
     assert len(norms) == 17
     assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
     assert list(encoder.state_dict()) == names
     frozen = model.EncoderCNN(8, weights="random", fine_tune=2)
-    synchronise_batch_norms(frozen, gpus)
+    synchronize_batch_norms(frozen, gpus)
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in frozen.modules())
 
 

@@ -624,6 +624,7 @@ def test_the_body_of_a_redirect_is_not_read(answer):
     assert read(url) == b"abc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -737,6 +738,7 @@ def published(server, triple, monkeypatch):
     return server
 
 
+@pytest.mark.slow
 def test_published_weights_become_a_models_folder(published, triple, tmp_path):
     folder = tmp_path / "models" / "published"
     download.weights(folder)
@@ -784,6 +786,7 @@ def test_weights_that_unpack_to_more_than_is_due_are_refused(published, tmp_path
         download.weights(tmp_path / "published")
 
 
+@pytest.mark.slow
 def test_weights_that_are_larger_or_slower_than_is_due_are_not_downloaded_whole(published, tmp_path, monkeypatch):
     published.files["/weights"] = bytes(50_000_000)
     monkeypatch.setattr(download, "WEIGHTS_BYTES", 1_000_000)

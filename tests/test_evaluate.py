@@ -24,8 +24,8 @@ def command(run_here: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, tm
     return lambda *arguments: run_here("evaluate.py", lambda: tyro.cli(main), *arguments, "--workers", 0)
 
 
-def test_captions_known_by_heart_score_highest(memorised: Path, eight: Path, cache: Path):
-    captioner = Captioner.load(memorised)
+def test_captions_known_by_heart_score_highest(memorized: Path, eight: Path, cache: Path):
+    captioner = Captioner.load(memorized)
     evaluation = evaluate(captioner, CaptionDataset(eight, "val", vocab=captioner.vocab, cache=cache), java=False)
     assert [evaluation.captions[i].text for i in sorted(evaluation.captions)] == list(EIGHT.values())
     assert evaluation.scores.metrics["Bleu_4"] == pytest.approx(1, abs=1e-3)
@@ -42,11 +42,11 @@ def test_scenes_are_checked_against_what_was_drawn(trained: Path, drawn: Path, c
     assert all(0 <= accuracy <= 1 for accuracy in evaluation.scenes.values())
 
 
-def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path):
+def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     data = CaptionDataset(drawn, "test", cache=cache, vocab_threshold=1)
     first = int(data.image_ids[0])
     for scene in (5, {}, {"kind": "dog", "count": 1, "others": 7, "colour": None}, {"kind": []}):
-        data.coco.imgs[first]["scene"] = scene
+        monkeypatch.setattr(data, "scenes", lambda scene=scene: {first: scene})
         with pytest.raises(InputError, match=rf"captions_test\.json describes image {first} as no drawn scene is"):
             check_scenes(data, {first: "a dog"})
 
@@ -88,6 +88,24 @@ def test_written_results_get_the_same_scores(command: Callable, trained: Path, d
     code, second, _ = command("--references", references, "--results", results, "--json")
     assert code == 0
     assert json.loads(second)["CIDEr"] == pytest.approx(json.loads(first)["CIDEr"])
+
+
+def test_captions_in_a_file_of_results_are_kept(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
+    (tmp_path / "mine.json").write_text("mine")
+    _, _, errors = command("--model", trained, "--data", drawn, "--results", "mine.json")
+    assert errors.splitlines()[-1] == "wrote mine.json; what it held before is in mine.json.old"
+    assert (tmp_path / "mine.json.old").read_text() == "mine"
+    assert len(json.loads((tmp_path / "mine.json").read_text())) == 8
+
+
+def test_captions_that_the_model_did_not_learn_from_make_none_novel(command: Callable, trained: Path, tmp_path: Path):
+    for split in ("train", "val"):
+        write_split(tmp_path / "data", split, {"a.png": ["a dog"], "b.png": ["a cat"]})
+        for name in "ab":
+            draw_noise(3).save(tmp_path / "data" / "images" / split / f"{name}.png")
+    _, output, errors = command("--model", trained, "--data", tmp_path / "data", "--split", "val", "--json")
+    assert json.loads(output)["novel"] is None
+    assert "the model was trained on other captions" in errors
 
 
 def test_a_split_without_public_captions_gives_the_results_file(command: Callable, trained: Path, tmp_path: Path):

@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     encoder, decoder = build_kind(request.param, len(WORDS))
     with torch.no_grad():
         features = encoder.features(noise(13))
-        encoder.standardise(features)
+        encoder.standardize(features)
         for weight in decoder.parameters():
             weight.mul_(4)
         decoder.linear.bias[[START, UNK]] += 40  # what greedy decoding never says
@@ -114,7 +114,7 @@ def test_the_documented_use_gives_the_captions_words(model, exported, tmp_path, 
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     encoder, decoder, vocabulary, _ = load_model(model)
-    inputs = build_transform(False, SIZE, normalise=False)(read_image("photo.jpg"))
+    inputs = build_transform(False, SIZE, normalize=False)(read_image("photo.jpg"))
     with torch.no_grad():
         [expected] = greedy(decoder, encoder(inputs[None]), max_length=LENGTH)
     assert capsys.readouterr().out.split() == vocabulary.tokens(expected.tokens)

@@ -93,6 +93,12 @@ def test_a_second_pass_computes_nothing(
     assert computed == []
 
 
+def test_a_file_in_place_of_the_cache_folder(encoder: EncoderCNN, paths: list[Path], tmp_path: Path):
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cache.* cannot be written \(.*\); name another folder with --cache"):
+        stored_features(encoder, paths, SIZE, cache=tmp_path / "cache")
+
+
 def test_an_interrupted_pass_goes_on_after_its_last_whole_batch(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -152,12 +158,6 @@ def test_unreadable_images_are_listed_after_the_whole_pass(
     some = [tmp_path / "a.png", *paths, tmp_path / "b.png"]
     with pytest.raises(InputError, match=r"2 of 26 photos cannot be read: .*a\.png.*; .*b\.png"):
         stored_features(encoder, some, SIZE, cache=tmp_path)
-    failed: dict[int, InputError] = {}
-    stored = stored_features(encoder, some, SIZE, cache=tmp_path, unreadable=failed.__setitem__)
-    assert sorted(failed) == [0, 25]
-    expected = stored_features(encoder, paths, SIZE, cache=tmp_path)
-    torch.testing.assert_close(stored[1:-1], expected, rtol=0.02, atol=0.02)
-    assert not stored[[0, -1]].any()
 
 
 def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):
@@ -196,7 +196,7 @@ def test_stored_features_and_pixels_give_the_same_loss(
     encoder.grid = DECODERS[name].attends
     model = CaptioningModel(encoder, DECODERS[name](8, 16, len(data.vocab))).eval()
     stored = stored_features(encoder, data.paths, SIZE, cache=tmp_path)[:, 0]
-    dataset = ImageDataset(data.paths, build_transform(image_size=64, normalise=False))
+    dataset = ImageDataset(data.paths, build_transform(image_size=64, normalize=False))
     pixels = torch.stack([dataset[i] for i in range(len(dataset))])
     captions, lengths = data.captions(np.arange(len(data)))
     row = torch.from_numpy(data.image_rows).long()

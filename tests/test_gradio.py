@@ -40,7 +40,7 @@ from captioning.errors import InputError
 from captioning.figures import overlay_attention
 from captioning.page import as_table, attention_maps, other_captions, per_word, write_tables
 from captioning.scenes.dataset import draw_scene
-from captioning.web import MAX_BODY, MAX_UPLOADED, Server
+from captioning.web import MAX_BODY, MAX_UPLOADED, CaptionServer
 
 pytestmark = pytest.mark.slow
 
@@ -667,7 +667,7 @@ def slow(attending: Path) -> SlowCaptioner:
 
 @contextlib.contextmanager
 def served(slow: SlowCaptioner, examples: list[tuple[Path, str]], folder: Path) -> Iterator[str]:
-    server = Server({"slow": slow})
+    server = CaptionServer({"slow": slow})
     page, _ = gradio_main.build_page(server, examples, folder)
     with patch("gradio.networking.url_ok", return_value=True):  # it would wait for an answer for three seconds only
         _, url, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, share=False)
@@ -799,7 +799,7 @@ def test_models_of_one_name_are_told_apart(trained: Path, attending: Path):
 def test_keeping_and_the_menu_of_models_are_there_where_asked_for(slow: SlowCaptioner, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     for captioners, flag_folder in (({"a": slow}, None), ({"a": slow, "b": slow}, tmp_path / "kept")):
-        server = Server(captioners)
+        server = CaptionServer(captioners)
         page, _ = gradio_main.build_page(server, [], tmp_path, flag_folder)
         server.close()
         assert ("Keep this photo and caption" in str(page.config)) == (flag_folder is not None)
@@ -835,7 +835,7 @@ def test_where_no_public_address_can_be_had_it_says_to_leave_out_share(
 ):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(gradio_main, "setup_tunnel", lambda *_: 1 / 0)
-    server = Server({"slow": slow})
+    server = CaptionServer({"slow": slow})
     page, image = gradio_main.build_page(server, [], tmp_path)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,

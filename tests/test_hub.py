@@ -263,6 +263,15 @@ def test_the_card_names_the_backbone_and_the_decoder_and_says_where_nothing_is_r
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
 
 
+def test_the_card_of_averaged_epochs_claims_no_epoch_s_scores(trained):
+    description = read_description(trained)
+    assert "(epoch " in hub.model_card(description, "ada/scenes", "mit")
+    description.training["averaged_epochs"] = [1, 2]
+    card = hub.model_card(description, "ada/scenes", "mit")
+    assert "(mean of epochs 1, 2)" in card
+    assert "No metrics were recorded." in card
+
+
 def test_a_second_sharing_replaces_another_epoch(served, trained):
     repository = share(served, trained)
     best = read_description(trained).best_epoch

@@ -272,13 +272,13 @@ def test_thin_images_are_resized_from_their_middle(tmp_path: Path, size: tuple[i
     Image.new("RGB", size, (40, 160, 60)).save(tmp_path / "thin.png")
     image = read_image(tmp_path / "thin.png")
     assert max(image.size) in (32 * min(size), 32 * min(size) + 1)
-    pixels = ImageDataset([tmp_path / "thin.png"], build_transform(train, 64, normalise=False))[0]
+    pixels = ImageDataset([tmp_path / "thin.png"], build_transform(train, 64, normalize=False))[0]
     assert pixels.flatten(1).float().mean(1).tolist() == [40, 160, 60]
 
 
 def test_a_cut_leaves_what_the_centre_crop_takes():
     image = smooth((4001, 40))
-    transform = build_transform(False, 64, normalise=False)
+    transform = build_transform(False, 64, normalize=False)
     assert (transform(read_image(image)).float() - transform(image).float()).abs().mean() < 1
 
 

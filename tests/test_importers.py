@@ -481,7 +481,7 @@ def test_images_that_no_row_names_are_counted(tmp_path: Path, capsys):
     importers.import_folder(source, tmp_path / "out")
     assert set(all_captions(tmp_path / "out")) == {"0.jpg", "1.jpg"}
     error = capsys.readouterr().err
-    assert f"left out 4 images without a row or .txt file, the first is {source}/2.jpg\n" in error
+    assert f"left out 4 images without a row, the first is {source}/2.jpg\n" in error
 
 
 # .txt files beside images, and folders that are splits
@@ -495,7 +495,7 @@ def test_captions_in_txt_files_next_to_the_images(tmp_path, capsys):
     importers.import_folder(source, tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": [f"a red ball {i}", "one ball"] for i in range(5)}
     error = capsys.readouterr().err
-    assert f"left out 1 image without a row or .txt file: {source}/5.jpg\n" in error
+    assert f"left out 1 image without a .txt file: {source}/5.jpg\n" in error
     assert f"left out 1 .txt file without an image: {source}/9.txt\n" in error
 
 

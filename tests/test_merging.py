@@ -6,8 +6,11 @@ import pytest
 from test_importers import captions, make_image, text
 
 import importers
+from captioning.annotations import MAX_CAPTION
 from captioning.errors import InputError
 from data_loader import CaptionDataset
+
+LONG = "a" * (MAX_CAPTION + 1)
 
 
 def data_set(folder: Path, year: str = "", splits: dict[str, list[int]] | None = None, width: int = 8) -> Path:
@@ -127,6 +130,14 @@ MISTAKES = {
         lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 9, "caption": "a"}]),
         r"annotations\[0\] has no caption, or is of image 9",
     ),
+    "half a character": (
+        lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3, "caption": "a \ud83d"}]),
+        r"annotations\[0\], has a caption with half of a surrogate pair",
+    ),
+    "a caption that training refuses": (
+        lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3, "caption": LONG}]),
+        r"annotations\[0\], has a caption of more than 1,000,000 characters",
+    ),
     "not JSON": (
         lambda a, b: text(b / "annotations/captions_val.json", "{"),
         r"captions_val\.json, line 1, is not JSON",
@@ -136,6 +147,17 @@ MISTAKES = {
         "is not empty",
     ),
 }
+
+
+def test_what_was_merged_can_be_merged_again(tmp_path):
+    a, b, c = (data_set(tmp_path / name, width=8 + 20 * i) for i, name in enumerate("abc"))
+    (b / "annotations/captions_test.json").rename(b / "annotations/image_info_test.json")
+    change(a / "annotations/captions_test.json", annotations=[{"image_id": 4, "caption": ["a cat", "a dog"]}])
+    importers.merge((a, b), tmp_path / "ab")
+    importers.merge((tmp_path / "ab", c), tmp_path / "abc")
+    assert captions(tmp_path / "abc", "test") == {"ab/a/0.jpg": ["a cat", "a dog"], "c/0.jpg": ["A  c test,\n4."]}
+    images = json.loads((tmp_path / "abc/annotations/image_info_test.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["ab/a/0.jpg", "ab/b/0.jpg", "c/0.jpg"]
 
 
 @pytest.mark.parametrize(("act", "message"), MISTAKES.values(), ids=MISTAKES)

@@ -60,7 +60,7 @@ def test_the_grid_s_mean_is_the_pooled_feature(tiny_backbone: Callable):
     torch.testing.assert_close(encoder.features(images).mean(1), pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_bytes_are_normalised_as_the_recipe_s_transform_does(tiny_backbone: Callable):
+def test_bytes_are_normalized_as_the_recipe_s_transform_does(tiny_backbone: Callable):
     encoder = EncoderCNN(EMBED, weights="random").eval()
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -188,6 +188,7 @@ RECIPE = transforms.Compose(
 )
 
 
+@pytest.mark.slow
 def test_imported_weights_give_the_originals_token_sequences(original, triple, image_paths, tmp_path):
     import_weights(*triple, tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [

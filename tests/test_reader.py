@@ -20,6 +20,8 @@ from captioning.errors import InputError
 from captioning.images import build_transform
 from captioning.reader import MAX_MEMORY, Reader, prepare_image, unpack_images
 
+pytestmark = pytest.mark.slow
+
 EXIF_ORIENTATION = 0x0112
 
 
@@ -112,7 +114,7 @@ def test_an_image_is_read_upright_and_as_its_owner_calls_it(image_path: Path, tm
 def test_the_view_is_what_the_model_sees(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     Image.fromarray(pixels).resize((900, 600), Image.Resampling.NEAREST).save(tmp_path / "a.png")
-    transform = build_transform(image_size=64, normalise=False)
+    transform = build_transform(image_size=64, normalize=False)
     small, view = prepare_image(tmp_path / "a.png", "a.png", Preprocessing(64), 224)
     expected = Image.fromarray(transform(small).permute(1, 2, 0).numpy()).resize((224, 224))
     assert np.abs(np.asarray(expected, int) - np.asarray(view, int)).mean() < 10

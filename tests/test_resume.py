@@ -231,10 +231,12 @@ def test_a_crash_costs_only_what_came_after_the_last_save(
     assert_same_model(folder, undisturbed)
 
 
-def test_a_training_that_has_ended_stays_as_it_is(config: Make):
+def test_a_training_that_has_ended_stays_as_it_is(config: Make, capsys: pytest.CaptureFixture):
     folder = train(config())
     before = (folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes()
+    capsys.readouterr()
     train(resumed_config(folder))
+    assert capsys.readouterr().out.endswith("all epochs are done; --num-epochs 3 trains one more\n")
     assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
 
 
@@ -322,11 +324,32 @@ def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path,
         train(resumed)
 
 
-def test_another_size_of_images_is_refused(stopped: Path):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("image_size", 64),
+        ("crop", "squash"),
+        ("weights", "pretrained"),
+        ("tie_weights", True),
+        ("vocab_threshold", 1),
+        ("vocab_from_file", True),
+        ("embed_size", 32),
+    ],
+)
+def test_what_a_training_cannot_change_is_refused(stopped: Path, option: str, value: object):
     resumed = resumed_config(stopped)
-    resumed.image_size = 64
-    with pytest.raises(InputError, match="trained with --image-size 32, which cannot change"):
+    setattr(resumed, option, value)
+    with pytest.raises(InputError, match=f"is trained with {option} .*, which cannot change"):
         train(resumed)
+
+
+@pytest.mark.parametrize("batch_size", [32, 8])
+def test_an_epoch_goes_on_with_another_batch_size(stopped: Path, batch_size: int):
+    step = load_resume(stopped, print)["step"]
+    folder = train(dataclasses.replace(resumed_config(stopped), batch_size=batch_size))
+    log = read_log(folder / "training_log.txt")
+    assert step * 16 // batch_size + 1 in log[:, 1]
+    assert read_description(folder).epochs[-1]["epoch"] == 2
 
 
 def test_a_log_that_was_deleted_goes_on_without_holes(stopped: Path):
@@ -454,10 +477,11 @@ def test_unreadable_images_stop_training_before_its_first_epoch_or_are_left_out(
         at_step(patch, 0, lambda: pytest.fail("it has begun"))
         with pytest.raises(InputError, match=r"2 .*photos cannot be read.*2\.png.*5\.png"):
             train(config(**fields))
+    (images / "7.png").unlink()
     folder = train(config(**fields, skip_unreadable=True))
     description = read_description(folder)
-    assert description.data["train_photos"] == 6
-    assert description.data["train_captions"] == 600
+    assert description.data["train_photos"] == 5
+    assert description.data["train_captions"] == 500
 
 
 # Killed at random moments

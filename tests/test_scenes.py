@@ -317,7 +317,7 @@ def test_same_bytes_in_another_process_and_with_another_hash_seed(folder, tmp_pa
 
 def test_same_bytes_from_several_processes(tmp_path, monkeypatch):
     alone = dataset.draw_dataset(tmp_path / "alone", train=60, val=0, test=0)
-    monkeypatch.setattr(dataset, "ALONE_AT_MOST", 10)
+    monkeypatch.setattr(dataset, "MAX_SERIAL", 10)
     together = dataset.draw_dataset(tmp_path / "together", train=60, val=0, test=0)
     assert digest(alone) == digest(together)
 

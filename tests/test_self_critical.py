@@ -227,7 +227,7 @@ def test_training_raises_the_mean_cider_d(config: Make, cache: Path, decoder: st
     def measure(epoch: int) -> float:
         encoder, network, vocab, _ = load_model(folder, epoch=epoch)
         data = CaptionDataset(settings.data, "train", vocab=vocab, cache=cache)
-        dataset = ImageDataset(data.paths, build_transform(False, 32, normalise=False))
+        dataset = ImageDataset(data.paths, build_transform(False, 32, normalize=False))
         with torch.no_grad():
             features = encoder(torch.stack([dataset[i] for i in range(len(dataset))]))
         drawn = sample(network, features, seed=0, n=60)

@@ -104,7 +104,9 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
         pytest.param([], [], r"left out 1 image without captions: .*/0\.png", id="no captions"),
         pytest.param([("0.json", b"[]")], [], "left out 1 image without captions", id="json without captions"),
         pytest.param([("0.json", b'{"caption": null}')], [], "left out 1 image without captions", id="null"),
-        pytest.param([("0.cls", b"3")], [], "left out 1 image without captions", id="a class only"),
+        pytest.param(
+            [("0.cls", b"3"), ("0.txt", BALL)], ["a red ball"], r"left out 1 \.cls file: .*/0\.cls", id="class"
+        ),
         pytest.param([("0.txt", BALL), ("1.txt", BALL)], ["a red ball"], r"without an image: .*/1\.txt", id="no image"),
         pytest.param([("0.txt", BALL), ("0.TXT", b"a")], ["a red ball"], r"name of another: .*0\.TXT", id="two texts"),
         pytest.param([("0.jpg", PNG), ("0.txt", BALL)], ["a red ball"], r"name of another: .*/0\.jpg", id="same name"),
@@ -335,7 +337,7 @@ def test_shards_without_captions_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"train\*\.tar hold no photos with captions"):
         CaptionDataset(tmp_path / "in", cache=tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    with pytest.raises(InputError, match=r"and no val-\*\.tar"):
+    with pytest.raises(InputError, match=r"and no val\*\.tar"):
         CaptionDataset(tmp_path / "in", "val", cache=tmp_path / "cache")
 
 

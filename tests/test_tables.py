@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from test_importers import all_captions, csv_rows, json_rows, lines, six
+from test_importers import all_captions, captions, csv_rows, json_rows, lines, make_image, six
 
 import importers
+from captioning.annotations import MAX_CAPTION
 from captioning.errors import InputError
 
 HUGGING_FACE = json_rows(file_name="{}.jpg", text="a red ball")
@@ -26,6 +27,12 @@ FORMS = {
     "captions": ("c__jsonl", lines(json_rows(photo="{}.jpg", captions=TWO)), TWO),
     "caption_1, caption_2, caption3": ("c__csv", WIDE, THREE),
     "caption, caption, caption": ("c__csv", WIDE.replace("_1", "").replace("_2", "").replace("n3", "n"), THREE),
+    "a space after the comma": ("c__csv", csv_rows("image, caption, source", '{}.jpg, "a red ball", me'), ONE),
+    "a comma in quotes after a space": (
+        "c__csv",
+        csv_rows("image, caption, source", '{}.jpg, "a ball, red", me'),
+        ["a ball, red"],
+    ),
     "a list in a cell": ("c__csv", csv_rows("filename,raw", '{}.jpg,"[""a red ball"", ""one ball""]"'), TWO),
     "a Python list in a cell": ("c__csv", csv_rows("filename,raw", "{}.jpg,\"['a red ball', 'one ball']\""), TWO),
     "brackets are no list": ("c__csv", csv_rows("filename,caption", "{}.jpg,[a red ball]"), ["[a red ball]"]),
@@ -138,7 +145,18 @@ REFUSED = {
         '{"image": "0.jpg", "caption": "a \\ud83d ball"}',
         r"line 1, has .* half of a surrogate",
     ),
+    "a caption that training refuses": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg," + "a" * (MAX_CAPTION + 1)),
+        r"line 2, has a caption of more than 1,000,000 characters",
+    ),
     "COCO's own": ("c__json", json.dumps({"images": [], "annotations": []}), r"annotation file of COCO"),
+    "a name twice in an object": ("c__json", '{"0.jpg": "a", "0.jpg": "b"}', r"c\.json .*'0\.jpg' occurs twice"),
+    "a name twice in a line": (
+        "c__jsonl",
+        '{"image": "0.jpg", "text": "a", "text": "b"}',
+        r"line 1, .*'text' occurs twice",
+    ),
     "not JSON": ("c__json", '[{"image": "0.jpg",\n"caption": }]', r"c\.json, line 2, is not JSON"),
     "an empty file": ("c__csv", "", r"c\.csv, line 1, should name"),
     "UTF-16 without a mark": ("c__csv", csv_rows("image,caption").encode("utf-16-le"), r"c\.csv holds zero bytes"),
@@ -171,3 +189,37 @@ def test_an_image_whose_captions_are_empty_is_left_out_and_named(tmp_path, capsy
     error = capsys.readouterr().err
     assert f"left out 1 empty caption: {tmp_path}/in/c.jsonl, line 6\n" in error
     assert f"left out 1 image without a caption: {tmp_path}/in/5.jpg\n" in error
+
+
+@pytest.mark.parametrize("inside", ["", "images/", "data/images/"])
+def test_folders_called_like_splits_give_them_at_any_level(tmp_path, inside):
+    names = [f"{inside}{split}/{i}.jpg" for split in ("train", "val", "test") for i in range(3)]
+    for i, name in enumerate(names):
+        make_image(tmp_path / "in" / name, (8 + i, 6))
+    (tmp_path / "in" / "c.csv").write_text("image,caption\n" + "".join(f"{name},a ball\n" for name in names))
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    for split in ("train", "val", "test"):
+        assert set(captions(tmp_path / "out", split)) == {name for name in names if f"{split}/" in name}
+
+
+def test_a_column_set_gives_splits_if_it_names_them(tmp_path):
+    rows = "".join(f"{i}.jpg,a ball,{('train', 'train', 'train', 'val', 'test', 'test')[i]}\n" for i in range(6))
+    importers.import_folder(six(tmp_path / "in", c__csv="image,caption,set\n" + rows), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+    rows = rows.replace("train", "A").replace("val", "B").replace("test", "B")
+    importers.import_folder(six(tmp_path / "in", c__csv="image,caption,set\n" + rows), tmp_path / "other")
+    assert len(captions(tmp_path / "other", "train")) == 4
+
+
+def test_captions_in_two_places_are_refused(tmp_path):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    make_image(source / "more" / "9.jpg")
+    (source / "more" / "metadata.csv").write_text("file_name,text\n9.jpg,a ball\n")
+    with pytest.raises(InputError, match=r"metadata\.csv and .*c\.csv may both hold the captions"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+def test_text_files_in_upper_case_are_captions(tmp_path, capsys):
+    importers.import_folder(six(tmp_path / "in", **{f"{i}__TXT": "a red ball" for i in range(5)}), tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 5
+    assert "left out 1 image without a .txt file: " in capsys.readouterr().err

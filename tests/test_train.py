@@ -77,7 +77,7 @@ def test_the_loss_is_the_cross_entropy_of_as_many_tokens_as_are_counted(tiny_bac
 def test_the_cross_entropy_of_the_output_layer_and_its_gradients_are_torch_s(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scaled: bool, banned: tuple[int, ...]
 ):
-    monkeypatch.setitem(losses.CHUNK, "cpu", 7 * 50)  # rows that do not divide the tokens
+    monkeypatch.setitem(losses.CHUNK_LOGITS, "cpu", 7 * 50)  # rows that do not divide the tokens
     torch.manual_seed(0)
     linear, hidden = torch.nn.Linear(16, 50), torch.randn(40, 16, requires_grad=True)
     targets, scale = torch.randint(3, 50, (40,)), torch.randn(40) if scaled else None
@@ -116,11 +116,11 @@ def test_the_learning_rate_rises_and_then_falls_to_zero():
 # Training
 
 
-def test_training_knows_eight_pictures_by_heart(memorised: Path, eight: Path):
+def test_training_knows_eight_pictures_by_heart(memorized: Path, eight: Path):
     image_paths = [eight / "images" / "val" / name for name in EIGHT]
-    captions = Captioner.load(memorised)(image_paths)
+    captions = Captioner.load(memorized)(image_paths)
     assert [caption.text for caption in captions] == list(EIGHT.values())
-    epochs = read_description(memorised).epochs
+    epochs = read_description(memorized).epochs
     assert epochs[-1]["Bleu_4"] == pytest.approx(1, abs=1e-3)
     assert epochs[-1]["val_loss"] < 0.1
 
@@ -220,7 +220,7 @@ def test_the_validation_loss_is_what_the_saved_model_loses(trained: Path, drawn:
     encoder, decoder, vocab, description = load_model(trained, epoch=2)
     data = CaptionDataset(drawn, "val", vocab=vocab, cache=cache)
     model = CaptioningModel(encoder, decoder).eval()
-    dataset = ImageDataset(data.paths, build_transform(False, 64, normalise=False))
+    dataset = ImageDataset(data.paths, build_transform(False, 64, normalize=False))
     pixels = torch.stack([dataset[i] for i in range(len(dataset))])
     captions, lengths = data.captions(np.arange(len(data)))
     with torch.no_grad():
@@ -241,6 +241,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
     return judge
 
 
+@pytest.mark.slow
 def test_the_best_epoch_and_every_save_every_th_are_saved(small: Make, tiny_backbone: Callable, judged: Callable):
     judged([0.1, 0.5, 0.4, 0.6, 0.3, 0.2, 0.1])
     folder = train(small(num_epochs=7, save_every=3, patience=9, batch_size=120))
@@ -572,6 +573,7 @@ def test_a_training_goes_on_with_its_own_options_or_not_at_all(small: Make):
         TrainingConfig(resume=small().models)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path):
     done = run_script("train.py", "--data", "nowhere", "--weights", "random", cwd=tmp_path)
     assert done.returncode == 2
@@ -585,6 +587,7 @@ def test_an_empty_caption_list_stops_training(small: Make, tmp_path: Path):
         train(small(data=tmp_path / "data"))
 
 
+@pytest.mark.slow
 def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callable):
     torch.manual_seed(0)
     model = CaptioningModel(EncoderCNN(256, weights="random"), DECODERS["lstm"](256, 8, 9)).eval()
@@ -615,6 +618,11 @@ def test_bfloat16_is_refused_where_the_processor_has_none(small: Callable, monke
         (["--attention-penalty=5"], "--attention-penalty has no effect on this decoder"),
         (["--vocab-file", "my.json"], "--vocab-file has no effect on a vocabulary of the captions; add --vocab-from"),
         (
+            ["--vocab-threshold", "9", "--vocab-from-file"],
+            "--vocab-threshold has no effect on a vocabulary from a file",
+        ),
+        (["--views", "4", "--fine-tune", "2"], "--views has no effect on a backbone that is fine-tuned"),
+        (
             ["--backbone-learning-rate", "1e-4"],
             "--backbone-learning-rate has no effect on a frozen backbone; add --fin",
         ),
@@ -639,6 +647,13 @@ def test_an_option_without_effect_is_refused(options: list[str], sentence: str):
 def test_an_option_that_has_an_effect_beside_the_others_is_not(options: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(Path(train_module.__file__).parent)
     train_module.parse_options(options)
+
+
+@pytest.mark.parametrize("options", [["--name", "other"], ["--models", "elsewhere"], ["--overwrite"]], ids=str)
+def test_a_training_that_is_resumed_stays_in_its_folder(options: list[str], trained: Path):
+    train_module.parse_options(["--resume", str(trained), "--name", trained.name, "--models", str(trained.parent)])
+    with pytest.raises(InputError, match=f"{options[0]} has no effect on a training that is resumed, which stays in"):
+        train_module.parse_options(["--resume", str(trained), *options])
 
 
 @pytest.mark.parametrize("line", ["Loss: 5.1Epoch [1/3], Step [3/22], Loss: 5.0", "Loss: abc", "Loss: 5.1.0"])

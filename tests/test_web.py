@@ -25,7 +25,7 @@ from captioning import web
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Decoding
 from captioning.errors import InputError
-from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, Gate, Protocol, Server, Upload
+from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, CaptionServer, Gate, HttpProtocol, Upload
 
 # Requests
 
@@ -163,9 +163,9 @@ def slow() -> SlowCaptioner:
 
 
 @pytest.fixture
-def server(slow: SlowCaptioner, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(slow: SlowCaptioner, monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptionServer]:
     monkeypatch.setattr(web, "Reader", FakeReader)
-    server = Server({"slow": slow, "other": slow})
+    server = CaptionServer({"slow": slow, "other": slow})
     yield server
     slow.go.set()
     server.close()
@@ -184,7 +184,9 @@ class FakeReader:
 BEAM = [Decoding(beam_size=size) for size in range(5)]
 
 
-def test_requests_that_wait_together_are_captioned_together(server: Server, slow: SlowCaptioner, image_path: Path):
+def test_requests_that_wait_together_are_captioned_together(
+    server: CaptionServer, slow: SlowCaptioner, image_path: Path
+):
     upload = Upload(image_path, "photo.png")
     with ThreadPoolExecutor(9) as pool:
         pool.submit(server.caption, upload, "slow", BEAM[3])
@@ -199,7 +201,7 @@ def test_requests_that_wait_together_are_captioned_together(server: Server, slow
 
 
 def test_a_failure_belongs_to_its_requests_alone(
-    server: Server, slow: SlowCaptioner, image_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    server: CaptionServer, slow: SlowCaptioner, image_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     slow.go.set()
     Image.new("RGB", (40, 40), (0, 255, 0)).save(tmp_path / "bad.png")
@@ -209,7 +211,8 @@ def test_a_failure_belongs_to_its_requests_alone(
     assert server.caption(Upload(image_path, "good.png"), "slow", BEAM[3])[0].text == "caption 3"
 
 
-def test_closing_ends_requests_that_wait_for_a_caption(server: Server, slow: SlowCaptioner, image_path: Path):
+@pytest.mark.slow
+def test_closing_ends_requests_that_wait_for_a_caption(server: CaptionServer, slow: SlowCaptioner, image_path: Path):
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(server.caption, Upload(image_path, "a.png"), "slow", BEAM[1]) for _ in range(3)]
         slow.called.wait()
@@ -222,7 +225,7 @@ def test_closing_ends_requests_that_wait_for_a_caption(server: Server, slow: Slo
 
 
 def test_several_images_and_zip_files_are_captioned_in_order(
-    server: Server, slow: SlowCaptioner, image_path: Path, tmp_path: Path
+    server: CaptionServer, slow: SlowCaptioner, image_path: Path, tmp_path: Path
 ):
     slow.go.set()
     (tmp_path / "broken.jpg").write_text("no photo")
@@ -249,7 +252,7 @@ def test_several_images_and_zip_files_are_captioned_in_order(
     assert list(folder.iterdir()) == []
 
 
-def test_none_and_too_many_images_are_sentences(server: Server, image_path: Path, tmp_path: Path, monkeypatch):
+def test_none_and_too_many_images_are_sentences(server: CaptionServer, image_path: Path, tmp_path: Path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
         archive.writestr("notes.txt", "")
     for uploads in ([], [Upload(tmp_path / "none.zip", "none.zip")]):
@@ -261,7 +264,7 @@ def test_none_and_too_many_images_are_sentences(server: Server, image_path: Path
 
 
 def test_a_visitor_who_leaves_ends_the_captioning(
-    server: Server, slow: SlowCaptioner, image_path: Path, tmp_path: Path
+    server: CaptionServer, slow: SlowCaptioner, image_path: Path, tmp_path: Path
 ):
     slow.go.set()
     rows = server.caption_all([Upload(image_path, "a.png")] * 100, "slow", BEAM[3], tmp_path)
@@ -287,7 +290,7 @@ def test_what_follows_a_refused_request_is_ignored():
     async def refuse() -> bytes:
         config = uvicorn.Config(lambda: None, log_config=None)
         config.load()
-        protocol, transport = Protocol(config, ServerState(), {}), Transport()
+        protocol, transport = HttpProtocol(config, ServerState(), {}), Transport()
         protocol.connection_made(transport)
         for _ in range(2):
             protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n")

@@ -36,7 +36,7 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     other = scene["others"][0] if scene["others"] else None
     relation = other["relation"] if other else None
     aloft = action in SKY_ACTIONS
-    size = rng.uniform(*kind.size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.94 if other else 1)
+    size = rng.uniform(*kind.main_size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.94 if other else 1)
     scale = size / max(kind.extent)
     if count > 1:
         scale = min(scale, 2 * q / (count - OVERLAP * (count - 1)) / kind.extent[0])
@@ -57,7 +57,7 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     placed = []
     if other:
         company = KINDS[other["kind"]]
-        unit = company.small * rng.uniform(0.92, 1.08) / max(company.extent)
+        unit = company.company_size * rng.uniform(0.92, 1.08) / max(company.extent)
         w, h = (unit * side for side in company.extent)
         side = -1 if other["side"] == "left" else 1  # where the other thing is
         if relation == "next to":

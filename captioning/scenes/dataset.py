@@ -19,15 +19,15 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from captioning.coco_layout import SPLITS
 from captioning.errors import InputError
 from captioning.scenes.composition import paint_scene
 from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
 VERSION = "2"
-SPLITS = ("train", "val", "test")
-PICTURES_AT_MOST = 1_000_000  # of a split: its picture ids follow those of the split before
-ALONE_AT_MOST = 400  # pictures that are drawn sooner than other processes start
+MAX_PICTURES = 1_000_000  # of a split: its picture ids follow those of the split before
+MAX_SERIAL = 400  # pictures that are drawn sooner than other processes start
 
 
 def draw_scene(rng: random.Random) -> tuple[Image.Image, dict, list[str]]:
@@ -39,7 +39,7 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, dict, list[str]]:
 def _draw_picture(folder: Path, seed: int, split: str, index: int) -> tuple[dict, list[dict]]:
     """Write one picture; return its entries in the annotation file."""
     image, scene, captions = draw_scene(random.Random(f"{seed}/{split}/{index}"))
-    image_id = SPLITS.index(split) * PICTURES_AT_MOST + index + 1
+    image_id = SPLITS.index(split) * MAX_PICTURES + index + 1
     name = f"{image_id:012d}.jpg"
     image.save(folder / "images" / split / name, quality=90)
     width, height = image.size
@@ -83,8 +83,8 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     """
     folder, counts = Path(folder), {"train": train, "val": val, "test": test}
     for split, count in counts.items():
-        if not 0 <= count <= PICTURES_AT_MOST:
-            raise InputError(f"--{split} {count}: choose a number from 0 to {PICTURES_AT_MOST}.")
+        if not 0 <= count <= MAX_PICTURES:
+            raise InputError(f"--{split} {count}: choose a number from 0 to {MAX_PICTURES}.")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the data set.")
     partial_folder = folder / ".partial-scenes"
@@ -107,7 +107,7 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     draw = partial(_draw_pictures, partial_folder, seed)
     pictures = []
     with tqdm(total=len(jobs), desc="drawing", unit="picture", disable=None) as bar:
-        if len(jobs) <= ALONE_AT_MOST:
+        if len(jobs) <= MAX_SERIAL:
             for chunk in chunks:
                 pictures += draw(chunk)
                 bar.update(len(chunk))

@@ -48,7 +48,7 @@ def _noun(rng: random.Random, name: str, colour: str | None, count: int) -> str:
 
 # {a}: the thing with its count, {n} after "the", {bare} without article, {v}: what it does, {f}: finite,
 # {be}: is or are, {r}: its relation to the other thing, {p}: the place, {l}: the light
-FORMS = {
+TEMPLATES = {
     "{a} {v}{r} {p}": 10,
     "{a} {be} {v}{r} {p}": 6,
     "{a} {v}{r} {p} {l}": 4,
@@ -63,7 +63,7 @@ FORMS = {
     "{bare} {v}{r} {p}": 1,
     "a view of {a} {v}{r} {p} {l}": 1,
 }
-GREY_FORMS = {
+GREY_TEMPLATES = {
     "a black and white photo of {a} {v}{r} {p}": 8,
     "black and white photo of {a} {v}{r} {p}": 2,
     "a black and white photo shows {a} {v}{r} {p}": 2,
@@ -72,7 +72,7 @@ GREY_FORMS = {
     "this black and white photo shows {a} {v}{r} {p}": 1,
     "an old black and white photo of {a} {v}{r} {p}": 1,
 }
-NO_PLACE_FORM = "a close up of {a} {v}{r} {l}"
+NO_PLACE_TEMPLATE = "a close up of {a} {v}{r} {l}"
 LONGEST = 18
 
 
@@ -90,7 +90,7 @@ def _relation(rng: random.Random, scene: dict, other: dict) -> tuple[str, bool]:
     return f" {weighted(rng, phrases)} {noun}", False
 
 
-def _caption(rng: random.Random, scene: dict, form: str, colour: str | None, place_first: bool = True) -> str:
+def _caption(rng: random.Random, scene: dict, form: str, colour: str | None) -> str:
     """One sentence in this form."""
     count, setting = scene["count"], SETTINGS[scene["setting"]]
     noun = _noun(rng, scene["kind"], colour, count)
@@ -124,7 +124,7 @@ def _caption(rng: random.Random, scene: dict, form: str, colour: str | None, pla
 
 def describe(rng: random.Random, scene: dict) -> list[str]:
     """Five different captions. At most one leaves out the colour and at most one the setting."""
-    forms = GREY_FORMS if scene["greyscale"] else FORMS
+    forms = GREY_TEMPLATES if scene["greyscale"] else TEMPLATES
     captions: list[str] = []
     without_colour = 1 if rng.random() < 0.3 else None
     without_place = 3 if rng.random() < 0.1 and not scene["greyscale"] else None
@@ -135,7 +135,7 @@ def describe(rng: random.Random, scene: dict) -> list[str]:
         if len(captions) == without_colour and "bare" not in form:
             colour = None
         if len(captions) == without_place:
-            form = NO_PLACE_FORM
+            form = NO_PLACE_TEMPLATE
         caption = _caption(rng, scene, form, colour)
         if caption not in captions and len(caption.split()) <= LONGEST:
             captions.append(caption)

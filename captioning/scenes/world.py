@@ -36,7 +36,7 @@ FLYING: Actions = dict.fromkeys((*LAND, "sea"), ("flying",))
 FLOATING: Actions = dict.fromkeys((*LAND, "sea"), ("floating",))
 BOUNCING: Actions = dict.fromkeys(LAND, ("lying", "bouncing"))
 STANDING: Actions = dict.fromkeys(LAND, ("standing",))
-# relation -> what a thing can be so to
+# relation -> the kinds of things that a thing can have it with
 FLIERS = ("kite", "balloon", "plane")
 BEHIND = {"in front of": ("house", "tree"), "under": FLIERS}
 BEASTS = BEHIND | {"next to": ("bench", "tree", "ball", "umbrella", "snowman")}
@@ -56,9 +56,9 @@ class Kind:
 
     nouns: dict[str, int]  # how often each is used
     extent: tuple[float, float]  # width and height in its own units
-    small: float  # its larger side as company, in shorter sides of the picture
-    size: tuple[float, float] = (0, 0)  # its larger side as the main thing
-    most: int = 1
+    company_size: float  # its larger side as company, in shorter sides of the picture
+    main_size: tuple[float, float] = (0, 0)  # its larger side as the main thing
+    max_count: int = 1
     settings: Actions = field(default_factory=dict)
     company: dict[str, tuple[str, ...]] = field(default_factory=dict)
     coloured: bool = True
@@ -192,7 +192,7 @@ def plan(rng: random.Random) -> dict:
     kind = KINDS[name]
     setting = rng.choice(tuple(kind.settings))
     action = rng.choice(kind.settings[setting])
-    count = min(rng.choice((1, 1, 1, 1, 1, 1, 2, 3)), kind.most)
+    count = min(rng.choice((1, 1, 1, 1, 1, 1, 2, 3)), kind.max_count)
     greyscale = rng.random() < GREYSCALE_SHARE
     colour = rng.choice(tuple(COLOURS))
     others = []
