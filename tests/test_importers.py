@@ -437,6 +437,21 @@ def test_the_real_flickr8k_imports_and_trains(tmp_path, small, tiny_backbone):
     assert description.epochs[0]["val_loss"] < 0.8 * math.log(len(description.vocabulary))
 
 
+def test_images_of_one_name_in_two_folders_keep_both(tmp_path):
+    names = [f"{folder}/{i}.jpg" for folder in "ab" for i in range(3)]
+    for i, name in enumerate(names):
+        make_image(tmp_path / "in" / name, (8 + i, 6))
+    text(tmp_path / "in" / "captions.csv", "image,caption\n" + "".join(f"{name},a {name[0]}\n" for name in names))
+    importers.import_flickr(tmp_path / "in", tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {name: [f"a {name[0]}"] for name in names}
+
+
+def test_braces_in_a_folder_s_name(tmp_path, capsys):
+    source = six(tmp_path / "in{0}", captions__csv=csv_rows("image,caption") + "9.jpg,a lost one\n")
+    importers.import_flickr(source, tmp_path / "out")
+    assert f"left out 1 captioned image not under {source}: 9.jpg" in capsys.readouterr().err
+
+
 # Six images, and their captions in many forms
 
 

@@ -381,6 +381,17 @@ def test_a_full_disk_stops_with_one_sentence_and_leaves_what_was_good(
     assert_same_model(folder, train(config()))
 
 
+def test_a_reader_of_the_output_that_has_gone_is_not_blamed_on_the_folder(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+):
+    def fail() -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    at_step(monkeypatch, 3, fail)
+    with pytest.raises(BrokenPipeError):  # which `run_command` ends quietly
+        train(config())
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(config: Make, tmp_path: Path):
     folder = train(config(num_epochs=1))
     (folder / ".lock").unlink(missing_ok=True)
@@ -472,7 +483,7 @@ def test_unreadable_images_stop_training_before_its_first_epoch_or_are_left_out(
     images = tmp_path / "data" / "images" / "train"
     (images / "2.png").write_bytes(b"")
     (images / "5.png").write_bytes((images / "5.png").read_bytes()[:100])
-    fields = {"data": tmp_path / "data", "fine_tune": fine_tune, "num_epochs": 1, "batch_size": 200}
+    fields = {"data": tmp_path / "data", "fine_tune": fine_tune, "num_epochs": 1, "batch_size": 300}
     with monkeypatch.context() as patch:
         at_step(patch, 0, lambda: pytest.fail("it has begun"))
         with pytest.raises(InputError, match=r"2 .*photos cannot be read.*2\.png.*5\.png"):

@@ -61,7 +61,7 @@ def assert_two_colours(image: Image.Image, left: tuple = RED, right: tuple = BLU
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_a_turned_image_stands_upright(tmp_path: Path, orientation: int, form: str):
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,6 +79,8 @@ def test_a_turned_image_stands_upright(tmp_path: Path, orientation: int, form: s
     exif[0x0112] = orientation
     image.save(tmp_path / "photo", form, exif=exif)
     assert_two_colours(read_image(tmp_path / "photo"))
+    with Image.open(tmp_path / "photo") as opened:
+        assert_two_colours(read_image(opened))
 
 
 def test_a_broken_exif_costs_the_turn_and_not_the_image(tmp_path: Path):
