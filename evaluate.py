@@ -38,15 +38,15 @@ class Evaluation:
 
     captions: image id -> its `Caption`. seconds: for captioning all of them, from file to sentence.
     scores: against the references, or None where the split has none.
-    scenes: attribute accuracy on the sample data set: each attribute that `checking.check` examines -> the share of
-        correct captions, of those to which it applies; empty on other data sets.
+    attribute_accuracy: on the sample data set, each attribute that `checking.check` examines -> the share of correct
+        captions, of those to which it applies; empty on other data sets.
     unreadable: one sentence for each image that was skipped because it cannot be read.
     """
 
     captions: dict[int, Caption]
     seconds: float
     scores: Scores | None
-    scenes: dict[str, float]
+    attribute_accuracy: dict[str, float]
     unreadable: list[str] = field(default_factory=list)
 
     def hypotheses(self) -> dict[int, str]:
@@ -108,11 +108,11 @@ def evaluate(
     if len(dataset.image_rows):
         references = dataset.references()
         evaluation.scores = score(hypotheses, {i: references[i] for i in hypotheses}, java=java)
-    evaluation.scenes = check_scenes(dataset, hypotheses)
+    evaluation.attribute_accuracy = score_attributes(dataset, hypotheses)
     return evaluation
 
 
-def check_scenes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[str, float]:
+def score_attributes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dict[str, float]:
     """Compute the attribute accuracy of captions (image id -> caption) of drawn scenes; empty for photos."""
     correct: dict[str, list[bool]] = defaultdict(list)
     for i, scene in dataset.scenes().items():
@@ -288,7 +288,7 @@ def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, fl
             **about,
             **(scores.metrics if scores else {}),
             "tokenizer": scores.tokenizer if scores else None,
-            **({"scenes": evaluation.scenes} if evaluation.scenes else {}),
+            **({"scenes": evaluation.attribute_accuracy} if evaluation.attribute_accuracy else {}),
             "different_captions": different,
             **variety,
             "photos": images,
@@ -299,9 +299,9 @@ def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, fl
     else:
         if scores is not None:
             print(format_table(scores))
-        if evaluation.scenes:
+        if evaluation.attribute_accuracy:
             print("\nattribute accuracy")
-            for attribute, accuracy in evaluation.scenes.items():
+            for attribute, accuracy in evaluation.attribute_accuracy.items():
                 print(f"    {attribute:<10} {accuracy:6.1%}")
         skipped = f" ({unreadable} skipped, which cannot be read)" if unreadable else ""
         novel = "" if variety["novel"] is None else f", {variety['novel']:.0%} not among the training captions"

@@ -32,7 +32,7 @@ from captioning.files import write_file
 from captioning.metrics import score
 from captioning.training import train
 from data_loader import CaptionDataset, find_split
-from evaluate import check_scenes, evaluate
+from evaluate import evaluate, score_attributes
 from model import EncoderCNN
 
 EMBED_SIZE, HIDDEN_SIZE = 256, 512  # the recipe's, and the project's by default
@@ -90,7 +90,7 @@ def run(settings: Settings) -> Path:
     for name, way in ways.items():
         captions = way()
         metrics = {key: value for key, value in score(captions, references).metrics.items() if value is not None}
-        rows[name] = {**metrics, **check_scenes(val, captions)}
+        rows[name] = {**metrics, **score_attributes(val, captions)}
     columns = list(rows["plain recipe"])
     print(f"| {settings.epochs} epochs | {' | '.join(columns)} |\n| :-- {'| --: ' * len(columns)}|")
     for name, row in rows.items():

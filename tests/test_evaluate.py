@@ -13,7 +13,7 @@ from captioning.checkpoint import read_description
 from captioning.errors import InputError
 from captioning.files import check_output
 from data_loader import CaptionDataset, find_split
-from evaluate import check_scenes, evaluate, main
+from evaluate import evaluate, main, score_attributes
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_captions_known_by_heart_score_highest(memorized: Path, eight: Path, cac
     assert [evaluation.captions[i].text for i in sorted(evaluation.captions)] == list(EIGHT.values())
     assert evaluation.scores.metrics["Bleu_4"] == pytest.approx(1, abs=1e-3)
     assert evaluation.scores.metrics["ROUGE_L"] == pytest.approx(1)
-    assert evaluation.scenes == {}
+    assert evaluation.attribute_accuracy == {}
     assert evaluation.seconds > 0
     assert evaluation.results() == [{"image_id": i, "caption": c.text} for i, c in evaluation.captions.items()]
 
@@ -38,8 +38,8 @@ def test_captions_known_by_heart_score_highest(memorized: Path, eight: Path, cac
 def test_scenes_are_checked_against_what_was_drawn(trained: Path, drawn: Path, cache: Path):
     captioner = Captioner.load(trained)
     evaluation = evaluate(captioner, CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache), java=False)
-    assert {"thing", "colour", "setting"} <= set(evaluation.scenes)
-    assert all(0 <= accuracy <= 1 for accuracy in evaluation.scenes.values())
+    assert {"thing", "colour", "setting"} <= set(evaluation.attribute_accuracy)
+    assert all(0 <= accuracy <= 1 for accuracy in evaluation.attribute_accuracy.values())
 
 
 def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -48,7 +48,7 @@ def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path, monkeypa
     for scene in (5, {}, {"kind": "dog", "count": 1, "others": 7, "colour": None}, {"kind": []}):
         monkeypatch.setattr(data, "scenes", lambda scene=scene: {first: scene})
         with pytest.raises(InputError, match=rf"captions_test\.json describes image {first} as no drawn scene is"):
-            check_scenes(data, {first: "a dog"})
+            score_attributes(data, {first: "a dog"})
 
 
 def test_only_the_first_images_with_a_limit(trained: Path, drawn: Path, cache: Path):
