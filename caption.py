@@ -90,6 +90,8 @@ def main(
     for path in (sheet, attention):
         if path is not None:
             check_figure(path)
+    if sheet is not None and sheet == attention:
+        raise InputError(f"--sheet and --attention both name {sheet}; name two files.")
     sources = find_images(images, recursive, log)
     captioner = Captioner.load(model or default_model(), precision=precision)
     if attention is not None and not captioner.decoder.attends:

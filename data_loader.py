@@ -29,13 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from captioning.annotations import ImageFiles, read_annotations, read_captions, read_images
-from captioning.errors import InputError
+from captioning.errors import InputError, warn_once
 from captioning.files import CACHE
 from captioning.images import ImageDataset, build_transform
 from captioning.shards import SUFFIX, index_shards
-from vocabulary import END, START, Vocabulary
+from vocabulary import END, START, UNK, Vocabulary
 
 MODES = ("train", "val", "test")
+UNKNOWN_SHARE = 0.2  # of the training words, above which a vocabulary is doubtful
 
 
 def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
@@ -116,6 +117,12 @@ class CaptionDataset(Dataset):
         inner[self.offsets[:-1]] = inner[self.offsets[1:] - 1] = False
         self.tokens[self.offsets[:-1]], self.tokens[self.offsets[1:] - 1] = START, END
         self.tokens[inner] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
+        unknown = np.mean(self.tokens[inner] == UNK) if inner.any() else 0
+        if mode == "train" and unknown > UNKNOWN_SHARE:
+            warn_once(
+                f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
+                "lower --vocab-threshold, use another --vocab-file, or write spaces between words if there are none."
+            )
         self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
     def _check_images_exist(self) -> None:
@@ -300,6 +307,8 @@ def get_loader(
 
     `loader.dataset.vocab` is the vocabulary. Raises `InputError` for what cannot be used.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}.")
     if not vocab_from_file and mode != "train":
         raise InputError(f'a vocabulary is built from training captions: use vocab_from_file=True in mode "{mode}".')
     vocab = Vocabulary.load(vocab_file) if vocab_from_file else None

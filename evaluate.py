@@ -21,8 +21,8 @@ import tyro
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from captioning.captioner import Caption, Captioner, Decoding, Precision
-from captioning.checkpoint import Description, choose_epoch, default_model, name_weights, read_description
+from captioning.captioner import Caption, Captioner, Decoding, Ensemble, Precision
+from captioning.checkpoint import choose_epoch, default_model, name_weights, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable, run_command
 from captioning.files import check_output, hash_file, write_file
@@ -101,9 +101,7 @@ def evaluate(
         raise InputError(f"none of the {len(paths)} images can be read, the first for this reason: {unreadable[0]}")
     evaluation = Evaluation(captions, time.perf_counter() - start, None, {}, unreadable)
     if results is not None:
-        if os.path.exists(results):  # perhaps captions to score, where --references was forgotten
-            os.replace(results, f"{results}.old")
-        write_file(results, lambda file: file.write(json.dumps(evaluation.results()).encode()))
+        _write_results(evaluation.results(), results)
     hypotheses = evaluation.hypotheses()
     if len(dataset.image_rows):
         references = dataset.references()
@@ -188,23 +186,16 @@ def main(
         captioner = Captioner.load(models, precision=precision)
         dataset = CaptionDataset(data, split, vocab=captioner.vocab, must_exist=not skip_unreadable)
     about = _describe(captioner, models, data, split)
-    training_captions, replaced = None, False
+    training_captions = None
     if this_process().is_main_process:
-        weights = name_weights(captioner.description, about["epoch"])
-        _log(
-            "{model}, {weights}, trained on {trained_on}; evaluated on {data}, {split} split".format(
-                weights=weights, **about
-            )
-        )
+        _log("{model}, {weights}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
         results = _choose_output(results, dataset)
-        replaced = results is not None and results.exists()
-        training_captions = _read_training_captions(data, captioner.description)
+        training_captions = _read_training_captions(data, captioner)
     evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
     if evaluation is not None:
         _report(evaluation, about, diversity(evaluation.hypotheses(), training_captions), json_)
         if results is not None:
-            before = f"; what it held before is in {results}.old" if replaced else ""
-            _log(f"wrote {results}{before}")
+            _log(f"wrote {results}")
 
 
 def _log(message: str) -> None:
@@ -251,12 +242,27 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
     return results
 
 
+def _write_results(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write captions in COCO's results format; other content that the file has is kept under another name."""
+    content = json.dumps(rows).encode()
+    if path.exists() and path.read_bytes() != content:  # perhaps captions to score, where --references was forgotten
+        names = (path.with_name(f"{path.name}.old{number}") for number in ("", *range(2, 1000)))
+        kept = next(name for name in names if not name.exists())
+        os.replace(path, kept)
+        _log(f"what {path} held is now in {kept}")
+    write_file(path, lambda file: file.write(content))
+
+
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
     """Describe what is evaluated: the first keys of the JSON document."""
+    members = captioner.members if isinstance(captioner, Ensemble) else [captioner]
+    epochs = [choose_epoch(x.folder, x.description, x.epoch) if x.folder else None for x in members]
+    weights = [name_weights(x.description, epoch) for x, epoch in zip(members, epochs, strict=True)]
     description = captioner.description
     return {
         "model": " + ".join(map(str, models)),
-        "epoch": choose_epoch(captioner.folder, description, captioner.epoch) if captioner.folder else None,
+        "epoch": epochs[0] if len(epochs) == 1 else None,
+        "weights": " + ".join(weights),
         "trained_on": description.data.get("folder", "an unknown data set"),
         "data": str(data),
         "split": split,
@@ -264,12 +270,14 @@ def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) 
     }
 
 
-def _read_training_captions(data: Path, description: Description) -> list[str] | None:
+def _read_training_captions(data: Path, captioner: Captioner) -> list[str] | None:
     """Read the captions that the model learned from, for the share of novel captions; None where they are not here."""
     try:
         path = find_split(data, "train")[0]
-        if hash_file(path) != description.data.get("train_sha256"):
-            raise InputError(f"the model was trained on other captions than those of {path}.")
+        members = captioner.members if isinstance(captioner, Ensemble) else [captioner]
+        learned_from = {member.description.data.get("train_sha256") for member in members}
+        if learned_from != {hash_file(path)}:
+            raise InputError(f"{path} is not known to be what the model was trained on.")
         references = read_references(path)
     except InputError as error:
         _log(f"the share of new captions is not measured: {error}")

@@ -32,7 +32,8 @@ from PIL import Image
 from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError, run_command, warn_once
+from captioning.image_files import open_image
 from captioning.page import FILE_ROUTE, PER_WORD, Answers, Files, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
 from captioning.web import (
@@ -98,8 +99,11 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
                 exif[DESCRIPTION_TAG] = text
                 image.convert("RGB").save(path, quality=90, exif=exif)
         for path in images:
-            with Image.open(path) as image:
-                examples[path] = str(image.getexif().get(DESCRIPTION_TAG, path.stem))
+            try:
+                with open_image(path) as image:
+                    examples[path] = str(image.getexif().get(DESCRIPTION_TAG, path.stem))
+            except Exception:  # a broken file makes Pillow raise nearly anything
+                warn_once(f"{path} cannot be read as an image and is no example.")
     return list(examples.items())
 
 

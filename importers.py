@@ -349,7 +349,10 @@ def _read_text_files(
     folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
 ) -> list[Row]:
     """The captions in .txt files, one a line, of images that are called like them."""
-    texts = {path.with_suffix(".txt"): path for path in files if path.suffix.lower() == ".txt"}
+    texts: dict[Path, Path] = {}
+    for path in (path for path in files if path.suffix.lower() == ".txt"):
+        if texts.setdefault(path.with_suffix(".txt"), path) is not path:
+            raise InputError(f"{texts[path.with_suffix('.txt')]} and {path} are of one image; keep one of the two.")
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():

@@ -89,8 +89,9 @@ def starting_values(arguments: list[str]) -> dict[str, Any]:
         objective = given.get("--objective")
         return vars(resumed_config(Path(given["--resume"]), objective if objective in get_args(Objective) else None))
     if "--config" in given:
-        recipe = load_config(given["--config"])
-        return {name: getattr(recipe, name) for name in read_recipe(given["--config"])}
+        recipe, names = load_config(given["--config"]), read_recipe(given["--config"])
+        require_effect(recipe, names)
+        return {name: getattr(recipe, name) for name in names}
     return {}
 
 

@@ -12,14 +12,12 @@ from pathlib import Path
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.treebank import TreebankWordDetokenizer
 
-from captioning.errors import InputError, warn_once
+from captioning.errors import InputError
 from captioning.files import require_regular, write_file
 
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
 SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
-
-UNKNOWN_SHARE = 0.2  # of all words, above which a vocabulary is doubtful
 
 _TOKENIZER = NLTKWordTokenizer()
 _DETOKENIZER = TreebankWordDetokenizer()
@@ -70,12 +68,6 @@ class Vocabulary:
             raise InputError(
                 f"no word occurs {threshold} times in the captions; lower --vocab-threshold (the commonest "
                 f"occurs {max(counts.values(), default=0)} times)."
-            )
-        unknown = 1 - sum(counts[word] for word in words) / sum(counts.values())
-        if unknown > UNKNOWN_SHARE:
-            warn_once(
-                f"{unknown:.0%} of the captions' words occur less than {threshold} times and are not learned; lower "
-                "--vocab-threshold, or write spaces between words if their language has none."
             )
         return cls(SPECIAL_WORDS + words)
 

@@ -179,11 +179,8 @@ def write_captions(
             stack.enter_context(exclusive_lock(output))
             file = stack.enter_context(open(output, "a+b"))
             done, unreadable, last_batch = _read_rows(file, images)
-            readable = _retry(captioner, unreadable, decode)
-            failed = len(unreadable) - len(readable)
-            if readable:
-                _replace_rows(output, readable)
-                file = stack.enter_context(open(output, "a+b"))
+            failed = len(unreadable)
+            comparable = failed == done or any("caption" in row for _, row in last_batch)
             earlier, first_index = done, done - len(last_batch)
             images = chain([image for image, _ in last_batch], images)  # in whole batches, as if never stopped
         progress = stack.enter_context(
@@ -210,6 +207,11 @@ def write_captions(
                     failed += 1
             done += len(rows)
             progress.update(len(rows))
+        if is_main and comparable:  # by now these are known to be the same model and options
+            readable = _retry(captioner, unreadable, decode, workers)
+            if readable:
+                _replace_rows(output, readable)
+                failed -= len(readable)
     if is_main and log is not None:
         again = f", {len(readable):,} of them without a caption until now" if readable else ""
         log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there{again}")
@@ -244,13 +246,14 @@ def exclusive_lock(output: Path) -> Iterator[None]:
             os.unlink(lock.lock_file)
 
 
-def _retry(captioner: Captioner, images: dict[int, Path | Member], decode: Decoding) -> dict[int, dict[str, Any]]:
+def _retry(
+    captioner: Captioner, images: dict[int, Path | Member], decode: Decoding, workers: int
+) -> dict[int, dict[str, Any]]:
     """Caption images, by their indices, that could not be read before; returns the rows of those that now can."""
-    rows = {}
-    for index, image in images.items():
-        for _, caption in captioner.stream([image], decode, unreadable=lambda *_: None, first_index=index):
-            rows[index] = as_json(image, caption)
-    return rows
+    positions, sources = list(images), list(images.values())
+    workers = workers if len(sources) > 2 * BATCH else 0
+    stream = captioner.stream(sources, decode, workers, unreadable=lambda *_: None, positions=positions)
+    return {positions[i]: as_json(sources[i], caption) for i, caption in stream}
 
 
 def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
@@ -306,7 +309,8 @@ def _caption_share(
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(images[i], error)))
     if len(images) <= 2 * BATCH * this_process().num_processes:
         workers = 0
-    for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, first_index=first_index):
+    positions = range(first_index, first_index + len(images))
+    for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, positions=positions):
         rows.append((i, as_json(images[i], caption)))
     return rows
 

@@ -64,6 +64,10 @@ class Decoding:
 
     def check(self) -> None:
         """Raise `InputError` if an option is out of range or has no effect."""
+        for name in ("max_length", "min_length", "alternatives", "beam_size", "groups", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise InputError(f"{name} is {value!r}, but it has to be a whole number.")
         decoding.check_lengths(self.max_length, self.min_length)
         _check_at_most("max_length", self.max_length, LONGEST)
         _check_at_most("alternatives", self.alternatives, LARGEST_BEAM)
@@ -225,22 +229,21 @@ class Captioner:
         workers: int = 0,
         unreadable: Callable[[int, InputError], object] | None = None,
         shared: bool = False,
-        first_index: int = 0,
+        positions: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Caption]]:
         """Caption images batch by batch: yields each one's index in `sources` and its caption, in order.
 
         `workers` processes read ahead. An image that cannot be read is passed to `unreadable` and left out;
         without that, its `InputError` is raised. If `shared`, each of several processes captions its share of the
-        batches, which are the same for any number of processes, and so are the captions. `first_index` is the
-        index of the first source if these are part of a longer list: samples depend on the seed and on an image's
-        index in that list.
+        batches, which are the same for any number of processes, and so are the captions. `positions` are those of
+        the sources if these are part of a longer list: samples depend on the seed and on an image's position there.
         """
         decode.check()
         batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
         for indices, features in self._embed(sources, batches, workers, unreadable):
-            decoded = decode(self.decoder, features, [first_index + i for i in indices])
+            decoded = decode(self.decoder, features, [positions[i] if positions else i for i in indices])
             for index, hypotheses in zip(indices, decoded, strict=True):
                 first, *others = [self._caption(hypothesis) for hypothesis in hypotheses]
                 first.alternatives = others

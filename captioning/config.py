@@ -241,12 +241,15 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a TOML file ({error}).") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    known = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise InputError(
-            f'{path} sets "{unknown[0]}", which is no option of a training; `python train.py --help` lists them.'
-        )
+        close = [name for name in known if name == unknown[0].replace("-", "_")]
+        hint = f"write {close[0]}" if close else "`python train.py --help` lists them"
+        raise InputError(f'{path} sets "{unknown[0]}", which is no option of a training; {hint}.')
+    for name, value in options.items():
+        if isinstance(value, bool) and known[name] != "bool":
+            raise InputError(f"{path} sets {name} to {str(value).lower()}, which is no value of it.")
     return options
 
 

@@ -118,7 +118,7 @@ def check_figure(path: Path) -> None:
         with suppress(Exception), Image.open(path) as image:  # which reads the header only
             software = str(image.info.get("Software", ""))
         if not software.startswith(("Matplotlib", SOFTWARE)):
-            raise InputError(f"{path} exists and was not drawn by this project; name another file for the figure.")
+            raise InputError(f"{path} exists and may be no figure; delete it, or name another file.")
 
 
 def save_figure(figure: Figure | Image.Image, path: Path) -> None:

@@ -73,6 +73,8 @@ def read_image(
     `formats` are the names of the formats to accept, as Pillow has them; by default all that Pillow decodes.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
+    if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
+        raise InputError(f"an image is a path or a PIL image, not a {type(source).__name__}; use Image.fromarray.")
     name = "the image" if isinstance(source, Image.Image) else source
     try:
         with warnings.catch_warnings():
@@ -239,6 +241,8 @@ TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFi
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     image.load()  # by which Pillow turns a TIFF itself
     turn = None
     with suppress(Exception):  # a broken EXIF costs the turn and not the image

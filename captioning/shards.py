@@ -247,4 +247,6 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         file.write(b'], "images": [')
         images.seek(0)
         shutil.copyfileobj(images, file)
-        file.write(f'], "skipped": {json.dumps([f"{where}: {line}." for line in report.lines()])}}}'.encode())
+        folder = f"{shards[0].parent}/"  # without it the index, and so its hash, stays the same wherever the folder is
+        lines = [f"{where}: {line}.".replace(folder, "") for line in report.lines()]
+        file.write(f'], "skipped": {json.dumps(lines)}}}'.encode())

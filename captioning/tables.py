@@ -21,7 +21,7 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("test", "testing"), "test"),
 }
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
-SPLIT_COLUMNS = ("split", "set", "subset")  # the first that gives a split
+SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # the first that a table has
 DELIMITERS = ",|;\t"
 MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # how tables spell a cell without a value
@@ -52,10 +52,15 @@ def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """
     text = read_text(path, encoding, ENCODING_ADVICE)
     read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
-    for where, record in read_records(path, text):
-        record = {str(key).strip().lower(): value for key, value in record.items()}
+    records = [
+        (where, {str(key).strip().lower(): value for key, value in record.items()})
+        for where, record in read_records(path, text)
+    ]
+    split_column = _split_column([record for _, record in records])
+    for where, record in records:
         if not all(map(_is_missing, record.values())):
-            yield Row(where, _image(record, where), _captions(record, where), _split(record, where))
+            split = _split(record.get(split_column), where)
+            yield Row(where, _image(record, where), _captions(record, where), split)
 
 
 def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
@@ -164,14 +169,21 @@ def _listed(value: Any) -> list[Any]:
     return [value]
 
 
-def _split(record: dict[str, Any], where: str) -> str:
+def _split_column(records: list[dict[str, Any]]) -> str:
+    """The column that gives splits: "split", or the first other of `SPLIT_COLUMNS` whose values are all splits."""
     for column in SPLIT_COLUMNS:
-        split = record.get(column)
-        if not _is_missing(split) and str(split).strip().lower() in SPLIT_ALIASES:
-            return SPLIT_ALIASES[str(split).strip().lower()]
-        if not _is_missing(split) and column == "split":
-            raise InputError(f"{where}: the split {split!r} is none of train, val and test.")
-    return ""
+        values = [record[column] for record in records if not _is_missing(record.get(column))]
+        if values and (column == "split" or all(str(value).strip().lower() in SPLIT_ALIASES for value in values)):
+            return column
+    return "split"
+
+
+def _split(value: Any, where: str) -> str:
+    if _is_missing(value):
+        return ""
+    if str(value).strip().lower() not in SPLIT_ALIASES:
+        raise InputError(f"{where}: the split {value!r} is none of train, val and test.")
+    return SPLIT_ALIASES[str(value).strip().lower()]
 
 
 # JSON

@@ -244,8 +244,8 @@ class Run:
             f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "
             f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
         )
-        if self.progress.epoch > self.last_epoch:
-            self.log(f"all epochs are done; --num-epochs {self.config.num_epochs + 1} trains one more")
+        if (progress := self.progress).epoch > self.last_epoch:
+            self.log(f"all epochs are done; --num-epochs {progress.epoch - progress.first_epoch + 1} trains one more")
 
     def is_out_of_patience(self) -> bool:
         """Whether none of the last `patience` epochs has a better CIDEr than those before."""

@@ -295,6 +295,30 @@ def test_a_photo_that_was_repaired_is_captioned_when_the_file_is_resumed(
     assert rows == [json.loads(line) for line in (tmp_path / "at-once.jsonl").read_text().splitlines()]
 
 
+def test_a_run_that_is_refused_leaves_the_rows_as_they_are(command: Callable, trained: Path, tmp_path: Path):
+    folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
+    folder.mkdir()
+    for i in range(3):
+        draw_noise(i).save(folder / f"{i}.png")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(b"no image")
+    command(folder, "--model", trained, "--output", output)
+    before = output.read_bytes()
+    (folder / "0.png").write_bytes(whole)
+    code, _, errors = command(folder, "--model", trained, "--output", output, "--max-length", "2")
+    assert (code, "holds other captions than this model gives" in errors) == (2, True)
+    assert output.read_bytes() == before
+    assert command(folder, "--model", trained, "--output", output)[0] == 0
+
+
+def test_a_sheet_and_a_map_of_one_name_are_refused(
+    command: Callable, attending: Path, image_path: Path, tmp_path: Path
+):
+    options = ("--sheet", tmp_path / "a.png", "--attention", tmp_path / "a.png")
+    code, _, errors = command(image_path, "--model", attending, *options)
+    assert (code, "--sheet and --attention both name" in errors) == (2, True)
+
+
 @pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
     command: Callable, trained: Path, image_path: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch

@@ -6,10 +6,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
 from conftest import EIGHT
+from PIL import Image
 
 import caption as caption_command
 import evaluate as evaluate_command
@@ -183,7 +185,7 @@ def test_a_sample_depends_on_the_seed_and_the_index_alone(
     assert len(set(texts)) > 30  # and none of another batch's
     monkeypatch.setattr(captioner_module, "BATCH", 7)
     assert [caption.text for caption in model(copies, how)] == texts
-    later = [caption.text for _, caption in model.stream(copies[:9], how, first_index=31)]
+    later = [caption.text for _, caption in model.stream(copies[:9], how, positions=range(31, 40))]
     assert later == texts[31:]
 
 
@@ -303,3 +305,24 @@ def test_models_that_cannot_be_averaged_are_a_sentence(trained: Path, tmp_path: 
         Captioner.load([])
     with pytest.raises(InputError, match="only a single model"):
         Captioner.load([trained, trained]).push_to_hub("user/name", "mit")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), "not a ndarray; use Image.fromarray"),
+        ([torch.zeros(3, 8, 8)], "not a Tensor; use Image.fromarray"),
+        (b"\xff\xd8", "not a int"),
+        (Image.new("RGB", (0, 40)), "it has no pixels"),
+    ],
+    ids=["array", "tensors", "bytes", "no pixels"],
+)
+def test_what_is_no_image_is_one_short_sentence(images: object, message: str, trained: Path):
+    with pytest.raises(InputError, match=message) as caught:
+        Captioner.load(trained)(images)  # pyright: ignore[reportArgumentType]
+    assert len(str(caught.value)) < 120
+
+
+def test_an_option_that_is_no_whole_number_is_refused(trained: Path, image_path: Path):
+    with pytest.raises(InputError, match=r"beam_size is 3\.0, but it has to be a whole number"):
+        Captioner.load(trained)(image_path, beam_size=3.0)

@@ -11,7 +11,7 @@ from conftest import draw_noise, write_split
 from PIL import Image
 from torchvision import transforms as T
 
-from captioning.errors import InputError
+from captioning.errors import InputError, warn_once
 from captioning.images import ImageDataset, build_transform, read_batches
 from data_loader import CaptionDataset, ImageBatches, LengthBatches, find_split, get_loader
 from vocabulary import END, START, Vocabulary, tokenize
@@ -273,3 +273,29 @@ def test_memory_grows_by_the_arrays_alone(tmp_path: Path):
     assert large[0] - small[0] > 1e6
     assert large[1] - small[1] < 50_000
     assert large[2] - small[2] < 5 * (large[0] - small[0])
+
+
+@pytest.mark.parametrize(
+    "captions", [["两只狗在街上。", "一只猫在街上。"] + ["狗。"] * 5, ["a dog runs ."] * 7], ids=["no spaces", "spaces"]
+)
+def test_words_that_are_mostly_unknown_are_a_warning(
+    captions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    write_split(tmp_path, "train", {f"{i}.png": [caption] for i, caption in enumerate(captions)})
+    warn_once.cache_clear()
+    CaptionDataset(tmp_path, cache=tmp_path / "cache", must_exist=False)
+    assert ("are not in the vocabulary" in capsys.readouterr().err) == (captions[0] != "a dog runs .")
+
+
+def test_a_vocabulary_of_another_data_set_is_a_warning(drawn: Path, cache: Path, capsys: pytest.CaptureFixture):
+    warn_once.cache_clear()
+    other = Vocabulary.build(["una casa"], threshold=1)
+    CaptionDataset(drawn, vocab=other, cache=cache)
+    assert "100% of the words in" in capsys.readouterr().err
+    CaptionDataset(drawn, "test", vocab=other, cache=cache)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_batch_without_captions_is_refused(drawn: Path):
+    with pytest.raises(InputError, match="batch_size must be at least 1, not 0"):
+        get_loader(batch_size=0, cocoapi_loc=drawn)

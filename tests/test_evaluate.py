@@ -93,9 +93,17 @@ def test_written_results_get_the_same_scores(command: Callable, trained: Path, d
 def test_captions_in_a_file_of_results_are_kept(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
     (tmp_path / "mine.json").write_text("mine")
     _, _, errors = command("--model", trained, "--data", drawn, "--results", "mine.json")
-    assert errors.splitlines()[-1] == "wrote mine.json; what it held before is in mine.json.old"
+    assert "what mine.json held is now in mine.json.old\n" in errors
+    command("--model", trained, "--data", drawn, "--results", "mine.json")
+    assert {path.name for path in tmp_path.glob("mine*")} == {"mine.json", "mine.json.old"}
     assert (tmp_path / "mine.json.old").read_text() == "mine"
     assert len(json.loads((tmp_path / "mine.json").read_text())) == 8
+
+
+def test_each_model_of_an_ensemble_is_named(command: Callable, trained: Path, drawn: Path):
+    best = read_description(trained).best_epoch
+    _, _, errors = command("--model", trained, "--model", trained, "--data", drawn)
+    assert f"{trained} + {trained}, epoch {best} + epoch {best}, trained on" in errors
 
 
 def test_captions_that_the_model_did_not_learn_from_make_none_novel(command: Callable, trained: Path, tmp_path: Path):
@@ -105,7 +113,7 @@ def test_captions_that_the_model_did_not_learn_from_make_none_novel(command: Cal
             draw_noise(3).save(tmp_path / "data" / "images" / split / f"{name}.png")
     _, output, errors = command("--model", trained, "--data", tmp_path / "data", "--split", "val", "--json")
     assert json.loads(output)["novel"] is None
-    assert "the model was trained on other captions" in errors
+    assert "is not known to be what the model was trained on" in errors
 
 
 def test_a_split_without_public_captions_gives_the_results_file(command: Callable, trained: Path, tmp_path: Path):

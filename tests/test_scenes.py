@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -325,6 +326,13 @@ def test_same_bytes_from_several_processes(tmp_path, monkeypatch):
 def test_the_same_data_set_is_not_drawn_twice(folder, monkeypatch):
     monkeypatch.setattr(dataset, "draw_scene", None)
     assert dataset.draw_dataset(folder, train=24, val=6, test=5, seed=3) == folder
+
+
+def test_scenes_whose_pictures_are_gone_are_drawn_again(tmp_path):
+    folder = dataset.draw_dataset(tmp_path / "data", train=3, val=1, test=1)
+    shutil.rmtree(folder / "images" / "train")
+    dataset.draw_dataset(folder, train=3, val=1, test=1)
+    assert len(list((folder / "images" / "train").iterdir())) == 3
 
 
 def test_other_scenes_are_replaced(tmp_path):

@@ -649,6 +649,21 @@ def test_an_option_that_has_an_effect_beside_the_others_is_not(options: list[str
     train_module.parse_options(options)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ('vocab_file = "mine.json"', "--vocab-file has no effect on a vocabulary of the captions"),
+        ("grid_size = 7", "--grid-size has no effect on a decoder that does not attend"),
+        ("batch-size = 64", r'sets "batch-size", which is no option of a training; write batch_size'),
+        ("views = true", "sets views to true, which is no value of it"),
+    ],
+)
+def test_a_recipe_is_checked_as_the_command_line_is(recipe: str, sentence: str, tmp_path: Path):
+    (tmp_path / "r.toml").write_text(recipe)
+    with pytest.raises(InputError, match=sentence):
+        train_module.parse_options(["--config", str(tmp_path / "r.toml")])
+
+
 @pytest.mark.parametrize("options", [["--name", "other"], ["--models", "elsewhere"], ["--overwrite"]], ids=str)
 def test_a_training_that_is_resumed_stays_in_its_folder(options: list[str], trained: Path):
     train_module.parse_options(["--resume", str(trained), "--name", trained.name, "--models", str(trained.parent)])

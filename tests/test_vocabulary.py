@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.errors import InputError, warn_once
+from captioning.errors import InputError
 from vocabulary import END, START, UNK, Vocabulary, tokenize
 
 CAPTIONS = ["A dog runs.", "A cat, a dog and a man's bird.", "Isn't it a dog?"]
@@ -102,13 +102,3 @@ def test_real_captions_leave_no_token_with_white_space_or_a_full_stop_stuck_to_i
     frequent = Vocabulary.build(captions, threshold=5)
     assert len(frequent) < 0.5 * len(vocab)
     assert frequent.encode(captions[0]) == [START, *(frequent[word] for word in tokenize(captions[0])), END]
-
-
-@pytest.mark.parametrize(
-    ("captions", "warned"),
-    [(["两只狗在街上。", "一只猫在街上。"] + ["狗。"] * 5, True), (["a dog runs ."] * 5 + ["a cat"], False)],
-)
-def test_words_that_are_mostly_too_rare_are_a_warning(captions: list[str], warned: bool, capsys: pytest.CaptureFixture):
-    warn_once.cache_clear()
-    Vocabulary.build(captions, threshold=5)
-    assert ("occur less than 5 times" in capsys.readouterr().err) == warned

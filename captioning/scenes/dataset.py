@@ -95,7 +95,9 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     }
     if folder.is_dir():
         infos = _drawn(folder)
-        if all(drawn == info for drawn in infos):
+        if all(drawn == info for drawn in infos) and all(
+            len(list((folder / "images" / split).glob("*"))) == count for split, count in counts.items()
+        ):
             return folder
         if not any(infos) and any(path != partial_folder for path in folder.iterdir()):
             raise InputError(f"{folder} holds something other than drawn scenes; name an empty or a new folder.")
