@@ -1,5 +1,7 @@
 """The model of photos that comes with the project."""
 
+import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import PEAK, write_split
 from gradio.media import get_image
+from test_importers import captions, make_image
 
+import importers
 from captioning.captioner import Captioner
 from captioning.checkpoint import default_model, read_description
 from captioning.weights import read_state_dict
@@ -58,3 +62,16 @@ def test_it_captions_images_that_it_was_not_trained_on(shared: Path, tmp_path: P
     evaluation = evaluate(captioner, data, java=False)
     assert evaluation.scores.metrics["CIDEr"] > 0.2
     assert len({caption.text for caption in evaluation.captions.values()}) > 100
+
+
+def test_the_importer_reads_the_captions_of_imagenet_that_it_was_trained_on(tmp_path: Path):
+    shutil.copy(ROOT / "configs" / "imagenet.csv", tmp_path / "metadata.csv")
+    with open(tmp_path / "metadata.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        make_image(tmp_path / row["file_name"], (8 + i % 100, 8 + i // 100))
+    importers.import_folder(tmp_path, tmp_path / "data")
+    assert len(captions(tmp_path / "data", "train")) == 980
+    assert len(captions(tmp_path / "data", "val")) == 20
+    assert {len(texts) for split in ("train", "val") for texts in captions(tmp_path / "data", split).values()} == {4}
+    assert "a white cup with blue flowers on it" in captions(tmp_path / "data", "train")["n07930864_cup.JPEG"]
