@@ -72,4 +72,4 @@ def test_the_output_shown_is_what_the_command_before_it_prints(run):
 def test_the_python_prints_a_caption_of_each_image(clone, capsys):
     (code,) = [text for language, text in BLOCKS if language == "python"]
     exec(compile(code, "README.md", "exec"), {})
-    assert re.fullmatch(r"(a .+\. -\d+\.\d+\n){2}", capsys.readouterr().out)
+    assert re.fullmatch(r"(a .+ -\d+\.\d+\n){2}", capsys.readouterr().out)
