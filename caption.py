@@ -97,16 +97,8 @@ def main(
     if attention is not None and not captioner.decoder.attends:
         raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")
     captions, failed = print_captions(captioner, sources, decoding, workers, strict, json_)
-    if sheet is not None and captions:
-        drawn = list(captions)[:MAX_SHEET]
-        if len(drawn) < len(captions):
-            log(f"{sheet} shows the first {MAX_SHEET:,} of {len(captions):,} photos")
-        save_figure(draw_sheet([sources[i] for i in drawn], [captions[i].text for i in drawn]), sheet)
-    if attention is not None and captions:
-        first, caption = next(iter(captions.items()))
-        preprocessing = captioner.description.preprocessing
-        figure = draw_attention(sources[first], caption, preprocessing)
-        save_figure(figure, attention)
+    if captions:
+        draw_figures(captioner, sources, captions, sheet, attention)
     for error in failed:
         log(f"error: {error}")
     if failed:
@@ -142,6 +134,20 @@ def caption_to_file(
         ) from error
     if unreadable:
         raise InputError(f"{unreadable} of {rows} photos could not be read; their rows in {output} say why.")
+
+
+def draw_figures(
+    captioner: Captioner, sources: Sequence[Source], captions: dict[int, Caption], sheet: Path | None, maps: Path | None
+) -> None:
+    """Draw the contact sheet and the first image's attention maps, where their files are named."""
+    if sheet is not None:
+        drawn = list(captions)[:MAX_SHEET]
+        if len(drawn) < len(captions):
+            log(f"{sheet} shows the first {MAX_SHEET:,} of {len(captions):,} photos")
+        save_figure(draw_sheet([sources[i] for i in drawn], [captions[i].text for i in drawn]), sheet)
+    if maps is not None:
+        first, caption = next(iter(captions.items()))
+        save_figure(draw_attention(sources[first], caption, captioner.description.preprocessing), maps)
 
 
 def print_captions(

@@ -330,7 +330,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "no validation split": (
         lambda k: CaptionDataset(k.data, "val"),
-        r"no val-\*\.tar; move some images .*images/val and annotations/captions_val\.json",
+        r"no val\*\.tar; move some images .*images/val and annotations/captions_val\.json",
     ),
     "two years": (
         lambda k: (write_split(k.data, "train2017", {"a.png": ["a"]}), CaptionDataset(k.folder / "data")),
