@@ -247,9 +247,9 @@ def _write_results(rows: list[dict[str, Any]], path: Path) -> None:
     content = json.dumps(rows).encode()
     if path.exists() and path.read_bytes() != content:  # perhaps captions to score, where --references was forgotten
         names = (path.with_name(f"{path.name}.old{number}") for number in ("", *range(2, 1000)))
-        kept = next(name for name in names if not name.exists())
-        os.replace(path, kept)
-        _log(f"what {path} held is now in {kept}")
+        backup = next(name for name in names if not name.exists())
+        os.replace(path, backup)
+        _log(f"what {path} held is now in {backup}")
     write_file(path, lambda file: file.write(content))
 
 

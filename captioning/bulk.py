@@ -213,8 +213,8 @@ def write_captions(
                 _replace_rows(output, readable)
                 failed -= len(readable)
     if is_main and log is not None:
-        again = f", {len(readable):,} of them without a caption until now" if readable else ""
-        log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there{again}")
+        retried = f", {len(readable):,} of them without a caption until now" if readable else ""
+        log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there{retried}")
     return broadcast_object_list([(done, failed)])[0]
 
 

@@ -158,3 +158,10 @@ def test_what_notebook_0_says_of_coco_is_so(shared: Path, tmp_path: Path):
         f"removes {100 * rare.mean():.0f}% of the words and {share:.1f}% of the tokens",
     ):
         assert sentence in text
+
+
+def test_the_exercise_with_the_sample_s_size_names_it():
+    text = (ROOT / "1_Architecture.ipynb").read_text("utf-8")
+    assert (
+        f"`IMAGE_SIZE = {load_config(ROOT / 'configs' / 'scenes.toml').image_size}`, which is what the sample" in text
+    )
