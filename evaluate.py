@@ -253,9 +253,13 @@ def _write_results(rows: list[dict[str, Any]], path: Path) -> None:
     write_file(path, lambda file: file.write(content))
 
 
+def _members(captioner: Captioner) -> list[Captioner]:
+    return captioner.members if isinstance(captioner, Ensemble) else [captioner]
+
+
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
     """Describe what is evaluated: the first keys of the JSON document."""
-    members = captioner.members if isinstance(captioner, Ensemble) else [captioner]
+    members = _members(captioner)
     epochs = [choose_epoch(x.folder, x.description, x.epoch) if x.folder else None for x in members]
     weights = [name_weights(x.description, epoch) for x, epoch in zip(members, epochs, strict=True)]
     description = captioner.description
@@ -274,8 +278,7 @@ def _read_training_captions(data: Path, captioner: Captioner) -> list[str] | Non
     """Read the captions that the model learned from, for the share of novel captions; None where they are not here."""
     try:
         path = find_split(data, "train")[0]
-        members = captioner.members if isinstance(captioner, Ensemble) else [captioner]
-        learned_from = {member.description.data.get("train_sha256") for member in members}
+        learned_from = {member.description.data.get("train_sha256") for member in _members(captioner)}
         if learned_from != {hash_file(path)}:
             raise InputError(f"{path} is not known to be what the model was trained on.")
         references = read_references(path)

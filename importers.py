@@ -276,9 +276,10 @@ def import_folder(
     require_new_folder(destination)
     folder, report = _source_folder(source), Report()
     index = ImageIndex(_source_folder(images or folder))
-    rows = (
-        _folder_rows(folder, index, encoding, report) if source.is_dir() else _read_tables([source], folder, encoding)
-    )
+    if source.is_dir():
+        rows, kind = _folder_rows(folder, index, encoding, report)
+    else:
+        rows, kind = _read_tables([source], folder, encoding), "row"
     direct = index.holds_any(row.image for row in rows)
     result: dict[str, SourceImage] = {}
     for row in rows:
@@ -289,9 +290,8 @@ def import_folder(
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in an earlier line.")
         image.captions += _captions(row, report)
-    from_texts = all(row.where.partition(", line ")[0].lower().endswith(".txt") for row in rows)
     for key in sorted(index.paths.keys() - result.keys()):
-        report.add(f"image{{s}} without a {'.txt file' if from_texts else 'row'}", str(index.paths[key][0]))
+        report.add(f"image{{s}} without a {kind}", str(index.paths[key][0]))
     if not any(image.split for image in result.values()):
         for key, split in _splits_by_folder(result).items():
             result[key].split = split
@@ -307,8 +307,11 @@ def _splits_by_folder(names: Collection[str]) -> dict[str, str]:
     return {}
 
 
-def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> list[Row]:
-    """The captions of a folder's tables, else of .txt files next to its images, else of its .json file."""
+def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
+    """The captions of a folder's tables, else of .txt files next to its images, else of its .json file.
+
+    Also returns what an image has there: "row" or ".txt file".
+    """
     files = list(walk_files(folder))
     tables = _find_tables(folder, files, TABLE_SUFFIXES)
     rows = [] if tables else _read_text_files(folder, files, index, encoding, report)
@@ -316,7 +319,7 @@ def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: 
     if not rows and not tables:
         suffixes = ", ".join(TABLE_SUFFIXES)
         raise InputError(f"{folder} holds no table of captions ({suffixes}, .json) and no .txt file beside an image.")
-    return rows or _read_tables(tables, folder, encoding)
+    return (rows, ".txt file") if rows else (_read_tables(tables, folder, encoding), "row")
 
 
 def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> list[Path]:

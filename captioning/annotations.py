@@ -23,10 +23,10 @@ from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
+from captioning.tables import MAX_CAPTION
 from vocabulary import tokenize
 
 MAX_DEPTH = 100  # of nested lists and objects in an annotation file
-MAX_CAPTION = 1_000_000  # characters
 
 # The entries of a JSON file
 

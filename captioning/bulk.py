@@ -164,10 +164,9 @@ def write_captions(
     """Caption the images at the paths into a JSON Lines file, one row per image, in order, with all processes.
 
     Resumes after the rows of an interrupted run. An image that cannot be read has an "error" in its row, and is tried
-    again when the file is resumed. `log`
-    receives what was left out of the folders and what was written. Returns the number of images, and of those that
-    cannot be read. Raises `InputError` if earlier rows are of other images, or if their captions are not the ones
-    that this model gives with these options.
+    again when the file is resumed. `log` receives what was left out of the folders and what was written. Returns the
+    number of images, and of those that cannot be read. Raises `InputError` if earlier rows are of other images, or if
+    their captions are not the ones that this model gives with these options.
     """
     process = this_process()
     is_main = process.is_main_process
@@ -207,7 +206,7 @@ def write_captions(
                     failed += 1
             done += len(rows)
             progress.update(len(rows))
-        if is_main and comparable:  # by now these are known to be the same model and options
+        if is_main and unreadable and comparable:  # by now these are known to be the same model and options
             readable = _retry(captioner, unreadable, decode, workers)
             if readable:
                 _replace_rows(output, readable)

@@ -189,9 +189,9 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
         "views": (not config.fine_tune, "a backbone that is fine-tuned, which sees new crops in every epoch"),
     }
     if config.resume is not None:
-        other = (config.models / config.name).resolve() != config.resume.resolve()
+        is_its_own = (config.models / config.name).resolve() == config.resume.resolve()
         stays = f"a training that is resumed, which stays in {config.resume}; copy the folder to keep it as it is"
-        without |= {"overwrite": (False, stays), **dict.fromkeys(("name", "models"), (not other, stays))}
+        without |= {"overwrite": (False, stays), **dict.fromkeys(("name", "models"), (is_its_own, stays))}
     for name, (has_effect, what) in without.items():
         if name in given and not has_effect:
             raise InputError(f"--{name.replace('_', '-')} has no effect on {what}.")
@@ -244,8 +244,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     known = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
     unknown = [name for name in options if name not in known]
     if unknown:
-        close = [name for name in known if name == unknown[0].replace("-", "_")]
-        hint = f"write {close[0]}" if close else "`python train.py --help` lists them"
+        name = unknown[0].replace("-", "_")
+        hint = f"write {name}" if name in known else "`python train.py --help` lists them"
         raise InputError(f'{path} sets "{unknown[0]}", which is no option of a training; {hint}.')
     for name, value in options.items():
         if isinstance(value, bool) and known[name] != "bool":

@@ -37,6 +37,7 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
             raise InputError(f"{folder} is named {times} times; name each data set once.")
     report = Report()
     images: list[SourceImage] = []
+    listed: set[Path] = set()
     prefixes: set[str] = set()
     for folder in folders:
         names = (f"{folder.name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1 + len(folders)))))
@@ -44,8 +45,10 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         prefixes.add(prefix)
         files = [(split, path) for split in SPLITS for path in _annotation_files(folder, split)]
         for split, path in files:
-            listed = {image.path for image in images}  # captions_test.json lists some of image_info_test.json's
-            images += [x for x in _read_images(path, folder, prefix, split, report) if x.path not in listed]
+            # image_info_test.json lists the images of captions_test.json, too
+            new = [x for x in _read_images(path, folder, prefix, split, report) if x.path not in listed]
+            listed.update(image.path for image in new)
+            images += new
         if not files:
             raise InputError(
                 f"{folder} holds no annotations/captions_train<year>.json, nor one of val or test; "

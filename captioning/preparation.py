@@ -29,8 +29,10 @@ from data_loader import CaptionDataset
 from model import DECODERS, DecoderModule, EncoderCNN
 
 FIRST_IMAGES = 256  # that the embedding is standardized on
-FIXED = ("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights")
-FIXED += ("vocab_threshold", "vocab_from_file", "vocab_file")  # options that a training keeps when it is resumed
+FIXED = (  # options that a training keeps when it is resumed
+    *("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights"),
+    *("vocab_threshold", "vocab_from_file", "vocab_file"),
+)
 
 
 def require_unchanged(config: TrainingConfig, resumed: Description) -> None:

@@ -240,13 +240,15 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
-        where = f"{shards[0].parent}/{mode}*{SUFFIX}"
+        where, folder = f"{mode}*{SUFFIX}", f"{shards[0].parent}/"
         if not image_count:
             about = f" ({'; '.join(lines)})" if (lines := report.lines()) else ""
-            raise InputError(f"{where} hold no photos with captions, in a .txt or .json of the same name{about}.")
+            raise InputError(
+                f"{folder}{where} hold no photos with captions, in a .txt or .json of the same name{about}."
+            )
         file.write(b'], "images": [')
         images.seek(0)
         shutil.copyfileobj(images, file)
-        folder = f"{shards[0].parent}/"  # without it the index, and so its hash, stays the same wherever the folder is
-        lines = [f"{where}: {line}.".replace(folder, "") for line in report.lines()]
+        # Without the folder's path the index, and so its hash, stays the same wherever the folder is.
+        lines = [f"{where}: {line}.".replace(repr(folder)[:-1], "'") for line in report.lines()]
         file.write(f'], "skipped": {json.dumps(lines)}}}'.encode())

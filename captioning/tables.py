@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning.annotations import MAX_CAPTION
 from captioning.errors import InputError
 from captioning.files import image_suffixes, read_text
 
@@ -25,6 +24,7 @@ SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # the first that a table has
 DELIMITERS = ",|;\t"
 MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # how tables spell a cell without a value
+MAX_CAPTION = 1_000_000  # characters
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 

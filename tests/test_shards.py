@@ -17,7 +17,7 @@ from captioning.captioner import Captioner
 from captioning.errors import InputError, warn_once
 from captioning.images import find_unreadable, read_image
 from captioning.reports import Report
-from captioning.shards import list_images, read_captions_of, read_samples
+from captioning.shards import index_shards, list_images, read_captions_of, read_samples
 from captioning.training import TrainingConfig, train
 from data_loader import CaptionDataset
 
@@ -349,3 +349,12 @@ def test_what_a_folder_names_is_what_its_index_says(packed: Path, tmp_path: Path
         "train-000001.tar/3.png",
     ]
     assert content["annotations"][1] == {"id": 2, "image_id": 1, "caption": EIGHT["0.png"]}
+
+
+def test_an_index_is_the_same_wherever_its_folder_is(tmp_path: Path):
+    for name in ("a", "data"):
+        (tmp_path / name).mkdir()
+        pack(tmp_path / name / "train-0.tar", [("data/0.png", PNG), ("data/0.txt", BALL), ("data/0.cls", b"3")])
+    one, other = (index_shards([tmp_path / n / "train-0.tar"], "train", tmp_path / n) for n in ("a", "data"))
+    assert one.read_bytes() == other.read_bytes()
+    assert "left out 1 .cls file: 'train-0.tar/data/0.cls'" in one.read_text()

@@ -223,3 +223,9 @@ def test_text_files_in_upper_case_are_captions(tmp_path, capsys):
     importers.import_folder(six(tmp_path / "in", **{f"{i}__TXT": "a red ball" for i in range(5)}), tmp_path / "out")
     assert len(all_captions(tmp_path / "out")) == 5
     assert "left out 1 image without a .txt file: " in capsys.readouterr().err
+
+
+def test_a_table_that_is_called_like_a_text_file_has_rows(tmp_path, capsys):
+    source = six(tmp_path / "in", c__txt="".join(csv_rows("image,caption").splitlines(True)[:-1]))
+    importers.import_folder(source / "c.txt", tmp_path / "out")
+    assert f"left out 1 image without a row: {source}/5.jpg" in capsys.readouterr().err
