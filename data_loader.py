@@ -128,14 +128,14 @@ class CaptionDataset(Dataset):
     def _check_images_exist(self) -> None:
         """Raise `InputError` if images are missing; hashes of names are compared, a million of which take 8 MB."""
         names, present = self.paths.names, array("q")
-        for folder in {os.path.dirname(name) for name in names}:
+        for folder in {os.path.dirname(os.path.normpath(name)) for name in names}:
             try:
                 for entry in os.scandir(self.image_folder / folder):
                     if entry.is_file():
                         present.append(hash(os.path.join(folder, entry.name)))
             except OSError:  # no such folder, or no way to read it: its images are missing
                 continue
-        wanted = np.fromiter(map(hash, names), np.int64, len(names))
+        wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
         missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(present, np.int64)))
         if len(missing):
             raise InputError(

@@ -142,6 +142,15 @@ async def _fetch_archives(archives: list[str], root: Path, work: Path) -> None:
         await progress.run([partial(fetch_one, client, archive) for archive in wanted], at_once=len(wanted))
 
 
+def _require_images(folder: Path, annotations: Path) -> None:
+    """Raise `InputError` where the folder holds fewer images than the annotation file lists."""
+    expected, present = len(_read_json(annotations).get("images", ())), sum(1 for _ in os.scandir(folder))
+    if present < expected:
+        raise InputError(
+            f"{folder} holds {present:,} of {expected:,} photos; delete it and run the same command again."
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -261,6 +270,10 @@ def coco(
         missing: list[str] = []
         if limit is None:
             asyncio.run(_fetch_archives(archives, root, work))
+            for name in names:
+                _require_images(
+                    root / "images" / name.split("_")[-1].removesuffix(".json"), root / "annotations" / name
+                )
         elif not all((root / "annotations" / name).exists() for name in names):
             require_space(root, len(names) * limit * IMAGE_BYTES)
             asyncio.run(_fetch_archives([a for a in archives if a.startswith("annotations/")], work, work))

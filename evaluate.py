@@ -77,6 +77,8 @@ def evaluate(
     skip_unreadable: leave out images that cannot be read instead of raising InputError for the first.
     results: where to write the captions, before they are scored, for the COCO evaluation server.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, not {limit}.")
     process = this_process()
     is_main = process.is_main_process
     paths = dataset.paths[:limit]
@@ -278,8 +280,8 @@ def _read_training_captions(data: Path, captioner: Captioner) -> list[str] | Non
     """Read the captions that the model learned from, for the share of novel captions; None where they are not here."""
     try:
         path = find_split(data, "train")[0]
-        learned_from = {member.description.data.get("train_sha256") for member in _members(captioner)}
-        if learned_from != {hash_file(path)}:
+        learned_from = [member.description.data.get("train_sha256") for member in _members(captioner)]
+        if any(hashed != hash_file(path) for hashed in learned_from):
             raise InputError(f"{path} is not known to be what the model was trained on.")
         references = read_references(path)
     except InputError as error:

@@ -11,11 +11,8 @@ not edit them in place) and copies elsewhere.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +24,10 @@ from captioning.files import hash_file, read_text, require_new_folder
 from captioning.image_index import ImageIndex, walk_files
 from captioning.merging import merge_datasets
 from captioning.reports import Report
+from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
 from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-SPLIT_FILE = re.compile(r"(?:^|[_.\-])(train|dev|val|test)(?:images)?$", re.IGNORECASE)
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
@@ -43,36 +40,6 @@ def _source_folder(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-# Splits
-
-
-def _by_hash(names: Iterable[str]) -> list[str]:
-    """Shuffle the names by a hash: the same order on every machine."""
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
-
-
-def _assign_splits(images: list[SourceImage], source: Path, report: Report) -> None:
-    """Give images without a split one: 90% train, 5% val, 5% test (at least one each), by a hash of the name.
-
-    Where images have splits, but none of them is "val", 5% of the training split become it.
-    """
-    without = [image for image in images if not image.split]
-    if without and len(without) < len(images):
-        raise InputError(f"{source} gives some images a split and others none; give all or none of them one.")
-    if without and len(images) < 3:
-        raise InputError(f"{source} has too few captioned images to split ({len(images)}); it takes three at least.")
-    by_name = {image.name: image for image in images if image.split in ("", "train")}
-    held_out = max(1, len(by_name) // 20)
-    order = _by_hash(by_name)
-    if without:
-        for rank, name in enumerate(order):
-            by_name[name].split = "val" if rank < held_out else "test" if rank < 2 * held_out else "train"
-    elif len(order) > 1 and not any(image.split == "val" for image in images):
-        for name in order[:held_out]:
-            by_name[name].split = "val"
-            report.add("image{s} of train to val, since there was no validation split", name, "moved")
-
-
 def _write(images: list[SourceImage], source: Path, destination: Path, report: Report) -> None:
     """Write the images that have captions, and report what is left out."""
     captioned = [image for image in images if image.captions]
@@ -81,7 +48,7 @@ def _write(images: list[SourceImage], source: Path, destination: Path, report: R
             report.add("image{s} without a caption", str(image.path))
     if not captioned:
         raise InputError(f"{source} has no image with a caption; nothing was written.")
-    _assign_splits(captioned, source, report)
+    assign_splits(captioned, source, report)
     write_dataset(captioned, destination)
     report.print()
 
@@ -115,14 +82,17 @@ def import_flickr(
     texts = [path for path in walk_files(folder) if path.suffix.lower() in (".txt", ".csv", ".token")]
     table = _flickr_captions(folder, texts) if source.is_dir() else source
     captions: dict[str, list[str]] = {}
+    splits: dict[str, tuple[str, str]] = {}  # image name -> the line that gives it a split, and the split
     for row in (read_token_file if ".token" in table.name else read_table)(table, encoding):
         captions.setdefault(row.image, []).extend(_captions(row, report))
+        if row.split:
+            set_split(splits, row.image, row.where, row.split)
     index = ImageIndex(_source_folder(images or folder))
     # A bare name does not say in which folder, unless --images names the one that holds the images directly.
     anywhere = images is None or not index.holds_any(captions)
 
     split_files = [path for path in texts if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)]
-    splits = _read_split_files(split_files, captions, table, encoding)
+    read_split_files(split_files, captions, table, encoding, splits)
     rows: dict[str, Row] = {}
     for name in captions:
         if split_files and name not in splits:
@@ -161,28 +131,6 @@ def _flickr_captions(folder: Path, texts: list[Path]) -> Path:
     if len(tables) > 1:
         raise InputError(f"{folder} has captions in {tables[1]} and in {tables[0]}; name the file to import.")
     return tables[0]
-
-
-def _read_split_files(
-    paths: list[Path], captions: dict[str, list[str]], table: Path, encoding: str | None
-) -> dict[str, tuple[str, str]]:
-    """Image name -> the line that gives it a split, and the split."""
-    splits: dict[str, tuple[str, str]] = {}
-    for path in paths:
-        match = SPLIT_FILE.search(path.stem)
-        assert match is not None
-        split = SPLIT_ALIASES[match[1].lower()]
-        for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
-            name, where = line.strip(), f"{path}, line {number}"
-            if not name:
-                continue
-            if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files give the number alone
-                name += ".jpg"
-            if name not in captions:
-                raise InputError(f"{where}: {name} has no caption in {table}.")
-            if splits.setdefault(name, (where, split))[1] != split:
-                raise InputError(f"{where}: {name} is in the {splits[name][1]} split already.")
-    return splits
 
 
 # Karpathy's splits
@@ -237,8 +185,7 @@ def _karpathy_row(entry: Any, where: str) -> Row:
             entry["split"],
             entry["sentences"],
         )
-        texts = [sentence["raw"] if "raw" in sentence else " ".join(sentence["tokens"]) for sentence in sentences]
-        captions = [clean_caption(text, where) for text in texts]
+        captions = [clean_caption(_karpathy_caption(sentence), where) for sentence in sentences]
         image = f"{folder.rstrip('/')}/{name}" if folder else name
         image_id = entry.get("cocoid")
     except KeyError as error:
@@ -250,6 +197,14 @@ def _karpathy_row(entry: Any, where: str) -> Row:
     if image_id is not None and (type(image_id) is not int or abs(image_id) >= 1 << 63):
         raise InputError(f"{where}: the cocoid {image_id!r} is not a whole number of 64 bits.")
     return Row(where, image, captions, SPLIT_ALIASES[split.lower()])
+
+
+def _karpathy_caption(sentence: dict[str, Any]) -> str:
+    if "raw" in sentence:
+        return sentence["raw"]
+    if not isinstance(sentence["tokens"], list):
+        raise TypeError
+    return " ".join(sentence["tokens"])
 
 
 # Folders of images with captions
@@ -292,19 +247,12 @@ def import_folder(
         image.captions += _captions(row, report)
     for key in sorted(index.paths.keys() - result.keys()):
         report.add(f"image{{s}} without a {kind}", str(index.paths[key][0]))
+    for path in index.unreadable:
+        report.add("HEIC image{s} that `pip install pillow-heif` makes readable", str(path))
     if not any(image.split for image in result.values()):
-        for key, split in _splits_by_folder(result).items():
+        for key, split in splits_by_folder(result).items():
             result[key].split = split
     _write(list(result.values()), source, destination, report)
-
-
-def _splits_by_folder(names: Collection[str]) -> dict[str, str]:
-    """The images' splits by the outermost folders that are all called like splits; empty where there are none."""
-    folders = {name: name.lower().split("/")[:-1] for name in names}
-    for level in range(min(map(len, folders.values()), default=0)):
-        if {inside[level] for inside in folders.values()} <= SPLIT_ALIASES.keys():
-            return {name: SPLIT_ALIASES[inside[level]] for name, inside in folders.items()}
-    return {}
 
 
 def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:

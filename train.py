@@ -12,9 +12,9 @@ Options on the command line override those of --config and those of the run that
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -81,8 +81,8 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
 
 def starting_values(arguments: list[str]) -> dict[str, Any]:
     """The options' defaults that --config or --resume sets."""
-    parts = [part for argument in arguments for part in argument.split("=", 1)]
-    given = dict(pairwise(parts))
+    split = (argument.split("=", 1) if argument.startswith("--") else [argument] for argument in arguments)
+    given = dict(itertools.pairwise(itertools.chain.from_iterable(split)))
     if "--config" in given and "--resume" in given:
         raise InputError("--config starts a run and --resume continues one with its own options; give one of them.")
     if "--resume" in given:

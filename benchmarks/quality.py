@@ -54,7 +54,7 @@ def caption_plainly(config: TrainingConfig, val: CaptionDataset) -> dict[int, st
     annotations, images = find_split(config.data, "train", config.cache)
     inputs = config.preprocessing
     data = recipe.Captions(annotations, images, image_size=inputs.image_size, mean=inputs.mean, std=inputs.std)
-    ours = EncoderCNN(EMBED_SIZE, config.backbone, resolve_weights(config.weights))
+    ours = EncoderCNN(EMBED_SIZE, config.backbone, resolve_weights(config.weights, config.backbone))
     encoder = recipe.Encoder(EMBED_SIZE, ours.network, ours.feature_size)
     decoder = recipe.Decoder(EMBED_SIZE, HIDDEN_SIZE, len(data.index))
     steps = config.num_epochs * -(-len(data) // RECIPE_BATCH)

@@ -27,6 +27,7 @@ from captioning.shards import SUFFIX, Member, is_shard, list_images
 
 NAMES = 1 << 18  # of a folder's entries that are held at once, some 30 MB
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
+ROUNDING = 0.2  # of a caption's log-probability, between numbers of threads and devices
 FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # keys of what was left out, besides the suffixes of files
 NAMED = 10  # suffixes in the sentence on what was left out
 
@@ -179,7 +180,6 @@ def write_captions(
             file = stack.enter_context(open(output, "a+b"))
             done, unreadable, last_batch = _read_rows(file, images)
             failed = len(unreadable)
-            comparable = failed == done or any("caption" in row for _, row in last_batch)
             earlier, first_index = done, done - len(last_batch)
             images = chain([image for image, _ in last_batch], images)  # in whole batches, as if never stopped
         progress = stack.enter_context(
@@ -196,7 +196,7 @@ def write_captions(
                 continue
             rows = [row for _, row in sorted(rows, key=itemgetter(0))]
             _compare_rows(last_batch, rows, output)
-            rows, last_batch = rows[len(last_batch) :], []
+            last_batch, rows = last_batch[len(rows) :], rows[len(last_batch) :]
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
@@ -206,7 +206,7 @@ def write_captions(
                     failed += 1
             done += len(rows)
             progress.update(len(rows))
-        if is_main and unreadable and comparable:  # by now these are known to be the same model and options
+        if is_main and unreadable:  # by now these are known to be the same model and options
             readable = _retry(captioner, unreadable, decode, workers)
             if readable:
                 _replace_rows(output, readable)
@@ -220,12 +220,21 @@ def write_captions(
 def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str, Any]], output: Path) -> None:
     """Refuse rows of an earlier run that differ from this one's for the same images."""
     for (_, old), new in zip(earlier, rows, strict=False):
-        readable = "caption" in old and "caption" in new
-        if readable and (old["caption"] != new["caption"] or old.keys() != new.keys()):
+        if "caption" in old and "caption" in new and not _agree(old, new):
             raise InputError(
                 f"{output} holds other captions than this model gives with these options, of "
                 f"{old['photo']} for one; finish it as it was begun, or name another file."
             )
+
+
+def _agree(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two rows hold the same captions, with log-probabilities that differ by rounding only."""
+    try:
+        pairs = list(zip([old, *old.get("alternatives", [])], [new, *new.get("alternatives", [])], strict=True))
+        same = all(a["caption"] == b["caption"] for a, b in pairs)
+        return same and all(abs(a["log_probability"] - b["log_probability"]) < ROUNDING for a, b in pairs)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 @contextmanager
@@ -269,13 +278,14 @@ def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
 def _read_rows(
     file: BinaryIO, images: Iterator[Path | Member]
 ) -> tuple[int, dict[int, Path | Member], list[tuple[Path | Member, dict]]]:
-    """Count the file's rows; also returns the images with an error, by index, and the last batch's images and rows.
+    """Count the file's rows; also returns the images with an error, by index, and the last images and rows.
 
-    Advances `images` past all rows, and removes an incomplete last row.
+    The last ones are those from the last batch on that holds a caption. Advances `images` past all rows, and removes
+    an incomplete last row.
     """
-    done = end = 0
+    done = end = start = 0
     unreadable: dict[int, Path | Member] = {}
-    batch: list[tuple[Path | Member, dict]] = []
+    last: list[tuple[Path | Member, dict]] = []
     file.seek(0)
     for line in file:
         if not line.endswith(b"\n") and line[:10] == b'{"photo": '[: len(line)]:
@@ -291,13 +301,16 @@ def _read_rows(
                 "begun with, or name another file."
             ) from None
         if done % BATCH == 0:
-            batch = []
-        batch.append((image, row))
+            start = len(last)
+        last.append((image, row))
         if "error" in row:
             unreadable[done] = image
+        else:
+            del last[:start]
+            start = 0
         done, end = done + 1, end + len(line)
     file.truncate(end)
-    return done, unreadable, batch
+    return done, unreadable, last
 
 
 def _caption_share(

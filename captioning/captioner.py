@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -66,7 +67,7 @@ class Decoding:
         """Raise `InputError` if an option is out of range or has no effect."""
         for name in ("max_length", "min_length", "alternatives", "beam_size", "groups", "top_k", "seed"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
+            if value is not None and not isinstance(value, Integral):
                 raise InputError(f"{name} is {value!r}, but it has to be a whole number.")
         decoding.check_lengths(self.max_length, self.min_length)
         _check_at_most("max_length", self.max_length, LONGEST)

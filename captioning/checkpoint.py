@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from captioning.backbones import RESNET50, Preprocessing
+from captioning.backbones import RESNET50, Preprocessing, preprocessing_of
 from captioning.errors import InputError, printable
 from captioning.files import require_new_folder, require_regular, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
@@ -182,12 +182,20 @@ def _trained_on(folder: Path) -> object:
         return None
 
 
-def resolve_weights(weights: str) -> str:
-    """Convert --weights for `EncoderCNN`: a model's folder to the file that holds its backbone."""
+def resolve_weights(weights: str, backbone: str) -> str:
+    """Convert --weights for `EncoderCNN`: a model's folder to the file that holds its backbone.
+
+    Raises `InputError` if the model has another backbone.
+    """
     folder = Path(weights)
-    if not folder.is_dir():
+    if weights in ("pretrained", "random") or not folder.is_dir():
         return weights
     description = read_description(folder)
+    if description.architecture.backbone != backbone:
+        raise InputError(
+            f"{folder} has the backbone {description.architecture.backbone}, not {backbone}; add --backbone "
+            f"{description.architecture.backbone}."
+        )
     where = description.architecture.backbone_weights
     if where == "published":
         return "pretrained"
@@ -290,13 +298,14 @@ def store_backbone(folder: Path, encoder: EncoderCNN) -> None:
     backbone = encoder.network.state_dict(prefix=f"{encoder.module_name}.")
     for epoch in epochs_saved(folder):
         path, _ = weight_files(folder, epoch)
-        write_file(path, partial(torch.save, {**backbone, **read_state_dict(path)}))
+        write_file(path.with_suffix(".pkl"), partial(torch.save, {**backbone, **read_state_dict(path)}))
 
 
 def remove_epoch(folder: Path, epoch: int) -> None:
     """Delete an epoch's weights."""
-    for name in ("encoder", "decoder"):
-        (folder / f"{name}-{epoch}.pkl").unlink(missing_ok=True)
+    for suffix in WEIGHT_SUFFIXES:
+        for name in ("encoder", "decoder"):
+            (folder / f"{name}-{epoch}{suffix}").unlink(missing_ok=True)
 
 
 def load_model(
@@ -315,6 +324,10 @@ def load_model(
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
     encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
     parts = description.architecture
+    try:
+        preprocessing_of(parts.backbone, description.preprocessing.image_size)
+    except InputError as error:
+        raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
     decoder_class = DECODERS[parts.decoder]
     published = parts.backbone_weights == "published"
@@ -336,7 +349,8 @@ def load_model(
 
 def remove_training(folder: Path) -> None:
     """Delete a training's files, the description first: without it, the folder is no model."""
-    for name in (DESCRIPTION, "resume.pt", "resume-previous.pt", "backbone.pkl"):
+    backbones = (f"backbone{suffix}" for suffix in WEIGHT_SUFFIXES)
+    for name in (DESCRIPTION, "resume.pt", "resume-previous.pt", *backbones):
         (folder / name).unlink(missing_ok=True)
     for epoch in epochs_saved(folder):
         remove_epoch(folder, epoch)

@@ -48,10 +48,10 @@ def write_dataset(images: list[SourceImage], destination: Path) -> None:
             have one name or id; a name cannot be one.
     """
     require_new_folder(destination)
-    target = Path(os.path.abspath(destination))  # so that "." has a name
+    target = Path(os.path.realpath(destination))  # so that "." has a name, and a link stays one
     images = sorted(images, key=lambda image: SPLITS.index(image.split))
     _check_names(images)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f".{target.name}.importing")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_into(partial, images, target.name)

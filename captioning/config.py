@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -133,6 +133,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     resume: ClassVar[Path | None] = None  # the model folder to resume, in a `ResumedConfig`
 
     def __post_init__(self) -> None:
+        self._convert()
         self.name = self.name or self.data.resolve().name
         self._fill_defaults()
         self._check()
@@ -141,6 +142,16 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of images for the backbone."""
         return preprocessing_of(self.backbone, self.image_size, self.crop)
+
+    def _convert(self) -> None:
+        """Convert each value to its field's type."""
+        types = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            try:
+                value = TypeAdapter(types[field.name]).validate_python(getattr(self, field.name))
+            except ValidationError as error:
+                raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
+            setattr(self, field.name, value)
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
@@ -203,10 +214,6 @@ class ResumedConfig(TrainingConfig):
 
     resume: Path | None = None
 
-    def __post_init__(self) -> None:
-        self.resume = self.resume and Path(self.resume)
-        super().__post_init__()
-
 
 def settings_of(config: TrainingConfig) -> dict[str, Any]:
     """Convert the options to JSON values for captioner.json."""
@@ -228,7 +235,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
         for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # they are the other objective's
             values.pop(name, None)
     source = f"{folder}/captioner.json holds no training's configuration"
-    return _validated(ResumedConfig, {**values, "resume": Path(folder)}, source)
+    return _build(ResumedConfig, {**values, "resume": Path(folder)}, source)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -258,16 +265,12 @@ def load_config(path: str | Path, **overrides: Any) -> TrainingConfig:
 
     Raises `InputError` for a file or value that cannot be used.
     """
-    return _validated(TrainingConfig, {**read_recipe(path), **overrides}, f"{path} cannot be used")
+    return _build(TrainingConfig, {**read_recipe(path), **overrides}, f"{path} cannot be used")
 
 
-def _validated(kind: type[TrainingConfig], values: dict[str, Any], source: str) -> Any:
-    """Validate the values and build a config; `source` begins the message of an error."""
+def _build(kind: type[TrainingConfig], values: dict[str, Any], source: str) -> Any:
+    """Build a config of these values; `source` begins the message of an error."""
     try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):  # of the fields together
-            raise InputError(f"{source}: {cause}") from None
-        where = ".".join(map(str, first["loc"])) or "training"
-        raise InputError(f"{source}: {where}: {first['msg']}.") from None
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None

@@ -207,7 +207,13 @@ def _fill(
     with open(folder / f"done-{state.process_index}-{state.num_processes}", "ab") as log, progress:
         log.truncate(log.tell() // 8 * 8)  # a kill may have torn the last entry
         for indices, batch in results:
-            features[indices] = batch.half().cpu().numpy()
+            half = batch.half()
+            if not half.isfinite().all():
+                raise InputError(
+                    f"the backbone's features of {paths[indices[0]]} or an image after it are not finite numbers in "
+                    f"half precision; use other --weights, or fine-tune the backbone."
+                )
+            features[indices] = half.cpu().numpy()
             start = indices[0] // BATCH * BATCH
             if not any(i // BATCH * BATCH == start for i in failed):
                 features.flush()

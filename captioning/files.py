@@ -97,6 +97,8 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
 def require_new_folder(folder: Path) -> None:
     """Raise `InputError` unless `folder` does not exist yet, or is an empty folder."""
     try:
+        if os.path.islink(folder) and not os.path.exists(folder):
+            raise InputError(f"{folder} is a link that leads nowhere; delete it or name another folder.")
         if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
             raise InputError(f"{folder} exists and is not empty; delete it or name another folder.")
     except OSError as error:

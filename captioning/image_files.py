@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import jpeg_factory
 
 from captioning.errors import InputError
@@ -52,7 +52,7 @@ TURNS = {  # of EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 0x0112, 258, 262
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 # A JPEG's marker that a length follows, or the end of the image; 00 and D0 to D7 stand within the data of a scan.
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
@@ -248,6 +248,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # a broken EXIF costs the turn and not the image
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     upright = _to_rgb(_cut_long(image))
+    if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
+        upright = ImageOps.invert(upright)  # level 0 is white, which Pillow knows up to 8 bits only
     upright.info.clear()  # its orientation, transparency and colour profile no longer apply
     return upright if turn is None else upright.transpose(turn)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from captioning.errors import InputError
-from captioning.files import image_suffixes
+from captioning.files import HEIF_SUFFIXES, image_suffixes
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -52,6 +52,7 @@ class ImageIndex:
     def __init__(self, folder: Path):
         self.folder = folder
         self.paths: dict[str, list[Path]] = defaultdict(list)
+        self.unreadable: list[Path] = []  # HEIC images where pillow-heif is not installed
         self.by_name: dict[str, set[str]] = defaultdict(set)  # file name -> keys of `paths`
         self.by_stem: dict[str, set[str]] = defaultdict(set)  # file name without its suffix -> keys
         for path in walk_files(folder):
@@ -61,8 +62,13 @@ class ImageIndex:
                 name = posixpath.basename(key)
                 self.by_name[name].add(key)
                 self.by_stem[posixpath.splitext(name)[0]].add(key)
+            elif path.suffix.lower() in HEIF_SUFFIXES:
+                self.unreadable.append(path)
         if not self.paths:
-            raise InputError(f"{folder} holds no images; name the folder that does with --images.")
+            what = (
+                "no images but HEIC; `pip install pillow-heif` makes them readable" if self.unreadable else "no images"
+            )
+            raise InputError(f"{folder} holds {what}; name the folder that holds others with --images.")
 
     def holds_any(self, names: Iterable[str]) -> bool:
         """Whether one of the names is an image's path below the folder."""
@@ -72,9 +78,9 @@ class ImageIndex:
         """The key in `paths` of the image that row `where` calls `name`, or None where there is none.
 
         The name is a path below the folder, or with `anywhere` the end of such a path; its suffix may be missing.
-        Raises `InputError` where several images match, and where the one that does is a broken link or a pipe.
+        Raises `InputError` where several images match, and where the one that does cannot be taken.
         """
-        keys = self._matches(name, anywhere)
+        keys = self._matches(name, anywhere) or self._linked(name, where)
         paths = [path for key in keys for path in self.paths[key]]
         if len(paths) > 1:
             raise InputError(
@@ -90,6 +96,8 @@ class ImageIndex:
             key = _normalize(variant)
             if posixpath.isabs(key):
                 key = posixpath.relpath(key, os.path.abspath(self.folder))
+            if not anywhere and key in self.paths:
+                return [key]
             folder, base = posixpath.split(key)
             candidates = self.by_name.get(base, set())
             if not candidates and posixpath.splitext(base)[1].lower() not in image_suffixes():
@@ -103,6 +111,21 @@ class ImageIndex:
             if keys:
                 return keys
         return []
+
+    def _linked(self, name: str, where: str) -> list[str]:
+        """The key of an image that a link leads to; raises `InputError` for a file that is there and none of them."""
+        path = self.folder / name
+        if not os.path.isfile(path):
+            return []
+        key = _normalize(os.path.relpath(os.path.realpath(path), os.path.realpath(self.folder)))
+        if key in self.paths:
+            return [key]
+        if path.suffix.lower() in HEIF_SUFFIXES:
+            raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
+        raise InputError(
+            f"{where}: {path} is not among the images under {self.folder}, which leave out hidden files and those "
+            f"whose suffix is no image's; rename it."
+        )
 
 
 def _normalize(name: str) -> str:

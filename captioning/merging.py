@@ -22,14 +22,14 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
 
     An image's name begins with the name of its source's folder; its id changes only where an image of another source
     or split has it. Captions stay as they are. Reports on standard error how many images of the val and test
-    splits have the name and sizes of an image that another source trains on.
+    splits have the name and the bytes' number of an image that another source trains on.
 
     Raises:
         InputError: Less than two sources, one given twice, one that is not in COCO's layout, or what
             `write_dataset` raises.
     """
     require_new_folder(destination)
-    folders = [source.resolve() for source in sources]
+    folders = [Path(os.path.realpath(source)) for source in sources]  # `Path.resolve` raises for a link to itself
     if len(folders) < 2:
         raise InputError("name at least two data sets to merge, and the folder to write.")
     for folder, times in Counter(folders).items():
@@ -139,10 +139,10 @@ def _make_ids_unique(images: list[SourceImage]) -> None:
 
 
 def _report_leaks(images: list[SourceImage], report: Report) -> None:
-    """Count held-out images that have the name and sizes of an image which another source trains on."""
+    """Count held-out images with the name and number of bytes of an image which another source trains on."""
 
     def key(image: SourceImage) -> tuple:
-        return image.path.name, image.size, image.path.stat().st_size
+        return image.path.name, image.path.stat().st_size
 
     trained_on = {key(image): image.name.partition("/")[0] for image in images if image.split == "train"}
     for image in images:

@@ -27,7 +27,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captioning.annotations import parse_image_id, read_captions
-from captioning.errors import InputError
+from captioning.errors import InputError, warn_once
 from captioning.files import require_regular
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -217,6 +217,8 @@ def _score_in_python(tokenized_references: Tokenized, tokenized_hypotheses: Toke
     _, rouge = Rouge().compute_score(tokenized_references, tokenized_hypotheses)
     rouge = rouge * [bool(caption) for (caption,) in tokenized_hypotheses.values()]  # it finds two empty captions equal
     values["ROUGE_L"] = rouge.mean(), rouge
+    if len(tokenized_references) == 1:
+        warn_once("CIDEr is 0 for a single image, as it weighs n-grams by how few of the images have them.")
     if any(chain.from_iterable(tokenized_references.values())):
         values["CIDEr"] = Cider().compute_score(tokenized_references, tokenized_hypotheses)
     else:  # it needs an n-gram in the references

@@ -31,7 +31,7 @@ from model import DECODERS, DecoderModule, EncoderCNN
 FIRST_IMAGES = 256  # that the embedding is standardized on
 FIXED = (  # options that a training keeps when it is resumed
     *("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights"),
-    *("vocab_threshold", "vocab_from_file", "vocab_file"),
+    *("vocab_threshold", "vocab_from_file", "vocab_file", "val_images"),
 )
 
 
@@ -71,8 +71,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 def build_networks(config: TrainingConfig, words: int, resumed: Description | None) -> tuple[EncoderCNN, DecoderModule]:
     """Build the encoder and the decoder of a training; `resumed` describes the training that is resumed."""
-    weights = checkpoint.resolve_weights(config.weights)
-    if resumed is not None and resumed.architecture.backbone_weights != "published":
+    if resumed is None:
+        weights = checkpoint.resolve_weights(config.weights, config.backbone)
+    elif resumed.architecture.backbone_weights == "published":
+        weights = "pretrained"
+    else:
         weights = "random"  # resume.pt holds the real ones
     decoder_class = DECODERS[config.decoder]
     encoder = EncoderCNN(
@@ -143,6 +146,7 @@ def describe(
             "train_captions": len(data.image_rows),
             "train_sha256": hash_file(data.annotation_file),
             "val_photos": min(len(val.paths), config.val_images),
+            "val_sha256": hash_file(val.annotation_file),
         },
         training=settings,
         environment=checkpoint.environment(),
@@ -156,7 +160,8 @@ def describe_architecture(config: TrainingConfig, resumed: Description | None) -
     elif resumed is not None:
         where = resumed.architecture.backbone_weights
     else:
-        where = "published" if checkpoint.resolve_weights(config.weights) == "pretrained" else "shared"
+        weights = checkpoint.resolve_weights(config.weights, config.backbone)
+        where = "published" if weights == "pretrained" else "shared"
     return Architecture(
         decoder=config.decoder,
         embed_size=config.embed_size,

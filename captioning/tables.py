@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # the first that a table has
 DELIMITERS = ",|;\t"
 MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # how tables spell a cell without a value
-MAX_CAPTION = 1_000_000  # characters
+MAX_CAPTION = 5000  # characters; batches are padded to their longest caption
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 
@@ -52,10 +54,7 @@ def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """
     text = read_text(path, encoding, ENCODING_ADVICE)
     read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
-    records = [
-        (where, {str(key).strip().lower(): value for key, value in record.items()})
-        for where, record in read_records(path, text)
-    ]
+    records = [(where, _lower_names(record, where)) for where, record in read_records(path, text)]
     split_column = _split_column([record for _, record in records])
     for where, record in records:
         if not all(map(_is_missing, record.values())):
@@ -116,6 +115,13 @@ def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # Columns
 
 
+def _lower_names(record: dict[str, Any], where: str) -> dict[str, Any]:
+    lower = {str(name).strip().lower(): value for name, value in record.items()}
+    if len(lower) < len(record):
+        raise InputError(f"{where}, has two columns whose names differ in case or spaces only; keep one of them.")
+    return lower
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
@@ -158,15 +164,28 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
 
 def _listed(value: Any) -> list[Any]:
     """Parse a cell's captions; CSV files of Flickr30k and of pandas hold a list of them as text."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        for parse in (json.loads, ast.literal_eval):
+    if isinstance(value, str) and value[:1] + value[-1:] in ("[]", "()"):
+        for parse in (json.loads, _parse_texts):
             try:
                 texts = parse(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
+            except (ValueError, SyntaxError, RecursionError, tokenize.TokenError):
                 continue
-            if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            if isinstance(texts, list) and all(_is_missing(text) or isinstance(text, str) for text in texts):
                 return texts
     return [value]
+
+
+def _parse_texts(value: str) -> list[Any]:
+    """Parse texts as Python prints them in a list, a tuple or an array of numpy, which has no commas between them."""
+    texts: list[Any] = []
+    for token in tokenize.generate_tokens(io.StringIO(value).readline):
+        if token.type == tokenize.STRING:
+            texts.append(ast.literal_eval(token.string))
+        elif token.string in ("None", "nan"):
+            texts.append(None)
+        elif token.string.strip() not in ("", "[", "]", "(", ")", ","):
+            raise ValueError(f"{token.string} is no text")
+    return texts
 
 
 def _split_column(records: list[dict[str, Any]]) -> str:
@@ -250,7 +269,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if any(cells) and len(cells) <= last_needed:
             raise InputError(f"{where}, has {len(cells)} of the header's {len(columns)} columns; write the others too.")
         suffix = Path(cells[image]).suffix.lower() if len(cells) > image else ""
-        if any(_holds_rows(cell, delimiter, suffix) for cell in cells):
+        if any(_holds_rows(cell, delimiter, suffix in image_suffixes()) for cell in cells):
             raise InputError(
                 f"{where}, opens a quotation mark and closes it lines later, with other rows between; "
                 "write a quotation mark within a quoted cell twice, and close every cell in its own row."
@@ -263,7 +282,7 @@ def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
     delimiters = "\t" if path.suffix.lower() == ".tsv" else DELIMITERS
     for delimiter in delimiters:
         columns: dict[str, None] = {}
-        for name in line.split(delimiter):
+        for name in _split_line(line, delimiter):
             name = _unquote(name.strip()).strip().lower()
             columns[f"{name}.{len(columns)}" if name in columns else name] = None
         if columns.keys() & IMAGE_COLUMNS and _caption_columns(list(columns)):
@@ -283,7 +302,10 @@ def _read_cells(
     if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
         for number, line in enumerate(lines[start:], start + 1):
             if line.strip():
-                yield number, [_unquote(cell.strip()) for cell in line.split(delimiter)]
+                cells = line.split(delimiter)
+                if len(cells) != len(columns):
+                    cells = _split_line(line, delimiter)
+                yield number, [_unquote(cell.strip()) for cell in cells]
         return
     rows = (line + "\n" for line in lines[start:])
     reader = csv.reader(rows, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -300,6 +322,11 @@ def _read_cells(
         ) from None
 
 
+def _split_line(line: str, delimiter: str) -> list[str]:
+    """The cells of a line, in which quotes may hold the separator."""
+    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+
+
 def _unquote(cell: str) -> str:
     inner = cell[1:-1].replace('""', "")
     return (
@@ -307,12 +334,12 @@ def _unquote(cell: str) -> str:
     )
 
 
-def _holds_rows(cell: str, delimiter: str, suffix: str) -> bool:
+def _holds_rows(cell: str, delimiter: str, has_suffixes: bool) -> bool:
     """Whether a cell of several lines looks like rows, which an unbalanced quotation mark has joined.
 
-    `suffix` is how the row's own image ends: a line that names another such image is a row.
+    `has_suffixes`: the table's images have suffixes, so that a line which names an image is a row.
     """
     lines = [line.split(delimiter) for line in cell.split("\n") if delimiter in line] if "\n" in cell else []
-    if suffix not in image_suffixes():
+    if not has_suffixes:
         return bool(lines)
-    return any(part.strip(' "').lower().endswith(suffix) for parts in lines for part in parts)
+    return any(Path(part.strip(' "').lower()).suffix in image_suffixes() for parts in lines for part in parts)

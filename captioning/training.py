@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import os
@@ -61,6 +62,7 @@ def train(config: TrainingConfig) -> Path:
     `train(resumed_config(folder))` resumes a training. Raises `InputError` for what the user can mend, and
     `KeyboardInterrupt` after a signal, once the training is saved.
     """
+    config = dataclasses.replace(config)  # which checks the fields anew, as they may have been changed
     folder = config.resume or config.models / config.name
     if config.resume is not None:
         require_writable(folder)
@@ -154,8 +156,12 @@ class Run:
         """Take the networks' weights and the progress from resume.pt; returns what it holds."""
         resumed, folder = self.resumed, self.folder
         assert resumed is not None
-        if resumed.data.get("train_sha256") != self.description.data["train_sha256"]:
-            raise InputError(f"{self.data.annotation_file} is not what {folder} was trained on; start a new training.")
+        for split, key in ((self.data, "train_sha256"), (self.val, "val_sha256")):
+            now = self.description.data[key]
+            if resumed.data.get(key, None if split is self.data else now) != now:
+                raise InputError(
+                    f"{split.annotation_file} is not the one that {folder} was begun with; start a new training."
+                )
         state = checkpoint.load_resume(folder, self.log)
         trained_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
         if (state["objective"], trained_before) != (self.config.objective, len(self.backbone_parameters())):
@@ -379,7 +385,7 @@ class Run:
         """Record the epoch's result, save its weights, and go to the next epoch."""
         description, epoch, best = self.description, self.progress.epoch, self.description.best_epoch
         description.epochs.append(result)
-        better = best is None or result["CIDEr"] > description.epochs[best - 1]["CIDEr"]
+        better = best is None or _rank(result) > _rank(description.epochs[best - 1])
         description.best_epoch = epoch if better else best
         self.progress = Progress(epoch + 1, 0, self.progress.first_epoch)
         if self.is_main:
@@ -417,6 +423,11 @@ class Run:
         }
         checkpoint.save_resume(self.folder, state)
         checkpoint.write_description(self.folder, self.description)
+
+
+def _rank(epoch: dict[str, Any]) -> tuple[float, float]:
+    """By what epochs compare: CIDEr, then the loss, as CIDEr is 0 where one image is scored."""
+    return epoch["CIDEr"], -epoch.get("val_loss", math.inf)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:

@@ -31,7 +31,7 @@ from captioning.reader import Reader, prepare_image, unpack_images
 MAX_UPLOADED = 100 << 20  # bytes of an upload
 MAX_BODY = 1 << 20  # bytes of any other request
 MAX_IMAGES = 200  # captioned at once for one visitor
-MAX_UNPACKED = 400 << 20  # bytes of the photos in a zip file
+MAX_UNPACKED = 400 << 20  # bytes of the photos in the zip files of a request
 IMAGE_SECONDS = 10  # to read a photo
 ZIP_SECONDS = 30  # to unpack a zip file
 STOP_SECONDS = 2  # for the last batch, once the server is being stopped
@@ -143,6 +143,12 @@ class Progress:
     rows: list[tuple[str, Caption | InputError]]  # each photo's name, and its caption or why it has none
 
 
+def _require_at_most(images: int) -> None:
+    """Raise `InputError` for more than `MAX_IMAGES`."""
+    if images > MAX_IMAGES:
+        raise InputError(f"These are {images:,} photos; send at most {MAX_IMAGES} at once.")
+
+
 class CaptionServer:
     """Captions the images of requests; those that arrive together form a batch.
 
@@ -182,8 +188,6 @@ class CaptionServer:
             images, left_out = self._unpack(uploads, Path(unpacked))
             if not images:
                 raise InputError("There is no photo among these files; send photos or a zip file of them.")
-            if len(images) > MAX_IMAGES:
-                raise InputError(f"These are {len(images):,} photos; send at most {MAX_IMAGES} at once.")
             progress = Progress(len(images), left_out, [])
             pool = ThreadPoolExecutor(8)  # some wait for captions while others are read
             try:
@@ -195,17 +199,20 @@ class CaptionServer:
 
     def _unpack(self, uploads: list[Upload], folder: Path) -> tuple[list[Upload | tuple[str, InputError]], int]:
         images: list[Upload | tuple[str, InputError]] = []
-        others = 0
+        others, free_bytes = 0, MAX_UNPACKED
+        _require_at_most(len(uploads))
         for i, upload in enumerate(uploads):
             if not upload.name.lower().endswith(".zip"):
                 images.append(upload)
                 continue
             inside = folder / str(i)
             inside.mkdir()
-            limits = (MAX_IMAGES, MAX_UNPACKED)
+            limits = (MAX_IMAGES, free_bytes)
             members, left_out = self.reader(unpack_images, (upload.path, inside, *limits), ZIP_SECONDS)
             others += left_out
+            free_bytes -= sum(at.stat().st_size for _, at in members if isinstance(at, Path))
             images += [(name, at) if isinstance(at, InputError) else Upload(at, name) for name, at in members]
+            _require_at_most(len(images))
         return images, others
 
     def _caption_one(

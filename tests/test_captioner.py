@@ -207,6 +207,39 @@ def test_samples_written_to_a_file_are_those_of_one_pass(
     assert output.read_bytes() == written
 
 
+def test_rows_with_other_alternatives_or_another_model_s_probabilities_are_not_continued(
+    model: Captioner, image_paths: list[Path], tmp_path: Path
+):
+    output = tmp_path / "captions.jsonl"
+    bulk.write_captions(model, image_paths[:2], Decoding(beam_size=5, alternatives=2), output)
+    written = output.read_bytes()
+    for how in (Decoding(beam_size=5, alternatives=4), Decoding(beam_size=5)):
+        with pytest.raises(InputError, match="holds other captions than this model gives"):
+            bulk.write_captions(model, image_paths[:3], how, output)
+    row, *_ = rows = [json.loads(line) for line in written.splitlines()]
+    row["log_probability"] -= 1
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="holds other captions than this model gives"):
+        bulk.write_captions(model, image_paths[:3], Decoding(beam_size=5, alternatives=2), output)
+
+
+def test_the_last_captions_are_compared_behind_a_batch_of_errors(
+    model: Captioner, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bulk, "BATCH", 2)
+    monkeypatch.setattr(bulk, "CHUNK", 2)
+    copies = [tmp_path / f"{i}.png" for i in range(9)]
+    for i, path in enumerate(copies):
+        path.write_bytes(b"" if 3 <= i < 7 else image_path.read_bytes())
+    output, at_once = tmp_path / "captions.jsonl", tmp_path / "at-once.jsonl"
+    bulk.write_captions(model, copies[:7], Decoding(), output)
+    with pytest.raises(InputError, match="holds other captions than this model gives"):
+        bulk.write_captions(model, copies, Decoding(max_length=2), output)
+    assert bulk.write_captions(model, copies, Decoding(), output) == (9, 4)
+    bulk.write_captions(model, copies, Decoding(), at_once)
+    assert output.read_bytes() == at_once.read_bytes()
+
+
 # Precision
 
 
@@ -326,3 +359,4 @@ def test_what_is_no_image_is_one_short_sentence(images: object, message: str, tr
 def test_an_option_that_is_no_whole_number_is_refused(trained: Path, image_path: Path):
     with pytest.raises(InputError, match=r"beam_size is 3\.0, but it has to be a whole number"):
         Captioner.load(trained)(image_path, beam_size=3.0)
+    assert Captioner.load(trained)(image_path, beam_size=np.int64(3))[0].text  # pyright: ignore[reportArgumentType]

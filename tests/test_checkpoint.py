@@ -318,6 +318,17 @@ def test_a_folder_that_lacks_a_file_is_refused(folder: Path, name: str):
         load_model(folder)
 
 
+def test_an_image_size_that_the_backbone_cannot_take_is_named(folder: Path):
+    about = json.loads((folder / "captioner.json").read_text())
+    about["architecture"]["backbone"] = "vit_base_patch16_clip_224.openai"
+    about["preprocessing"]["image_size"] = 256
+    (folder / "captioner.json").write_text(json.dumps(about))
+    with pytest.raises(
+        InputError, match=r"captioner\.json does not describe a model: .* of 224 pixels only, not of 256"
+    ):
+        load_model(folder)
+
+
 def test_an_epoch_that_was_not_saved(folder: Path):
     with pytest.raises(InputError, match="lacks epoch 9's"):
         load_model(folder, 9)

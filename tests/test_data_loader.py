@@ -237,6 +237,13 @@ def test_an_image_that_is_missing(tmp_path: Path):
         CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path)
 
 
+def test_a_path_with_more_slashes_than_it_needs(tmp_path: Path):
+    write_split(tmp_path, "train", {".//b//a.png": ["a dog"]})
+    (tmp_path / "images" / "train" / "b").mkdir(parents=True)
+    draw_noise(0).save(tmp_path / "images" / "train" / "b" / "a.png")
+    assert len(CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path)) == 1
+
+
 def test_a_threshold_that_leaves_no_word(drawn: Path, cache: Path):
     with pytest.raises(InputError, match="--vocab-threshold"):
         CaptionDataset(drawn, "train", vocab_threshold=10_000, cache=cache)

@@ -284,6 +284,15 @@ def test_the_space_that_all_of_coco_needs(tmp_path, monkeypatch):
     assert asked[0] > archives + download.COCO_ARCHIVES["zips/train2017.zip"][0]
 
 
+def test_a_folder_that_lacks_images_is_not_called_ready(coco, tmp_path, capsys):
+    download.coco(tmp_path)
+    capsys.readouterr()
+    next((tmp_path / "images" / "val2017").iterdir()).unlink()
+    with pytest.raises(InputError, match=rf"val2017 holds {IMAGES - 1} of {IMAGES} photos; delete it"):
+        download.coco(tmp_path)
+    assert "is ready" not in capsys.readouterr().out
+
+
 def test_a_disk_that_fills_up_while_downloading_is_one_sentence(coco, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file can grow beyond

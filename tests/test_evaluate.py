@@ -56,6 +56,9 @@ def test_only_the_first_images_with_a_limit(trained: Path, drawn: Path, cache: P
     data = CaptionDataset(drawn, "test", vocab=captioner.vocab, cache=cache)
     evaluation = evaluate(captioner, data, limit=3, java=False)
     assert list(evaluation.captions) == data.image_ids[:3].tolist()
+    for limit in (0, -5):
+        with pytest.raises(InputError, match=f"limit must be at least 1, not {limit}"):
+            evaluate(captioner, data, limit=limit)
 
 
 def test_json_is_one_document_with_what_was_promised(command: Callable, trained: Path, drawn: Path):

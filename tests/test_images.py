@@ -359,6 +359,21 @@ def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monk
     assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_level_0_is_white(tmp_path: Path, dtype: type):
+    levels = GREY.astype(dtype) * (257 if dtype is np.uint16 else 1)
+    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    content = (tmp_path / "a.tif").read_bytes()
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == 0
+    stored = levels.astype("<u2").tobytes() in content if dtype is np.uint16 else True
+    assert stored  # as it is, so that its 0 is white
+    expected = 255 - GREY if dtype is np.uint16 else np.asarray(Image.open(tmp_path / "a.tif"))
+    assert (
+        np.abs(np.asarray(read_image(tmp_path / "a.tif")).astype(int) - np.asarray(expected, int)[..., None]).max() <= 1
+    )
+
+
 def test_an_image_without_a_level_is_refused(tmp_path: Path):
     Image.fromarray(np.full((16, 256), np.nan, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif cannot be read as a photo \(none of its levels is a number\)"):

@@ -103,6 +103,57 @@ def test_without_split_files_the_oddity_of_flickr8k_is_left_out(flickr8k, tmp_pa
     assert "2258277193_586949ec62.jpg.1" in capsys.readouterr().err
 
 
+def test_a_tables_splits_are_those_of_flickr30k_too(tmp_path):
+    splits = ["train", "train", "train", "val", "test", "test"]
+    rows = "".join(f"{i}.jpg,a ball,{split}\n" for i, split in enumerate(splits))
+    source = six(tmp_path / "in", results__csv="filename,raw,split\n" + rows)
+    importers.import_flickr(source, tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+    text(source / "testImages.txt", "0.jpg\n")
+    with pytest.raises(InputError, match=r"testImages\.txt, line 1: 0\.jpg is in the train split already"):
+        importers.import_flickr(source, tmp_path / "again")
+
+
+def test_folders_beside_the_destination_are_not_touched(tmp_path):
+    source = six(tmp_path / "mine.partial", c__csv=csv_rows("image,caption"))
+    importers.import_folder(source, tmp_path / "mine")
+    assert set(all_captions(tmp_path / "mine")) == {path.name for path in source.glob("*.jpg")}
+    assert len(list(source.iterdir())) == 7
+
+
+def test_a_destination_that_is_a_link(tmp_path):
+    source, real, link = six(tmp_path / "in", c__csv=csv_rows("image,caption")), tmp_path / "disk", tmp_path / "out"
+    link.symlink_to(real)
+    with pytest.raises(InputError, match="out is a link that leads nowhere"):
+        importers.import_folder(source, link)
+    real.mkdir()
+    importers.import_folder(source, link)
+    assert link.is_symlink()
+    assert len(all_captions(real)) == 6
+
+
+def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("captioning.image_index.image_suffixes", lambda: {".jpg"})
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption") + "phone.heic,a ball\n")
+    text(source / "phone.heic", "")
+    with pytest.raises(InputError, match=r"line 8: .*phone\.heic is readable after `pip install pillow-heif`"):
+        importers.import_folder(source, tmp_path / "out")
+    (source / "phone.heic").rename(source / ".hidden.jpg")
+    text(source / "c.csv", csv_rows("image,caption") + ".hidden.jpg,a ball\n")
+    with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not among the images .* hidden files"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+def test_images_behind_a_link_are_found_by_either_path(tmp_path):
+    source = six(tmp_path / "in", c__csv="image,caption\n" + "".join(f"train/{i}.jpg,a red ball\n" for i in range(6)))
+    (source / "photos").mkdir()
+    for path in source.glob("*.jpg"):
+        path.rename(source / "photos" / path.name)
+    (source / "train").symlink_to("photos")
+    importers.import_folder(source, tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 6
+
+
 def test_captions_txt_with_quoted_commas(tmp_path):
     source = tmp_path / "kaggle"
     for i in range(4):
@@ -378,7 +429,7 @@ def test_an_interrupted_import_leaves_nothing_and_can_be_repeated(flickr8k, tmp_
         raise KeyboardInterrupt
 
     (tmp_path / "data").mkdir()
-    text(tmp_path / "data" / "out.partial" / "annotations" / "captions_train.json", "left by a killed import")
+    text(tmp_path / "data" / ".out.importing" / "annotations" / "captions_train.json", "left by a killed import")
     monkeypatch.setattr(json, "dumps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         importers.import_flickr(flickr8k, tmp_path / "data" / "out")
@@ -629,6 +680,13 @@ def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, where):
             importers.import_karpathy(tmp_path / "in", tmp_path / "out")
     importers.import_karpathy(tmp_path / "in", tmp_path / "out", images=tmp_path / "in" / where.split("/")[0])
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a cat"] for i in range(3)}
+
+
+def test_karpathys_tokens_are_a_list(tmp_path):
+    entry = {"filename": "0.jpg", "split": "train", "sentences": [{"tokens": "a red ball"}]}
+    source = six(tmp_path / "in", dataset_x__json=json.dumps({"images": [entry]}))
+    with pytest.raises(InputError, match=r"images\[0\] is not an entry"):
+        importers.import_karpathy(source, tmp_path / "out")
 
 
 def test_karpathys_entries_that_share_an_image_or_an_id_are_refused(tmp_path):

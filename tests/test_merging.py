@@ -95,12 +95,26 @@ def test_images_that_one_set_trains_on_and_another_tests_on_are_counted(tmp_path
     assert error == f"found 1 image of val or test that another source seems to train on: {b}/images/val/0.jpg\n"
 
 
+def test_a_leak_is_found_without_sizes_too(tmp_path, capsys):
+    a = data_set(tmp_path / "a", splits={"train": [1, 2]})
+    b = data_set(tmp_path / "b", splits={"val": [1]})
+    change(b / "annotations" / "captions_val.json", images=[{"id": 1, "file_name": "0.jpg"}])
+    importers.merge((a, b), tmp_path / "out")
+    assert "found 1 image of val or test that another source seems to train on" in capsys.readouterr().err
+
+
 def change(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def link_to_itself(path: Path) -> Path:
+    path.symlink_to(path)
+    return path
+
+
 MISTAKES = {
     "no such folder": (lambda a, b: [a, b / "none"], r"none holds no annotations/captions_train<year>\.json"),
+    "a link to itself": (lambda a, b: [a, link_to_itself(b / "loop")], "loop holds no annotations"),
     "one alone": (lambda a, b: [a], "at least two data sets"),
     "none": (lambda a, b: [], "at least two data sets"),
     "one twice": (lambda a, b: [a, b, a / ".." / "a"], r"/a is named 2 times"),
@@ -136,7 +150,7 @@ MISTAKES = {
     ),
     "a caption that training refuses": (
         lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3, "caption": LONG}]),
-        r"annotations\[0\], has a caption of more than 1,000,000 characters",
+        r"annotations\[0\], has a caption of more than 5,000 characters",
     ),
     "not JSON": (
         lambda a, b: text(b / "annotations/captions_val.json", "{"),

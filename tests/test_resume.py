@@ -314,13 +314,29 @@ def test_a_state_of_another_model_is_refused(stopped: Path, config: Make):
         train(resumed_config(stopped))
 
 
+def test_a_resumed_training_needs_its_first_weights_no_more(config: Make, tmp_path: Path, tiny_backbone: Callable):
+    file = tmp_path / "resnet50.pth"
+    torch.save(tiny_backbone().state_dict(), file)
+    folder = train(config(weights=str(file), num_epochs=1))
+    file.unlink()
+    resumed = resumed_config(folder)
+    resumed.num_epochs = 2
+    train(resumed)
+    assert epochs_saved(folder) == [1, 2]
+
+
 def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path, tmp_path: Path):
     shutil.copytree(drawn, tmp_path / "data")
     path = tmp_path / "data" / "annotations" / "captions_train.json"
     path.write_text(path.read_text().replace("a ", "one ", 1))
     resumed = resumed_config(stopped)
     resumed.data = tmp_path / "data"
-    with pytest.raises(InputError, match=r"captions_train\.json is not what .* was trained on"):
+    with pytest.raises(InputError, match=r"captions_train\.json is not the one that .* was begun with"):
+        train(resumed)
+    shutil.copy(drawn / "annotations" / "captions_train.json", path)
+    path = path.with_name("captions_val.json")
+    path.write_text(path.read_text().replace("a ", "one ", 1))
+    with pytest.raises(InputError, match=r"captions_val\.json is not the one that .* was begun with"):
         train(resumed)
 
 
@@ -334,6 +350,7 @@ def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path,
         ("vocab_threshold", 1),
         ("vocab_from_file", True),
         ("embed_size", 32),
+        ("val_images", 3),
     ],
 )
 def test_what_a_training_cannot_change_is_refused(stopped: Path, option: str, value: object):

@@ -387,6 +387,12 @@ def test_a_file_is_no_folder(tmp_path):
         dataset.draw_dataset(tmp_path / "file", train=1)
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/scenes cannot be written: Not a directory\."):
+        dataset.draw_dataset(tmp_path / "file" / "scenes", 1, 1, 1)
+
+
 @pytest.mark.parametrize("counts", [{"train": -1}, {"val": -5}, {"test": 10**9}])
 def test_impossible_counts(tmp_path, counts):
     with pytest.raises(InputError, match="choose a number"):

@@ -156,6 +156,22 @@ def test_names_of_every_form(tmp_path: Path, capsys: pytest.CaptureFixture, file
     assert not capsys.readouterr().err
 
 
+def test_texts_of_which_any_may_be_the_image_s_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
+    files = [
+        ("2024.01.png", PNG),
+        ("2024.02.txt", b"a kite"),
+        ("2024.03.txt", b"a boat"),
+        ("1.png", PNG),
+        ("1.txt", BALL),
+    ]
+    pack(tmp_path / "train-0.tar", files)
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert list(data.references().values()) == [["a red ball"]]
+    error = capsys.readouterr().err
+    assert "left out 1 image without captions" in error
+    assert "2024.01.png" in error
+
+
 def test_a_name_in_another_encoding(tmp_path: Path):
     files = [("caf\udce9.png", PNG), ("caf\udce9.txt", BALL)]
     pack(tmp_path / "train-0.tar", files)

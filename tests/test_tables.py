@@ -35,6 +35,19 @@ FORMS = {
     ),
     "a list in a cell": ("c__csv", csv_rows("filename,raw", '{}.jpg,"[""a red ball"", ""one ball""]"'), TWO),
     "a Python list in a cell": ("c__csv", csv_rows("filename,raw", "{}.jpg,\"['a red ball', 'one ball']\""), TWO),
+    "an array of numpy in a cell": (
+        "c__csv",
+        csv_rows("filename,raw", '{}.jpg,"[\'a red ball\' ""one ball""\n \'the ball\']"'),
+        THREE,
+    ),
+    "a tuple in a cell": ("c__csv", csv_rows("filename,raw", "{}.jpg,\"('a red ball', 'one ball')\""), TWO),
+    "words in brackets that Python knows": ("c__csv", csv_rows("filename,raw", "{}.jpg,[not None]"), ["[not None]"]),
+    "a comma in a column's name": (
+        "c__csv",
+        csv_rows('image,"notes, if any",caption,source', "{}.jpg,x,a red ball,me"),
+        ONE,
+    ),
+    "a pipe in quotes": ("c__csv", csv_rows("image|caption", '{}.jpg|"a red | ball"'), ["a red | ball"]),
     "brackets are no list": ("c__csv", csv_rows("filename,caption", "{}.jpg,[a red ball]"), ["[a red ball]"]),
     "filename": ("c__csv", csv_rows("filename,caption"), ONE),
     "image, after pandas' index": ("c__csv", csv_rows(",image,caption", "7,{}.jpg,a red ball"), ONE),
@@ -115,6 +128,16 @@ REFUSED = {
         'image,caption\n0.jpg,a ball\n1.jpg,"stop is on the sign\n2.jpg,a cat\n3.jpg,a sign with stop"\n4.jpg,a dog\n',
         r"c\.csv, line 3, opens a quotation mark",
     ),
+    "marks that join rows of other suffixes": (
+        "c__csv",
+        'image,caption\n0.jpg,a ball\n1.jpg,"stop is on the sign\n2.jpeg,a cat\n3.jpeg,stop"\n4.jpg,a dog\n',
+        r"c\.csv, line 3, opens a quotation mark",
+    ),
+    "columns that differ in case": (
+        "c__jsonl",
+        '{"image": "0.jpg", "caption": "a ball", "Caption": "a kite"}',
+        r"line 1, has two columns whose names differ in case",
+    ),
     "marks that join rows without suffixes": (
         "c__csv",
         'caption,image\n"stop is on the sign,1\na sign with stop",2\n',
@@ -148,7 +171,7 @@ REFUSED = {
     "a caption that training refuses": (
         "c__csv",
         csv_rows("image,caption", "{}.jpg," + "a" * (MAX_CAPTION + 1)),
-        r"line 2, has a caption of more than 1,000,000 characters",
+        r"line 2, has a caption of more than 5,000 characters",
     ),
     "COCO's own": ("c__json", json.dumps({"images": [], "annotations": []}), r"annotation file of COCO"),
     "a name twice in an object": ("c__json", '{"0.jpg": "a", "0.jpg": "b"}', r"c\.json .*'0\.jpg' occurs twice"),
@@ -189,6 +212,15 @@ def test_an_image_whose_captions_are_empty_is_left_out_and_named(tmp_path, capsy
     error = capsys.readouterr().err
     assert f"left out 1 empty caption: {tmp_path}/in/c.jsonl, line 6\n" in error
     assert f"left out 1 image without a caption: {tmp_path}/in/5.jpg\n" in error
+
+
+@pytest.mark.parametrize("cell", ["['a red ball', None]", "['a red ball' nan]", '[""a red ball"", null]'])
+def test_an_empty_caption_of_a_list_in_a_cell_is_counted(tmp_path, capsys, cell):
+    importers.import_folder(
+        six(tmp_path / "in", c__csv=csv_rows("image,caption", f'{{}}.jpg,"{cell}"')), tmp_path / "out"
+    )
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    assert "left out 6 empty captions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["", "images/", "data/images/"])

@@ -23,7 +23,7 @@ import train as train_module
 from captioning import losses, training
 from captioning.batches import EpochBatches, place_features, prefetch
 from captioning.captioner import Captioner
-from captioning.checkpoint import epochs_saved, load_model, read_description
+from captioning.checkpoint import epochs_saved, load_model, read_description, resolve_weights
 from captioning.config import load_config
 from captioning.errors import InputError
 from captioning.images import ImageDataset, build_transform
@@ -264,8 +264,12 @@ def test_a_new_training_leaves_nothing_of_the_one_before_in_its_folder(small: Ma
     config = small(num_epochs=2, batch_size=120)
     train(config)
     config.num_epochs = 1
-    folder = train(config)
+    folder = config.models / config.name
+    for name in ("backbone", "encoder-2", "decoder-2"):  # as a model from the Hub has them
+        (folder / f"{name}.safetensors").write_bytes(b"")
+    train(config)
     assert epochs_saved(folder) == [1]
+    assert not list(folder.glob("*.safetensors"))
     assert len(read_description(folder).epochs) == 1
     assert set(read_log(folder / "training_log.txt")[:, 0]) == {1}
 
@@ -458,12 +462,64 @@ def test_the_log_of_a_running_training_lacks_its_torn_last_line(trained: Path, t
         ({"attention_penalty": math.inf}, "attention_penalty must be at most 1000000.0, not inf"),
         ({"learning_rate": math.inf}, "learning_rate must be above 0, not inf"),
         ({"workers": 10**20}, "workers must be at most 1024"),
+        ({"precision": "fp16"}, "precision: Input should be 'auto', 'bf16' or 'fp32'"),
+        ({"objective": "CIDER"}, "objective: Input should be 'cross-entropy' or 'cider'"),
+        ({"decoder": "gru"}, "decoder: Input should be"),
+        ({"batch_size": "many"}, "batch_size: Input should be a valid integer"),
     ],
     ids=str,
 )
 def test_a_value_that_cannot_be_used_is_a_sentence(small: Make, fields: dict, sentence: str):
     with pytest.raises(InputError, match=re.escape(sentence)):
         small(**fields)
+    config = small()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    if config.name:  # else it is the data set's
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            train(config)
+
+
+def test_values_of_another_type_are_converted(small: Make, drawn: Path):
+    config = small(data=str(drawn), models="models", batch_size="8", learning_rate=1)
+    assert (config.data, config.models, config.batch_size, config.learning_rate) == (drawn, Path("models"), 8, 1.0)
+
+
+def test_where_cider_is_0_the_epoch_with_the_lower_loss_is_the_best(small: Make, eight: Path, tmp_path: Path):
+    shutil.copytree(eight / "images", tmp_path / "images")
+    for split in ("train", "val"):
+        write_split(tmp_path, split, {"0.png": ["a red dog runs on the beach."] * 5})
+    about = read_description(train(small(data=tmp_path, vocab_threshold=1, image_size=32, num_epochs=3)))
+    assert {epoch["CIDEr"] for epoch in about.epochs} == {0.0}
+    assert about.best_epoch == min(about.epochs, key=lambda epoch: epoch["val_loss"])["epoch"] == 3
+
+
+@pytest.mark.parametrize("name", ["pretrained", "random"])
+def test_a_folder_called_like_a_kind_of_weights_is_not_taken_for_them(tmp_path: Path, monkeypatch, name: str):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_weights(name, "resnet50") == name
+
+
+def test_a_model_with_another_backbone_is_no_source_of_weights(small: Make):
+    with pytest.raises(
+        InputError, match=r"photos has the backbone tf_efficientnet_lite2, not resnet50; add --backbone"
+    ):
+        train(small(weights=str(ROOT / "models" / "photos")))
+
+
+def test_features_beyond_half_precision_are_a_sentence(small: Make, tiny_backbone: Callable, tmp_path: Path):
+    network = tiny_backbone()
+    network.layer4[-1].bn3.bias.data += 1e6
+    torch.save(network.state_dict(), tmp_path / "resnet50.pth")
+    with pytest.raises(InputError, match=r"features of .*\.jpg or an image after it are not finite .*other --weights"):
+        train(small(weights=str(tmp_path / "resnet50.pth")))
+
+
+def test_an_equals_sign_in_a_folder_s_name(trained: Path, tmp_path: Path):
+    folder = shutil.copytree(trained, tmp_path / "lr=0.001")
+    config, _ = train_module.parse_options(["--resume", str(folder)])
+    assert config.resume == folder
 
 
 @pytest.mark.parametrize("recipe", ["scenes", "coco", "flickr8k"])

@@ -258,6 +258,12 @@ def test_none_and_too_many_images_are_sentences(server: CaptionServer, image_pat
     for uploads in ([], [Upload(tmp_path / "none.zip", "none.zip")]):
         with pytest.raises(InputError, match="There is no photo among these files"):
             next(server.caption_all(uploads, "slow", BEAM[3], tmp_path))
+    for name in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(image_path, "a.png")
+    monkeypatch.setattr(web, "MAX_UNPACKED", image_path.stat().st_size + 10)
+    with pytest.raises(InputError, match=r"photos in b\.zip are more than 0 MB"):
+        next(server.caption_all([Upload(tmp_path / n, n) for n in ("a.zip", "b.zip")], "slow", BEAM[3], tmp_path))
     monkeypatch.setattr(web, "MAX_IMAGES", 2)
     with pytest.raises(InputError, match="These are 3 photos; send at most 2 at once"):
         next(server.caption_all([Upload(image_path, "a.png")] * 3, "slow", BEAM[3], tmp_path))

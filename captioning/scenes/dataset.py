@@ -101,6 +101,15 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
             return folder
         if not any(infos) and any(path != partial_folder for path in folder.iterdir()):
             raise InputError(f"{folder} holds something other than drawn scenes; name an empty or a new folder.")
+    try:
+        _draw_into(folder, partial_folder, counts, seed, info)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    return folder
+
+
+def _draw_into(folder: Path, partial_folder: Path, counts: dict[str, int], seed: int, info: dict) -> None:
+    """Draw the pictures and write their captions, in `partial_folder` until all are there."""
     shutil.rmtree(partial_folder, ignore_errors=True)
     for split in SPLITS:
         (partial_folder / "images" / split).mkdir(parents=True)
@@ -126,7 +135,6 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     for name in ("images", "annotations"):
         os.replace(partial_folder / name, folder / name)
     partial_folder.rmdir()
-    return folder
 
 
 def _write_annotations(

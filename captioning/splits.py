@@ -1,0 +1,81 @@
+"""The split of each image of a data set that is imported: from split files, folders' names, or a hash of its name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from captioning.coco_layout import SourceImage
+from captioning.errors import InputError
+from captioning.files import read_text
+from captioning.reports import Report
+from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES
+
+SPLIT_FILE = re.compile(r"(?:^|[_.\-])(train|dev|val|test)(?:images)?$", re.IGNORECASE)
+
+
+def _by_hash(names: Iterable[str]) -> list[str]:
+    """Shuffle the names by a hash: the same order on every machine."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
+
+
+def assign_splits(images: list[SourceImage], source: Path, report: Report) -> None:
+    """Give images without a split one: 90% train, 5% val, 5% test (at least one each), by a hash of the name.
+
+    Where images have splits, but none of them is "val", 5% of the training split become it.
+    """
+    without = [image for image in images if not image.split]
+    if without and len(without) < len(images):
+        raise InputError(f"{source} gives some images a split and others none; give all or none of them one.")
+    if without and len(images) < 3:
+        raise InputError(f"{source} has too few captioned images to split ({len(images)}); it takes three at least.")
+    by_name = {image.name: image for image in images if image.split in ("", "train")}
+    held_out = max(1, len(by_name) // 20)
+    order = _by_hash(by_name)
+    if without:
+        for rank, name in enumerate(order):
+            by_name[name].split = "val" if rank < held_out else "test" if rank < 2 * held_out else "train"
+    elif len(order) > 1 and not any(image.split == "val" for image in images):
+        for name in order[:held_out]:
+            by_name[name].split = "val"
+            report.add("image{s} of train to val, since there was no validation split", name, "moved")
+
+
+def set_split(splits: dict[str, tuple[str, str]], name: str, where: str, split: str) -> None:
+    """Record an image's split and the line that gives it; `InputError` if a line before gives it another."""
+    if splits.setdefault(name, (where, split))[1] != split:
+        raise InputError(f"{where}: {name} is in the {splits[name][1]} split already.")
+
+
+def read_split_files(
+    paths: list[Path],
+    captions: dict[str, list[str]],
+    table: Path,
+    encoding: str | None,
+    splits: dict[str, tuple[str, str]],
+) -> None:
+    """Add to `splits` what the split files say."""
+    for path in paths:
+        match = SPLIT_FILE.search(path.stem)
+        assert match is not None
+        split = SPLIT_ALIASES[match[1].lower()]
+        for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
+            name, where = line.strip(), f"{path}, line {number}"
+            if not name:
+                continue
+            if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files give the number alone
+                name += ".jpg"
+            if name not in captions:
+                raise InputError(f"{where}: {name} has no caption in {table}.")
+            set_split(splits, name, where, split)
+
+
+def splits_by_folder(names: Collection[str]) -> dict[str, str]:
+    """The images' splits by the outermost folders that are all called like splits; empty where there are none."""
+    folders = {name: name.lower().split("/")[:-1] for name in names}
+    for level in range(min(map(len, folders.values()), default=0)):
+        if {inside[level] for inside in folders.values()} <= SPLIT_ALIASES.keys():
+            return {name: SPLIT_ALIASES[inside[level]] for name, inside in folders.items()}
+    return {}
