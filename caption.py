@@ -1,10 +1,12 @@
 """Caption images with a trained model.
 
-python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
-torchrun --nproc_per_node 2 caption.py photos/ shard-000000.tar --output captions.jsonl
+    python caption.py photo.jpg holiday/ --model models/scenes --beam-size 3
+    torchrun --nproc_per_node 2 caption.py photos/ shard-000000.tar --output captions.jsonl
 
-captioner = Captioner.load("models/scenes")  # or user/name on the Hugging Face Hub
-captioner(["photo.jpg"])[0].text
+From Python:
+
+    captioner = Captioner.load("models/scenes")  # or user/name on the Hugging Face Hub
+    captioner(["photo.jpg"])[0].text
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ import tyro
 from tqdm.auto import tqdm
 
 from captioning.bulk import as_json, find_images, write_captions
-from captioning.captioner import Caption, Captioner, Decoding, Precision, Source
+from captioning.captioner import Caption, Captioner, Decoding, Precision, Source, choose_workers, other_captions
 from captioning.checkpoint import default_model
 from captioning.distributed import this_process
-from captioning.errors import InputError, printable, run_command
-from captioning.features import BATCH
+from captioning.errors import InputError, log, printable, run_command
 from captioning.figures import MAX_SHEET, check_figure, draw_attention, draw_sheet, save_figure
 from captioning.files import check_output
 from captioning.images import WORKERS
@@ -46,14 +47,18 @@ def main(
 ) -> None:
     """Caption images and folders of images with a trained model.
 
+    One image:  python caption.py photo.jpg
+
+    A folder, into a file:  python caption.py holiday/ --output captions.jsonl
+
     Args:
-        images: images, folders of images, and tar files of images as WebDataset has them.
+        images: images, folders of images, and tar files of images in WebDataset's format.
         decoding: how words are chosen; by default with a beam of 3 that never repeats three words.
         model: folder, or user/name on the Hub; default: the newest trained on photos. Several make an ensemble.
         precision: of the backbone; auto is bf16 if supported, else fp32; int8, for CPUs, is fast and slightly inexact.
         recursive: also caption the images in subfolders.
         json_: print a JSON list of objects with the keys photo, caption and log_probability.
-        output: write these objects to this JSON Lines file instead; run the command again to resume.
+        output: write these objects to this JSON Lines file; run the same command again to resume.
         strict: stop at the first image that cannot be read.
         sheet: also draw a contact sheet of the images and captions to this PNG file.
         attention: also draw the first image's attention maps, one per word, to this PNG file.
@@ -67,7 +72,7 @@ def main(
         if any(others) or decoding != Decoding(max_length=decoding.max_length) or len(model) > 1:
             raise InputError("--export takes one --model and --max-length, but no images and no other option.")
         if os.path.isfile(export) and export.suffix.lower() != ".onnx":
-            raise InputError(f"{export} exists and is not named like an ONNX file; name another file for the export.")
+            raise InputError(f"{export} exists and its name does not end in .onnx; name another file for the export.")
         from captioning.export import export_onnx
 
         export_onnx(model[0] if model else default_model(), export, decoding.max_length)
@@ -75,18 +80,18 @@ def main(
     decoding = decoding.with_defaults()
     decoding.check()
     if not images:
-        raise InputError("no image was named; name images or folders of images.")
+        raise InputError("no images were given; name images or folders of images.")
     if output is not None:
         if json_ or sheet is not None or attention is not None:
-            raise InputError("--output goes with none of --json, --sheet and --attention.")
+            raise InputError("--output cannot be combined with --json, --sheet or --attention.")
         if decoding.temperature is not None and decoding.seed is None:
-            raise InputError("--output with --temperature needs a --seed, so that a run that was stopped can resume.")
+            raise InputError("--output with --temperature needs a --seed, so that an interrupted run can resume.")
         caption_to_file(images, recursive, model, precision, decoding, output, workers, strict)
         return
     if sys.stdout is None:
-        raise InputError("standard output is closed, and the captions go there; open it, or write them with --output.")
+        raise InputError("standard output is closed, so captions cannot be printed; add --output captions.jsonl.")
     if this_process().num_processes > 1:
-        raise InputError("several processes caption into one file; add --output captions.jsonl.")
+        raise InputError("several processes need a file for the captions; add --output captions.jsonl.")
     for path in (sheet, attention):
         if path is not None:
             check_figure(path)
@@ -102,12 +107,7 @@ def main(
     for error in failed:
         log(f"error: {error}")
     if failed:
-        raise InputError(f"{len(failed)} of {len(sources)} photos could not be read; {len(captions)} are captioned.")
-
-
-def log(message: str) -> None:
-    """Print a line on standard error, above the progress bar where there is one."""
-    tqdm.write(printable(message), file=sys.stderr)
+        raise InputError(f"{len(failed)} of {len(sources)} images could not be read; {len(captions)} are captioned.")
 
 
 def caption_to_file(
@@ -124,26 +124,26 @@ def caption_to_file(
     process = this_process()
     if process.is_main_process:
         check_output(output)
-    with process.local_main_process_first():  # it downloads for the others
+    with process.local_main_process_first():  # it downloads the model for the others
         captioner = Captioner.load(model or default_model(), precision=precision)
     try:
         rows, unreadable = write_captions(captioner, images, decoding, output, workers, strict, recursive, log)
     except OSError as error:
         raise InputError(
-            f"{output} cannot be written ({error.strerror or error}); its rows stay, and the same command resumes."
+            f"{output} cannot be written ({error.strerror or error}); its rows are kept, and the same command resumes."
         ) from error
     if unreadable:
-        raise InputError(f"{unreadable} of {rows} photos could not be read; their rows in {output} say why.")
+        raise InputError(f"{unreadable} of {rows} images could not be read; their rows in {output} say why.")
 
 
 def draw_figures(
     captioner: Captioner, sources: Sequence[Source], captions: dict[int, Caption], sheet: Path | None, maps: Path | None
 ) -> None:
-    """Draw the contact sheet and the first image's attention maps, where their files are named."""
+    """Draw the contact sheet and the first image's attention maps if their files are named."""
     if sheet is not None:
         drawn = list(captions)[:MAX_SHEET]
         if len(drawn) < len(captions):
-            log(f"{sheet} shows the first {MAX_SHEET:,} of {len(captions):,} photos")
+            log(f"{sheet} shows the first {MAX_SHEET:,} of {len(captions):,} images")
         save_figure(draw_sheet([sources[i] for i in drawn], [captions[i].text for i in drawn]), sheet)
     if maps is not None:
         first, caption = next(iter(captions.items()))
@@ -153,23 +153,23 @@ def draw_figures(
 def print_captions(
     captioner: Captioner, sources: Sequence[Source], decoding: Decoding, workers: int, strict: bool, as_document: bool
 ) -> tuple[dict[int, Caption], list[InputError]]:
-    """Caption images and print the captions, as they come or as one JSON document.
+    """Caption images and print the captions, each as soon as it is known or all as one JSON document.
 
     Returns the captions by image index, and the errors of images that could not be read.
     """
     failed: list[InputError] = []
     unreadable = None if strict else lambda _, error: failed.append(error)
     captions: dict[int, Caption] = {}
-    stream = captioner.stream(sources, decoding, workers if len(sources) > 2 * BATCH else 0, unreadable)
+    stream = captioner.stream(sources, decoding, choose_workers(workers, len(sources)), unreadable)
     try:
-        for index, caption in tqdm(stream, total=len(sources), unit="photo", delay=2, disable=None):
+        for index, caption in tqdm(stream, total=len(sources), unit="image", delay=2, disable=None):
             captions[index] = caption
             if not as_document:
                 text = f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text
                 tqdm.write(printable(text))
-                for other in caption.alternatives:
+                for other in other_captions(caption):
                     tqdm.write(printable(f"    {other.text}"))
-    finally:  # --strict stops at an image that cannot be read; those before it are captioned
+    finally:  # also if --strict stops at an image that cannot be read
         if as_document:
             print(json.dumps([as_json(sources[i], caption) for i, caption in captions.items()], indent=1))
     return captions, failed

@@ -1,20 +1,19 @@
-"""Images and captions of a data set, as batches.
+"""Load the images and captions of a data set as batches.
 
-A data set is a folder laid out as COCO is,
+A data set is a folder in COCO's layout,
 
     <folder>/annotations/captions_{train,val,test}<year>.json, image_info_test<year>.json
     <folder>/images/{train,val,test}<year>/
 
-or as WebDataset has it, <folder>/{train,val,test}*.tar (`captioning/shards.py`). An annotation file is tokenized
-once. The result, a few flat integer arrays, is cached under the file's hash: training on COCO starts in a second
-the next time.
+or in WebDataset's, <folder>/{train,val,test}*.tar (`captioning/shards.py`). An annotation file is tokenized once. The
+result, a few flat integer arrays, is cached under the file's hash, so that training on COCO starts in a second the next
+time.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
@@ -29,49 +28,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from captioning.annotations import ImageFiles, read_annotations, read_captions, read_images
+from captioning.coco_layout import SPLITS, find_annotation_files
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE
 from captioning.images import ImageDataset, build_transform
 from captioning.shards import SUFFIX, index_shards
 from vocabulary import END, START, UNK, Vocabulary
 
-MODES = ("train", "val", "test")
-UNKNOWN_SHARE = 0.2  # of the training words, above which a vocabulary is doubtful
+UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
 
 
 def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
     """Find the annotation file and the image folder of a data set's split ("train", "val" or "test").
 
     For "test" the annotation file is captions_test<year>.json or, where the captions are not public,
-    image_info_test<year>.json. For tar files, <mode>*.tar, it is an index of them in the cache, and the image folder
-    is `folder`. Raises `InputError` where the split is missing.
+    image_info_test<year>.json. For tar files, <mode>*.tar, it is their index in the cache, and the image folder is
+    `folder`. Raises `InputError` where the split is missing.
     """
-    if mode not in MODES:
-        raise InputError(f'mode "{mode}" is not one of {", ".join(MODES)}.')
+    if mode not in SPLITS:
+        raise InputError(f'mode "{mode}" is not one of {", ".join(SPLITS)}.')
     if not os.path.isdir(folder):  # unlike Path.is_dir, False for a path of any length
         raise InputError(
-            f"{folder} does not exist; draw the sample data set with `python scenes.py {folder}`, or fetch "
+            f"{folder} does not exist; draw the sample data set with `python scenes.py {folder}`, or download "
             f"COCO with `python download.py coco --root {folder}`."
         )
-    kinds = ("captions", "image_info") if mode == "test" else ("captions",)
+    annotation_file = next(find_annotation_files(folder, mode), None)
+    if annotation_file is not None:
+        return annotation_file, folder / "images" / annotation_file.stem.split("_")[-1]
     try:
-        annotations = folder / "annotations"
-        names = sorted(os.listdir(annotations)) if os.path.isdir(annotations) else []
         shards = sorted(folder.glob(f"{mode}*{SUFFIX}"))
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
-    for kind in kinds:
-        files = [annotations / name for name in names if re.fullmatch(rf"{kind}_{mode}[0-9]*\.json", name)]
-        if len(files) > 1:
-            raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep the one to use.")
-        if files:
-            return files[0], folder / "images" / files[0].stem.split("_")[-1]
     if shards:
         return index_shards(shards, mode, cache), folder
-    advice = "a data set is laid out as COCO or as WebDataset."
-    if mode != "train" and (
-        list(folder.glob("train*.tar")) or any(name.startswith("captions_train") for name in names)
-    ):
+    advice = "a data set is in the layout of COCO or of WebDataset."
+    if mode != "train" and (list(folder.glob(f"train*{SUFFIX}")) or list(folder.glob("annotations/captions_train*"))):
         advice = (
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
@@ -95,14 +86,14 @@ class CaptionDataset(Dataset):
         vocab: Vocabulary | None = None,
         vocab_threshold: int = 5,
         cache: Path = CACHE,
-        must_exist: bool = True,  # where False, a missing image raises `InputError` only when it is read
+        must_exist: bool = True,  # if False, a missing image raises `InputError` only when it is read
     ):
         self.mode = mode
         self.annotation_file, self.image_folder = find_split(Path(folder), mode, cache)
         annotations = read_annotations(self.annotation_file, cache)
         self.image_ids = annotations.image_ids
-        self.paths = ImageFiles(self.image_folder, annotations.file_names, annotations.places)
-        if annotations.places is None and must_exist:
+        self.paths = ImageFiles(self.image_folder, annotations.file_names, annotations.byte_ranges)
+        if annotations.byte_ranges is None and must_exist:
             self._check_images_exist()
         self.image_rows = annotations.image_rows  # (captions,) each caption's image, a row of image_ids
         words = annotations.words
@@ -113,11 +104,11 @@ class CaptionDataset(Dataset):
         self.lengths = np.diff(annotations.offsets) + 2  # (captions,) with <start> and <end>
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.tokens = np.empty(self.offsets[-1], np.int32)
-        inner = np.ones(len(self.tokens), bool)
-        inner[self.offsets[:-1]] = inner[self.offsets[1:] - 1] = False
+        is_word = np.ones(len(self.tokens), bool)  # all but <start> and <end>
+        is_word[self.offsets[:-1]] = is_word[self.offsets[1:] - 1] = False
         self.tokens[self.offsets[:-1]], self.tokens[self.offsets[1:] - 1] = START, END
-        self.tokens[inner] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
-        unknown = np.mean(self.tokens[inner] == UNK) if inner.any() else 0
+        self.tokens[is_word] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
+        unknown = np.mean(self.tokens[is_word] == UNK) if is_word.any() else 0
         if mode == "train" and unknown > UNKNOWN_SHARE:
             warn_once(
                 f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
@@ -126,33 +117,33 @@ class CaptionDataset(Dataset):
         self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
     def _check_images_exist(self) -> None:
-        """Raise `InputError` if images are missing; hashes of names are compared, a million of which take 8 MB."""
+        """Raise `InputError` if images are missing; compares hashes of names, as a million take only 8 MB."""
         names, present = self.paths.names, array("q")
         for folder in {os.path.dirname(os.path.normpath(name)) for name in names}:
             try:
                 for entry in os.scandir(self.image_folder / folder):
                     if entry.is_file():
                         present.append(hash(os.path.join(folder, entry.name)))
-            except OSError:  # no such folder, or no way to read it: its images are missing
+            except OSError:  # a folder that is missing or cannot be read: all of its images are missing
                 continue
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
         missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(present, np.int64)))
         if len(missing):
             raise InputError(
                 f"{len(missing)} of {len(names)} photos of {self.annotation_file} are missing, the first is "
-                f"{self.paths[missing[0]]}; put them there or take them out of the annotations."
+                f"{self.paths[missing[0]]}; put them there or remove them from the annotations."
             )
 
     def drop(self, rows: Iterable[int]) -> None:
         """Remove the images in these rows of `paths`, and their captions."""
-        keep = np.ones(len(self.paths), bool)
-        keep[list(rows)] = False
-        captions = keep[self.image_rows]
-        inside = np.repeat(captions, self.lengths)
-        self.tokens, self.lengths = self.tokens[inside], self.lengths[captions]
+        keep_image = np.ones(len(self.paths), bool)
+        keep_image[list(rows)] = False
+        keep_caption = keep_image[self.image_rows]
+        keep_token = np.repeat(keep_caption, self.lengths)
+        self.tokens, self.lengths = self.tokens[keep_token], self.lengths[keep_caption]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.image_rows = (np.cumsum(keep) - 1)[self.image_rows[captions]].astype(np.int32)
-        self.image_ids, self.paths = self.image_ids[keep], self.paths[keep]
+        self.image_rows = (np.cumsum(keep_image) - 1)[self.image_rows[keep_caption]].astype(np.int32)
+        self.image_ids, self.paths = self.image_ids[keep_image], self.paths[keep_image]
         self.images.paths = self.paths
 
     def caption(self, index: int) -> Tensor:
@@ -163,16 +154,16 @@ class CaptionDataset(Dataset):
         """Return a batch of captions, (batch, longest) int64, padded with `<end>` on the right, and their lengths."""
         lengths = self.lengths[indices]
         column = np.arange(lengths.max())
-        inside = column < lengths[:, None]
-        batch = np.where(inside, self.tokens[np.where(inside, self.offsets[indices][:, None] + column, 0)], END)
+        is_token = column < lengths[:, None]
+        batch = np.where(is_token, self.tokens[np.where(is_token, self.offsets[indices][:, None] + column, 0)], END)
         return torch.from_numpy(batch.astype(np.int64)), torch.from_numpy(lengths)
 
     @cached_property
     def coco(self) -> COCO:
-        """The split as a pycocotools `COCO`, for exploration; it loads all entries."""
+        """The split as a pycocotools `COCO` with all entries in memory, for exploration."""
         coco = COCO()
         captions = read_captions(self.annotation_file) if len(self.image_rows) else ()
-        coco.dataset = {  # pyright: ignore[reportAttributeAccessIssue]  its stub lists detection's fields
+        coco.dataset = {  # pyright: ignore[reportAttributeAccessIssue]  its stub has the fields of detection only
             "images": [{**entry, "id": i} for i, entry in read_images(self.annotation_file)],
             "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions, 1)],
         }
@@ -181,7 +172,7 @@ class CaptionDataset(Dataset):
         return coco
 
     def references(self) -> dict[int, list[str]]:
-        """Read the captions of each image as they are written, for metrics: image id -> captions."""
+        """Read the original captions of each image, for metrics: image id -> captions."""
         references: dict[int, list[str]] = {int(i): [] for i in self.image_ids}
         if len(self.image_rows):
             for image_id, caption in read_captions(self.annotation_file):
@@ -202,7 +193,7 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple:
         row = index if self.mode == "test" else int(self.image_rows[index])
-        image = self.images[row, int(torch.randint(1 << 31, ()))]  # another random crop each time, from torch's seed
+        image = self.images[row, int(torch.randint(1 << 31, ()))]  # a new random crop each time, from torch's seed
         return (int(self.image_ids[row]), image) if self.mode == "test" else (image, self.caption(index))
 
 
@@ -235,9 +226,9 @@ class EpochSampler(Sampler):
 
 
 class LengthBatches(EpochSampler):
-    """Batches in which all captions have one length, every caption once an epoch.
+    """Batches of captions of equal length, every caption once per epoch.
 
-    Captions of one length need no padding, which would cost decoder steps.
+    Captions of equal length need no padding, which would cost decoder steps.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):
@@ -264,9 +255,9 @@ class LengthBatches(EpochSampler):
 
 
 class ImageBatches(EpochSampler):
-    """Batches that hold all captions of each of their images, every caption once an epoch.
+    """Batches that hold all captions of each of their images, every caption once per epoch.
 
-    For training with the backbone, which then processes an image once an epoch and not once a caption.
+    For training the backbone, which then processes an image once per epoch instead of once per caption.
     """
 
     def __init__(self, image_rows: np.ndarray, batch_size: int, seed: int = 0):
@@ -300,12 +291,12 @@ def get_loader(
 
     Args:
         transform: from a PIL image to a tensor; by default `build_transform` for the mode.
-        mode: "train" and "val" give (images (B, 3, H, W), captions (B, length)), all captions of a batch of one
-            length, every caption once an epoch; "test" gives (image ids (B,), images), in the order of the file.
-        vocab_threshold: the least number of times that a word of the vocabulary occurs.
+        mode: "train" and "val" yield (images (B, 3, H, W), captions (B, length)), every caption once per epoch, in
+            batches of captions of equal length; "test" yields (image ids (B,), images), in the order of the file.
+        vocab_threshold: number of occurrences from which a word is in the vocabulary.
         vocab_from_file: read the vocabulary from `vocab_file`; otherwise (training only) build it and write it there.
 
-    `loader.dataset.vocab` is the vocabulary. Raises `InputError` for what cannot be used.
+    `loader.dataset.vocab` is the vocabulary. Raises `InputError` for arguments or data that cannot be used.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}.")

@@ -1,11 +1,11 @@
-"""COCO, whole or its first images, and the original recipe's published weights, each by one command.
+"""Download COCO, all of it or its first images, or the published weights.
 
     python download.py coco --root data/coco --year 2017 [--limit 500]
     python download.py weights --to models/published
 
-The same command resumes a download that was interrupted. What is not whole yet lies in `.download` inside the data set
-(for the weights, in FOLDER.download): an archive's content moves to its place once all of it is unpacked, the images of
---limit once all are there.
+The same command resumes a download that was interrupted. Unfinished downloads are in `.download` inside the data set
+(for the weights, in FOLDER.download): an archive's content is moved to its place once all of it is unpacked, and the
+images of --limit once all are downloaded.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from PIL import Image
 from captioning.errors import InputError, run_command
 from captioning.fetching import (
     TIMEOUT_SECONDS,
+    ConcurrentTasks,
     NetworkError,
-    Progress,
     connect,
     describe_error,
     extract,
@@ -40,10 +40,10 @@ from captioning.fetching import (
     read,
     require_space,
 )
+from captioning.files import require_new_folder, write_file
 from captioning.image_files import MAX_SCANS
-from importers import import_weights
 
-COCO_SERVER = "http://images.cocodataset.org"  # its https certificate names another host; SHA-256 protects us
+COCO_SERVER = "http://images.cocodataset.org"  # its https certificate is for another host; SHA-256 protects
 # Archive: (bytes, SHA-256), from tensorflow_datasets/url_checksums/coco.txt of github.com/tensorflow/datasets
 COCO_ARCHIVES = {
     "annotations/annotations_trainval2014.zip": (
@@ -92,17 +92,17 @@ WEIGHTS_URL = "https://drive.google.com/uc?id=1s3aRAdt8ZMqn53UUSSFLCDBJ_F-KNbpE"
 VOCAB_URL = "https://raw.githubusercontent.com/iamirmasoud/image_captioning/HEAD/vocab.pkl"
 VOCAB_BYTES = 273174
 VOCAB_SHA256 = "f1bc5899fc86273f07fc1c3bd18c192317cc35a51023faeadf9cabc6448fa8b1"
-WEIGHTS_BYTES = 500_000_000  # the most that the two weight files may have, zipped or not
-WEIGHTS_SECONDS = 3600  # the most that downloading them may take; the same command resumes after it
+WEIGHTS_BYTES = 500_000_000  # size limit for the two weight files, zipped or not
+WEIGHTS_SECONDS = 3600  # time limit for downloading them; the same command resumes after it
 
-AT_ONCE = 16  # requests for images
-IMAGE_BYTES = 200_000  # a COCO image has 163,000 on average
-LARGEST_IMAGE = 4_000_000  # bytes; COCO's are 640 x 640 pixels at most
-ANNOTATION_BYTES = 150_000_000  # the caption files of one year, unpacked
+MAX_CONCURRENT_REQUESTS = 16  # for images
+IMAGE_BYTES = 200_000  # disk space to reserve for an image; COCO's have 163,000 bytes on average
+MAX_IMAGE_BYTES = 4_000_000  # COCO's images have at most 640 x 640 pixels
+ANNOTATION_BYTES = 150_000_000  # size of one year's caption files, unpacked
 
 
 def _members(archive: str) -> list[str]:
-    """What the layout of a data set takes from an archive; a folder ends with a slash."""
+    """List what is taken from an archive; a folder ends with a slash."""
     name = PurePosixPath(archive).stem
     if name.startswith("annotations_trainval"):
         return [f"annotations/captions_{split}{name[-4:]}.json" for split in ("train", "val")]
@@ -110,36 +110,36 @@ def _members(archive: str) -> list[str]:
 
 
 async def _fetch_archives(archives: list[str], root: Path, work: Path) -> None:
-    """Download and unpack COCO's archives into the layout below `root`, all at once."""
+    """Download COCO's archives concurrently, and unpack them into a data set in `root`."""
     wanted: dict[str, dict[str, Path]] = {}
     for archive in archives:
         targets = {m: root / (m if m.endswith(".json") else f"images/{m}") for m in _members(archive)}
         if not all(path.exists() for path in targets.values()):
             wanted[archive] = targets
     sizes = {archive: COCO_ARCHIVES[archive][0] for archive in wanted}
-    # Archives are unpacked one at a time and then removed, and images do not compress: at worst the disk
-    # holds every archive, packed or unpacked, and the largest both ways.
+    # Archives are unpacked one at a time and then removed, and images do not compress: at worst the disk holds
+    # every archive either packed or unpacked, and the largest in both forms.
     needed = int(1.03 * (sum(sizes.values()) + max(sizes.values(), default=0)))
     if any(path.suffix == ".json" for targets in wanted.values() for path in targets.values()):
         needed += ANNOTATION_BYTES
     already = sum(path.stat().st_size for path in work.glob("*.zip*") if path.is_file())
     require_space(root, needed - already)
     unpacking = asyncio.Lock()
-    progress = Progress(sum(sizes.values()), "B", unit_scale=True, desc="archives")
+    tasks = ConcurrentTasks(sum(sizes.values()), "B", unit_scale=True, desc="archives")
 
     async def fetch_one(client: httpx.AsyncClient, archive: str) -> None:
         path = work / PurePosixPath(archive).name
         size, sha256 = COCO_ARCHIVES[archive]
-        if path.exists():  # it was complete when it got this name
-            progress.advance(size)
+        if path.exists():  # `fetch` gives this name to a complete file only
+            tasks.advance(size)
         else:
-            await fetch(client, f"{COCO_SERVER}/{archive}", path, size, sha256, progress)
+            await fetch(client, f"{COCO_SERVER}/{archive}", path, size, sha256, tasks)
         async with unpacking:
-            await asyncio.to_thread(extract, path, wanted[archive], stop=progress.stop)
+            await asyncio.to_thread(extract, path, wanted[archive], stop=tasks.stop)
             path.unlink()
 
     async with connect() as client:
-        await progress.run([partial(fetch_one, client, archive) for archive in wanted], at_once=len(wanted))
+        await tasks.run([partial(fetch_one, client, archive) for archive in wanted], len(wanted))
 
 
 def _require_images(folder: Path, annotations: Path) -> None:
@@ -157,12 +157,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("info", {}), dict):
-        raise InputError(f"{path} is not the JSON that COCO has; delete it.")
+        raise InputError(f"{path} is not an annotation file of COCO; delete it.")
     return content
 
 
 def _check_image(data: bytes, width: int, height: int) -> str | None:
-    """Say why a downloaded image is not a JPEG of this size; None if it is."""
+    """Return why a downloaded image is not a JPEG of this size, or None if it is one."""
     if data.count(b"\xff\xda") > MAX_SCANS:
         return "it is not a photo"
     try:
@@ -176,35 +176,33 @@ def _check_image(data: bytes, width: int, height: int) -> str | None:
 
 
 async def _fetch_image(client: httpx.AsyncClient, image: dict[str, Any], path: Path) -> str | None:
-    """Download one image; returns the reason where that is not possible."""
+    """Download one image; returns the reason if that fails."""
     try:
-        data = await read(client, image["coco_url"], LARGEST_IMAGE)
+        data = await read(client, image["coco_url"], MAX_IMAGE_BYTES)
     except NetworkError as error:
         return str(error)
     problem = await asyncio.to_thread(_check_image, data, image["width"], image["height"])
     if problem is None:
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        write_file(path, lambda file: file.write(data), sync=False)
     return problem
 
 
 async def _fetch_images(waiting: list[tuple[dict[str, Any], Path]]) -> dict[str, str]:
-    """Download images to their paths; returns the addresses of those that failed, with the reasons."""
-    progress = Progress(len(waiting), "image", desc="images")
+    """Download images to their paths; returns the addresses of those that failed, and the reasons."""
+    tasks = ConcurrentTasks(len(waiting), "image", desc="images")
 
     async def fetch_one(client: httpx.AsyncClient, image: dict[str, Any], path: Path) -> str | None:
         problem = await _fetch_image(client, image, path)
-        progress.advance(1)
+        tasks.advance(1)
         return problem
 
     async with connect() as client:
-        problems = await progress.run([partial(fetch_one, client, *pair) for pair in waiting], AT_ONCE)
+        problems = await tasks.run([partial(fetch_one, client, *pair) for pair in waiting], MAX_CONCURRENT_REQUESTS)
     return {image["coco_url"]: problem for (image, _), problem in zip(waiting, problems, strict=True) if problem}
 
 
 def _fetch_first_images(documents: dict[str, dict[str, Any]], limit: int, root: Path, work: Path) -> list[str]:
-    """Write the first `limit` images of each split, then its trimmed annotations; returns what is missing, and why."""
+    """Write the first `limit` images of each split, then their annotations; returns what is missing, and why."""
     waiting: list[tuple[dict[str, Any], Path]] = []
     for name, document in documents.items():
         folder = work / "images" / name.split("_")[-1].removesuffix(".json")
@@ -229,10 +227,9 @@ def _fetch_first_images(documents: dict[str, dict[str, Any]], limit: int, root: 
         if "annotations" in document:
             document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
         document["info"] = {**document.get("info", {}), "limit": limit}
-        trimmed = work / "trimmed.json"
-        trimmed.write_text(json.dumps(document))
+        content = json.dumps(document).encode()
         (root / "annotations").mkdir(exist_ok=True)
-        os.replace(trimmed, root / "annotations" / name)
+        write_file(root / "annotations" / name, lambda file, content=content: file.write(content))
     return [f"{url} ({why})" for url, why in missing.items()]
 
 
@@ -248,7 +245,7 @@ def coco(
     Args:
         root: folder of the data set to write.
         year: edition of COCO.
-        limit: download the first LIMIT photos of each split only, one by one; 500 take about a minute.
+        limit: download only the first LIMIT photos of each split, each by itself; 500 take about a minute.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
@@ -292,7 +289,7 @@ def coco(
 
 
 def weights(to: Path = Path("models/published")) -> None:
-    """Download the original recipe's published weights and vocabulary as a model's folder.
+    """Download the original recipe's published weights and vocabulary, and convert them to a model folder.
 
     Args:
         to: folder of the model to write; it must not exist yet, or be empty.
@@ -301,37 +298,38 @@ def weights(to: Path = Path("models/published")) -> None:
         import gdown  # only this command needs it
     except ImportError as error:
         raise InputError("the published weights are on Google Drive: pip install gdown") from error
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} exists and is not empty; delete it or name another folder.")
+    require_new_folder(to)
+    from captioning.original_weights import convert_weights  # imports torch, which takes seconds
+
     work = to.with_name(to.name + ".download")
     archive, files = work / "weights.zip", (work / "encoder-3.pkl", work / "decoder-3.pkl")
     try:
-        require_space(to, 3 * WEIGHTS_BYTES)  # the zip, what is taken from it, and the model's folder
+        require_space(to, 3 * WEIGHTS_BYTES)  # for the archive, its unpacked files and the model folder
         work.mkdir(parents=True, exist_ok=True)
         asyncio.run(_fetch_vocabulary(work / "vocab.pkl"))
         if not archive.exists():
             _fetch_weights(gdown.download, archive)
         if not zipfile.is_zipfile(archive):
             archive.unlink(missing_ok=True)
-            raise InputError(f"{WEIGHTS_URL} gave something else than a zip archive; try again later.")
+            raise InputError(f"{WEIGHTS_URL} did not return a zip archive; try again later.")
         with zipfile.ZipFile(archive) as file:
             inside = {PurePosixPath(name).name: name for name in file.namelist()}
         extract(archive, {inside.get(path.name, path.name): path for path in files}, at_most=WEIGHTS_BYTES)
-        import_weights(*files, work / "vocab.pkl", to)
+        convert_weights(*files, work / "vocab.pkl", to)
         shutil.rmtree(work)
     except OSError as error:
         raise InputError(f"{to} cannot be written: {error.strerror or error}.") from error
 
 
 def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
-    """Have gdown download the zip of the published weights, within bounds of size and time; a part is continued."""
+    """Download the archive of the published weights with gdown, within limits of size and time; resumes a part."""
 
     def check(received: int, _: int | None) -> None:
         if received > WEIGHTS_BYTES:
             raise NetworkError(f"it has more than {WEIGHTS_BYTES:,} bytes")
 
     if "cancel" not in inspect.signature(download).parameters:
-        raise InputError("the gdown here is older than 6.5: pip install --upgrade gdown")
+        raise InputError("the installed gdown is older than 6.5: pip install --upgrade gdown")
     late = threading.Event()
     timer = threading.Timer(WEIGHTS_SECONDS, late.set)
     timer.start()
@@ -339,7 +337,7 @@ def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
     try:
         download(WEIGHTS_URL, str(archive), **options, progress=check, cancel=late)
     except NetworkError as error:
-        shutil.rmtree(archive.parent)  # or the next run would resume it
+        shutil.rmtree(archive.parent)  # otherwise the next run would resume it
         raise InputError(f"{WEIGHTS_URL} cannot be downloaded: {error}.") from error
     except Exception as error:  # gdown's own errors share no base class with its HTTP library's
         reason = f"it takes more than {WEIGHTS_SECONDS:,} seconds; run the same command again to resume"

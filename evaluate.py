@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from captioning.captioner import Caption, Captioner, Decoding, Ensemble, Precision
 from captioning.checkpoint import choose_epoch, default_model, name_weights, read_description
 from captioning.distributed import this_process
-from captioning.errors import InputError, printable, run_command
+from captioning.errors import InputError, log, run_command
 from captioning.files import check_output, hash_file, write_file
 from captioning.images import WORKERS
 from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
@@ -37,9 +36,9 @@ class Evaluation:
     """The captions of a split and their scores.
 
     captions: image id -> its `Caption`. seconds: for captioning all of them, from file to sentence.
-    scores: against the references, or None where the split has none.
+    scores: against the references, or None if the split has none.
     attribute_accuracy: on the sample data set, each attribute that `checking.check` examines -> the share of correct
-        captions, of those to which it applies; empty on other data sets.
+        captions among those to which it applies; empty on other data sets.
     unreadable: one sentence for each image that was skipped because it cannot be read.
     """
 
@@ -54,7 +53,7 @@ class Evaluation:
         return {i: caption.text for i, caption in self.captions.items()}
 
     def results(self) -> list[dict[str, Any]]:
-        """Return the captions in the form that the COCO evaluation server takes."""
+        """Return the captions in COCO's results format."""
         return [{"image_id": i, "caption": text} for i, text in self.hypotheses().items()]
 
 
@@ -75,7 +74,7 @@ def evaluate(
 
     workers: processes that read images. java: as in `metrics.score`.
     skip_unreadable: leave out images that cannot be read instead of raising InputError for the first.
-    results: where to write the captions, before they are scored, for the COCO evaluation server.
+    results: file to which the captions are written, before they are scored, in COCO's results format.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}.")
@@ -83,7 +82,7 @@ def evaluate(
     is_main = process.is_main_process
     paths = dataset.paths[:limit]
     ids = [int(i) for i in dataset.image_ids[:limit]]
-    share: list[tuple[int, Caption | str]] = []  # this process's images: index, and its caption or the error
+    share: list[tuple[int, Caption | str]] = []  # this process's images: index, and caption or error
 
     def skip(index: int, error: InputError) -> None:
         if not skip_unreadable:
@@ -100,7 +99,7 @@ def evaluate(
     captions = {ids[i]: caption for i, caption in outcomes if isinstance(caption, Caption)}
     unreadable = [error for _, error in outcomes if isinstance(error, str)]
     if not captions:
-        raise InputError(f"none of the {len(paths)} images can be read, the first for this reason: {unreadable[0]}")
+        raise InputError(f"none of the {len(paths)} images can be read; the error of the first: {unreadable[0]}")
     evaluation = Evaluation(captions, time.perf_counter() - start, None, {}, unreadable)
     if results is not None:
         _write_results(evaluation.results(), results)
@@ -122,7 +121,7 @@ def score_attributes(dataset: CaptionDataset, hypotheses: dict[int, str]) -> dic
             checked = checking.check(hypotheses[i], scene)
         except (KeyError, TypeError, AttributeError, IndexError):
             raise InputError(
-                f"{dataset.annotation_file} describes image {i} as no drawn scene is; draw the scenes again."
+                f'{dataset.annotation_file} has an invalid "scene" for image {i}; draw the scenes again.'
             ) from None
         for attribute, is_correct in checked.items():
             correct[attribute].append(is_correct)
@@ -173,7 +172,7 @@ def main(
         for name in (name for name, given in ignored.items() if given):
             raise InputError(f"--{name} has no effect with --references, which captions nothing; leave it out.")
         if decoding != Decoding():
-            raise InputError("options of decoding have no effect with --references, which captions nothing.")
+            raise InputError("decoding options have no effect with --references, which captions nothing.")
         if this_process().is_main_process:
             _score_file(references, results, json_)
         return
@@ -182,7 +181,7 @@ def main(
     decoding.check()
     if decoding.alternatives:
         raise InputError("--alternatives has no effect on an evaluation, which scores one caption per image.")
-    with this_process().local_main_process_first():  # the others use the files that it downloads and caches
+    with this_process().local_main_process_first():  # the others use the files that this process downloads and caches
         find_split(data, split)
         models = list(model) or [_choose_model(data)]
         captioner = Captioner.load(models, precision=precision)
@@ -190,18 +189,14 @@ def main(
     about = _describe(captioner, models, data, split)
     training_captions = None
     if this_process().is_main_process:
-        _log("{model}, {weights}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
+        log("{model}, {weights}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
         results = _choose_output(results, dataset)
         training_captions = _read_training_captions(data, captioner)
     evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
     if evaluation is not None:
         _report(evaluation, about, diversity(evaluation.hypotheses(), training_captions), json_)
         if results is not None:
-            _log(f"wrote {results}")
-
-
-def _log(message: str) -> None:
-    print(printable(message), file=sys.stderr, flush=True)
+            log(f"wrote {results}")
 
 
 def _score_file(references: Path, results: Path | None, as_json: bool) -> None:
@@ -212,17 +207,17 @@ def _score_file(references: Path, results: Path | None, as_json: bool) -> None:
     images = len(scores.per_caption)
     if scores.uncaptioned:
         total = images + scores.uncaptioned
-        _log(f"{results} captions {images} of the {total} images of {references}; only those are scored")
+        log(f"{results} captions {images} of the {total} images of {references}; only those are scored")
     if as_json:
         print(json.dumps({**scores.metrics, "tokenizer": scores.tokenizer, "photos": images}))
     else:
         print(format_table(scores))
     if scores.without_meteor:
-        _log(scores.without_meteor)
+        log(scores.without_meteor)
 
 
 def _choose_model(data: Path) -> Path:
-    """The newest model in models/ that was trained on the data set; any other is only used where it is named."""
+    """Return the newest model in models/ that was trained on the data set; another must be named with --model."""
     for name in (data.name, data.resolve().name):
         model = default_model(data=name)
         trained_on = read_description(model).data.get("folder")
@@ -235,23 +230,23 @@ def _choose_model(data: Path) -> Path:
 
 
 def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None:
-    """Choose the file for the captions and check it; one is required if they cannot be scored."""
+    """Choose the file for the captions and check it; without references, there is always one."""
     if results is None and not len(dataset.image_rows):
         results = Path(f"captions_{dataset.mode}_results.json")
-        _log(f"{dataset.annotation_file} has no captions to score against; the model's are written to {results}")
+        log(f"{dataset.annotation_file} has no reference captions; the model's captions are written to {results}")
     if results is not None:
         check_output(results)
     return results
 
 
 def _write_results(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write captions in COCO's results format; other content that the file has is kept under another name."""
+    """Write captions in COCO's results format; an existing file with other content is renamed first."""
     content = json.dumps(rows).encode()
-    if path.exists() and path.read_bytes() != content:  # perhaps captions to score, where --references was forgotten
+    if path.exists() and path.read_bytes() != content:  # perhaps captions to score, and --references was forgotten
         names = (path.with_name(f"{path.name}.old{number}") for number in ("", *range(2, 1000)))
         backup = next(name for name in names if not name.exists())
         os.replace(path, backup)
-        _log(f"what {path} held is now in {backup}")
+        log(f"the earlier content of {path} is now in {backup}")
     write_file(path, lambda file: file.write(content))
 
 
@@ -260,7 +255,7 @@ def _members(captioner: Captioner) -> list[Captioner]:
 
 
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
-    """Describe what is evaluated: the first keys of the JSON document."""
+    """Describe the models and the data: the first keys of the JSON document."""
     members = _members(captioner)
     epochs = [choose_epoch(x.folder, x.description, x.epoch) if x.folder else None for x in members]
     weights = [name_weights(x.description, epoch) for x, epoch in zip(members, epochs, strict=True)]
@@ -277,15 +272,15 @@ def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) 
 
 
 def _read_training_captions(data: Path, captioner: Captioner) -> list[str] | None:
-    """Read the captions that the model learned from, for the share of novel captions; None where they are not here."""
+    """Read the captions that the model learned from, for the share of novel captions; None if they are not found."""
     try:
         path = find_split(data, "train")[0]
         learned_from = [member.description.data.get("train_sha256") for member in _members(captioner)]
         if any(hashed != hash_file(path) for hashed in learned_from):
-            raise InputError(f"{path} is not known to be what the model was trained on.")
+            raise InputError(f"{path} is not known to be the file that the model was trained on.")
         references = read_references(path)
     except InputError as error:
-        _log(f"the share of new captions is not measured: {error}")
+        log(f"the share of novel captions is not measured: {error}")
         return None
     return [caption for captions in references.values() for caption in captions]
 
@@ -295,7 +290,7 @@ def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, fl
     scores, images, unreadable = evaluation.scores, len(evaluation.captions), len(evaluation.unreadable)
     different, speed = len(set(evaluation.hypotheses().values())), images / evaluation.seconds
     for error in evaluation.unreadable:
-        _log(f"skipped: {error}")
+        log(f"skipped: {error}")
     if as_json:
         document = {
             **about,
@@ -323,7 +318,7 @@ def _report(evaluation: Evaluation, about: dict[str, Any], variety: dict[str, fl
             f"{speed:.1f} images/s with a backbone in {about['precision']}"
         )
     if scores is not None and scores.without_meteor:
-        _log(scores.without_meteor)
+        log(scores.without_meteor)
 
 
 if __name__ == "__main__":

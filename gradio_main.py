@@ -2,7 +2,7 @@
 
     python gradio_main.py --model models/scenes --port 7860
 
-The same is an API, the endpoint `/caption`.
+It also serves an API, `/caption`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from PIL import Image
 from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
-from captioning.errors import InputError, run_command, warn_once
+from captioning.errors import InputError, describe_network_error, run_command, warn_once
 from captioning.image_files import open_image
-from captioning.page import FILE_ROUTE, PER_WORD, Answers, Files, ImageInput, Page
+from captioning.page import FILE_ROUTE, PER_WORD, Files, Handlers, ImageInput, Page
 from captioning.scenes.dataset import draw_scene
 from captioning.web import (
     LOOPBACK,
@@ -48,11 +48,11 @@ from captioning.web import (
     Upload,
 )
 
-UPLOAD_LIFETIME = (600, 3600)  # seconds between deletions of uploads, and how old these are
+UPLOAD_LIFETIME = (600, 3600)  # interval between deletions of uploads, and minimum age of those deleted, in seconds
 MAX_WAITING = 128  # queued requests; further ones are refused
-HANDLED_AT_ONCE = 32  # requests, most of them waiting for the batch that they are in
+HANDLED_AT_ONCE = 32  # requests that are handled concurrently; most of them wait for their batch
 IMAGES = Path(__file__).with_name("images")
-DESCRIPTION_TAG = 0x010E  # of EXIF: what a photo shows
+DESCRIPTION_TAG = 0x010E  # EXIF tag ImageDescription
 SOURCES: list[Literal["upload", "webcam", "clipboard"]] = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
 BACKBONE_NAMES = {
@@ -72,7 +72,7 @@ CSS = """
 #examples .caption-label {display: none}
 #maps .caption-label {padding: 1px 4px; font-size: 0.75rem; max-width: 96%; right: 2%; bottom: 2%}
 """
-# The footer, which CSS does not reach: Gradio hides its first link on a phone, but not the dot after it.
+# CSS does not reach the footer: on a phone, Gradio hides its first link, but not the dot after it.
 HEAD = "<style>@media (max-width: 639px) {footer .divider {display: none !important}}</style>"
 
 
@@ -82,8 +82,8 @@ HEAD = "<style>@media (max-width: 639px) {footer .divider {display: none !import
 def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple[Path, str]]:
     """List example images of the kinds that the models were trained on, with their descriptions.
 
-    They are the images in a model's `examples/`; else the project's photos or, for a model of the sample data set,
-    held-out scenes, drawn into `folder`.
+    They are the images in a model's folder `examples/`, if there is one; else the photos in images/ or, for a model of
+    the sample data set, held-out scenes, which are drawn into `folder`.
     """
     examples: dict[Path, str] = {}
     for captioner in captioners.values():
@@ -103,7 +103,7 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
                 with open_image(path) as image:
                     examples[path] = str(image.getexif().get(DESCRIPTION_TAG, path.stem))
             except Exception:  # a broken file makes Pillow raise nearly anything
-                warn_once(f"{path} cannot be read as an image and is no example.")
+                warn_once(f"{path} cannot be read as an image and is not shown as an example.")
     return list(examples.items())
 
 
@@ -115,7 +115,7 @@ def describe_model(name: str, description: Description) -> str:
     text = f"**Model `{name}`**: {backbone} and {decoder}, {len(description.vocabulary):,} words"
     images, captions = data.get("train_photos"), data.get("train_captions")
     if isinstance(images, int) and isinstance(captions, int):
-        text += f", trained on {captions:,} captions of {images:,} photos (`{data.get('folder')}`)"
+        text += f", trained on {captions:,} captions of {images:,} photos (data set `{data.get('folder')}`)"
     return f"{text}."
 
 
@@ -123,7 +123,7 @@ def build_page(
     server: CaptionServer, examples: list[tuple[Path, str]], folder: Path, flag_folder: Path | None = None
 ) -> tuple[Page, ImageInput]:
     """Build the page; returns it and its image input."""
-    answers = Answers(server, folder)
+    handlers = Handlers(server, folder)
     uploaded = [(save_file_to_cache(path, get_upload_folder()), text) for path, text in examples]
     names = list(server.captioners)
     with Page(title="Photo captions", analytics_enabled=False, delete_cache=UPLOAD_LIFETIME) as page:
@@ -131,9 +131,9 @@ def build_page(
         model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
         options = [*_lay_out_options(), model]
         with gr.Tab("One photo"):
-            image = _lay_out_image(answers, options, uploaded, flag_folder)
+            image = _lay_out_image(handlers, options, uploaded, flag_folder)
         with gr.Tab("Several photos"):
-            _lay_out_images(answers, options)
+            _lay_out_images(handlers, options)
         with gr.Accordion("How words are chosen", open=False):
             for option in options[:-1]:
                 option.render()
@@ -166,12 +166,12 @@ def _lay_out_options() -> list[Option]:
 
 
 def _lay_out_image(
-    answers: Answers,
+    handlers: Handlers,
     options: list[Option],
     examples: list[tuple[str, str]],
     flag_folder: Path | None,
 ) -> ImageInput:
-    """A photo and its caption, side by side; on a phone one under the other."""
+    """Lay out a photo and its caption side by side; on a phone one under the other."""
     with gr.Row():
         with gr.Column(min_width=320):
             image = ImageInput(label="Photo", height=360, image_mode=None, buttons=[], sources=SOURCES)
@@ -217,10 +217,10 @@ def _lay_out_image(
         return examples[event.index][0]
 
     gallery.select(choose, None, image, show_progress="hidden", api_visibility="private")
-    image.change(None, None, caption, js="() => ''", api_visibility="private")  # it belongs to another photo
+    image.change(None, None, caption, js="() => ''", api_visibility="private")  # the caption of the photo before
     captioned = gr.on(
         [image.change, *(option.change for option in options)],
-        answers.show,
+        handlers.show,
         [image, *options],
         [caption, result, score, table, looks, maps],
         api_visibility="private",
@@ -231,7 +231,7 @@ def _lay_out_image(
     captioned.failure(lambda: None, None, image, show_progress="hidden", api_visibility="private")
     gr.on(
         [],
-        answers.caption,
+        handlers.caption,
         [image, *options],
         [caption, table, maps, gr.Number(label=PER_WORD, visible=False)],
         api_name="caption",
@@ -242,7 +242,7 @@ def _lay_out_image(
 
 
 def _lay_out_table(label: str, headers: list[str], widths: list[str]) -> gr.Dataframe:
-    """A table of text, with a number in its last column; hidden until it has rows."""
+    """Lay out a table of text with a number in its last column; it is hidden until it has rows."""
     return gr.Dataframe(
         label=label,
         headers=headers,
@@ -258,23 +258,23 @@ def _lay_out_table(label: str, headers: list[str], widths: list[str]) -> gr.Data
 
 
 def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option], folder: Path) -> None:
-    """A button that keeps a photo, its caption and the options in a folder."""
+    """Lay out a button that saves a photo, its caption and the options to a folder."""
     logger = gr.CSVLogger(verbose=False)
     logger.setup([image, caption, *options], folder)
 
-    def keep(upload: Upload | None, text: str, *values: Any) -> None:
+    def save(upload: Upload | None, text: str, *values: Any) -> None:
         if upload is None or not text:
-            raise gr.Error("There is no caption to keep yet.", print_exception=False)
+            raise gr.Error("There is no caption to save yet.", print_exception=False)
         logger.flag([{"path": str(upload.path)}, text, *values])
-        gr.Info("Kept; thank you.")
+        gr.Info("Saved. Thank you.")
 
-    button = gr.Button("Keep this photo and caption")
-    button.click(keep, [image, caption, *options], api_visibility="private")
+    button = gr.Button("Save this photo and caption")
+    button.click(save, [image, caption, *options], api_visibility="private")
 
 
-def _lay_out_images(answers: Answers, options: list[Option]) -> None:
-    """Several photos, and a table of their captions to download."""
-    gr.Markdown(f"Up to {MAX_IMAGES} photos at once, of {MAX_UPLOADED >> 20} MB in all; a zip file of them will do.")
+def _lay_out_images(handlers: Handlers, options: list[Option]) -> None:
+    """Lay out several photos and a table of their captions to download."""
+    gr.Markdown(f"Up to {MAX_IMAGES} photos at once, {MAX_UPLOADED >> 20} MB in total, or a zip file of them.")
     files = Files(
         label="Photos",
         file_count="multiple",
@@ -290,7 +290,7 @@ def _lay_out_images(answers: Answers, options: list[Option]) -> None:
         lambda chosen: gr.update(interactive=bool(chosen)), files, start, queue=False, api_visibility="private"
     )
     start.click(
-        answers.show_all,
+        handlers.show_all,
         [files, *options],
         [progress, table, *downloads],
         api_visibility="private",
@@ -303,7 +303,7 @@ def _lay_out_images(answers: Answers, options: list[Option]) -> None:
 
 
 def load_models(folders: tuple[Path, ...]) -> dict[str, Captioner]:
-    """The models by the names of their folders, or by their paths where two folders have one name."""
+    """Load models; returns them by the names of their folders, or by their paths if two folders have the same name."""
     captioners: dict[str, Captioner] = {}
     for folder in folders:
         name = folder.resolve().name
@@ -332,23 +332,29 @@ def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket
         css=CSS,
         head=HEAD,
     )
-    page.has_launched = True  # before, Gradio accepts any path as an upload
-    image.sample = f"{url}{FILE_ROUTE}{image.sample}"
+    page.has_launched = True  # until then, Gradio accepts any path as an upload
     gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK)
-    if share:
-        try:
-            public = setup_tunnel(host, port, token_urlsafe(32), None, None)
-        except Exception as error:  # what Gradio meets on the way to its makers' server
-            reason = f"no public link can be made ({error}); check the network, or leave out --share."
-            raise InputError(reason) from None
+    public = _open_tunnel(host, port) if share else None
+    if public is not None:
         gate.origins = {urlsplit(public).netloc}
-    print(f"The page is at {url}" + (f" and {public}" if share else "; --share opens a public address too"), flush=True)
+    image.sample = f"{public or url}{FILE_ROUTE}{image.sample}"
+    print(f"The page is at {url}" + (f" and {public}" if public else "; --share adds a public address"), flush=True)
     config = uvicorn.Config(
         gate, http=HttpProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=STOP_SECONDS
     )
-    # Gradio's open tabs hold connections.
+    # Open tabs keep connections, which this ends.
     stop_tabs = app.routes[-1].app.stop_event.set  # pyright: ignore[reportAttributeAccessIssue]
     StoppableServer(config, stop_tabs, server.close).run(sockets=[listener])
+
+
+def _open_tunnel(host: str, port: int) -> str:
+    """Open Gradio's tunnel to the page and return its public address."""
+    try:
+        return setup_tunnel(host, port, token_urlsafe(32), None, None)
+    except Exception as error:  # Gradio raises many types
+        raise InputError(
+            f"no public link can be created ({describe_network_error(error)}); check the network, or leave out --share."
+        ) from None
 
 
 def main(
@@ -361,7 +367,7 @@ def main(
     """Serve the web page and its API.
 
     Args:
-        model: folder, or user/name on the Hub; default: the newest trained on photos. Several fill a menu.
+        model: folder, or user/name on the Hub; default: the newest trained on photos. Repeat to offer several models.
         host: address to listen on; 0.0.0.0 means all network interfaces.
         port: port to listen on.
         share: also create a public link, through Gradio's tunnel.
@@ -373,22 +379,22 @@ def main(
             flag_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"{flag_folder} cannot be made ({error.strerror}); choose another --flag-folder."
+                f"{flag_folder} cannot be created ({error.strerror}); choose another --flag-folder."
             ) from None
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:  # the latter of a port above 65535
-        raise InputError(f"{host}:{port} cannot be listened on ({error}); choose another --host or --port.") from None
+    except (OSError, OverflowError) as error:  # OverflowError for a port above 65535
+        raise InputError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port.") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, tempfile.TemporaryDirectory(prefix="captions-") as folder, suppress(KeyboardInterrupt):
-        # Gradio serves all that is in this folder, by default one that other programs write to as well.
+        # Gradio serves every file in this folder; its default is a folder that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
         server = CaptionServer(captioners)
         page, image = build_page(
             server, example_images(captioners, Path(folder)), Path(folder) / "uploads", flag_folder
         )
         serve(page, image, server, listener, share)
-    gc.freeze()  # else the garbage collection at exit takes seconds
+    gc.freeze()  # otherwise, the garbage collection at exit takes seconds
 
 
 if __name__ == "__main__":

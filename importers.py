@@ -1,12 +1,12 @@
-"""Importers: other data sets into COCO's layout, the original recipe's weights into a model's folder.
+"""Convert other data sets to COCO's layout, and the original recipe's weights to a model folder.
 
     python importers.py flickr8k SOURCE data/flickr8k      (flickr30k, karpathy and folder likewise)
     python importers.py merge data/coco data/flickr8k data/both
     python importers.py average models/coco models/average --epochs 8 11
 
-An import is built in a temporary folder next to its destination and renamed at the end, so one that was interrupted
-never looks whole. Images are hard links where the file system allows it (no second copy on the disk; do
-not edit them in place) and copies elsewhere.
+An import is built in a temporary folder next to its destination and renamed at the end, so that an interrupted one
+leaves no incomplete data set. Images are hard links where the file system allows it, which take no space but must not
+be edited in place, and copies elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, run_command
 from captioning.files import hash_file, read_text, require_new_folder
 from captioning.image_index import ImageIndex, walk_files
-from captioning.merging import merge_datasets
 from captioning.reports import Report
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
 from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
@@ -35,7 +34,7 @@ Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTI
 
 
 def _source_folder(source: Path) -> Path:
-    if not os.path.exists(source):  # unlike Path.exists, False for a name that no file can have, too
+    if not os.path.exists(source):  # unlike Path.exists, also False for a name that no file can have
         raise InputError(f"{source} does not exist; name the folder that the data set was unpacked into.")
     return source if source.is_dir() else source.parent
 
@@ -82,13 +81,13 @@ def import_flickr(
     texts = [path for path in walk_files(folder) if path.suffix.lower() in (".txt", ".csv", ".token")]
     table = _flickr_captions(folder, texts) if source.is_dir() else source
     captions: dict[str, list[str]] = {}
-    splits: dict[str, tuple[str, str]] = {}  # image name -> the line that gives it a split, and the split
+    splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
     for row in (read_token_file if ".token" in table.name else read_table)(table, encoding):
         captions.setdefault(row.image, []).extend(_captions(row, report))
         if row.split:
             set_split(splits, row.image, row.where, row.split)
     index = ImageIndex(_source_folder(images or folder))
-    # A bare name does not say in which folder, unless --images names the one that holds the images directly.
+    # A name is searched in all subfolders, unless --images names the folder that holds the images directly.
     anywhere = images is None or not index.holds_any(captions)
 
     split_files = [path for path in texts if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)]
@@ -106,13 +105,13 @@ def import_flickr(
             rows[key] = Row(where, name, captions[name], split)
         elif split:
             raise InputError(f"{where}: {name} is not under {index.folder}.")
-        else:  # Flickr8k's captions name one that was never part of it (2258277193_586949ec62.jpg.1)
+        else:  # Flickr8k has captions of an image that is not part of it (2258277193_586949ec62.jpg.1)
             report.add(f"captioned image{{s}} not under {index.folder}", name)
     _write(_name_images(rows, index), table, destination, report)
 
 
 def _name_images(rows: dict[str, Row], index: ImageIndex) -> list[SourceImage]:
-    """The images of rows by their keys in the index; the name is the file's alone, unless another image has that."""
+    """Build the images of rows by their keys in the index; file names are kept if they are unique in their split."""
     names = Counter((row.split, key.rpartition("/")[2]) for key, row in rows.items())
     images = []
     for key, row in rows.items():
@@ -256,9 +255,9 @@ def import_folder(
 
 
 def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
-    """The captions of a folder's tables, else of .txt files next to its images, else of its .json file.
+    """Read the captions of a folder's tables, else of .txt files next to its images, else of its .json file.
 
-    Also returns what an image has there: "row" or ".txt file".
+    Also returns where an image's captions are: "row" or ".txt file".
     """
     files = list(walk_files(folder))
     tables = _find_tables(folder, files, TABLE_SUFFIXES)
@@ -266,12 +265,12 @@ def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: 
     tables = tables or ([] if rows else _find_tables(folder, files, (".json",)))
     if not rows and not tables:
         suffixes = ", ".join(TABLE_SUFFIXES)
-        raise InputError(f"{folder} holds no table of captions ({suffixes}, .json) and no .txt file beside an image.")
+        raise InputError(f"{folder} holds no table of captions ({suffixes}, .json) and no .txt file next to an image.")
     return (rows, ".txt file") if rows else (_read_tables(tables, folder, encoding), "row")
 
 
 def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """Hugging Face's metadata files, at most one a folder, or the one table that is in `folder` itself."""
+    """Find Hugging Face's metadata files, at most one per folder, or the only table directly in `folder`."""
     tables = [path for path in files if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
     if not any(path.parent == folder for path in tables):
         others = [path for path in files if path.parent == folder and path.suffix.lower() in suffixes]
@@ -286,12 +285,12 @@ def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> 
 
 
 def _read_tables(tables: list[Path], folder: Path, encoding: str | None) -> list[Row]:
-    """The rows of all tables, their images' paths below `folder`."""
+    """Read the rows of all tables, with the images' paths relative to `folder`."""
     rows = []
     for table in tables:
-        inside = table.parent.relative_to(folder).as_posix()
+        parent = table.parent.relative_to(folder).as_posix()
         for row in read_table(table, encoding):
-            row.image = row.image if inside == "." else os.path.join(inside, row.image)
+            row.image = row.image if parent == "." else os.path.join(parent, row.image)
             rows.append(row)
     return rows
 
@@ -299,11 +298,11 @@ def _read_tables(tables: list[Path], folder: Path, encoding: str | None) -> list
 def _read_text_files(
     folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
 ) -> list[Row]:
-    """The captions in .txt files, one a line, of images that are called like them."""
+    """Read the captions of images from .txt files of the same name, one per line."""
     texts: dict[Path, Path] = {}
     for path in (path for path in files if path.suffix.lower() == ".txt"):
         if texts.setdefault(path.with_suffix(".txt"), path) is not path:
-            raise InputError(f"{texts[path.with_suffix('.txt')]} and {path} are of one image; keep one of the two.")
+            raise InputError(f"{texts[path.with_suffix('.txt')]} and {path} are for one image; keep one of the two.")
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():
@@ -311,7 +310,7 @@ def _read_text_files(
         if text is None:
             continue
         if text in owners:
-            raise InputError(f"{text} may be of {owners[text]} or of {path}; keep one of the two.")
+            raise InputError(f"{text} may be of {owners[text]} or of {path}; keep one of the two images.")
         owners[text] = path
         lines = read_text(text, encoding, ENCODING_ADVICE).strip("\n").split("\n")
         rows += [
@@ -331,13 +330,15 @@ def _read_text_files(
 def merge(sources: Sources, destination: Destination) -> None:
     """Merge data sets in COCO's layout into one, split by split.
 
-    Image names are prefixed with the name of their data set's folder. Image ids that occur twice are
-    changed; captions are not.
+    The name of its data set's folder is prepended to an image's name. Image ids that occur twice are changed; captions
+    are not.
 
     Args:
         sources: Two or more data sets, with or without a year in the names of their files.
         destination: The data set to write; it must not exist yet, or be empty.
     """
+    from captioning.merging import merge_datasets  # imports NLTK, which takes half a second
+
     merge_datasets(list(sources), destination)
 
 
@@ -347,12 +348,12 @@ def import_weights(
     vocab: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VOCAB")],
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
 ) -> None:
-    """Convert weights and vocabulary of a training by the original recipe's code to a model's folder.
+    """Convert weights and vocabulary trained with the original recipe's code to a model folder.
 
     Args:
-        encoder: Its encoder-<i>.pkl.
-        decoder: Its decoder-<i>.pkl.
-        vocab: The vocab.pkl of the same training.
+        encoder: The encoder-<i>.pkl.
+        decoder: The decoder-<i>.pkl of the same run.
+        vocab: The vocab.pkl of the same run.
         folder: The model to write; it must not exist yet, or be empty.
     """
     from captioning.original_weights import convert_weights  # imports torch, which takes seconds
@@ -378,7 +379,7 @@ def average(
 
 
 def main() -> None:
-    """The command line: one subcommand an importer."""
+    """Run the command line, which has a subcommand for each importer."""
     tyro.extras.subcommand_cli_from_dict(
         {
             "flickr8k": import_flickr,
@@ -389,7 +390,7 @@ def main() -> None:
             "weights": import_weights,
             "average": average,
         },
-        description="Turn other data sets and weights into this project's layouts; average the epochs of a model.",
+        description="Convert other data sets and weights to this project's layouts, or average the epochs of a model.",
         config=(tyro.conf.DisallowNone,),
     )
 

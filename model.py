@@ -103,7 +103,7 @@ class EncoderCNN(nn.Module):
         return cells if self.grid else cells.mean(1)
 
     def run_backbone(self, images: Tensor) -> Tensor:
-        """Normalized images (B, 3, H, W) -> the backbone's last features, in the layout of its family."""
+        """Compute the last features of normalized images (B, 3, H, W), in the layout of the backbone's family."""
         run = self.network[:-1] if isinstance(self.network, nn.Sequential) else self.network.forward_features
         return run(images)
 
@@ -136,7 +136,7 @@ class EncoderCNN(nn.Module):
         self.embed.bias.copy_((self.embed.bias - mean) / std)
 
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
-        """A copy for inference only: batch norms folded into the convolutions before them, the backbone in `dtype`."""
+        """Return an inference-only copy: batch norms folded into the preceding convolutions, backbone in `dtype`."""
         folded = copy.deepcopy(self).eval().requires_grad_(False)
         fold_batch_norms(folded.network)
         folded.network.to(dtype=dtype, memory_format=torch.channels_last)
@@ -152,24 +152,24 @@ def init_forget_bias(lstm: nn.LSTM) -> None:
 
 
 class DecoderModule(nn.Module):
-    """What training, decoding and export need of a decoder.
+    """The interface of a decoder for training, decoding and export.
 
     An image is a grid of cells (cells, embed_size) for a decoder that attends, else one vector (embed_size).
     """
 
     attends: bool  # if so, the last tensor of a state is the attention over the cells
-    embed: nn.Embedding  # of the words
+    embed: nn.Embedding  # the word embedding
     linear: nn.Linear  # the output layer
 
     def unroll(
-        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, image_of_caption: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Run the decoder over whole captions: the output layer's input for each token, given the tokens before it.
 
         Args:
             features: (P, embed_size) or (P, cells, embed_size), the embedded images.
             captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
-            row: (B,) each caption's row in `features`, or None where caption i belongs to image i.
+            image_of_caption: (B,) index into `features` of each caption's image; None if caption i belongs to image i.
 
         Returns the output layer's inputs (tokens, H) in the order of `pack`, for all tokens or, if the decoder attends,
         those after `<start>`; and each caption's summed attention (B, cells), in the same order, or None.
@@ -177,7 +177,7 @@ class DecoderModule(nn.Module):
         raise NotImplementedError
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """The state before `<start>`, given the embedded images."""
+        """Return the state before `<start>`, given the embedded images."""
         raise NotImplementedError
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -185,7 +185,7 @@ class DecoderModule(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The logits of `unroll`'s tokens: (B, T or T - 1, vocab_size), or packed if `lengths` is given."""
+        """Return the logits of `unroll`'s tokens: (B, T or T - 1, vocab_size), or packed if `lengths` is given."""
         logits = self.linear(self.unroll(features, captions, lengths)[0])
         return logits.unflatten(0, (-1, len(captions))).transpose(0, 1) if lengths is None else logits
 
@@ -212,11 +212,11 @@ class DecoderRNN(DecoderModule):
         init_forget_bias(self.lstm)
 
     def unroll(
-        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, image_of_caption: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """Run the LSTM over whole captions, without a step on padding."""
-        if row is not None:
-            features = features.index_select(0, row)  # unlike features[row], its gradient is deterministic
+        if image_of_caption is not None:
+            features = features.index_select(0, image_of_caption)  # deterministic gradient, unlike indexing
         words = self.dropout(self.embed(captions[:, :-1]))
         inputs = torch.cat([features[:, None], words], 1)  # (B, T, E): the image, <start>, words
         packed, _ = pack_sequences(inputs, lengths)
@@ -235,7 +235,7 @@ class DecoderRNN(DecoderModule):
 
     @torch.no_grad()
     def sample(self, features: Tensor, max_len: int = 20) -> list[list[int]]:
-        """Decode a batch greedily as the original recipe does: (B, embed_size) -> at most `max_len` tokens an image.
+        """Decode a batch greedily as the original recipe does: (B, embed_size) -> up to `max_len` tokens per image.
 
         The input is the image; a trained model predicts `<start>` first (`decoding.greedy` feeds it) and `<end>` last.
         """
@@ -297,12 +297,12 @@ class AttentionDecoder(DecoderModule):
         return self.linear(hidden), state
 
     def unroll(
-        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, image_of_caption: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run the LSTM over whole captions; the summed attention is for the doubly stochastic loss (equation 14)."""
         words = self.dropout(self.embed(captions[:, :-1]))
         packed, order = pack_sequences(words, None if lengths is None else lengths - 1)
-        order = order if row is None else row.index_select(0, order)
+        order = order if image_of_caption is None else image_of_caption.index_select(0, order)
         state = tuple(x.index_select(0, order) for x in self.init_state(features))
         hidden, attention = [], features.new_zeros(len(captions), features.shape[1], dtype=torch.float32)
         for step_words in packed.data.split(packed.batch_sizes.tolist()):  # finished captions are the last rows
@@ -353,7 +353,7 @@ class TransformerLayer(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
 
     def attention(self, query: Tensor, image: Tensor) -> Tensor:
-        """The mean weights of the cross-attention's heads: (B, T, size), (B, cells, 2 * size) -> (B, T, cells)."""
+        """Average the cross-attention over its heads: (B, T, size), (B, cells, 2 * size) -> (B, T, cells)."""
         query, key = self.split_heads(query), self.split_heads(image.chunk(2, 2)[0])
         return (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).float().softmax(3).mean(1)
 
@@ -366,7 +366,7 @@ class TransformerDecoder(DecoderModule):
     """
 
     attends = True
-    max_positions = 64  # learned; later words share the last one
+    max_positions = 64  # positions beyond it share the last embedding
 
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
         super().__init__()
@@ -403,10 +403,10 @@ class TransformerDecoder(DecoderModule):
         attention = self.layers[-1].attention(query, image[:, :, -1])[:, 0]  # pyright: ignore[reportCallIssue]
         return self.linear(self.norm(x[:, 0])), (torch.stack(key_values, 2), image, attention)
 
-    def hidden(self, features: Tensor, words: Tensor, row: Tensor | None = None) -> Tensor:
-        """The output layer's input: (P, cells, E), (B, T) -> (B, T, E); `row` as in `unroll`."""
+    def hidden(self, features: Tensor, words: Tensor, image_of_caption: Tensor | None = None) -> Tensor:
+        """Return the output layer's input: (P, cells, E), (B, T) -> (B, T, E); `image_of_caption` as in `unroll`."""
         _, image, _ = self.init_state(features)  # keys and values are computed once per image
-        image = image if row is None else image.index_select(0, row)
+        image = image if image_of_caption is None else image.index_select(0, image_of_caption)
         positions = torch.arange(words.shape[1], device=words.device).clamp(max=self.max_positions - 1)
         x = self.dropout(self.embed(words) + self.position(positions))
         for i, layer in enumerate(self.layers):
@@ -414,14 +414,14 @@ class TransformerDecoder(DecoderModule):
         return self.norm(x)
 
     def unroll(
-        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, row: Tensor | None = None
+        self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, image_of_caption: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """Run the transformer over whole captions at once; its attention is not recorded."""
-        hidden = self.hidden(features, captions[:, :-1], row)
+        hidden = self.hidden(features, captions[:, :-1], image_of_caption)
         return pack_sequences(hidden, None if lengths is None else lengths - 1)[0].data, None
 
     def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The logits of the tokens after `<start>`; without `lengths` nothing is packed, so that it can be traced."""
+        """Return the logits of the tokens after `<start>`, unpacked without `lengths`, so that it can be traced."""
         if lengths is not None:
             return super().forward(features, captions, lengths)
         return self.linear(self.hidden(features, captions[:, :-1]))

@@ -1,4 +1,4 @@
-"""Draw the sample data set: scenes with five captions each, laid out on disk as COCO is.
+"""Draw the sample data set: scenes with five captions each, in COCO's layout.
 
 python scenes.py data/scenes --train 4000 --val 500 --test 500 --seed 0
 """
@@ -21,7 +21,7 @@ def main(
     test: int = 500,
     seed: int = 0,
 ) -> None:
-    """Draw the sample data set: pictures with five captions each, laid out as COCO is.
+    """Draw the sample data set: pictures with five captions each, in COCO's layout.
 
     Args:
         out: the folder to draw into.

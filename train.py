@@ -27,7 +27,7 @@ from captioning.config import (
     DataOptions,
     DeviceOptions,
     ModelOptions,
-    Objective,
+    ObjectiveName,
     OptimizationOptions,
     ResumedConfig,
     TrainingConfig,
@@ -44,7 +44,7 @@ __all__ = ["TrainingConfig", "main", "resumed_config", "train"]
 
 @dataclass
 class RunOptions:
-    """Where the training starts."""
+    """What the run starts from."""
 
     config: Path | None = None  # recipe to start from: a TOML file such as configs/scenes.toml
     resume: Path | None = None  # model folder of the run to resume
@@ -64,7 +64,7 @@ class CommandOptions:
 
 
 def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
-    """The options of a command line; their defaults are those of its recipe, or of the run that it resumes."""
+    """Parse the options of a command line; the defaults are those of its recipe, or of the run that it resumes."""
     values: dict[str, Any] = {"default": grouped(starting_values(arguments))}
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     options = tyro.cli(CommandOptions, prog="train.py", description=__doc__, args=arguments, config=flat, **values)
@@ -80,14 +80,15 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
 
 
 def starting_values(arguments: list[str]) -> dict[str, Any]:
-    """The options' defaults that --config or --resume sets."""
+    """Read the defaults that --config or --resume sets."""
     split = (argument.split("=", 1) if argument.startswith("--") else [argument] for argument in arguments)
     given = dict(itertools.pairwise(itertools.chain.from_iterable(split)))
     if "--config" in given and "--resume" in given:
         raise InputError("--config starts a run and --resume continues one with its own options; give one of them.")
     if "--resume" in given:
         objective = given.get("--objective")
-        return vars(resumed_config(Path(given["--resume"]), objective if objective in get_args(Objective) else None))
+        objective = objective if objective in get_args(ObjectiveName) else None
+        return vars(resumed_config(Path(given["--resume"]), objective))
     if "--config" in given:
         recipe, names = load_config(given["--config"]), read_recipe(given["--config"])
         require_effect(recipe, names)
@@ -96,7 +97,7 @@ def starting_values(arguments: list[str]) -> dict[str, Any]:
 
 
 def grouped(values: dict[str, Any]) -> CommandOptions:
-    """The options in their groups, with these values as defaults."""
+    """Build the groups of options, with these values as defaults."""
 
     def fill(group: type) -> Any:
         return group(**{x.name: values[x.name] for x in dataclasses.fields(group) if x.name in values})

@@ -1,4 +1,4 @@
-"""Vocabulary: tokenizes captions, and maps words to indices and back."""
+"""Tokenize captions, and convert words to indices and back."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Vocabulary:
         words = [word for word, count in counts.items() if count >= threshold and word not in SPECIAL_WORDS]
         if not words:
             raise InputError(
-                f"no word occurs {threshold} times in the captions; lower --vocab-threshold (the commonest "
+                f"no word occurs {threshold} times in the captions; lower --vocab-threshold (the most common "
                 f"occurs {max(counts.values(), default=0)} times)."
             )
         return cls(SPECIAL_WORDS + words)
@@ -97,18 +97,18 @@ class Vocabulary:
         return _DETOKENIZER.detokenize(self.tokens(indices))
 
     def save(self, path: str | Path) -> None:
-        """Write the words as a JSON list, whole or not at all; raises `InputError` where that is impossible."""
+        """Write the words as a JSON list, atomically; raises `InputError` where that is impossible."""
         path = Path(path)
         content = json.dumps(self.words, ensure_ascii=False, indent=0).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{path.parent} cannot be made ({error.strerror}).") from None
+            raise InputError(f"{path.parent} cannot be created ({error.strerror}).") from None
         write_file(path, lambda file: file.write(content))
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a vocabulary that `save` has written; raises `InputError` where it is missing or not one."""
+        """Read a vocabulary written by `save`; raises `InputError` where it is missing or not a vocabulary."""
         require_regular(path)
         try:
             return cls(json.loads(Path(path).read_bytes()))

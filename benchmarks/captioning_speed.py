@@ -30,11 +30,11 @@ CAN_QUANTIZE = not GPU and all(map(find_spec, ("onnx", "onnxruntime", "onnxscrip
 
 @dataclass
 class Model:
-    """A captioner and the encoder that it was made from, in float32 with its batch norms unfolded."""
+    """A captioner and the encoder that it was built from, in float32 with its batch norms unfolded."""
 
     captioner: Captioner
     encoder: EncoderCNN
-    quantized: Captioner | None  # the same in 8-bit integers, on a CPU with onnxruntime
+    quantized: Captioner | None  # the captioner in 8-bit integers, on a CPU with onnxruntime
 
     @property
     def image_size(self) -> int:
@@ -43,8 +43,8 @@ class Model:
 
 
 def measure_captioning(material: Material, model: Path) -> dict[str, Any]:
-    """Images/s from file to sentence of the recipe and the project, and how fast each backbone could be at most."""
-    settings, some = material.settings, material.paths[: material.settings.recipe_photos]
+    """Measure images/s from file to caption of the recipe and the project, and the limits that the backbones set."""
+    settings, some = material.settings, material.paths[: material.settings.recipe_images]
     models = load_models(material, model)
     caption_plainly = build_recipe(material, models[RESNET])
     turns: dict[str, Callable[[], int]] = {"recipe": lambda: len([caption_plainly(path) for path in some])}
@@ -78,27 +78,27 @@ def measure_captioning(material: Material, model: Path) -> dict[str, Any]:
 
 
 def load_models(material: Material, folder: Path) -> dict[str, Model]:
-    """The trained model with its ResNet-50, and its decoder behind an EfficientNet-Lite2."""
+    """Load the trained model with its ResNet-50, and its decoder with an EfficientNet-Lite2."""
     if not CAN_QUANTIZE:
-        log("no captioning in 8-bit integers is measured: it takes a CPU, onnx, onnxruntime and onnxscript")
+        log("captioning in 8-bit integers is not measured, as it needs a CPU, onnx, onnxruntime and onnxscript")
     encoder, decoder, vocab, description = checkpoint.load_model(folder)
     preprocessing = preprocessing_of(LITE, material.settings.lite_image_size)
     lite = EncoderCNN(encoder.embed.out_features, LITE).eval()
     images = ImageDataset(material.paths, build_pixel_transform(preprocessing))
-    with torch.no_grad():  # so that the decoder's inputs have the scale it knows
+    with torch.no_grad():  # so that the decoder's inputs have the scale that it was trained with
         lite.standardize(lite.features(torch.stack([images[i] for i in range(min(STANDARDIZED_ON, len(images)))])))
     other = description.model_copy(update={"preprocessing": preprocessing})
     return {RESNET: build_model(encoder, decoder, vocab, description), LITE: build_model(lite, decoder, vocab, other)}
 
 
 def build_model(encoder: EncoderCNN, *rest: Any) -> Model:
-    """The captioner of an encoder in the precision that is chosen by itself and, where it can be had, in 8 bits."""
+    """Build the captioner of an encoder with the precision "auto" and, if possible, in 8-bit integers."""
     quantized = Captioner(encoder, *rest, precision="int8") if CAN_QUANTIZE else None
     return Model(Captioner(encoder, *rest), encoder, quantized)
 
 
 def build_recipe(material: Material, model: Model) -> Callable[[Path], str]:
-    """The recipe's captioning of one image, with the model's weights."""
+    """Build the recipe's function that captions one image, with the model's weights."""
     annotations, images = material.data / "annotations" / "captions_val.json", material.data / "images" / "val"
     words, decoder = material.vocab.words, model.captioner.decoder
     plain = recipe.Captions(annotations, images, words=words, image_size=model.image_size)
@@ -111,7 +111,7 @@ def build_recipe(material: Material, model: Model) -> Callable[[Path], str]:
 
 
 def backbone_turns(model: Model, material: Material) -> dict[str, Callable[[], int]]:
-    """The functions to time for a backbone, by the rate's name: captioning, and its parts alone."""
+    """Return the functions to time for a backbone, by the rate's name: captioning, and its parts alone."""
     captioner, paths, workers = model.captioner, material.paths, material.settings.workers
     dtype, times = fast_dtype(DEVICE), 20 if GPU else 5
     backbone = copy.deepcopy(model.encoder.network).to(DEVICE, dtype, memory_format=torch.channels_last).eval()

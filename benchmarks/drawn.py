@@ -1,4 +1,4 @@
-"""Photos and captions to measure speed on: drawn at COCO's sizes, with COCO's statistics."""
+"""Images and captions for the benchmarks, drawn with COCO's sizes and statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES, SIZE_SHARES = ((640, 480), (640, 427), (480, 640), (500, 375), (427, 640)
 
 
 def draw_images(folder: Path, count: int) -> list[Path]:
-    """Draw photos of COCO's sizes in pixels and, with noise, its sizes in bytes."""
+    """Draw images of COCO's sizes in pixels and, with noise, its sizes in bytes."""
     folder.mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
         return list(pool.map(partial(_draw_image, folder), range(count), chunksize=8))
@@ -37,9 +37,9 @@ def _draw_image(folder: Path, index: int) -> Path:
 
 
 def draw_captions(count: int, seed: int = 0) -> list[str]:
-    """Captions of made-up words, with the lengths and the word frequencies of COCO's.
+    """Draw captions of made-up words, with the lengths and the word frequencies of COCO's captions.
 
-    Of 414,113 captions some 9,000 words occur five times or more.
+    In 414,113 captions, about 9,000 words occur five times or more.
     """
     rng = np.random.default_rng(seed)
     rank = np.arange(1, 60_001)
@@ -54,7 +54,7 @@ def draw_captions(count: int, seed: int = 0) -> list[str]:
 
 
 def _word(index: int) -> str:
-    """The index in syllables, frequent words the shorter ones: bab, bad, ... babeb, ..."""
+    """Write an index in syllables, so that frequent words are shorter: bab, bad, babeb."""
     consonants, vowels = "bdfgklmnprstvz", "aeiou"
     index, last = divmod(index + 900, len(consonants))
     syllables = consonants[last]
@@ -65,7 +65,7 @@ def _word(index: int) -> str:
 
 
 def write_annotations(path: Path, names: list[str], captions: list[str]) -> None:
-    """Write a caption file with the fields that COCO's has; captions go round the photos."""
+    """Write a caption file with COCO's fields; caption i belongs to image i modulo the number of images."""
     host = "http://images.example.org"
     images = [
         {

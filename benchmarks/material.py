@@ -1,4 +1,4 @@
-"""What speed is measured on: images, a data set with a vocabulary of COCO's size, weights, and how much of each."""
+"""The material of the speed benchmark: images, a data set with a vocabulary of COCO's size, and weights."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from captioning.images import WORKERS, ImageDataset, build_transform
 from captioning.training import TrainingConfig
 from vocabulary import Vocabulary
 
-VAL_IMAGES = 16  # a few, so that the project can validate: the recipe does not
+VAL_IMAGES = 16  # validation images; the project validates, the recipe does not
 
 
 @dataclass
 class Settings:
     """What is measured, and how much of it."""
 
-    photos: Path | None = None  # a folder of real images; drawn ones by default
-    count: int = 4096 if GPU else 384  # images at most, each with five captions
-    image_size: int = 224  # of the square that ResNet-50 and the peer take
-    lite_image_size: int | None = None  # of the square that EfficientNet-Lite2 takes; by default its own
-    recipe_steps: int = 20 if GPU else 4  # training steps of the recipe and the peer that are timed; all take as long
-    recipe_photos: int = 128 if GPU else 24  # images that the recipe captions
-    decoder_steps: int = 60 if GPU else 8  # training steps of each decoder that are timed
-    decoder_images: int = 20_000 if GPU else 2_000  # with five captions each, in the data set of those steps
-    repeats: int = 3  # of every measurement but the latencies and the recipe's start-up; the best counts
-    start_up_photos: int = drawn.IMAGES  # of the simulated data set
-    start_up_captions: int = drawn.CAPTIONS
+    images: Path | None = None  # folder of real images; by default, images are drawn
+    count: int = 4096 if GPU else 384  # maximum number of images, each with five captions
+    image_size: int = 224  # side of the input of ResNet-50 and the peer, in pixels
+    lite_image_size: int | None = None  # side of the input of EfficientNet-Lite2, in pixels; its own by default
+    recipe_steps: int = 20 if GPU else 4  # timed training steps of the recipe and the peer; all steps take equally long
+    recipe_images: int = 128 if GPU else 24  # images that the recipe captions
+    decoder_steps: int = 60 if GPU else 8  # timed training steps of each decoder
+    decoder_images: int = 20_000 if GPU else 2_000  # images of the data set for these steps, with five captions each
+    repeats: int = 3  # of every measurement except the latencies and the recipe's start-up; the best counts
+    start_up_images: int = drawn.IMAGES  # images of the simulated data set
+    start_up_captions: int = drawn.CAPTIONS  # captions of the simulated data set
     workers: int = WORKERS  # processes that read images for the project and the peer
-    results: Path = Path("benchmarks/results")  # where the JSON is written
+    results: Path = Path("benchmarks/results")  # folder for the JSON file
     figure: Path = Path("images/speed.png")
 
 
 @dataclass
 class Material:
-    """The images at `paths`, also a data set in `data`, and a ResNet-50 in the file `weights`; all in `folder`."""
+    """The images at `paths`, a data set of them in `data`, and a ResNet-50 in the file `weights`; all in `folder`."""
 
     settings: Settings
     folder: Path
@@ -52,7 +52,7 @@ class Material:
     weights: Path
 
     def configure(self, **fields: Any) -> TrainingConfig:
-        """A training by the defaults of train.py, but of a frozen backbone from a file."""
+        """Configure a training run with the defaults of train.py, but with a frozen backbone from a file."""
         defaults = {
             "data": self.data,
             "name": "speed",
@@ -76,17 +76,17 @@ def prepare(settings: Settings, folder: Path) -> Material:
 
 
 def choose_images(settings: Settings, folder: Path) -> list[Path]:
-    """The images to train on and to caption."""
-    if settings.photos is None:
-        return drawn.draw_images(folder / "photos", settings.count)
-    paths = [path for path in find_images([settings.photos]) if isinstance(path, Path)][: settings.count]
+    """Draw or find the images to train on and to caption."""
+    if settings.images is None:
+        return drawn.draw_images(folder / "drawn", settings.count)
+    paths = [path for path in find_images([settings.images]) if isinstance(path, Path)][: settings.count]
     if len(paths) <= VAL_IMAGES:
-        raise InputError(f"{settings.photos} holds {len(paths)} photos; more than {VAL_IMAGES} are needed.")
+        raise InputError(f"{settings.images} holds {len(paths)} images; more than {VAL_IMAGES} are needed.")
     return [path.resolve() for path in paths]
 
 
 def make_data_set(folder: Path, paths: list[Path]) -> tuple[Path, Vocabulary]:
-    """The images with five captions each as a data set, and a vocabulary of COCO's size."""
+    """Make a data set of the images with five captions each, and a vocabulary of COCO's size."""
     captions = drawn.draw_captions(drawn.CAPTIONS)
     vocab = Vocabulary.build(captions, 5)
     vocab.save(folder / "vocab.json")
@@ -100,7 +100,7 @@ def make_data_set(folder: Path, paths: list[Path]) -> tuple[Path, Vocabulary]:
 
 
 def make_empty_data_set(folder: Path, images: int) -> Path:
-    """A data set of empty files with five captions each, for trainings on made-up features."""
+    """Make a data set of empty files with five captions each, for training runs on made-up features."""
     for split, count in (("train", images), ("val", VAL_IMAGES)):
         names = [f"{i:012d}.jpg" for i in range(count)]
         (folder / "images" / split).mkdir(parents=True)
@@ -112,7 +112,7 @@ def make_empty_data_set(folder: Path, images: int) -> Path:
 
 
 def make_weights(path: Path, paths: list[Path], image_size: int) -> Path:
-    """A random ResNet-50 with batch norms fitted to the images, so that features have a usual scale."""
+    """Write a random ResNet-50 with batch norms fitted to the images, so that features have a usual scale."""
     torch.manual_seed(0)
     backbone = resnet50(weights=None).train()
     for module in backbone.modules():

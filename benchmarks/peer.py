@@ -1,7 +1,8 @@
 """A peer: the encoder-decoder of Hugging Face's `transformers`, with random weights, on the same images and captions.
 
-A ViT-S/16 (384 channels, 12 layers) and a GPT-2 of 6 layers of the same width, over the data set's words. It reads
-images as the project does, and its encoder is frozen as the recipe's is but runs for every caption. Both flatter it.
+A ViT-S/16 (384 channels, 12 layers) and a GPT-2 of 6 layers of the same width, over the data set's words. Two choices
+make the peer faster: it reads images like the project, and its encoder is frozen. As in the recipe, the encoder runs
+for every caption.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from data_loader import CaptionDataset
 from vocabulary import END, START
 
 WIDTH, HEADS, ENCODER_LAYERS, DECODER_LAYERS = 384, 6, 12, 6
-LENGTH = 11  # words that it writes: a caption's mean, for with random weights it would not end by itself
+LENGTH = 11  # words of a caption, the mean of the data set, as captions of random weights do not end
 
 
 def measure_peer(material: Material, training_rate: float, captioning_rate: float) -> dict[str, float] | None:
-    """Captions/s in training and images/s in captioning; None where transformers is not installed.
+    """Measure captions/s in training and images/s in captioning; returns None if transformers is not installed.
 
-    training_rate, captioning_rate: the project's, which the ratios are of.
+    training_rate, captioning_rate: the project's rates, for the ratios.
     """
     if find_spec("transformers") is None:
         log("transformers is not installed, so no peer is measured")
@@ -55,7 +56,7 @@ def measure_peer(material: Material, training_rate: float, captioning_rate: floa
 
 
 def build_peer(words: int, image_size: int) -> Any:
-    """A VisionEncoderDecoderModel with random weights, its encoder frozen."""
+    """Build a VisionEncoderDecoderModel with random weights and a frozen encoder."""
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
     torch.manual_seed(0)
@@ -73,14 +74,14 @@ def build_peer(words: int, image_size: int) -> Any:
 def read_pixels(
     material: Material, paths: Sequence[Path], batches: Iterable[list[int]], train: bool
 ) -> Iterator[Tensor]:
-    """Batches of images as the ViT takes them, (B, 3, H, W) from -1 to 1."""
+    """Yield batches of images for the ViT, (B, 3, H, W) from -1 to 1."""
     images = ImageDataset(paths, build_transform(train, material.settings.image_size, normalize=False))
     for _, pixels in read_batches(images, batches, material.settings.workers):
         yield pixels.to(DEVICE, non_blocking=True).float() / 127.5 - 1
 
 
 def train_peer(peer: Any, material: Material) -> Iterator[int]:
-    """Train on random captions; yields how many each step had."""
+    """Train on random captions; yields the number of captions of each step."""
     settings = material.settings
     data = CaptionDataset(material.data, "train", None, material.vocab, cache=material.folder / "cache-peer")
     optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
@@ -102,7 +103,7 @@ def train_peer(peer: Any, material: Material) -> Iterator[int]:
 
 @torch.inference_mode()
 def caption_with_peer(peer: Any, material: Material, paths: Sequence[Path]) -> list[str]:
-    """The greedy captions of images, in batches."""
+    """Caption images greedily, in batches."""
     batches = [list(range(i, min(i + BATCH, len(paths)))) for i in range(0, len(paths), BATCH)]
     options = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "num_beams": 1, "do_sample": False}
     tokens = {"decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": END}

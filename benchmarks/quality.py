@@ -1,10 +1,10 @@
-"""The captions' scores after equally many epochs of the plain recipe and this project, on one frozen backbone.
+"""Scores of the plain recipe and of this project after the same number of epochs, on the same frozen backbone.
 
     python -m benchmarks.quality        on the sample data set, drawn by `python scenes.py data/scenes`
 
-The recipe trains as `recipe.py` does, in batches of 32; the project by its defaults, and by configs/scenes.toml, whose
-backbone and image size all three have. Each captions the validation split greedily. Prints a table and writes it to
-benchmarks/results/quality.json.
+The recipe trains as `recipe.py` does, in batches of 32; the project trains with its defaults, and with
+configs/scenes.toml. All three have the backbone and the image size of configs/scenes.toml, and caption the validation
+split greedily. Prints a table and writes it to benchmarks/results/quality.json.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from data_loader import CaptionDataset, find_split
 from evaluate import evaluate, score_attributes
 from model import EncoderCNN
 
-EMBED_SIZE, HIDDEN_SIZE = 256, 512  # the recipe's, and the project's by default
+EMBED_SIZE, HIDDEN_SIZE = 256, 512  # of the recipe; the project has the same defaults
 
 
 @dataclass
 class Settings:
     """What is trained, and for how long."""
 
-    config: Path = Path("configs/scenes.toml")  # a recipe of train.py, with the backbone and the image size of all
-    data: Path | None = None  # data set folder; by default the config's
+    config: Path = Path("configs/scenes.toml")  # recipe of train.py; its backbone and image size are those of all runs
+    data: Path | None = None  # data set folder; that of the config by default
     epochs: int = 3
-    results: Path = Path("benchmarks/results")
+    results: Path = Path("benchmarks/results")  # folder for the JSON file
 
 
 def caption_plainly(config: TrainingConfig, val: CaptionDataset) -> dict[int, str]:
-    """Train the plain recipe on the config's backbone; returns its caption of each validation image."""
+    """Train the plain recipe on the config's backbone; returns its captions of the validation images, by image id."""
     torch.manual_seed(0)
     annotations, images = find_split(config.data, "train", config.cache)
     inputs = config.preprocessing
@@ -67,7 +67,7 @@ def caption_plainly(config: TrainingConfig, val: CaptionDataset) -> dict[int, st
 
 
 def caption_with(config: TrainingConfig, val: CaptionDataset) -> dict[int, str]:
-    """Train the project; returns its caption of each validation image."""
+    """Train the project; returns its captions of the validation images, by image id."""
     with TemporaryDirectory() as models:
         config.models = Path(models)
         return evaluate(Captioner.load(train(config)), val, Decoding(), java=False).hypotheses()

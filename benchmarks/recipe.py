@@ -1,12 +1,12 @@
-"""The plain recipe, written anew from its description: what this project is measured against.
+"""The plain recipe, reimplemented from its description: the baseline that this project is measured against.
 
-A frozen ResNet-50 runs in float32 for every caption of every epoch. Each step draws a caption length at
-random, then captions of that length; the photo of each is opened, resized, cropped and normalized by itself
-in the main process. The vocabulary is counted by tokenizing every caption with NLTK, one at a time, and all
-captions are tokenized a second time for their lengths. Photos are captioned one by one.
+A frozen ResNet-50 runs in float32 for every caption of every epoch. Each step draws a caption length at random, then
+captions of that length; their images are opened, resized, cropped and normalized one by one in the main process. The
+vocabulary is counted by tokenizing every caption with NLTK, one at a time, and all captions are tokenized a second
+time for their lengths. Images are captioned one by one.
 
-Two things flatter it a little: batch norms use their stored statistics in training, which is faster than
-gathering them, and NLTK is spared its search for sentences, which needs a download.
+Two differences make it slightly faster than the original: batch norms use their stored statistics in training instead
+of computing them, and NLTK does not split captions into sentences, which needs a download.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ SPECIAL_WORDS = ["<start>", "<end>", "<unk>"]
 
 
 def words_of(caption: str) -> list[str]:
-    """The caption's tokens, as NLTK finds them."""
+    """Split a caption into NLTK's tokens."""
     return word_tokenize(str(caption).lower(), preserve_line=True)
 
 
 class Captions(Dataset):
-    """Photos and captions; an item is (photo (3, size, size), caption (length,)).
+    """Images and captions; an item is (image (3, size, size), caption (length,)).
 
-    `threshold` is how often a word must occur; with `words` that list is the vocabulary instead. `mean` and `std` are
-    those that the backbone's images are normalized by.
+    `threshold` is the minimum count of a word in the vocabulary; with `words`, that list is the vocabulary instead.
+    `mean` and `std` normalize the images.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Captions(Dataset):
         return image, torch.tensor([0, *tokens, 1])
 
     def draw(self, batch_size: int) -> list[int]:
-        """Captions for one step, all of the length that one drawn at random has."""
+        """Draw the captions for one step: a random length, then captions of that length."""
         length = np.random.choice(self.lengths)
         return list(np.random.choice(np.where([n == length for n in self.lengths])[0], size=batch_size))
 
 
 class Encoder(nn.Module):
-    """A frozen ResNet-50, or another backbone that gives `feature_size` numbers, and a linear layer on its features."""
+    """A frozen ResNet-50, or another backbone with `feature_size` features, and a linear layer on its features."""
 
     def __init__(self, embed_size: int, backbone: nn.Module | None = None, feature_size: int = 2048):
         super().__init__()
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """An LSTM that is shown the photo, then the caption word by word."""
+    """An LSTM whose first input is the image, followed by the words of the caption."""
 
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int):
         super().__init__()
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         return self.linear(self.lstm(inputs)[0])
 
     def sample(self, inputs: Tensor, max_len: int = 20) -> list[int]:
-        """The most probable words of one photo's features, (1, 1, embed_size)."""
+        """Decode one image's features, (1, 1, embed_size), greedily; returns tokens."""
         state, tokens = None, []
         for _ in range(max_len):
             hidden, state = self.lstm(inputs, state)
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
 
 
 def train(data: Captions, encoder: Encoder, decoder: Decoder, batch_size: int, device: torch.device) -> Iterator[float]:
-    """Training without end: yields the loss of each step."""
+    """Train endlessly; yields the loss of each step."""
     encoder.eval().to(device)
     decoder.train().to(device)
     criterion = nn.CrossEntropyLoss()
@@ -148,7 +148,7 @@ def train(data: Captions, encoder: Encoder, decoder: Decoder, batch_size: int, d
 
 @torch.no_grad()
 def caption(path: Path, data: Captions, encoder: Encoder, decoder: Decoder, device: torch.device) -> str:
-    """The caption of one photo."""
+    """Caption one image."""
     image = data.test_transform(Image.open(path).convert("RGB"))[None].to(device)
     tokens = decoder.sample(encoder(image)[:, None])
     words = list(data.index)

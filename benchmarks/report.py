@@ -1,4 +1,4 @@
-"""The measurements as people read them: tables of Markdown, and the bars of images/speed.png."""
+"""Reports of the measurements: Markdown tables, and the bar charts of images/speed.png."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ NAMES = {"resnet50": "ResNet-50", "tf_efficientnet_lite2": "EfficientNet-Lite2"}
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """All measurements, with ratios, and the profile below them."""
+    """Format all measurements with their ratios, followed by the profile."""
     training = results["training"]
     lines = [
-        f"{results['device']}, {results['photo_count']} {results['photos']} photos, {results['words']:,} words",
+        f"{results['device']}, {results['photo_count']} {results['photos']} images, {results['words']:,} words",
         "",
         *_table(["", "plain recipe", "this project", "ratio"], _against_the_recipe(results)),
         "",
         f"Training took {training['seconds']:.1f} s, and {training['seconds_with_features_stored']:.1f} s with the "
-        "features stored before.",
+        "features already stored.",
         "",
         *_table(
-            ["photos/s, beside the backbone", "captioning", "bare forward", "share", "from memory", "reading"],
-            _beside_the_backbone(results["captioning"]),
+            ["images/s, compared with the backbone", "captioning", "bare forward", "share", "from memory", "reading"],
+            _against_the_backbone(results["captioning"]),
         ),
         "",
         *_table(
@@ -55,18 +55,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _against_the_recipe(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     training, captioning, start = results["training"], results["captioning"], results["start_up"]
-    recipe_photos, recipe_one = captioning["recipe_photos_per_second"], captioning["recipe_seconds_for_one"]
+    recipe_images, recipe_one = captioning["recipe_photos_per_second"], captioning["recipe_seconds_for_one"]
     recipe_captions, captions = training["recipe_captions_per_second"], training["captions_per_second"]
     rows = [("training, captions/s over 3 epochs", f"{recipe_captions:.1f}", f"{captions:.0f}", training["ratio"])]
     for backbone, one in captioning["backbones"].items():
         name, rate, seconds = NAMES[backbone], one["photos_per_second"], one["seconds_for_one"]
-        rows.append((f"captioning with {name}, photos/s", f"{recipe_photos:.1f}", f"{rate:.1f}", one["ratio"]))
+        rows.append((f"captioning with {name}, images/s", f"{recipe_images:.1f}", f"{rate:.1f}", one["ratio"]))
         if int8 := one.get("int8_photos_per_second"):
-            values = f"{recipe_photos:.1f}", f"{int8:.1f}", one["int8_ratio"]
-            rows.append((f"captioning with {name} in int8, photos/s", *values))
+            values = f"{recipe_images:.1f}", f"{int8:.1f}", one["int8_ratio"]
+            rows.append((f"captioning with {name} in int8, images/s", *values))
         rows.append(
             (
-                f"captioning one photo with {name}, ms",
+                f"captioning one image with {name}, ms",
                 f"{1000 * recipe_one:.0f}",
                 f"{1000 * seconds:.0f}",
                 one["ratio_for_one"],
@@ -82,7 +82,7 @@ def _against_the_recipe(results: dict[str, Any]) -> list[tuple[str, str, str, st
     return [(name, before, now, f"{ratio:.1f}") for name, before, now, ratio in rows]
 
 
-def _beside_the_backbone(captioning: dict[str, Any]) -> list[tuple[str, ...]]:
+def _against_the_backbone(captioning: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             f"{NAMES[backbone]}, {one['image_size']} pixels",
@@ -105,7 +105,7 @@ def _peer(peer: dict[str, float], results: dict[str, Any]) -> list[tuple[str, st
             peer["training_ratio"],
         ),
         (
-            "captioning, photos/s",
+            "captioning, images/s",
             peer["photos_per_second"],
             results["captioning"]["backbones"]["resnet50"]["photos_per_second"],
             peer["captioning_ratio"],
@@ -115,7 +115,7 @@ def _peer(peer: dict[str, float], results: dict[str, Any]) -> list[tuple[str, st
 
 
 def draw(results: dict[str, Any]) -> matplotlib.figure.Figure:
-    """Bars: the plain recipe and the project, each panel in a unit of its own."""
+    """Draw the plain recipe and the project as bars, each panel in its own unit."""
     training, captioning, start = results["training"], results["captioning"], results["start_up"]
     backbones = list(captioning["backbones"].values())
     per_backbone = ["recipe", "ResNet-50", "Lite2"]
@@ -128,12 +128,12 @@ def draw(results: dict[str, Any]) -> matplotlib.figure.Figure:
         ),
         (
             "captioning",
-            "photos/s, more is better",
+            "images/s, more is better",
             per_backbone,
             [captioning["recipe_photos_per_second"], *(one["photos_per_second"] for one in backbones)],
         ),
         (
-            "captioning one photo",
+            "captioning one image",
             "ms, less is better",
             per_backbone,
             [1000 * s for s in (captioning["recipe_seconds_for_one"], *(one["seconds_for_one"] for one in backbones))],

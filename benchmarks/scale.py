@@ -1,11 +1,11 @@
-"""How time and memory grow with the data set, from 1,000 photos to 1,000,000, in one process and in two.
+"""Time and memory as the data set grows from 1,000 images to 1,000,000, in one process and in two.
 
-    python -m benchmarks.scale                            takes 6 GB of disk for a while
-    python -m benchmarks.scale --sizes 1000 10000         the first half of it
+    python -m benchmarks.scale                            needs 6 GB of disk temporarily
+    python -m benchmarks.scale --sizes 1000 10000         the two smaller sizes
 
-The photos are empty files, for nothing here looks at them; their features are made up, and their captions, five a
-photo, have the statistics of COCO's (`drawn.py`). Training is the project's own `train`, stopped within its first
-epoch. Writes the results, with the slopes, to benchmarks/results/scale.json after every size, and prints a table.
+The images are empty files, as they are not read; their features are made up, and their captions, five per image, have
+the statistics of COCO's (`drawn.py`). Training is the project's own `train`, stopped within its first epoch. Writes the
+results, with the slopes, to benchmarks/results/scale.json after every size, and prints a table.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from data_loader import CaptionDataset, LengthBatches
 CAPTIONS_PER_IMAGE = 5
 FEATURE_SIZE = 2048  # of ResNet-50
 CHUNK = 100_000  # captions that are drawn at once
-ROWS = {  # what is printed of what is measured
+ROWS = {  # rows of the printed table: key of the measurement -> label
     "captions": "captions",
     "words": "words that occur five times or more",
-    "seconds_cold": "the captions read, the first time, s",
-    "seconds_warm": "the captions read again, s",
-    "seconds_folder": "the photos' names in order, s",
-    "seconds_order": "the order of an epoch, s",
-    "seconds_to_first_step": "to the first step of training, s",
+    "seconds_cold": "reading the captions for the first time, s",
+    "seconds_warm": "reading the captions again, s",
+    "seconds_folder": "listing the images in order, s",
+    "seconds_order": "ordering an epoch, s",
+    "seconds_to_first_step": "time to the first training step, s",
     "captions_per_second": "training on stored features, captions/s",
-    "megabytes_of_arrays": "the captions' and names' arrays, MB",
-    "megabytes_beyond_arrays": "held beyond them and the libraries, MB",
-    "megabytes_cold": "at most while reading the first time, MB",
-    "megabytes_training": "in training, MB",
+    "megabytes_of_arrays": "arrays of captions and names, MB",
+    "megabytes_beyond_arrays": "further memory without libraries, MB",
+    "megabytes_cold": "peak while reading for the first time, MB",
+    "megabytes_training": "peak in training, MB",
 }
 
 
@@ -59,29 +59,29 @@ ROWS = {  # what is printed of what is measured
 class Settings:
     """What is measured."""
 
-    sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)  # photos
+    sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)  # images
     processes: tuple[int, ...] = (1, 2)
     steps: int = 40  # of training, of 128 captions each; the first third is not counted
-    results: Path = Path("benchmarks/results")
-    measure: Path | None = None  # only measure the data set in this folder, in this process
+    results: Path = Path("benchmarks/results")  # folder for the JSON file
+    measure: Path | None = None  # measure only the data set in this folder, in this process
 
 
 def megabytes() -> float:
-    """What this process holds in memory now, without the files that it maps."""
+    """Return the memory of this process in MB, without memory-mapped files."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1000
 
 
 class Peak:
-    """The most memory that was held within a `with`, in MB, looked at fifty times a second; and its seconds."""
+    """A context manager that measures the peak memory in MB, sampled fifty times a second, and the seconds."""
 
     def __enter__(self) -> Peak:
         self.megabytes, self.start, self.ended = megabytes(), time.perf_counter(), threading.Event()
-        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread = threading.Thread(target=self._sample, daemon=True)
         self.thread.start()
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self.ended.wait(0.02):
             self.megabytes = max(self.megabytes, megabytes())
 
@@ -93,7 +93,7 @@ class Peak:
 
 
 def make(folder: Path, image_count: int) -> None:
-    """Write a data set of so many photos, a hundred to validate on, and their features."""
+    """Write a data set of `image_count` training and 100 validation images, and their features."""
     for split, size in (("train", image_count), ("val", 100)):
         inside = folder / "images" / split
         inside.mkdir(parents=True)
@@ -124,7 +124,7 @@ def _captions(count: int) -> Iterator[str]:
 
 
 def array_megabytes(data: CaptionDataset) -> float:
-    """What the arrays of a data set take."""
+    """Return the size of a data set's arrays in MB."""
     names = data.paths.names
     arrays = [
         data.image_ids,
@@ -140,14 +140,14 @@ def array_megabytes(data: CaptionDataset) -> float:
 
 
 def measure(folder: Path, steps: int) -> list[dict[str, float]]:
-    """Measure a data set in this process; returns what all processes measured, each as one dictionary."""
+    """Measure a data set in this process; returns the measurements of all processes, one dictionary each."""
     process = this_process()
     row: dict[str, float] = {"process": process.process_index}
     first = process.is_main_process and not (folder / "cache").exists()
     process.wait_for_everyone()
-    CaptionDataset(folder, "val", vocab_threshold=1, cache=folder / "cache")  # what is loaded once is no growth
+    CaptionDataset(folder, "val", vocab_threshold=1, cache=folder / "cache")  # a warm-up, before memory is measured
     before = megabytes()
-    if first:  # when one process reads the captions
+    if first:  # one process reads the captions for all
         with Peak() as peak:
             CaptionDataset(folder, cache=folder / "cache")
         row |= {"seconds_cold": peak.seconds, "megabytes_cold": peak.megabytes - before}
@@ -171,7 +171,7 @@ def measure(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 def _train(folder: Path, steps: int) -> dict[str, float]:
-    """Some steps of the project's own training, on the features that were made up."""
+    """Run some steps of the project's own training on the made-up features."""
     times: list[float] = []
     factor = training.learning_rate_factor
 
@@ -200,7 +200,7 @@ def _train(folder: Path, steps: int) -> dict[str, float]:
 
 
 def run(settings: Settings) -> Path:
-    """Make data sets of every size, measure them in as many processes as are wanted, and write the results."""
+    """Make data sets of every size, measure each with every number of processes, and write the results."""
     settings.results.mkdir(parents=True, exist_ok=True)
     path = settings.results / "scale.json"
     rows: list[dict[str, float]] = []
@@ -212,7 +212,7 @@ def run(settings: Settings) -> Path:
                 rows += [{"processes": processes, **row} for row in _launch(settings, folder, processes)]
         results = {"environment": checkpoint.environment(), "rows": rows, "slopes": slopes(rows)}
         path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{size:,} photos measured", file=sys.stderr, flush=True)
+        print(f"{size:,} images measured", file=sys.stderr, flush=True)
     print(format_table(rows))
     print(f"wrote {path}", file=sys.stderr)
     return path
@@ -227,7 +227,7 @@ def _launch(settings: Settings, folder: Path, processes: int) -> list[dict[str, 
 
 
 def slopes(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What a million more captions cost the main process, between the smallest and the largest size."""
+    """Compute what a million more captions cost the main process, between the smallest and the largest size."""
     per_million: dict[str, dict[str, float]] = {}
     for processes in sorted({row["processes"] for row in rows}):
         mine = [row for row in rows if row["processes"] == processes and row["process"] == 0]
@@ -240,9 +240,9 @@ def slopes(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def format_table(rows: list[dict[str, float]]) -> str:
-    """The main process's measurements as a table of Markdown, a column a size and number of processes."""
+    """Format the main process's measurements as a Markdown table with a column per size and number of processes."""
     mine = [row for row in rows if row["process"] == 0]
-    head = [f"{row['photos']:,} photos, {row['processes']} proc." for row in mine]
+    head = [f"{row['photos']:,} images, {row['processes']} proc." for row in mine]
     lines = [["", *head], [":--", *["--:"] * len(mine)]]
     for name, text in ROWS.items():
         values = [row.get(name) for row in mine]
@@ -251,7 +251,7 @@ def format_table(rows: list[dict[str, float]]) -> str:
 
 
 def main(settings: Settings) -> None:
-    """Measure all sizes, or with --measure the one in a folder."""
+    """Measure all sizes or, with --measure, the data set in a folder."""
     if settings.measure is None:
         run(settings)
         return

@@ -1,7 +1,7 @@
-"""How fast the project is, against the plain recipe in the same run, on the same images and captions.
+"""Speed of the project and of the plain recipe, measured in the same run on the same images and captions.
 
     python -m benchmarks.speed                    on drawn images
-    python -m benchmarks.speed --photos FOLDER    on real ones
+    python -m benchmarks.speed --images FOLDER    on real images
 
 Prints a table, writes it with a profile to benchmarks/results/<device>.json and draws images/speed.png.
 """
@@ -34,7 +34,7 @@ from captioning.files import write_file
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Measure everything and return what is written as JSON."""
+    """Measure everything and return the results to be written as JSON."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log("preparing images, captions and weights")
@@ -44,7 +44,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "device": device_name(),
             "environment": environment(),
             "threads": torch.get_num_threads(),
-            "photos": "drawn" if settings.photos is None else "real",
+            "photos": "drawn" if settings.images is None else "real",
             "photo_count": len(paths),
             "photo_kilobytes": sum(path.stat().st_size for path in paths) / len(paths) / 1000,
             "words": len(material.vocab),
@@ -67,7 +67,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def measure_profile(material: Material, model: Path) -> dict[str, Any]:
-    """The operations that take most of the main process in a training epoch and in captioning."""
+    """Profile the main process: the operations that take the most time in a training epoch and in captioning."""
     config = material.configure(cache=material.folder / "cache-0", num_epochs=1)
     captioner, workers = Captioner.load(model), material.settings.workers
     return {
@@ -77,11 +77,11 @@ def measure_profile(material: Material, model: Path) -> dict[str, Any]:
 
 
 def measure_start_up(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Seconds from the caption file to a vocabulary and captions as tokens, and the process's peak memory.
+    """Measure the seconds from the caption file to a vocabulary and captions as tokens, and the peak memory.
 
-    Each in a process of its own; what it takes to import libraries is not counted, but their memory is.
+    Each measurement runs in its own process. The time to import libraries is not counted, but their memory is.
     """
-    names = [f"COCO_train2014_{i:012d}.jpg" for i in range(settings.start_up_photos)]
+    names = [f"COCO_train2014_{i:012d}.jpg" for i in range(settings.start_up_images)]
     annotations = folder / "annotations" / "captions_train2014.json"
     drawn.write_annotations(annotations, names, drawn.draw_captions(settings.start_up_captions))
     images = folder / "images" / "train2014"
@@ -95,7 +95,7 @@ def measure_start_up(settings: Settings, folder: Path) -> dict[str, Any]:
         warm.append(start("project", folder, folder / f"cache-{repeat}"))
     cold_seconds, warm_seconds = (min(seconds for seconds, _ in runs) for runs in (cold, warm))
     return {
-        "photos": settings.start_up_photos,
+        "photos": settings.start_up_images,
         "captions": settings.start_up_captions,
         "recipe_seconds": recipe_seconds,
         "cold_seconds": cold_seconds,
@@ -109,7 +109,7 @@ def measure_start_up(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def start(which: str, *paths: Path) -> tuple[float, float]:
-    """Seconds and peak MB of `benchmarks.start_up` in a fresh Python."""
+    """Run `benchmarks.start_up` in a new process; returns its seconds and its peak memory in MB."""
     command = [sys.executable, "-m", "benchmarks.start_up", which, *map(str, paths)]
     root = Path(__file__).parents[1]
     seconds, peak = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout.split()
@@ -117,7 +117,7 @@ def start(which: str, *paths: Path) -> tuple[float, float]:
 
 
 def run(settings: Settings) -> Path:
-    """Measure, print the table, write the JSON and draw the bars; returns the JSON's path."""
+    """Measure, print the tables, write the JSON file and draw the bars; returns the path of the JSON file."""
     results = measure(settings)
     print(format_table(results))
     name = re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")

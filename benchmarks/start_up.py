@@ -1,4 +1,4 @@
-"""From a caption file to ready to train, in a process of its own: prints seconds and peak memory in MB.
+"""Prepare a caption file for training, in a separate process, and print the seconds and the peak memory in MB.
 
 python -m benchmarks.start_up recipe ANNOTATIONS
 python -m benchmarks.start_up project FOLDER CACHE
@@ -16,10 +16,10 @@ from data_loader import CaptionDataset
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held, resident."""
+    """Return the peak resident memory of this process."""
     about = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s*(\d+) kB", about.read_text()) if about.exists() else None
-    if own:  # on Linux getrusage's begins with what the process that started this one held
+    if own:  # on Linux, the value of getrusage starts with the memory of the parent process
         return int(own[1]) / 1000
     import resource
 
@@ -27,7 +27,7 @@ def peak_megabytes() -> float:
 
 
 def main(which: str, *paths: Path) -> None:
-    """Get ready as the recipe does or as the project does."""
+    """Prepare the captions as the recipe or as the project does."""
     start = time.perf_counter()
     if which == "recipe":
         Captions(paths[0], Path())

@@ -1,4 +1,4 @@
-"""Rates, profiles, and the device that they are of."""
+"""Rates, profiles, and the name of the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def log(text: str) -> None:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with the number of its cores."""
+    """Return the name of the GPU, or of the processor with the number of its cores."""
     if GPU:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -34,7 +34,7 @@ def device_name() -> str:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """The seconds until the work is done, on the GPU too."""
+    """Return the seconds until the work is done, also on the GPU."""
     synchronize()
     start = time.perf_counter()
     work()
@@ -49,9 +49,9 @@ def synchronize() -> None:
 
 
 def best_rates(turns: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, float]:
-    """The best rate of each work in items per second; each returns how many items it handled.
+    """Return the best rate of each function in items per second; a function returns the number of items it processed.
 
-    All take turns, so that other load on the machine hits all alike.
+    The functions take turns, so that other load on the machine affects all of them equally.
     """
     rates = dict.fromkeys(turns, 0.0)
     for _ in range(repeats):
@@ -63,7 +63,7 @@ def best_rates(turns: Mapping[str, Callable[[], int]], repeats: int) -> dict[str
 
 
 def top_operations(work: Callable[[], object], count: int = 12) -> dict[str, list[dict[str, Any]]]:
-    """The operations with most time of their own, on the CPU and on the GPU: name, seconds, share, calls."""
+    """Profile the operations with the most self time, on the CPU and on the GPU: name, seconds, share, calls."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         work()

@@ -32,9 +32,9 @@ def run_training(config: TrainingConfig) -> Path:
 
 
 def measure_training(material: Material) -> tuple[Path, dict[str, Any]]:
-    """Captions/s over three epochs from the start: tokens, features, steps, validation and checkpoints.
+    """Measure captions/s over three epochs from the start: tokens, features, steps, validation and checkpoints.
 
-    Returns the trained model's folder, too.
+    Returns the folder of the trained model and the measurements.
     """
     settings, config = material.settings, material.configure()
     annotations = material.data / "annotations" / "captions_train.json"
@@ -43,7 +43,7 @@ def measure_training(material: Material) -> tuple[Path, dict[str, Any]]:
     encoder = recipe.Encoder(config.embed_size)
     decoder = recipe.Decoder(config.embed_size, config.hidden_size, len(words))
     losses = recipe.train(plain, encoder, decoder, RECIPE_BATCH, DEVICE)
-    next(losses)  # allocates memory and chooses kernels
+    next(losses)  # a warm-up step, which allocates memory and chooses kernels
     recipe_seconds, seconds, after = [], [], []
     for repeat in range(settings.repeats):
         recipe_seconds.append(seconds_of(lambda: list(islice(losses, settings.recipe_steps))))
@@ -66,9 +66,9 @@ def measure_training(material: Material) -> tuple[Path, dict[str, Any]]:
 
 
 def measure_decoders(material: Material, model: Path, recipe_rate: float) -> dict[str, dict[str, float]]:
-    """Captions/s of the steps of each decoder on stored features, and of self-critical steps of a trained model.
+    """Measure captions/s in steps of each decoder on stored features, and in self-critical steps of a trained model.
 
-    model: its folder. recipe_rate: captions/s of the recipe's training, by which all are divided.
+    model: its folder. recipe_rate: captions/s of the recipe's training, for the ratios.
     """
     data = make_empty_data_set(material.folder / "empty", material.settings.decoder_images)
     runs = {name: prepare_decoder(material, data, name) for name in DECODERS}
@@ -86,7 +86,7 @@ def measure_decoders(material: Material, model: Path, recipe_rate: float) -> dic
 
 
 def prepare_decoder(material: Material, data: Path, name: str) -> Run:
-    """A training of one decoder on made-up features of a frozen ResNet-50."""
+    """Prepare a training run of one decoder on made-up features of a frozen ResNet-50."""
     attends = DECODERS[name].attends
     config = material.configure(
         data=data,
@@ -107,7 +107,7 @@ def prepare_decoder(material: Material, data: Path, name: str) -> Run:
 
 
 def prepare_self_critical(model: Path) -> Run:
-    """A training with CIDEr-D as the reward that resumes the model, on the features that its training stored."""
+    """Prepare self-critical training that resumes the model, on the features that its training run stored."""
     run = Run(resumed_config(model, "cider"), model)
     run.interruption = Interruption()
     state = run.restore()
@@ -117,7 +117,7 @@ def prepare_self_critical(model: Path) -> Run:
 
 
 def train_steps(run: Run, steps: int) -> int:
-    """Train for the first steps of an epoch, the same batches every time; returns how many captions they had."""
+    """Train for the first steps of an epoch, the same batches every time; returns their number of captions."""
     run.model.train()
     captions = 0
     for step, (whole, has_share, batch) in enumerate(islice(run.batches.epoch(1, 0, run.device), steps), 1):

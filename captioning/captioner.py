@@ -29,16 +29,16 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
 BEAM_OPTIONS = ("beam_size", "length_penalty", "groups", "diversity", "block_trigrams")
-LARGEST_BEAM = 100  # and number of alternatives; memory grows with it
-LONGEST = 1000  # tokens
+MAX_BEAM = 100  # limit of beam_size and alternatives, as memory grows with both
+MAX_LENGTH = 1000  # limit of max_length, in tokens
 
 
 @dataclass
 class Decoding:
     """The decoding options: greedy by default, beam search with `beam_size`, sampling with `temperature`.
 
-    None means that an option was not given. `check` refuses a given option that has no effect because it
-    belongs to another decoding method.
+    None means that an option was not given. `check` refuses an option that has no effect because it belongs to another
+    decoding method.
     """
 
     beam_size: int | None = None  # hypotheses per step; 1 is greedy; default 3 in caption.py, 1 in evaluate.py
@@ -46,7 +46,7 @@ class Decoding:
     top_k: int | None = None  # sample from the k most probable words only
     top_p: float | None = None  # sample from the fewest words that have this probability in total
     seed: int | None = None  # random seed of sampling
-    alternatives: int = 0  # additional captions per image
+    alternatives: int = 0  # maximum number of further captions per image
     max_length: int = 20  # maximum number of tokens
     min_length: int = 0  # minimum number of words
     length_penalty: float | None = None  # rank beams by log p / length ** penalty; 0 favours short captions, 1 is usual
@@ -57,7 +57,7 @@ class Decoding:
     def with_defaults(self) -> Decoding:
         """Fill the options that were not given from `DEFAULT_DECODING`.
 
-        Greedy decoding and sampling, where asked for, stay as they are.
+        Greedy decoding (beam_size=1) and sampling stay as they are.
         """
         if self.temperature is not None or self.beam_size == 1:
             return self
@@ -70,8 +70,8 @@ class Decoding:
             if value is not None and not isinstance(value, Integral):
                 raise InputError(f"{name} is {value!r}, but it has to be a whole number.")
         decoding.check_lengths(self.max_length, self.min_length)
-        _check_at_most("max_length", self.max_length, LONGEST)
-        _check_at_most("alternatives", self.alternatives, LARGEST_BEAM)
+        _check_at_most("max_length", self.max_length, MAX_LENGTH)
+        _check_at_most("alternatives", self.alternatives, MAX_BEAM)
         if self.alternatives < 0:
             raise InputError(f"alternatives is {self.alternatives}, but it has to be at least 0.")
         if self.temperature is not None:
@@ -80,7 +80,7 @@ class Decoding:
             return
         self._refuse(SAMPLING_OPTIONS, "without --temperature, as nothing is sampled")
         beam_size = 1 if self.beam_size is None else self.beam_size
-        _check_at_most("beam_size", beam_size, LARGEST_BEAM)
+        _check_at_most("beam_size", beam_size, MAX_BEAM)
         if beam_size == 1:
             self._refuse(BEAM_OPTIONS[1:], "without a beam; add --beam-size 3, for example")
         if (self.groups or 1) == 1:
@@ -95,9 +95,10 @@ class Decoding:
     def __call__(
         self, decoder: decoding.Decoder, features: Any, indices: Sequence[int] | None = None
     ) -> list[list[decoding.Hypothesis]]:
-        """Decode embedded features (B, ...): for each image its hypotheses, best first, 1 + `alternatives` at most.
+        """Decode embedded features (B, ...); returns for each image at most 1 + `alternatives` hypotheses.
 
-        indices: (B,) of the images, on which with `seed` their samples depend; by default 0 to B - 1.
+        Those of a beam come best first, samples in the order in which they were drawn.
+        indices: (B,) indices of the images, 0 to B - 1 by default; with a `seed`, samples depend on them.
         """
         self.check()
         lengths: dict[str, Any] = {"max_length": self.max_length, "min_length": self.min_length}
@@ -114,7 +115,7 @@ class Decoding:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _refuse(self, names: Iterable[str], reason: str) -> None:
-        """Raise `InputError` if one of the options was given; False asks for nothing and is accepted."""
+        """Raise `InputError` if one of the options was given; False counts as not given."""
         for name, value in self._given(names).items():
             if value is not False:
                 raise InputError(f"--{name.replace('_', '-')} has no effect {reason}.")
@@ -130,8 +131,9 @@ class Caption:
 
     text: the sentence. tokens: its words, without `<end>`.
     log_probability: natural logarithm of the sentence's probability under the model, `<end>` included.
-    attention: (len(tokens), cells), where the decoder looked for each token; None where it does not attend.
-    alternatives: further captions of the image; from a beam, the next ones in rank.
+    attention: (len(tokens), cells), where the decoder looked for each token; None if it does not attend.
+    alternatives: further captions of the image; from a beam, the next ones in rank. `other_captions` leaves out those
+        that read the same.
     score: mean log-probability per token, `<end>` included, by which captions are ranked. With a length penalty
         other than 1, log_probability / tokens ** length_penalty.
     """
@@ -144,11 +146,23 @@ class Caption:
     score: float = math.nan
 
 
+def other_captions(caption: Caption) -> list[Caption]:
+    """Return a caption's alternatives that differ from it, and from one another, in more than case and full stop."""
+    distinct = {_normalize(caption): caption}
+    for other in caption.alternatives:
+        distinct.setdefault(_normalize(other), other)
+    return list(distinct.values())[1:]
+
+
+def _normalize(caption: Caption) -> str:
+    return caption.text.rstrip(" .").lower()
+
+
 class Captioner:
     """A trained model that captions images: `Captioner.load(folder)(images)`.
 
-    precision: of the backbone, "fp32", "bf16" or, on a CPU, "int8" (`quantization`). "auto" is bfloat16 where the
-        processor or GPU has it, else float32; the attribute `precision` says which.
+    precision: of the backbone, "fp32", "bf16" or, on a CPU, "int8" (`quantization`). "auto" is bfloat16 if the
+        processor or GPU supports it, else float32; the attribute `precision` says which.
 
     Raises `InputError` for another precision, and for "int8" on a GPU or without onnxruntime.
     """
@@ -174,18 +188,18 @@ class Captioner:
         self.decoder: Any = decoder.to(self.device).eval()
         self.vocab, self.description = vocab, description
         self.transform = build_pixel_transform(description.preprocessing)
-        self.folder: Path | None = None  # and its epoch, where it comes from one
+        self.folder: Path | None = None  # the folder and the epoch that were loaded, if any
         self.epoch: int | None = None
 
     @classmethod
     def load(
         cls, folder: str | Path | Sequence[str | Path], epoch: int | None = None, precision: Precision = "auto"
     ) -> Captioner:
-        """The model in a folder as `train.py` writes it, its best epoch unless `epoch` is given.
+        """Load a model from a folder that `train.py` wrote: its best epoch unless `epoch` is given.
 
-        `folder` may be a model's name on the Hugging Face Hub instead, user/name: it is downloaded once. Several
+        `folder` may also be the name of a model on the Hugging Face Hub, user/name, which is downloaded once. Several
         folders or names make an `Ensemble`.
-        Raises `InputError` where a folder is incomplete, its files do not go together, the Hub has no such model, or
+        Raises `InputError` if a folder is incomplete, its files do not belong together, the Hub has no such model, or
         several models differ in their vocabularies.
         """
         if not isinstance(folder, (str, Path)):
@@ -197,12 +211,12 @@ class Captioner:
         return captioner
 
     def push_to_hub(self, name: str, licence: str, private: bool = False) -> str:
-        """Share the epoch that was loaded as user/name on the Hugging Face Hub; returns its address.
+        """Share the loaded epoch as user/name on the Hugging Face Hub; returns its address.
 
-        With it goes a model card, README.md, that gives the licence, the data, the metrics and how to use it.
+        A model card, README.md, is added, which states the licence, the data, the metrics and how to use the model.
         `licence` is one of the Hub's identifiers, such as mit or cc-by-4.0, that the training data allows. Sharing
-        again replaces what was there. Raises `InputError` where you are not logged in, may not write there, or the
-        Hub knows no such licence.
+        again replaces the earlier files. Raises `InputError` if you are not logged in, may not write there, or the
+        Hub does not know the licence.
         """
         if self.folder is None:
             raise InputError("only a single model that was loaded from a folder can be shared; use Captioner.load.")
@@ -211,14 +225,14 @@ class Captioner:
     def __call__(
         self, images: Source | Iterable[Source], decode: Decoding | None = None, **options: Any
     ) -> list[Caption]:
-        """One `Caption` per image, in their order; images are PIL images or paths, one or many.
+        """Caption one or many images, PIL images or paths; returns one `Caption` per image, in their order.
 
-        Decodes with `DEFAULT_DECODING`. Its fields can be given by name, as in `captioner(image, beam_size=5)`, or a
-        whole `Decoding` as `decode`. Raises `InputError` naming the first image that cannot be read, or an option that
-        has no effect.
+        Decodes with `DEFAULT_DECODING` by default. Its fields can be given by name, as in
+        `captioner(image, beam_size=5)`, or all of them as a `Decoding`. Raises `InputError` that names the first image
+        that cannot be read, or an option that has no effect.
         """
         if decode is not None and options:
-            raise InputError(f"{next(iter(options))} has no effect beside a whole Decoding; set it there.")
+            raise InputError(f"{next(iter(options))} has no effect if a Decoding is given; set it there.")
         sources = [images] if isinstance(images, Source) else list(images)
         decode = decode or Decoding(**options).with_defaults()
         return [caption for _, caption in self.stream(sources, decode)]
@@ -234,10 +248,10 @@ class Captioner:
     ) -> Iterator[tuple[int, Caption]]:
         """Caption images batch by batch: yields each one's index in `sources` and its caption, in order.
 
-        `workers` processes read ahead. An image that cannot be read is passed to `unreadable` and left out;
-        without that, its `InputError` is raised. If `shared`, each of several processes captions its share of the
-        batches, which are the same for any number of processes, and so are the captions. `positions` are those of
-        the sources if these are part of a longer list: samples depend on the seed and on an image's position there.
+        `workers` processes read ahead. The index and the `InputError` of an image that cannot be read are passed to
+        `unreadable`; without it, the error is raised. If `shared`, each of several processes captions its share of the
+        batches; batches and captions do not depend on the number of processes. `positions` are the positions of the
+        sources in a longer list of which they are a part: samples depend on the seed and on an image's position.
         """
         decode.check()
         batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
@@ -263,7 +277,7 @@ class Captioner:
             embedded = self.encoder.embed(features)
             if not embedded.isfinite().all():
                 raise InputError(
-                    f"the weights of {self.folder or 'the model'} are so large that they overflow; train anew."
+                    f"the weights of {self.folder or 'the model'} are so large that they overflow; retrain the model."
                 )
             yield indices, embedded
 
@@ -289,7 +303,7 @@ class EnsembleDecoder:
         self.state_sizes: list[int] = []  # tensors in the state of each decoder
 
     def init_state(self, features: Sequence[Any]) -> decoding.State:
-        """The state after reading the features of B images, one element (B, ...) for each decoder."""
+        """Return the state after reading the features of B images, one element (B, ...) for each decoder."""
         states = [decoder.init_state(x) for decoder, x in zip(self.decoders, features, strict=True)]
         self.state_sizes = [len(state) for state in states]
         return self._join(states)
@@ -340,7 +354,7 @@ class Ensemble(Captioner):
         workers: int,
         unreadable: Callable[[int, InputError], object] | None,
     ) -> Iterator[tuple[list[int], Any]]:
-        """As a single model's, for each member in turn; the features are a tuple, one element per member."""
+        """Read and encode batches with each member in turn; the features are a tuple, one element per member."""
         ignore = None if unreadable is None else lambda *_: None  # reported once, by the first member
         streams = [
             member._embed(sources, batches, workers, ignore if i else unreadable)
@@ -349,7 +363,7 @@ class Ensemble(Captioner):
         for batch in zip(*streams, strict=True):
             indices, features = zip(*batch, strict=True)
             if any(others != indices[0] for others in indices):
-                raise InputError("an image changed while the models read it; run again.")
+                raise InputError("an image changed while the models read it; run the command again.")
             yield indices[0], features
 
 
@@ -361,6 +375,11 @@ def _choose_precision(precision: Precision, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
     return precision
+
+
+def choose_workers(workers: int, images: int) -> int:
+    """Return the number of processes to read images with: `workers`, or 0 for two batches or fewer."""
+    return workers if images > 2 * BATCH else 0
 
 
 def _check_at_most(name: str, value: int, most: int) -> None:

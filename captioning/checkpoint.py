@@ -37,11 +37,11 @@ from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
 
 DESCRIPTION = "captioner.json"
-LARGEST_DESCRIPTION = 64 << 20  # bytes
+MAX_DESCRIPTION = 64 << 20  # maximum size of captioner.json, in bytes
 SAMPLE = "scenes"  # the folder that the sample data set is drawn into
 MODELS = Path("models")
 SHIPPED = "photos"  # the model that comes with the project
-RESUME_TYPES = {  # of what resume.pt holds
+RESUME_TYPES = {  # types of the values in resume.pt
     "format": int,
     "encoder": dict,
     "decoder": dict,
@@ -105,7 +105,7 @@ class Description(BaseModel):
             return fields
         where = {"IMAGENET1K_V1": "published", "stored": "epoch"}.get(fields["architecture"].get("backbone"))
         architecture = {**fields["architecture"], "backbone": RESNET50, "backbone_weights": where}
-        rest = {key: value for key, value in fields.items() if key != "ranges"}  # of integers, which nothing reads now
+        rest = {key: value for key, value in fields.items() if key != "ranges"}  # no longer used
         return {**rest, "format": 2, "architecture": architecture}
 
 
@@ -132,8 +132,8 @@ def read_description(folder: str | Path) -> Description:
         raise InputError(f"{folder} is not a trained model's folder: {path} is missing; {_how_to_train(folder)}.")
     require_regular(path)
     try:
-        if path.stat().st_size > LARGEST_DESCRIPTION:
-            raise InputError(f"{path} is larger than any description of a model; it is not one.")
+        if path.stat().st_size > MAX_DESCRIPTION:
+            raise InputError(f"{path} is too large to be the description of a model; check the folder.")
         return Description.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
@@ -144,7 +144,7 @@ def read_description(folder: str | Path) -> Description:
 
 
 def _how_to_train(folder: str | Path) -> str:
-    """How to get a model of this name, as a part of a sentence."""
+    """Return how to train a model of this name, as a part of a sentence."""
     name = Path(folder).name
     if name == SAMPLE:
         return "`make demo` trains it"
@@ -212,18 +212,18 @@ def epochs_saved(folder: Path) -> list[int]:
 
 
 def weight_file(folder: Path, name: str) -> Path:
-    """The file of weights of this name: .safetensors where there is no .pkl."""
+    """Return the weight file of this name: .safetensors if there is no .pkl."""
     pickled, safe = (folder / f"{name}{suffix}" for suffix in WEIGHT_SUFFIXES)
     return safe if safe.exists() and not pickled.exists() else pickled
 
 
 def weight_files(folder: Path, epoch: int) -> tuple[Path, Path]:
-    """The files of an epoch's encoder and decoder."""
+    """Return the weight files of an epoch's encoder and decoder."""
     return weight_file(folder, f"encoder-{epoch}"), weight_file(folder, f"decoder-{epoch}")
 
 
 def choose_epoch(folder: Path, description: Description, epoch: int | None = None) -> int:
-    """`epoch`, or without it the best one, else the last; `InputError` where its weights are not there."""
+    """Return `epoch`, or without it the best one, else the last; raises `InputError` if its weights are missing."""
     saved = epochs_saved(folder)
     if epoch is None:
         epoch = description.best_epoch if description.best_epoch in saved else max(saved, default=None)
@@ -251,11 +251,11 @@ def save_epoch(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module
 
 
 def write_model(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Module, description: Description) -> None:
-    """Write a new folder with one epoch's model, or nothing; `InputError` where it cannot be written."""
+    """Write one epoch's model to a new folder, which is removed again if that fails; raises `InputError` then."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_epoch(folder, epoch, encoder, decoder, description)
-        write_description(folder, description)  # last: it makes the folder a model's
+        write_description(folder, description)  # last, as it marks the folder as a model's
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -272,7 +272,7 @@ def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
     require_new_folder(folder)
     chosen = sorted(set(epochs))
     if len(chosen) < 2:
-        raise InputError("an average takes two epochs or more; name those of --epochs.")
+        raise InputError("an average takes two epochs or more; name them with --epochs.")
     models = [load_model(model, epoch) for epoch in chosen]
     encoder, decoder, _, description = models[-1]
     for states in ([m[0].state_dict() for m in models], [m[1].state_dict() for m in models]):
@@ -340,15 +340,20 @@ def load_model(
         encoder = EncoderCNN(parts.embed_size, parts.backbone, "pretrained", 0, decoder_class.attends, parts.grid_size)
     if parts.backbone_weights == "shared":
         encoder_state = {**read_state_dict(weight_file(folder, "backbone")), **encoder_state}
-    optional = (f"{encoder.module_name}.",) if published else ()
-    load_weights(encoder, encoder_state, encoder_file, optional)
-    encoder.network.to(memory_format=torch.channels_last)
+    load_encoder(encoder, encoder_state, encoder_file, parts)
     encoder.mean, encoder.std = description.preprocessing.mean, description.preprocessing.std
     return encoder.eval(), decoder.eval(), vocabulary, description
 
 
-def remove_training(folder: Path) -> None:
-    """Delete a training's files, the description first: without it, the folder is no model."""
+def load_encoder(encoder: EncoderCNN, state: dict[str, torch.Tensor], path: Path, architecture: Architecture) -> None:
+    """Load an encoder's state dict, read from `path`; a published backbone may be absent from it."""
+    optional = (f"{encoder.module_name}.",) if architecture.backbone_weights == "published" else ()
+    load_weights(encoder, state, path, optional)
+    encoder.network.to(memory_format=torch.channels_last)
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run's files, the description first: without it, the folder is not a model's."""
     backbones = (f"backbone{suffix}" for suffix in WEIGHT_SUFFIXES)
     for name in (DESCRIPTION, "resume.pt", "resume-previous.pt", *backbones):
         (folder / name).unlink(missing_ok=True)
@@ -378,10 +383,10 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
             continue
         try:
             state = read_saved(path)
-            if isinstance(state, dict):  # states of older trainings know one objective only
+            if isinstance(state, dict):  # older versions lack these keys
                 state = {"objective": "cross-entropy", "first_epoch": 1, **state}
             if not _is_resume_state(state):
-                raise InputError(f"{path} is not a training's state.")
+                raise InputError(f"{path} is not the state of a training run.")
             for part in ("encoder", "decoder"):
                 state[part] = as_state_dict(state[part], path)
         except InputError as error:
@@ -390,7 +395,7 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
             if problems:
                 log(f"{problems[0]}; resuming from {path}")
             return state
-    raise InputError(f"{folder} cannot be resumed: {' and '.join(problems)}; start a new training.")
+    raise InputError(f"{folder} cannot be resumed: {' and '.join(problems)}; start a new run.")
 
 
 def _is_resume_state(state: object) -> bool:

@@ -13,19 +13,19 @@ from captioning.errors import InputError
 class CiderD:
     """CIDEr-D (arXiv 1411.5726, equations 4 and 5) as a reward for self-critical training (arXiv 1612.00563).
 
-    The number is pycocoevalcap's CIDEr (sigma 6, times 10), with document frequencies from all `references`.
-    Their vectors are computed once, here; a call then scores tens of thousands of captions a second.
+    The value is pycocoevalcap's CIDEr (sigma 6, times 10), with document frequencies from all `references`. Their
+    vectors are computed once, on construction; a call then scores tens of thousands of captions per second.
 
     references: image id -> its reference captions, each a sequence of tokens: vocabulary indices or words.
         Whether `<end>` is one of the tokens is the caller's choice, the same for references and hypotheses.
 
-    Raises InputError for an image without references, references without a word, and more than 65,535
+    Raises InputError for an image without references, for references that are all empty, and for more than 65,535
     different tokens.
     """
 
     def __init__(self, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]) -> None:
         if not references or not all(len(group) for group in references.values()):
-            raise InputError("CIDEr-D needs images with a reference caption each; leave out those without.")
+            raise InputError("CIDEr-D needs a reference caption for every image; leave out images without one.")
         self._row = {image: row for row, image in enumerate(references)}
         self._codes: dict[Hashable, int] = {}
         captions = [caption for group in references.values() for caption in group]
@@ -55,10 +55,10 @@ class CiderD:
         return encoded
 
     def __call__(self, ids: Sequence[Hashable], hypotheses: Sequence[Sequence[Hashable]]) -> np.ndarray:
-        """CIDEr-D of each hypothesis against its image's references: (captions,) float64, 0 to 10.
+        """Compute CIDEr-D of each hypothesis against its image's references: (captions,) float64, 0 to 10.
 
-        ids: the image of each hypothesis, repeated where an image has several. Raises InputError for one that
-        has no references.
+        ids: the image of each hypothesis, repeated if an image has several. Raises InputError for an image without
+        references.
         """
         try:
             rows = np.array([self._row[image] for image in ids], dtype=np.int64)
@@ -66,7 +66,7 @@ class CiderD:
             raise InputError(f"image {error.args[0]} has no reference captions for CIDEr-D.") from error
         if len(rows) != len(hypotheses):
             raise ValueError(f"{len(rows)} ids for {len(hypotheses)} hypotheses")
-        # A copy of the codes, or the tokens that only hypotheses have would pile up.
+        # A copy of the codes, so that tokens that occur only in hypotheses do not accumulate.
         owner, keys, lengths = _ngrams(self._encode(hypotheses, self._codes.copy()))
         distinct, ngram = np.unique(keys, return_inverse=True)
         entries, frequency = np.unique(owner * len(distinct) + ngram, return_counts=True)
@@ -96,8 +96,10 @@ class CiderD:
 
 
 def _ngrams(captions: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Every 1- to 4-gram as one integer, 16 bits a token: its caption and itself, and every caption's length,
-    # which pycocoevalcap counts in bigrams.
+    """Return the caption and the key of every 1- to 4-gram, and every caption's length.
+
+    A key is one integer, 16 bits per token. pycocoevalcap counts the length in bigrams.
+    """
     sizes = np.array([len(caption) for caption in captions], dtype=np.int64)
     tokens = np.fromiter(chain.from_iterable(captions), dtype=np.uint64, count=sizes.sum())
     owner = np.repeat(np.arange(len(captions)), sizes)
@@ -111,6 +113,7 @@ def _ngrams(captions: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _order(keys: np.ndarray) -> np.ndarray:
+    """Return n - 1 of each n-gram."""
     return (keys >> np.uint64(16) > 0).astype(int) + (keys >> np.uint64(32) > 0) + (keys >> np.uint64(48) > 0)
 
 
@@ -119,7 +122,7 @@ def _norms(owner: np.ndarray, keys: np.ndarray, weight: np.ndarray, captions: in
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # The numbers of all ranges start[i]:stop[i], one after the other, and the i of each.
+    """Return the i of each number in the ranges start[i]:stop[i], and the numbers, concatenated."""
     sizes = stop - start
     owner = np.repeat(np.arange(len(sizes)), sizes)
     return owner, np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes - start, sizes)

@@ -1,30 +1,49 @@
-"""Data sets written in COCO's layout: linked images, and annotation files for each split."""
+"""COCO's layout of a data set: find its annotation files, and write a data set in it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from captioning.errors import InputError, printable
-from captioning.files import require_new_folder
+from captioning.files import is_within, require_new_folder
 from captioning.image_files import open_image
 
 SPLITS = ("train", "val", "test")
 
 
+def find_annotation_files(folder: Path, split: str) -> Iterator[Path]:
+    """Yield a split's captions_<split><year>.json and, for "test", its image_info_test<year>.json, if they exist.
+
+    Raises `InputError` for a folder that holds several years or cannot be read.
+    """
+    annotations = folder / "annotations"
+    try:
+        names = sorted(os.listdir(annotations)) if os.path.isdir(annotations) else []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
+    for kind in ("captions", "image_info") if split == "test" else ("captions",):
+        files = [annotations / name for name in names if re.fullmatch(rf"{kind}_{split}[0-9]*\.json", name)]
+        if len(files) > 1:
+            raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep the one to use.")
+        yield from files
+
+
 @dataclass
 class SourceImage:
-    """An image of a data set that is to be written.
+    """An image of a data set to write.
 
-    path: where it is now. name: its path below images/<split>/. id: None for any that is free. size: its width and
+    path: its present path. name: its path below images/<split>/. id: None for any unused one. size: its width and
     height, None to read them from the file.
     """
 
@@ -37,18 +56,18 @@ class SourceImage:
 
 
 def write_dataset(images: list[SourceImage], destination: Path) -> None:
-    """Write images/{split}/ and annotations/captions_{split}.json, and print how much that is.
+    """Write images/{split}/ and annotations/captions_{split}.json atomically, and print their numbers of entries.
 
     As in COCO, a test split also gets image_info_test.json, which includes the images without captions.
-    Images are hard links where the file system allows it, else copies. All is written next to `destination` and
-    renamed at the end, so an interrupted run leaves nothing that looks whole.
+    Images are hard links where the file system allows it, else copies. Everything is written to a temporary folder
+    next to `destination`, which is renamed at the end.
 
     Raises:
-        InputError: `destination` holds something already or cannot be written; an image cannot be read; two images
-            have one name or id; a name cannot be one.
+        InputError: `destination` is not empty or cannot be written; an image cannot be read; two images have the same
+            name or id; a name is not allowed.
     """
     require_new_folder(destination)
-    target = Path(os.path.realpath(destination))  # so that "." has a name, and a link stays one
+    target = Path(os.path.realpath(destination))  # "." gets a name, and a symbolic link is kept
     images = sorted(images, key=lambda image: SPLITS.index(image.split))
     _check_names(images)
     partial = target.with_name(f".{target.name}.importing")
@@ -72,9 +91,8 @@ def _check_names(images: list[SourceImage]) -> None:
     by_name: dict[tuple[str, str], Path] = {}
     by_id: dict[int, Path] = {}
     for image in images:
-        parts = PurePosixPath(image.name).parts
-        printed = not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in image.name)
-        if not parts or parts[0] == "/" or ".." in parts or not printed:
+        printable_name = not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in image.name)
+        if not Path(image.name).name or not is_within(image.name) or not printable_name:
             raise InputError(f"{image.path} would be called {image.name!r}, which a data set cannot hold; rename it.")
         if (image.split, image.name) in by_name:
             other = by_name[image.split, image.name]
@@ -124,7 +142,7 @@ def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
-    except FileExistsError:  # on a file system that takes "A.jpg" and "a.jpg" for one name
+    except FileExistsError:  # a file system that ignores case, and "A.jpg" and "a.jpg"
         raise InputError(f"{source} would take the place of another image, {target.name}; rename it.") from None
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

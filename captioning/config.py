@@ -1,4 +1,4 @@
-"""The options of a training: defaults, checks and the recipes in configs/."""
+"""The options of a training run: defaults, checks and the recipes in configs/."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-Objective = Literal["cross-entropy", "cider"]
+ObjectiveName = Literal["cross-entropy", "cider"]
 
-LARGEST_SEED = 2**64 - 1  # what torch.manual_seed takes
+MAX_SEED = 2**64 - 1  # largest seed of torch.manual_seed
 
-RENAMED = {"val_photos": "val_images"}  # options that older captioner.json files hold under their former names
+RENAMED = {"val_photos": "val_images"}  # former names of options, in older captioner.json files
 
-# The smallest and the largest value of each number.
+# The minimum and the maximum of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "grid_size": (1, 64),
     "embed_size": (1, 1 << 14),
@@ -41,7 +41,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "warmup_steps": (0, math.inf),
     "save_minutes": (0, math.inf),
     "workers": (0, 1024),
-    "seed": (0, LARGEST_SEED),
+    "seed": (0, MAX_SEED),
     **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, math.inf)),
     **dict.fromkeys(("val_images", "patience", "vocab_threshold"), (1, math.inf)),
 }
@@ -52,10 +52,10 @@ class DataOptions:
     """Images and captions."""
 
     data: Path = Path("data/scenes")  # data set folder in COCO's layout, or of WebDataset tar files
-    vocab_threshold: int = 5  # how often a word must occur to be in the vocabulary
+    vocab_threshold: int = 5  # minimum count of a word in the captions
     vocab_from_file: bool = False  # take the vocabulary from --vocab-file rather than from the captions
     vocab_file: Path = Path("vocab.json")  # JSON list of words
-    val_images: int = 5000  # score this many validation images after each epoch
+    val_images: int = 5000  # number of validation images scored after each epoch
     skip_unreadable: bool = False  # leave out images that cannot be read, rather than stop
 
 
@@ -67,11 +67,12 @@ class ModelOptions:
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
     image_size: int | None = None  # input resolution in pixels; default: the backbone's own
     crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default center
-    grid_size: int | None = None  # average the feature map to this many rows and columns, for a decoder that attends
+    # pool the feature map to this many rows and columns (attention and transformer decoders)
+    grid_size: int | None = None
     views: int = 1  # augmented crops cached per image, for a frozen backbone
     decoder: checkpoint.DecoderName = "lstm"  # decoder architecture
     embed_size: int = 256  # embedding dimension
-    hidden_size: int = 512  # hidden dimension of the decoder; of a transformer, of its feed-forward layers
+    hidden_size: int = 512  # hidden dimension of the LSTM, or of the transformer's feed-forward layers
     num_layers: int = 1  # layers of the decoder
     dropout: float = 0.0  # dropout rate in the decoder; 0 with --objective cider
     tie_weights: bool = False  # share the word embedding with the output layer (arXiv 1608.05859)
@@ -84,8 +85,9 @@ class OptimizationOptions:
     A run resumed with another objective or fine_tune starts from its best epoch, and trains num_epochs more.
     """
 
-    objective: Objective = "cross-entropy"  # likelihood of the captions, or CIDEr-D as a reward (arXiv 1612.00563)
-    fine_tune: int | None = None  # backbone stages to train, from the last; default 0, or all if random
+    objective: ObjectiveName = "cross-entropy"  # likelihood of the captions, or CIDEr-D as a reward (arXiv 1612.00563)
+    # number of backbone stages to fine-tune, counted from the output; default 0, or all with --weights random
+    fine_tune: int | None = None
     num_epochs: int = 3  # passes over the training data
     batch_size: int = 128  # captions per step, over all processes
     learning_rate: float | None = None  # peak learning rate; default 1e-3, or 5e-4 for cider
@@ -105,8 +107,8 @@ class CheckpointOptions:
     models: Path = Path("models")  # folder in which the model's folder is created
     save_every: int = 1  # epochs between checkpoints; the best epoch is always kept
     save_minutes: float = 10.0  # minutes between saves within an epoch
-    print_every: int = 100  # steps between lines on the terminal
-    log_file: str = "training_log.txt"  # loss of every step, in the model's folder
+    print_every: int = 100  # logging interval in steps
+    log_file: str = "training_log.txt"  # log of every step's loss, in the model's folder
     tensorboard: bool = False  # write TensorBoard scalars to the model's folder
 
 
@@ -114,8 +116,9 @@ class CheckpointOptions:
 class DeviceOptions:
     """Devices and workers."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of features and steps; auto: bf16 if faster
-    workers: int = WORKERS  # processes that read images
+    # precision of features and training; auto: bf16 where it is faster
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    workers: int = WORKERS  # number of processes that read images
     cache: Path = CACHE  # folder for tokenized captions and image features
 
 
@@ -179,7 +182,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
         if self.tie_weights and self.embed_size != self.hidden_size and self.decoder != "transformer":
             raise InputError(
-                f"tie_weights needs embed_size and hidden_size alike, not {self.embed_size} and {self.hidden_size}."
+                f"tie_weights needs equal embed_size and hidden_size, not {self.embed_size} and {self.hidden_size}."
             )
         for field in ("name", "log_file"):
             value = getattr(self, field)
@@ -190,7 +193,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
 
 def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
-    """Raise `InputError` if one of the options that were given has no effect beside the others."""
+    """Raise `InputError` if one of the given options has no effect with these values of the others."""
     without = {
         "grid_size": (DECODERS[config.decoder].attends, "a decoder that does not attend"),
         "attention_penalty": (config.decoder == "attention", "this decoder"),
@@ -200,9 +203,9 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
         "views": (not config.fine_tune, "a backbone that is fine-tuned, which sees new crops in every epoch"),
     }
     if config.resume is not None:
-        is_its_own = (config.models / config.name).resolve() == config.resume.resolve()
-        stays = f"a training that is resumed, which stays in {config.resume}; copy the folder to keep it as it is"
-        without |= {"overwrite": (False, stays), **dict.fromkeys(("name", "models"), (is_its_own, stays))}
+        is_same_folder = (config.models / config.name).resolve() == config.resume.resolve()
+        stays = f"a resumed run, which stays in {config.resume}; copy the folder to keep it as it is"
+        without |= {"overwrite": (False, stays), **dict.fromkeys(("name", "models"), (is_same_folder, stays))}
     for name, (has_effect, what) in without.items():
         if name in given and not has_effect:
             raise InputError(f"--{name.replace('_', '-')} has no effect on {what}.")
@@ -210,7 +213,7 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
 
 @dataclass
 class ResumedConfig(TrainingConfig):
-    """The options of a run that resumes the training in the folder `resume`."""
+    """The options of a run that is resumed from the folder `resume`."""
 
     resume: Path | None = None
 
@@ -222,9 +225,9 @@ def settings_of(config: TrainingConfig) -> dict[str, Any]:
 
 
 def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
-    """Read the options of the training in `folder`, in order to resume it, with another `objective` if given.
+    """Read the options of the run in `folder`, in order to resume it, with another `objective` if given.
 
-    Its fields may be changed before `train` is called with it. Raises `InputError` if the folder holds no training.
+    Its fields may be changed before `train` is called with it. Raises `InputError` if the folder holds no run.
     """
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     saved = checkpoint.read_description(folder).training
@@ -232,9 +235,9 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
     values = {name: saved[name] for name in names if name in saved}
     if objective is not None and objective != values.get("objective", "cross-entropy"):
         values["objective"] = objective
-        for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # they are the other objective's
+        for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # the new objective has its own defaults
             values.pop(name, None)
-    source = f"{folder}/captioner.json holds no training's configuration"
+    source = f"{folder}/captioner.json does not hold valid options of a training run"
     return _build(ResumedConfig, {**values, "resume": Path(folder)}, source)
 
 
@@ -253,10 +256,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if unknown:
         name = unknown[0].replace("-", "_")
         hint = f"write {name}" if name in known else "`python train.py --help` lists them"
-        raise InputError(f'{path} sets "{unknown[0]}", which is no option of a training; {hint}.')
+        raise InputError(f'{path} sets "{unknown[0]}", which is not a training option; {hint}.')
     for name, value in options.items():
         if isinstance(value, bool) and known[name] != "bool":
-            raise InputError(f"{path} sets {name} to {str(value).lower()}, which is no value of it.")
+            raise InputError(f"{path} sets {name} to {str(value).lower()}, which is not a valid value.")
     return options
 
 

@@ -1,11 +1,11 @@
 """Greedy decoding, beam search and sampling of captions, for any decoder that offers `init_state` and `step`.
 
-Three rules hold for all of them. `<start>` is never chosen, nor `<unk>` unless `allow_unk`. Restrictions on
-what may be chosen (these bans, `min_length`, blocked trigrams, temperature, top-k, top-p) never change a
-reported log-probability, which is the model's own over its full softmax. And where every word is banned,
-`<end>` is chosen even before `min_length`, so every image has a caption.
+Three rules hold for all of them. `<start>` and `<unk>` are never chosen. Restrictions on the choice (these bans,
+`min_length`, blocked trigrams, temperature, top-k, top-p) do not change the reported log-probabilities, which are the
+model's own over its full softmax. If every word is banned, `<end>` is chosen even before `min_length`, so that every
+image has a caption.
 
-A decoder in training mode applies dropout here too; call `decoder.eval()` first.
+A decoder in training mode applies dropout here as well; call `decoder.eval()` first.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from vocabulary import END, START, UNK
 State = tuple[Tensor, ...]
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
-# Elements of the largest tensor that a CPU computes at once, 16 MB of floats. The allocator requests a larger one
-# from the system anew at every step: 500 images with attention and a beam of 5 would take twice as long.
+FIRST_WORD = UNK + 1  # index of the first word that may be chosen
+
+# Maximum number of elements of a tensor that a CPU computes at once, 16 MB of floats. The allocator requests larger
+# ones from the system again at every step: 500 images with attention and a beam of 5 would take twice as long.
 CHUNK_ELEMENTS = 2**22
 
 
@@ -34,7 +36,7 @@ class Decoder(Protocol):
     """The interface of a decoder.
 
     Every tensor of a state has the batch as its first dimension; its other dimensions may change from step to
-    step. A step does not modify the state that it is given. It may return one of its tensors itself, untouched,
+    step. A step does not modify the state that it is given. It may return one of its tensors itself, unchanged,
     only if that tensor depends on the image alone.
 
     attends: whether the last tensor of a state after a step is the attention over the image, (B, cells).
@@ -43,11 +45,11 @@ class Decoder(Protocol):
     attends: bool
 
     def init_state(self, features: Any) -> State:
-        """The state after reading the features (B, ...) of B images, before `<start>`."""
+        """Return the state after reading the features (B, ...) of B images, before `<start>`."""
         ...
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits (B, V) of the token that follows `tokens` (B,) int64, and the next state."""
+        """Return the logits (B, V) of the token that follows `tokens` (B,) int64, and the next state."""
         ...
 
 
@@ -69,9 +71,7 @@ class Hypothesis:
 
 
 @torch.no_grad()
-def greedy(
-    decoder: Decoder, features: Any, max_length: int = 20, min_length: int = 0, allow_unk: bool = False
-) -> list[Hypothesis]:
+def greedy(decoder: Decoder, features: Any, max_length: int = 20, min_length: int = 0) -> list[Hypothesis]:
     """Choose the most probable token at every step, for all images at once.
 
     features: what `decoder.init_state` takes, (B, ...).
@@ -81,7 +81,7 @@ def greedy(
     check_lengths(max_length, min_length)
 
     def choose(logits: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        log_p, words = _best_words(logits, 1, t >= min_length, allow_unk, banned=None)
+        log_p, words = _best_words(logits, 1, t >= min_length, banned=None)
         log_p, best = log_p.max(1, keepdim=True)
         return words.gather(1, best).squeeze(1), log_p.squeeze(1)
 
@@ -99,19 +99,18 @@ def sample(
     max_length: int = 20,
     min_length: int = 0,
     n: int = 1,
-    allow_unk: bool = False,
     indices: Sequence[int] | None = None,
 ) -> list[Hypothesis]:
-    """Draw n captions of each image from the decoder's distribution, all at once.
+    """Sample n captions of each image from the decoder's distribution, all at once.
 
     features, max_length, min_length: as in `greedy`.
     temperature: divides the logits; near 0 is greedy.
-    top_k: draw from the k most probable tokens only (0: from all).
-    top_p: then draw from the smallest set of tokens with this share of the probability (nucleus sampling,
+    top_k: sample from the k most probable tokens only (0: from all).
+    top_p: then sample from the smallest set of tokens with this share of the probability (nucleus sampling,
         Holtzman et al., arXiv 1904.09751).
     seed, indices: the random numbers of an image depend on the seed and on the image's index alone, not on the
-        rest of the batch or the device. The indices (B,) are 0 to B - 1 by default. Without a seed they come from
-        torch's global generator.
+        rest of the batch or the device. The indices (B,) are 0 to B - 1 by default. Without a seed, the numbers come
+        from torch's global generator.
     Returns B * n hypotheses, those of image i at [i * n : (i + 1) * n]; their log-probabilities are the
     model's at temperature 1. Raises InputError if a value is out of range.
     """
@@ -124,7 +123,7 @@ def sample(
     uniform = _uniform(seed, range(images) if indices is None else indices, n, max_length).to(device)
 
     def choose(logits: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        token = _draw(logits, uniform[rows, t, None], t >= min_length, allow_unk, temperature, top_k, top_p)
+        token = _sample_tokens(logits, uniform[rows, t, None], t >= min_length, temperature, top_k, top_p)
         return token.squeeze(1), logits.log_softmax(1).gather(1, token).squeeze(1)
 
     return _decode(decoder, state, choose, max_length)
@@ -142,20 +141,19 @@ def beam_search(
     block_trigrams: bool = False,
     groups: int = 1,
     diversity: float = 0.5,
-    allow_unk: bool = False,
 ) -> list[list[Hypothesis]]:
     """Find the best captions by beam search, for all images at once.
 
     An image has `beam_size` places. At every step the continuations of its live hypotheses compete for them by
     log-probability; a hypothesis that ends keeps its place and is not continued. The search of an image is over
-    when none of its hypotheses is live, or at `max_length`, where live ones count as results too, so there is
-    always a best one. With beam_size=1 this is `greedy`.
+    when none of its hypotheses is live, or at `max_length`, where live ones count as results as well, so that there
+    is always a best one. With beam_size=1 this is `greedy`.
 
     features, max_length, min_length: as in `greedy`.
     length_penalty: results are ranked by log p / length**length_penalty, where length counts `<end>`: 0 ranks by
         probability, which favours short captions, 1 by the mean log p per token. (Wu et al., arXiv 1609.08144,
         section 7, divide by ((5 + length) / 6)**alpha instead.)
-    n_best: hypotheses to return per image; fewer where the beam holds fewer different ones.
+    n_best: hypotheses to return per image; fewer if the beam holds fewer different ones.
     block_trigrams: never choose a word that would repeat three words of its caption (Paulus et al.,
         arXiv 1705.04304, section 2.5).
     groups: divide the beam into this many groups. Each lowers the score of a word by `diversity` for every
@@ -169,7 +167,7 @@ def beam_search(
     state = decoder.init_state(features)
     beams = _Beams.start(state[0].size(0), beam_size, groups, max_length, state[0].device)
     attention: list[Tensor] = []  # of all rows at each step, (rows, cells)
-    # The decoder computes live places only: row r of its batch is the place live[r] among all images' places.
+    # The decoder runs on live places only: row r of its batch is the place live[r] among the places of all images.
     live = beams.live()
     state = _select(state, live // beam_size)
     chunk_size = max(1, beams.ended.numel())
@@ -177,20 +175,20 @@ def beam_search(
         tokens = beams.tokens.flatten(0, 1)[live, :t]  # (rows, t)
         last = tokens[:, -1] if t else torch.full_like(live, START)
         repeats = _repeated_trigrams(tokens) if block_trigrams and t > 2 else None
-        # Of one row, no more than beam_size words can win, even if diversity lowers the scores of some.
-        options = {"k": beam_size, "may_end": t >= min_length, "allow_unk": allow_unk}
+        # At most beam_size words of a row can be chosen, even if diversity lowers the scores of some.
+        options = {"k": beam_size, "may_end": t >= min_length}
         log_p, words, state, constant, chunk_size = _expand(decoder, last, state, repeats, chunk_size, **options)
         parents = _select_children(beams, live, log_p, words, t, groups, diversity)
         rows = torch.searchsorted(live, parents)  # meaningless for parents that had ended
         if decoder.attends:
             beams.attention_rows[:, :, t] = rows + sum(len(weights) for weights in attention)
             attention.append(state[-1])
-        if groups == 1:  # groups may end in the same caption, so n_best ended ones may be fewer
+        if groups == 1:  # groups may end in the same caption, so n_best ended ones may not be n_best different ones
             _prune(beams, n_best, length_penalty)
         previous, live = live, beams.live()
         if len(live) == 0 or t == max_length - 1:
             break
-        # What a step returns untouched, such as an image's cells, is the same for all rows of an image.
+        # A tensor that a step returns unchanged, such as an image's cells, is the same for all rows of an image.
         unmoved = any(constant) and torch.equal(previous // beam_size, live // beam_size)
         rows = rows.flatten()[live]
         pairs = zip(state, constant, strict=True)
@@ -209,7 +207,7 @@ class _Beams:
 
     @classmethod
     def start(cls, images: int, beam_size: int, groups: int, max_length: int, device: torch.device) -> _Beams:
-        """Beams in which the first place of each group is live and the others are empty."""
+        """Create beams in which the first place of each group is live and the others are empty."""
         tokens = torch.full((images, beam_size, max_length), END, device=device)
         log_probability = torch.full((images, beam_size), -torch.inf, device=device)
         log_probability[:, :: beam_size // groups] = 0
@@ -217,11 +215,11 @@ class _Beams:
         return cls(tokens, log_probability, ended, torch.zeros_like(tokens))
 
     def live(self) -> Tensor:
-        """The live places in order, counted over all images."""
+        """Return the live places in order, numbered over all images."""
         return (~self.ended & (self.log_probability > -torch.inf)).flatten().nonzero().squeeze(1)
 
     def scores(self, length_penalty: float) -> Tensor:
-        """log p / length**length_penalty, (images, beam_size)."""
+        """Compute log p / length**length_penalty, (images, beam_size)."""
         return self.log_probability / ((self.tokens != END).sum(2) + self.ended) ** length_penalty
 
 
@@ -230,9 +228,9 @@ def _expand(
 ) -> tuple[Tensor, Tensor, State, list[bool], int]:
     """Run the decoder for one step on all rows, `chunk_size` of them at once.
 
-    last, banned: (rows,) the last token and (rows, any) the words not allowed now. options: of `_best_words`.
-    Returns the best words' log p and indices, (rows, k + 1) each; the next state; which of its tensors the step
-    returned untouched; and the chunk size for the next step.
+    last, banned: (rows,) the last tokens and (rows, any) the words not allowed at this step. options: of `_best_words`.
+    Returns the best words' log p and indices, (rows, k + 1) each; the next state; for each of its tensors, whether the
+    step returned it unchanged; and the chunk size for the next step.
     """
     best, states = [], []
     for start in range(0, max(1, len(last)), chunk_size):
@@ -253,7 +251,7 @@ def _expand(
 def _select_children(
     beams: _Beams, live: Tensor, log_p: Tensor, words: Tensor, t: int, groups: int, diversity: float
 ) -> Tensor:
-    """Fill all places with the best continuations of their image and group; returns their parents' places.
+    """Fill all places with the best continuations of their image and group; returns the places of their parents.
 
     live: (rows,) the places that were expanded; log_p, words: (rows, options) their continuations.
     """
@@ -274,8 +272,8 @@ def _select_children(
     chosen = child_words[:, :0]  # words that earlier groups have chosen
     for start in range(0, beam_size * options, width * options):
         group = slice(start, start + width * options)
-        met = (child_words[:, group, None] == chosen[:, None, :]).sum(2)
-        best.append((ranked[:, group] - diversity * met).topk(width, 1).indices + start)
+        num_chosen = (child_words[:, group, None] == chosen[:, None, :]).sum(2)
+        best.append((ranked[:, group] - diversity * num_chosen).topk(width, 1).indices + start)
         if groups > 1:
             new = child_words.gather(1, best[-1]).masked_fill(staying.gather(1, best[-1]), -1)
             chosen = torch.cat([chosen, new], 1)
@@ -291,7 +289,7 @@ def _select_children(
 
 
 def _prune(beams: _Beams, n_best: int, length_penalty: float) -> None:
-    """Drop the live hypotheses of which no continuation could be returned.
+    """Drop the live hypotheses of which no continuation can be among the n_best.
 
     log p only falls as words are added, so log p / max_length**length_penalty is an upper bound of a hypothesis's
     final score; it is compared with the worst of the n_best that have ended.
@@ -303,7 +301,10 @@ def _prune(beams: _Beams, n_best: int, length_penalty: float) -> None:
 
 
 def _results(beams: _Beams, attention: Tensor | None, n_best: int, length_penalty: float) -> list[list[Hypothesis]]:
-    """The n_best different hypotheses of each image, best first; attention (all steps' rows, cells) on the CPU."""
+    """Return the n_best different hypotheses of each image, best first.
+
+    attention: (rows of all steps, cells) on the CPU, if the decoder attends.
+    """
     scores, order = beams.scores(length_penalty).sort(1, descending=True)
     by_score = order[:, :, None].expand_as(beams.tokens)
     tokens, rows = beams.tokens.gather(1, by_score).tolist(), beams.attention_rows.gather(1, by_score).cpu()
@@ -349,25 +350,26 @@ def _decode(decoder: Decoder, state: State, choose: Choose, max_length: int) -> 
     return [Hypothesis(row, p, p / len(row), None if x is None else x[: len(row)]) for row, p, x in captions]
 
 
-def _best_words(logits: Tensor, k: int, may_end: bool, allow_unk: bool, banned: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best words of each row of logits (B, V), and `<end>`: log p and indices, both (B, k + 1)."""
+def _best_words(logits: Tensor, k: int, may_end: bool, banned: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return log p and indices, both (B, k + 1), of the k best words of each row of logits (B, V) and of `<end>`."""
     log_p = logits.float().log_softmax(1)
-    first = UNK if allow_unk else UNK + 1
     end = log_p[:, END : END + 1]
     allowed = log_p if banned is None else log_p.scatter(1, banned, -torch.inf)
-    best, words = allowed[:, first:].topk(min(k, log_p.size(1) - first), 1)
+    best, words = allowed[:, FIRST_WORD:].topk(min(k, log_p.size(1) - FIRST_WORD), 1)
     if not may_end:
         end = end.masked_fill(best.isfinite().any(1, keepdim=True), -torch.inf)
     ends = torch.full_like(end, END, dtype=words.dtype)
-    return torch.cat([best, end], 1), torch.cat([words + first, ends], 1)
+    return torch.cat([best, end], 1), torch.cat([words + FIRST_WORD, ends], 1)
 
 
-def _draw(
-    logits: Tensor, uniform: Tensor, may_end: bool, allow_unk: bool, temperature: float, top_k: int, top_p: float
+def _sample_tokens(
+    logits: Tensor, uniform: Tensor, may_end: bool, temperature: float, top_k: int, top_p: float
 ) -> Tensor:
-    """Draw a token (B, 1) of each row of logits (B, V) by the inverse distribution at uniform (B, 1), in (0, 1]."""
-    first = UNK if allow_unk else UNK + 1
-    options = logits[:, first:]
+    """Sample one token per row of logits (B, V) by inverse transform sampling.
+
+    uniform: (B, 1) random numbers in (0, 1]. Returns the tokens, (B, 1).
+    """
+    options = logits[:, FIRST_WORD:]
     may_end = may_end or options.size(1) == 0
     if may_end:
         options = torch.cat([options, logits[:, END : END + 1]], 1)
@@ -377,16 +379,16 @@ def _draw(
         p, order = p.topk(min(top_k or p.size(1), p.size(1)), 1)
     cumulative = p.cumsum(1)
     last_option = torch.searchsorted(cumulative, top_p * cumulative[:, -1:])
-    # The draw is scaled to the probability of the options left, so it cannot land on an option beyond them.
+    # uniform is scaled to the probability of the remaining options, so that none beyond them is chosen.
     choice = torch.searchsorted(cumulative, uniform * cumulative.gather(1, last_option))
     if order is not None:
         choice = order.gather(1, choice)
     is_end = (choice == options.size(1) - 1) & may_end
-    return torch.where(is_end, END, choice + first)
+    return torch.where(is_end, END, choice + FIRST_WORD)
 
 
 def _uniform(seed: int | None, indices: Sequence[int], n: int, max_length: int) -> Tensor:
-    """Random numbers in (0, 1], (len(indices) * n, max_length), on the CPU: a stream for each image if seeded."""
+    """Draw random numbers in (0, 1], (len(indices) * n, max_length), on the CPU; a seed gives each image a stream."""
     if seed is None:
         return 1 - torch.rand(len(indices) * n, max_length)
     streams = (np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,))) for i in indices)
@@ -395,7 +397,7 @@ def _uniform(seed: int | None, indices: Sequence[int], n: int, max_length: int) 
 
 
 def _repeated_trigrams(tokens: Tensor) -> Tensor:
-    """The words (B, t - 2) that would repeat a trigram of tokens (B, t); `<start>` where there is none."""
+    """Return the words (B, t - 2) that would repeat a trigram of tokens (B, t), padded with `<start>`."""
     repeats = (tokens[:, :-2] == tokens[:, -2:-1]) & (tokens[:, 1:-1] == tokens[:, -1:])
     return torch.where(repeats, tokens[:, 2:], START)
 

@@ -15,13 +15,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import get_cpu_distributed_information
 
-# Processes that read images from disks of different speed finish hours apart. One that has ended is noticed at once,
-# whatever this is.
+# Processes that read images from disks of different speeds may finish hours apart. A process that exits is noticed at
+# once, whatever the timeout.
 TIMEOUT = timedelta(days=1)
 
 
 def on_cpus() -> bool:
-    """Whether several processes were launched where there is no GPU; accelerate must be told to use CPUs then."""
+    """Return whether several processes were launched without a GPU; accelerate must then be told to use CPUs."""
     return get_cpu_distributed_information().world_size > 1 and not torch.cuda.is_available()
 
 
@@ -46,5 +46,5 @@ def choose_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass, in bfloat16 where `choose_dtype` says so."""
+    """Return the context of a forward pass, in bfloat16 where `choose_dtype` says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype(device, precision) == torch.bfloat16)

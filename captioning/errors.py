@@ -1,4 +1,4 @@
-"""The error of a user's mistake, warnings, and how a command ends."""
+"""User errors, warnings and command exit codes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import errno
 import functools
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 
-# ASCII's and Latin-1's controls, line and paragraph separators, changes of direction, bytes that are no text
+# Control characters of ASCII and Latin-1, line and paragraph separators, bidirectional controls, and surrogates, which
+# stand for bytes that cannot be decoded.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# How Linux, macOS and Windows describe a host name that cannot be resolved, and a missing route.
+OFFLINE = re.compile(
+    r"Errno -[23]\b|Name or service not known|name resolution|nodename nor servname|getaddrinfo failed"
+    r"|Network is unreachable"
+)
 
 
 class InputError(ValueError):
@@ -22,6 +30,31 @@ class InputError(ValueError):
 def warn_once(message: str) -> None:
     """Print a warning on stderr; the same message is printed once."""
     print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
+
+
+def log(message: str) -> None:
+    """Print a line on stderr, above the progress bar if there is one."""
+    from tqdm.auto import tqdm  # here, as most modules import this one and need no progress bar
+
+    tqdm.write(printable(message), file=sys.stderr)
+
+
+def is_offline(error: BaseException) -> bool:
+    """Return whether a request failed because its host name was not resolved or no network is reachable."""
+    cause: BaseException | None = error
+    while cause is not None:
+        unreachable = isinstance(cause, OSError) and cause.errno == errno.ENETUNREACH
+        if unreachable or isinstance(cause, socket.gaierror) or OFFLINE.search(str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def describe_network_error(error: BaseException) -> str:
+    """Describe in a few words why a request failed: "no network", or the first line of the error's text."""
+    if is_offline(error):
+        return "no network"
+    return (str(getattr(error, "reason", error)).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
@@ -39,9 +72,9 @@ def printable(text: str) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main`; a user's mistake becomes one sentence on stderr and exit code 2.
 
-    Of several processes that were launched together the first to fail says why, and the others end with it.
+    Of several processes that were launched together, the first one to fail prints its error, and the others exit.
     """
-    if sys.stdout is not None:  # a photo's name may hold what the terminal cannot show
+    if sys.stdout is not None:  # a file name may contain characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         main()
@@ -57,7 +90,7 @@ def run_command(main: Callable[[], None]) -> None:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit does not fail as well
-        if error.errno == errno.EPIPE:  # the reader, such as `head`, has seen enough
+        if error.errno == errno.EPIPE:  # the reader, such as `head`, has closed the pipe
             sys.exit(1)
         _end(f"error: standard output cannot be written ({error.strerror}).", 2)
     except RuntimeError:  # raised while waiting for a process that has exited
@@ -67,6 +100,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _end(message: str, code: int) -> None:
+    """Exit with a code; the first process to end prints the message."""
     if _ended(1) <= 1:
         print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)

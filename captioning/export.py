@@ -2,8 +2,8 @@
 
     python caption.py --export model.onnx --model models/scenes
 
-The file holds the encoder and the decoder with its greedy loop; its metadata hold the vocabulary and the preprocessing.
-models/README.md shows how to use it.
+The file contains the encoder and the decoder with its greedy loop; its metadata are the vocabulary and the
+preprocessing. models/README.md shows how to use it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-# A loop in the graph ends with the longest caption. Unrolled, the same steps have six times as many nodes, take up to
-# thirty times as long to export, and run at a quarter of the speed or less.
+# A loop in the graph stops when the longest caption ends. If it is unrolled, the graph has six times as many nodes,
+# takes up to thirty times as long to export, and runs at a quarter of the speed or less.
 from torch._higher_order_ops import while_loop
 
 from captioning.checkpoint import load_model
@@ -30,14 +31,14 @@ from captioning.images import build_transform
 from model import DecoderModule
 from vocabulary import END, START, UNK
 
-LARGEST_ONNX = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB
+MAX_ONNX = 2_000_000_000  # size limit of the weights, in bytes; protobuf allows 2 GiB in all
 
 
-class RereadingDecoder(nn.Module):
+class FixedShapeDecoder(nn.Module):
     """Wraps a decoder whose state grows with every word into one whose state has a constant shape.
 
-    A loop in a graph carries tensors of constant shape only. At each step this decoder runs `forward` on all words so
-    far, padded to `max_length`, instead of `step` on the last.
+    A loop in a graph carries tensors of constant shape only. At each step, this decoder runs `forward` on all words so
+    far, padded to `max_length`, instead of `step` on the last word.
     """
 
     def __init__(self, decoder: DecoderModule, max_length: int):
@@ -45,12 +46,12 @@ class RereadingDecoder(nn.Module):
         self.decoder, self.max_length = decoder, max_length
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(B, ...) -> the features, the words so far (B, max_length + 1), and their number (B,)."""
+        """Features (B, ...) -> the features, the words so far (B, max_length + 1), and their number (B,)."""
         batch = features.shape[0]
         return features, torch.full((batch, self.max_length + 1), END), torch.zeros(batch, dtype=torch.long)
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """tokens (B,) and the state -> the next token's logits (B, vocab_size) and the state."""
+        """Tokens (B,) and the state -> the logits of the next token (B, vocab_size) and the next state."""
         features, words, position = state
         words = torch.where(torch.arange(self.max_length + 1) == position[:, None], tokens[:, None], words)
         logits = self.decoder(features, words)[:, -self.max_length :]  # (B, max_length, vocab_size)
@@ -63,7 +64,9 @@ class GreedyCaptioner(nn.Module):
 
     banned: Tensor
 
-    def __init__(self, encoder: nn.Module, decoder: DecoderModule | RereadingDecoder, vocab_size: int, max_length: int):
+    def __init__(
+        self, encoder: nn.Module, decoder: DecoderModule | FixedShapeDecoder, vocab_size: int, max_length: int
+    ):
         super().__init__()
         self.encoder, self.decoder, self.max_length = encoder, decoder, max_length
         banned = torch.zeros(vocab_size)
@@ -96,51 +99,49 @@ class GreedyCaptioner(nn.Module):
 
 
 def _own(x: Tensor) -> Tensor:
-    """Copy a tensor: those that a loop carries must not share memory and must keep their layout."""
+    """Copy a tensor, as those that a loop carries must not share memory and must keep their layout."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> None:
-    """Write a model's best epoch as one ONNX file that is complete in itself.
+    """Write a model's best epoch as one self-contained ONNX file.
 
-    Input: `images` (B, 3, image_size, image_size) uint8, any B. Outputs: `tokens` (B, max_length) int64, which end with
-    one `<end>` or more, or with none where the caption is cut; and `log_probability` (B,) float32, of the tokens up to
-    the first `<end>`. Metadata: `vocabulary` (a JSON list); `resize` (JSON: the length of the shorter side, or both
-    lengths), `interpolation` ("bilinear" or "bicubic") and `image_size`, the side of the centre to crop.
+    Input: `images` (B, 3, image_size, image_size) uint8, any B. Outputs: `tokens` (B, max_length) int64, padded with
+    `<end>`; and `log_probability` (B,) float32, of the tokens up to and including the first `<end>`. A caption that was
+    cut at max_length has no `<end>`. Metadata: `vocabulary` (a JSON list); `resize` (JSON: the length of the shorter
+    side, or both lengths), `interpolation` ("bilinear" or "bicubic") and `image_size`, the side of the center crop.
 
-    model: a model's folder or its name on the Hub. Raises `InputError` where it cannot be read, onnxscript
-    is missing, or the file cannot be written.
+    model: a model's folder or its name on the Hub. Raises `InputError` if the model cannot be read or exported,
+    onnxscript is missing, or the file cannot be written.
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401  torch.onnx needs it and would fail far from here
+        import onnxscript  # noqa: F401  torch.onnx needs it and would fail later
         from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
     except ImportError as error:
-        raise InputError(f"an export needs {error.name}, which is missing: pip install onnxscript") from None
+        raise InputError(f"--export needs {error.name}, which is missing: pip install onnxscript") from None
     if max_length < 1:
         raise InputError(f"max_length is {max_length}, but it has to be at least 1.")
     path = Path(path)
     check_output(path)
     encoder, decoder, vocabulary, description = load_model(find_model(model))
     size = description.preprocessing.image_size
-    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1 the exporter would make a constant
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # a batch size of 1 would become a constant
     captioner = _build_captioner(encoder.for_inference(torch.float32), decoder, images, len(vocabulary), max_length)
-    if sum(x.nbytes for x in captioner.state_dict().values()) > LARGEST_ONNX:
+    if sum(x.nbytes for x in captioner.state_dict().values()) > MAX_ONNX:
         raise InputError(f"{model} has over 2 GB of weights, which do not fit into one ONNX file.")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own, on how it does its work
+        warnings.simplefilter("ignore")  # about the exporter's internals
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-        program = torch.onnx.export(
+        program = run_exporter(
             captioner,
-            (images,),
-            input_names=["images"],
+            images,
+            f"{model}, with the backbone {encoder.backbone_name}, cannot be exported to ONNX",
+            "train a model with another --backbone",
             output_names=["tokens", "log_probability"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
         )
     assert program is not None
-    RemoveUnusedNodesPass()(program.model)  # or onnxruntime warns of each whenever it reads the file
+    RemoveUnusedNodesPass()(program.model)  # otherwise, onnxruntime warns of each whenever it reads the file
     exported = program.model_proto
     resize = build_transform(False, **vars(description.preprocessing)).transforms[0]
     metadata = {
@@ -159,15 +160,36 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> No
     )
 
 
+def run_exporter(
+    module: nn.Module, images: Tensor, problem: str, remedy: str, **options: Any
+) -> torch.onnx.ONNXProgram | None:
+    """Export a module that takes a batch of images of any size to ONNX; `options` are those of `torch.onnx.export`.
+
+    Raises `InputError` if the exporter fails: `problem`, the type of its error, and `remedy`.
+    """
+    try:
+        return torch.onnx.export(
+            module,
+            (images,),
+            input_names=["images"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+            **options,
+        )
+    except Exception as error:  # it raises many types
+        raise InputError(f"{problem} ({type(error).__name__}); {remedy}.") from error
+
+
 @torch.no_grad()
 def _build_captioner(
     encoder: nn.Module, decoder: DecoderModule, images: Tensor, vocab_size: int, max_length: int
 ) -> GreedyCaptioner:
-    # float() also rebuilds an LSTM's cached flat weights, which cannot happen inside the loop.
+    # float() also rebuilds the flat weights that an LSTM caches, which is impossible inside the loop.
     for module in (encoder, decoder):
         module.float().eval().requires_grad_(False)
     state = decoder.init_state(encoder(images))
     _, after = decoder.step(torch.full((len(images),), START), state)
     if any(x.shape != y.shape for x, y in zip(state, after, strict=True)):
-        return GreedyCaptioner(encoder, RereadingDecoder(decoder, max_length), vocab_size, max_length)
+        return GreedyCaptioner(encoder, FixedShapeDecoder(decoder, max_length), vocab_size, max_length)
     return GreedyCaptioner(encoder, decoder, vocab_size, max_length)

@@ -3,7 +3,7 @@
 A frozen backbone computes the same feature for an image in every epoch and for each of its captions, so each image is
 processed once. The features are in a folder named by a hash of all that they depend on: the backbone's weights, the
 transform, the images' paths, sizes and dates. So a cached feature is never out of date. While all processes of one
-training fill the folder, its name ends in ".partial"; the files `done-*` list the batches that are on disk, and an
+run fill the folder, its name ends in ".partial"; the files `done-*` list the batches that are on disk, and an
 interrupted pass resumes from there, with any number of processes.
 """
 
@@ -42,9 +42,9 @@ BATCH = 64 if torch.cuda.device_count() else 16
 
 
 class Views:
-    """A transform that gives several views of an image, (views, 3, image_size, image_size) uint8.
+    """A transform that returns several views of an image, (views, 3, image_size, image_size) uint8.
 
-    The first is the one of evaluation; the others are drawn as in training.
+    The first is that of evaluation; the others are augmented as in training.
     """
 
     def __init__(self, preprocessing: Preprocessing, views: int):
@@ -54,7 +54,7 @@ class Views:
         self.transforms = self.first.transforms
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The views of a PIL image."""
+        """Return the views of a PIL image."""
         views: list[Any] = [self.first(image), *(self.random(image) for _ in range(self.views - 1))]
         return torch.stack(views)
 
@@ -67,9 +67,9 @@ def encode(
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Run batches of images through the backbone: yields their indices and features, on the encoder's device.
+    """Run batches of images through the backbone; yields their indices and features, on the encoder's device.
 
-    `encoder` should be one `for_inference`. Features are (B, C) or, with the encoder's `grid`, (B, cells, C); a
+    `encoder` should be a copy `for_inference`. Features are (B, C) or, with the encoder's `grid`, (B, cells, C); a
     transform of several `Views` makes them (B, views, ...). `unreadable` is as in `read_batches`.
     """
     device = encoder.embed.weight.device
@@ -89,11 +89,10 @@ def stored_features(
     workers: int = 0,
     precision: str = "auto",
 ) -> Tensor:
-    """The features of all images, in half precision, memory-mapped: (images, views, C) or (images, views, cells, C).
+    """Return the memory-mapped float16 features of all images: (images, views, C) or (images, views, cells, C).
 
-    Features on disk are reused. Each process of a training computes its share; of several trainings, one
-    computes and the others wait. If images cannot be read, the pass is finished first and then raises an `InputError`
-    that lists them.
+    Cached features are reused; each process of a run computes its share, and a concurrent run waits. If images cannot
+    be read, the other features are computed first; then an `InputError` lists the unreadable images.
     """
     state = this_process()
     assert state.device is not None
@@ -130,7 +129,7 @@ def stored_features(
         try:
             return torch.from_numpy(np.load(store / "features.npy", mmap_mode="c"))
         except (ValueError, EOFError, FileNotFoundError) as error:
-            raise InputError(f"{store} is damaged ({error}); delete it, and it is computed again.") from None
+            raise InputError(f"{store} is damaged ({error}); delete it to compute it again.") from None
 
 
 def _lock(path: Path) -> AbstractContextManager:
@@ -138,7 +137,7 @@ def _lock(path: Path) -> AbstractContextManager:
     try:
         return lock.acquire()
     except filelock.Timeout:
-        tqdm.write("waiting for another training that computes the same features")
+        tqdm.write("waiting for another run that computes the same features")
         return lock.acquire(timeout=-1)
 
 
@@ -164,7 +163,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
             raise OSError(errno.ENOSPC, "the disk has less")
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file.flush()
-        if hasattr(os, "posix_fallocate"):  # macOS has none
+        if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), file.tell(), size)
         else:
             file.truncate(file.tell() + size)
@@ -174,7 +173,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     except InputError as error:
         reason = getattr(error.__cause__, "strerror", error)
         raise InputError(
-            f"{path} needs {size / 1e9:.1f} GB and cannot be made ({reason}); make room or use fewer views."
+            f"{path} needs {size / 1e9:.1f} GB and cannot be created ({reason}); make room or use fewer views."
         ) from None
 
 
@@ -191,7 +190,7 @@ def _fill(
     state = this_process()
     features = np.load(folder / "features.npy", mmap_mode="r+")
     done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}
-    state.wait_for_everyone()  # none writes to what another still reads
+    state.wait_for_everyone()  # no process writes to what another still reads
     starts = [start for start in range(0, len(paths), BATCH) if start not in done]
     mine = starts[state.process_index :: state.num_processes]
     batches = [range(start, min(start + BATCH, len(paths))) for start in mine]

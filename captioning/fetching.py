@@ -1,4 +1,4 @@
-"""Files from the web, fetched within bounds of size and time, and zip archives, unpacked whole or not at all."""
+"""Download files within limits of size and time, and unpack zip archives atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import os
 import shutil
-import socket
 import threading
 import zipfile
 import zlib
@@ -18,13 +17,14 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from captioning.errors import InputError
+from captioning.errors import InputError, is_offline
+from captioning.files import is_within
 
-ATTEMPTS = 5  # in a row that fetch less than a chunk
-RETRY_SECONDS = 0.5  # doubled after every failure
-TIMEOUT_SECONDS = 30.0  # to connect and get the headers; also the body's allowed delay
-SLOWEST_BYTES = 10_000  # per second
-REDIRECTS = 5
+ATTEMPTS = 5  # maximum number of consecutive attempts that fetch less than a chunk
+RETRY_SECONDS = 0.5  # first delay before another attempt, doubled after every failure
+TIMEOUT_SECONDS = 30.0  # time limit for connecting and getting the headers, and delay allowed for the body
+MIN_BYTES_PER_SECOND = 10_000  # minimum speed of a body
+MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 20
 
 
@@ -36,19 +36,19 @@ class NetworkError(Exception):
         self.permanent = permanent
 
 
-class Progress:
-    """A progress bar over tasks that run at once, and the signal for their threads to stop."""
+class ConcurrentTasks:
+    """Tasks that run concurrently, with one progress bar and one signal for their threads to stop."""
 
     def __init__(self, total: int, unit: str, **options: Any):
         self._bar = tqdm(total=total, unit=unit, disable=None, **options)
         self.stop = threading.Event()
 
     def advance(self, amount: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         self._bar.update(amount)
 
-    async def run(self, tasks: Sequence[Callable[[], Awaitable[Any]]], at_once: int) -> list[Any]:
-        """Return the results of all tasks; the first error stops the others, and so does Ctrl-C."""
+    async def run(self, tasks: Sequence[Callable[[], Awaitable[Any]]], max_concurrent: int) -> list[Any]:
+        """Run all tasks and return their results; the first error stops the others, and so does Ctrl-C."""
         results: list[Any] = [None] * len(tasks)
         waiting = iter(enumerate(tasks))
 
@@ -56,7 +56,7 @@ class Progress:
             for index, task in waiting:
                 results[index] = await task()
 
-        workers = [asyncio.ensure_future(work()) for _ in range(min(at_once, len(tasks)))]
+        workers = [asyncio.ensure_future(work()) for _ in range(min(max_concurrent, len(tasks)))]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -72,18 +72,15 @@ class Progress:
 
 
 def connect() -> httpx.AsyncClient:
-    """Build a client that keeps its connections and asks for bodies as they are, not compressed."""
+    """Build a client that keeps its connections open and requests uncompressed bodies."""
     headers = {"User-Agent": "image-captioning", "Accept-Encoding": "identity"}
     return httpx.AsyncClient(headers=headers, timeout=TIMEOUT_SECONDS)
 
 
 def describe_error(error: BaseException) -> str:
-    """Say in a few words why a request failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, socket.gaierror):
-            return "no network, or no server of this name"
-        cause = cause.__cause__ or cause.__context__
+    """Describe in a few words why a request failed."""
+    if is_offline(error):
+        return "no network, or no server of this name"
     if isinstance(error, (httpx.TimeoutException, asyncio.TimeoutError)):
         return "the server is too slow"
     if isinstance(error, httpx.UnsupportedProtocol):
@@ -101,23 +98,23 @@ def _network_errors() -> Iterator[None]:
     except (httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError) as error:
         permanent = isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL))
         raise NetworkError(describe_error(error), permanent) from error
-    except Exception as error:  # odd addresses make the libraries below httpx raise nearly anything
+    except Exception as error:  # malformed addresses make the libraries below httpx raise nearly anything
         raise NetworkError(f"the address or the answer cannot be used ({type(error).__name__})") from error
 
 
 @asynccontextmanager
 async def _request(client: httpx.AsyncClient, url: str, start: int = 0) -> AsyncIterator[httpx.Response]:
-    """Ask for a file from byte `start` on; yields the response before its body is read."""
+    """Request a file from byte `start` on; yields the response before its body is read."""
     with _network_errors():  # httpx would read the whole body of a redirect
         request = client.build_request("GET", url, headers={"Range": f"bytes={start}-"} if start else {})
-        for _ in range(1 + REDIRECTS):
+        for _ in range(1 + MAX_REDIRECTS):
             response = await asyncio.wait_for(client.send(request, stream=True), TIMEOUT_SECONDS)
             if response.next_request is None:
                 break
             await response.aclose()
             request = response.next_request
         else:
-            raise NetworkError(f"it redirects more than {REDIRECTS} times", permanent=True)
+            raise NetworkError(f"it redirects more than {MAX_REDIRECTS} times", permanent=True)
     try:
         status = response.status_code
         if status not in (200, 206):
@@ -125,7 +122,7 @@ async def _request(client: httpx.AsyncClient, url: str, start: int = 0) -> Async
             reason = f"the server answers {status} {httpx.codes.get_reason_phrase(status)}".rstrip()
             raise NetworkError(reason, permanent=gone)
         if start and status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise NetworkError("the server sends another part than it was asked for", permanent=True)
+            raise NetworkError("the server sent a different part of the file than requested", permanent=True)
         yield response
     finally:
         await response.aclose()
@@ -137,7 +134,7 @@ async def _chunks(response: httpx.Response, at_most: int) -> AsyncIterator[bytes
     received, deadline = 0, clock() + TIMEOUT_SECONDS
     with _network_errors():
         body = response.aiter_raw()
-        while chunk := await asyncio.wait_for(anext(body, b""), deadline + received / SLOWEST_BYTES - clock()):
+        while chunk := await asyncio.wait_for(anext(body, b""), deadline + received / MIN_BYTES_PER_SECOND - clock()):
             received += len(chunk)
             if received > at_most:
                 raise NetworkError(f"the server sends more than {at_most:,} bytes", permanent=True)
@@ -147,7 +144,7 @@ async def _chunks(response: httpx.Response, at_most: int) -> AsyncIterator[bytes
 async def read(client: httpx.AsyncClient, url: str, at_most: int) -> bytes:
     """Download a file of at most `at_most` bytes into memory.
 
-    Raises `NetworkError` where it is not to be had, and `InputError` after several failed attempts.
+    Raises `NetworkError` where another attempt would not help, and `InputError` after several failed attempts.
     """
     reason = ""
     for attempt in range(ATTEMPTS):
@@ -164,39 +161,39 @@ async def read(client: httpx.AsyncClient, url: str, at_most: int) -> bytes:
 
 
 async def fetch(
-    client: httpx.AsyncClient, url: str, path: Path, size: int, sha256: str, progress: Progress | None = None
+    client: httpx.AsyncClient, url: str, path: Path, size: int, sha256: str, tasks: ConcurrentTasks | None = None
 ) -> None:
     """Download `url` to `path`, resuming from `path`.part where an earlier attempt left one.
 
     Args:
-        size: Number of bytes that the file has to have.
-        sha256: Their checksum.
-        progress: A bar over bytes.
+        size: Expected number of bytes.
+        sha256: Expected checksum.
+        tasks: The tasks that this download is one of; their progress bar counts bytes.
 
     Raises:
-        InputError: The server has another file, or cannot be reached after several attempts.
+        InputError: The server has a different file, or cannot be reached after several attempts.
     """
-    progress = progress or Progress(size, "B", unit_scale=True, desc=path.name)
+    tasks = tasks or ConcurrentTasks(size, "B", unit_scale=True, desc=path.name)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
-    progress.advance(min(have, size))
+    tasks.advance(min(have, size))
     failures = 0
     while have < size:
         reason, before = "the connection broke", have
         try:
             async with _request(client, url, have) as response:
                 if response.status_code == 200:  # a server without ranges sends the whole file again
-                    progress.advance(-have)
+                    tasks.advance(-have)
                     have = 0
                 length = response.headers.get("Content-Length", "")
                 if length and length.lstrip("0") != str(size - have):
-                    raise InputError(f"{url} is another file than the published one of {size:,} bytes.")
+                    raise InputError(f"{url} is not the published file of {size:,} bytes.")
                 with part.open("ab" if have else "wb") as file:
                     async for chunk in _chunks(response, size - have):
                         file.write(chunk)
                         have += len(chunk)
-                        progress.advance(len(chunk))
+                        tasks.advance(len(chunk))
         except NetworkError as error:
             reason = str(error)
             if error.permanent:
@@ -206,12 +203,11 @@ async def fetch(
             raise InputError(f"{url} cannot be downloaded: {reason}; run the same command again to resume.")
         if have < size:
             await asyncio.sleep(RETRY_SECONDS * 2**failures)
-    digest = await asyncio.to_thread(_hash, part, progress.stop)
+    digest = await asyncio.to_thread(_hash, part, tasks.stop)
     if digest != sha256:
         part.unlink()
         raise InputError(
-            f"{url} came with the SHA-256 {digest} where {sha256} should be, and was deleted; run the same command "
-            "again."
+            f"{url} has the SHA-256 {digest} instead of {sha256}, and was deleted; run the same command again."
         )
     os.replace(part, path)
 
@@ -244,12 +240,12 @@ def require_space(folder: Path, needed: int) -> None:
 def extract(
     archive: Path, members: dict[str, Path], at_most: int | None = None, stop: threading.Event | None = None
 ) -> None:
-    """Unpack `members` of a zip: each whole or, when anything goes wrong, not at all.
+    """Unpack `members` of a zip archive, each of them atomically.
 
     Args:
-        members: A file's name in the archive, or a folder's with its closing slash -> where it goes.
-        at_most: Number of bytes that they may have together.
-        stop: Ends the unpacking early, as an error does.
+        members: A file's name in the archive, or a folder's with its closing slash -> destination.
+        at_most: Maximum number of bytes of all members together.
+        stop: Event that ends the unpacking early, as an error does.
 
     Raises:
         InputError: The archive is damaged, lacks a member, is larger than `at_most`, does not fit on the disk, or
@@ -274,7 +270,7 @@ def extract(
             target_path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / str(index), target_path)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{archive} is not a whole zip archive: {error}; delete it.") from error
+        raise InputError(f"{archive} is not an intact zip archive: {error}; delete it.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -282,12 +278,12 @@ def extract(
 def _choose_members(
     file: zipfile.ZipFile, archive: str, members: dict[str, Path], temporary: Path
 ) -> list[tuple[zipfile.ZipInfo, Path]]:
-    """Find the entries of a zip that belong to `members`, and where each is unpacked: `temporary`/index/name."""
+    """Find the entries of a zip archive that belong to `members`; each is unpacked to `temporary`/index/name."""
     chosen: list[tuple[zipfile.ZipInfo, Path]] = []
     for info in file.infolist():
         name = PurePosixPath(info.filename)
-        if name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename:
-            raise InputError(f"{archive} wants to write outside of its folder ({name}).")
+        if not is_within(info.filename) or "\\" in info.filename or ":" in info.filename:
+            raise InputError(f"{archive} has an entry that would be written outside of its folder ({name}).")
         for index, member in enumerate(members):
             if info.filename == member and not info.is_dir():
                 chosen.append((info, temporary / str(index)))

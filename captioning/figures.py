@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,36 +15,36 @@ from torch import Tensor
 
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Source
-from captioning.errors import InputError, printable
+from captioning.errors import InputError, log, printable
 from captioning.files import check_output
 from captioning.image_files import read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Matplotlib takes a second to import, and most captions need no figure: our functions import it.
+# Matplotlib takes a second to import and most runs do not need it, so the functions that use it import it.
 
 MAX_SHEET = 1000  # images on a sheet, which then has 100 megapixels
-CELL = 320  # pixels from photo to photo
-THUMBNAIL = (304, 228)  # pixels, at most
+CELL = 320  # width of a column, in pixels
+THUMBNAIL = (304, 228)  # maximum width and height of a thumbnail, in pixels
 MARGIN = (CELL - THUMBNAIL[0]) // 2
 LINE_HEIGHT = 18
 LINE_LENGTH = 42  # characters
 FONT_SIZE = 13
-SOFTWARE = "image captioning"  # how a sheet names what drew it; Matplotlib names itself
-DARKEST = 0.2  # of the image's brightness, where the attention is least
+SOFTWARE = "image captioning"  # the PNG text "Software" of a sheet; Matplotlib writes its own name
+DARKEST = 0.2  # share of the image's brightness where the attention is lowest
 
 
 def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int | None = None) -> Image.Image:
-    """A contact sheet: thumbnails of the images in rows, each above its caption.
+    """Draw a contact sheet: thumbnails of the images in rows, each above its caption.
 
-    `columns` defaults to 4, or for more than 16 images to about a square. `InputError` for more than `MAX_SHEET`
-    images, or one that cannot be read.
+    `columns` defaults to 4 for up to 16 images, and to the square root of their number for more. Raises `InputError`
+    for more than `MAX_SHEET` images, and for one that cannot be read.
     """
     from matplotlib import get_data_path
 
     if len(sources) > MAX_SHEET:
-        raise InputError(f"a sheet shows at most {MAX_SHEET:,} photos, not {len(sources):,}.")
+        raise InputError(f"a sheet shows at most {MAX_SHEET:,} images, not {len(sources):,}.")
     columns = columns or max(1, min(max(4, round(len(sources) ** 0.5)), len(sources)))
     texts = [textwrap.wrap(printable(text), LINE_LENGTH) for text in captions]
     rows = [range(i, min(i + columns, len(sources))) for i in range(0, len(sources), columns)]
@@ -68,10 +67,10 @@ def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int 
 
 
 def scale_attention(weights: Tensor) -> np.ndarray:
-    """One word's attention (cells,) as a square map, 0 where the decoder looked least and 1 where it looked most.
+    """Scale one word's attention (cells,) to a square map, 0 where it is lowest and 1 where it is highest.
 
-    The map of one word spans the whole range, whatever its weights are: those of a grid sum to 1 and often differ by
-    less than a tenth. A map without any difference is 0.
+    Every map spans the whole range, as the weights of a grid sum to 1 and often differ by less than a tenth. A map of
+    equal weights is 0.
     """
     side = round(len(weights) ** 0.5)
     grid = weights.float().cpu().numpy().reshape(side, side)
@@ -80,7 +79,7 @@ def scale_attention(weights: Tensor) -> np.ndarray:
 
 
 def overlay_attention(view: Image.Image, weights: Tensor) -> Image.Image:
-    """The encoder's view of an image, bright where the decoder looked for one word and dark elsewhere."""
+    """Draw the encoder's view of an image, bright where the decoder looked for one word and dark elsewhere."""
     mask = Image.fromarray((255 * scale_attention(weights)).astype(np.uint8)).resize(
         view.size, Image.Resampling.BICUBIC
     )
@@ -111,18 +110,18 @@ def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessin
 
 
 def check_figure(path: Path) -> None:
-    """Check, before long work, that a figure can be written to `path`; a file that is no figure is not replaced."""
+    """Raise `InputError`, before long work, if `path` cannot be written or is an existing file but not a figure."""
     check_output(path)
     software = ""
     if path.exists():
-        with suppress(Exception), Image.open(path) as image:  # which reads the header only
+        with suppress(Exception), Image.open(path) as image:  # reads the header only
             software = str(image.info.get("Software", ""))
         if not software.startswith(("Matplotlib", SOFTWARE)):
-            raise InputError(f"{path} exists and may be no figure; delete it, or name another file.")
+            raise InputError(f"{path} exists and may not be a figure; delete it, or name another file.")
 
 
 def save_figure(figure: Figure | Image.Image, path: Path) -> None:
-    """Write a figure or a sheet as a PNG and say where it is, on stderr."""
+    """Write a figure or a sheet as a PNG file, and print its path on stderr."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(figure, Image.Image):
@@ -133,4 +132,4 @@ def save_figure(figure: Figure | Image.Image, path: Path) -> None:
             figure.savefig(path, format="png", dpi=100)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
-    print(printable(f"drew {path}"), file=sys.stderr)
+    log(f"drew {path}")

@@ -1,4 +1,4 @@
-"""Files: atomic writes, hashes, text, and the suffixes of images."""
+"""Atomic writes, hashes, decoding of text, checks of paths, and the suffixes of image files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from captioning.errors import InputError, warn_once
 
 CACHE = Path("cache")
-BYTE_ORDER_MARKS = {  # the longest first: UTF-32's begins with UTF-16's
+BYTE_ORDER_MARKS = {  # UTF-32's come first, as they begin with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8",
@@ -33,9 +33,9 @@ NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MP
 WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
 
 
-def hash_file(path: Path, before: bytes = b"") -> str:
-    """Compute the SHA-256 of a file, with `before` prepended, in hexadecimal."""
-    digest = hashlib.sha256(before)
+def hash_file(path: Path, prefix: bytes = b"") -> str:
+    """Compute the SHA-256 of a file, with `prefix` prepended, in hexadecimal."""
+    digest = hashlib.sha256(prefix)
     require_regular(path)
     try:
         with open(path, "rb") as file:
@@ -47,14 +47,14 @@ def hash_file(path: Path, before: bytes = b"") -> str:
 
 
 def require_regular(path: str | Path) -> None:
-    """Raise `InputError` for a pipe, a device or a folder, which reading would wait for or never end."""
-    with suppress(OSError):  # whatever opens it says what is wrong
+    """Raise `InputError` for a pipe, device or folder, because reading it could block forever."""
+    with suppress(OSError):  # opening the file reports it
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path} is not a regular file.")
 
 
 def is_within(name: str) -> bool:
-    """Whether a file's name, relative to its folder, stays within that."""
+    """Return whether a file name, relative to a folder, stays within that folder."""
     return not os.path.isabs(name) and not (".." in name and ".." in Path(name).parts)
 
 
@@ -70,16 +70,16 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_text(path: Path, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
-    """The text of a file with lines that end in "\\n": in the encoding of its byte order mark, or in UTF-8.
+    """Read the text of a file, decoded by its byte order mark or else as UTF-8; every line ends in "\\n".
 
-    A given `encoding` comes before both. Raises `InputError`, which ends with the `advice`, where the bytes are not
-    text in that encoding, and where the file cannot be read.
+    A given `encoding` takes precedence over both. Raises `InputError` where the file cannot be read or, with the
+    `advice` at its end, where the bytes are not text in that encoding.
     """
     return decode_text(read_bytes(path), path, encoding, advice)
 
 
 def decode_text(data: bytes, path: object, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
-    """Decode what `read_text` reads; `path` is the file's name in the sentence of an `InputError`."""
+    """Decode the bytes of a file as `read_text` does; `path` names the file in the message of an `InputError`."""
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding or marked)
@@ -105,37 +105,41 @@ def require_new_folder(folder: Path) -> None:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: to a temporary name, flushed to disk, renamed to `path`."""
+def write_file(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
+    """Write a file atomically: under a temporary name, which is then renamed to `path`.
+
+    With `sync` the content is on disk before the file is renamed, so that it survives a power failure.
+    """
     try:
-        _write_whole(path, path.with_name(path.name + ".new"), write)
+        _write_atomically(path, path.with_name(path.name + ".new"), write, sync)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise InputError(f"{path} cannot be written ({reason}); the files before it are intact.") from error
+        raise InputError(f"{path} cannot be written ({reason}); existing files are unchanged.") from error
 
 
 def write_cache(cache: Path, name: str, write: Callable[[BinaryIO], object]) -> bool:
-    """Write the file `name` in the cache folder, whole or not at all; returns whether that was possible.
+    """Write the file `name` in the cache folder atomically; returns whether that was possible.
 
-    A cache that cannot be written costs time and nothing else, so it is a warning on stderr, printed once.
+    A cache that cannot be written only costs time, so that is a warning on stderr, printed once.
     """
     path = cache / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may write the same file: each has a temporary name of its own.
-        _write_whole(path, path.with_name(f"{path.name}.{os.getpid()}.new"), write)
+        # Several processes may write the same file, so each has its own temporary name.
+        _write_atomically(path, path.with_name(f"{path.name}.{os.getpid()}.new"), write)
     except OSError as error:
         warn_once(f"the cache folder {cache} cannot be written ({error.strerror}); what it would hold is not kept.")
         return False
     return True
 
 
-def _write_whole(path: Path, temporary: Path, write: Callable[[BinaryIO], object]) -> None:
+def _write_atomically(path: Path, temporary: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -144,7 +148,7 @@ def _write_whole(path: Path, temporary: Path, write: Callable[[BinaryIO], object
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `InputError` if no file can be written into the folder, so that long work need not find out at its end."""
+    """Raise `InputError` if no file can be written into the folder; called before work that takes long."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -155,7 +159,7 @@ def require_writable(folder: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Check, before long work, that its output can be written to `path`, and create the folder that it is in.
+    """Check, before work that takes long, that a file can be written to `path`, and create its folder.
 
     Raises `InputError` where `write_file` would.
     """

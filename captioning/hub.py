@@ -3,8 +3,8 @@
     Captioner.load("user/name")
     Captioner.load("models/scenes").push_to_hub("user/name", licence="mit")
 
-A repository holds a model's folder with its best epoch only, the weights as .safetensors files too, and a model card,
-README.md. It may be anyone's: `checkpoint` reads what was fetched as it reads any folder, and runs nothing of it.
+A repository holds a model's folder with its best epoch only, the weights also as .safetensors files, and a model card,
+README.md. Repositories are not trusted: `checkpoint` reads a download like any other folder and executes no code in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from captioning.checkpoint import (
     weight_files,
     write_description,
 )
-from captioning.errors import InputError
+from captioning.errors import InputError, describe_network_error
 from captioning.files import write_file
 from captioning.weights import read_state_dict
 from model import DECODERS
@@ -39,11 +39,11 @@ from model import DECODERS
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-# huggingface_hub takes a second to import and most runs do without it, so functions import it.
+# huggingface_hub takes a second to import and most runs do not need it, so the functions that use it import it.
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-LARGEST_MODEL = 8 << 30  # bytes to download
-PARTS = ("encoder-*", "decoder-*", "backbone")  # of a model, as its files of weights are named
+MAX_MODEL = 8 << 30  # size limit of a download, in bytes
+PARTS = ("encoder-*", "decoder-*", "backbone")  # names of a model's weight files, without their suffixes
 SAFE, PICKLED = ([DESCRIPTION, *(part + suffix for part in PARTS)] for suffix in (".safetensors", ".pkl"))
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 CARD_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "val_perplexity")
@@ -52,8 +52,8 @@ CARD_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CI
 def find_model(model: str | Path) -> Path:
     """Return a model's folder: `model` itself or, for a user/name on the Hub, the folder of its download.
 
-    An existing folder takes precedence, and the Hub is not asked if the parent folder exists. Raises
-    `InputError` where the Hub has no such model or cannot be reached.
+    An existing folder takes precedence, and the Hub is not queried if the parent folder exists. Raises `InputError` if
+    the Hub has no such model or cannot be reached.
     """
     folder, name = Path(model), Path(model).as_posix()
     if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
@@ -62,16 +62,16 @@ def find_model(model: str | Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Download user/name from the Hub, or what changed in it since, and return its folder.
+    """Download user/name from the Hub, or the changes since the last download, and return its folder.
 
-    Without a network, the last download is returned. Raises `InputError` where there is none, where there is no such
-    repository, or where it is no model of this project or too large.
+    Without a network, the last download is returned. Raises `InputError` if there is none, and for a repository that
+    does not exist, is not a model of this project or is too large.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 
-    with _explained(f"{name} is no folder here and cannot be fetched from the Hub"):
+    with _explained(f"{name} is not an existing folder and cannot be downloaded from the Hub"):
         try:
             files = HfApi().model_info(name, files_metadata=True, timeout=20).siblings or []
         except RepositoryNotFoundError:
@@ -80,31 +80,31 @@ def fetch(name: str) -> Path:
             try:
                 return Path(snapshot_download(name, allow_patterns=SAFE, local_files_only=True))
             except LocalEntryNotFoundError:
-                raise error from None
+                raise error from error.__cause__  # not from the missing download, which says less
         sizes = {file.rfilename: file.size or 0 for file in files}
         if DESCRIPTION not in sizes:
             raise InputError(f"{name} on the Hub is not a model of this project: it has no {DESCRIPTION}.")
         patterns = SAFE if list(filter_repo_objects(sizes, allow_patterns=SAFE[1:])) else PICKLED
         size = sum(sizes[file] for file in filter_repo_objects(sizes, allow_patterns=patterns))
-        if size > LARGEST_MODEL:
+        if size > MAX_MODEL:
             raise InputError(
-                f"{name} on the Hub holds {size / 1e9:,.0f} GB, more than a model of this project can; "
-                f"it is not fetched."
+                f"{name} on the Hub has {size / 1e9:,.0f} GB, and a model may have {MAX_MODEL / 1e9:,.0f} GB at most; "
+                f"it is not downloaded."
             )
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 
 def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int | None = None) -> None:
-    """Write what is shared of a model into `folder`, which exists: its best epoch, or `epoch`, and a model card.
+    """Write the files to share of a model, its best epoch or `epoch` and a model card, into an existing folder.
 
-    captioner.json is written without the paths of the training's folders, which are private.
+    captioner.json is written without the paths of the folders of the training run, which are private.
     """
     description = read_description(model)
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
     description.training = _without_folders(description.training)
     files = weight_files(model, epoch)
-    if description.architecture.backbone_weights == "shared":  # any other backbone.* is not this model's
+    if description.architecture.backbone_weights == "shared":  # else a file backbone.* belongs to another model
         files += (weight_file(model, "backbone"),)
     for path in files:
         state = {key: value.contiguous() for key, value in read_state_dict(path).items()}
@@ -117,7 +117,7 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
 
 
 def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings, and the settings nested in them, with only the last part of every path."""
+    """Return settings, also nested ones, with every path shortened to its last part."""
     short = {name: Path(value).name if isinstance(value, str) else value for name, value in settings.items()}
     return {name: _without_folders(value) if isinstance(value, dict) else value for name, value in short.items()}
 
@@ -136,7 +136,7 @@ def push(model: Path, name: str, licence: str, private: bool = False, epoch: int
             api = HfApi()
             address = api.create_repo(name, private=private, exist_ok=True)
             message = f"Share {name.split('/')[1]}"
-            old = [f"{part}.*" for part in PARTS]  # another epoch's weights, shared before, are not this model's
+            old = [f"{part}.*" for part in PARTS]  # weights of an epoch shared earlier
             api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=old, commit_message=message)
     return str(address)
 
@@ -148,12 +148,12 @@ CARD = """\
 
 # {name}
 
-It describes an image in a sentence.
+An image captioning model.
 
 | | |
 | --- | --- |
 | input | {size} x {size} pixels |
-| backbone | `{architecture.backbone}`; weights of it that no file here holds are fetched when the model is loaded |
+| backbone | `{architecture.backbone}`; backbone weights not stored here are downloaded on load |
 | decoder | `{architecture.decoder}`: {decoder} |
 | sizes | embedding {architecture.embed_size}, hidden {architecture.hidden_size}, layers {architecture.num_layers} |
 | vocabulary | {words:,} words |
@@ -173,8 +173,8 @@ captioner = Captioner.load("{name}")
 print(captioner("photo.jpg")[0].text)
 ```
 
-`captioner.json` holds the architecture, the preprocessing, the vocabulary and the settings of the training.
-The weights ({weights}) are stored as `.safetensors` and, with the same numbers, as the `.pkl` state dicts of the
+`captioner.json` holds the architecture, the preprocessing, the vocabulary and the training settings.
+The weights ({weights}) are stored as `.safetensors` and, with the same values, as the `.pkl` state dicts of the
 original recipe.
 
 ## Data
@@ -187,8 +187,8 @@ original recipe.
 
 ## Limits
 
-It knows only the objects and the words of its training captions, and repeats their errors and their prejudices. A wrong
-caption can have as high a probability as a right one.
+It knows only the objects and words of its training captions, and reproduces their errors and biases. A wrong caption
+can have as high a probability as a right one.
 
 ## Licence
 
@@ -204,7 +204,7 @@ def model_card(description: Description, name: str, licence: str) -> str:
     measured = next((entry for entry in description.epochs if entry.get("epoch") == epoch), {})
     scores = {key: measured[key] for key in CARD_METRICS if isinstance(measured.get(key), (int, float))}
     if "averaged_epochs" in description.training:
-        scores = {}  # those recorded are the single epochs'
+        scores = {}  # only single epochs were scored
     data_set = str(description.data.get("folder", "unknown"))
     metadata = ModelCardData(
         license=licence,
@@ -232,13 +232,13 @@ def model_card(description: Description, name: str, licence: str) -> str:
 
 
 def _about_data(data: dict[str, Any]) -> str:
-    """A table of the training data, as Markdown."""
+    """Build a table of the training data, as Markdown."""
     if not data:
         return "Its training data is not recorded."
     labels = {
-        "train_photos": "photos to train on",
-        "train_captions": "captions of them",
-        "val_photos": "photos to measure on",
+        "train_photos": "training images",
+        "train_captions": "training captions",
+        "val_photos": "validation images",
     }
     rows = {"data set": str(data.get("folder", "unknown"))}
     rows |= {label: f"{data[key]:,}" for key, label in labels.items() if isinstance(data.get(key), int)}
@@ -247,7 +247,7 @@ def _about_data(data: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: dict[str, str]) -> str:
-    """A Markdown table of two columns."""
+    """Build a Markdown table of two columns."""
     lines = [head, ["---", "---"], *rows.items()]
     return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
 
@@ -297,17 +297,15 @@ def _explained(what: str) -> Iterator[None]:
             raise InputError(f"{what}: you are not logged in; {LOGIN}.") from None
         if status == 403:
             raise InputError(f"{what}: you may not write there; check the name and your token's rights.") from None
-        raise InputError(f"{what}: the Hub answers {status} ({_line(error)}); try again later.") from None
+        raise InputError(
+            f"{what}: the Hub answers {status} ({describe_network_error(error)}); try again later."
+        ) from None
     except Exception as error:  # the HTTP client's errors, which share no base class from version to version
         if isinstance(error, OSError) and error.filename is not None:
             raise InputError(
-                f"{what}: {error.filename} cannot be written ({error.strerror}); set HF_HOME to a folder that can be."
+                f"{what}: {error.filename} cannot be written ({error.strerror}); set HF_HOME to a writable folder."
             ) from None
         if isinstance(error, ValueError) and "metadata" in str(error):
             reason = " ".join(str(error).split())
-            raise InputError(f"{what}: {reason}; name the licence as the Hub does, like mit or cc-by-4.0.") from None
-        raise InputError(f"{what}: {_line(error)}; check the network and try again.") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise InputError(f"{what}: {reason}; name the licence as the Hub does, such as mit or cc-by-4.0.") from None
+        raise InputError(f"{what}: {describe_network_error(error)}; check the network and try again.") from None

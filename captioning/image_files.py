@@ -1,9 +1,9 @@
-"""Reading of image files into RGB pixels, within limits of memory and time.
+"""Read image files into RGB pixels, within limits of memory and time.
 
-Reading a file takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES`
-bounds what its decoder allocates, and so how many pixels it may have (33 million of a JPEG 2000, 62 million of a WebP,
-83 million of an AVIF or HEIC, 125 million of a PNG or TIFF). A JPEG may have 4,000 million, since it is decoded at a
-reduced size. An image of 12 megapixels takes 6 MB as a JPEG that is reduced to 256 pixels, and 100 MB as a PNG.
+Reading a file takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES` limits what its decoder
+allocates, and so its number of pixels (33 million for a JPEG 2000, 62 million for a WebP, 83 million for an AVIF or
+HEIC, 125 million for a PNG or TIFF). A JPEG may have 4,000 million, since it is decoded at a reduced size. An image of
+12 megapixels takes 6 MB as a JPEG that is reduced to 256 pixels, and 100 MB as a PNG.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from captioning.errors import InputError
 from captioning.files import image_formats, missing_file, register_heif
 from captioning.shards import Member
 
-MAX_BYTES = 1_000_000_000  # that decoding an image may take
+MAX_BYTES = 1_000_000_000  # memory limit for decoding one image, in bytes
 MAX_FILE_BYTES = 512 << 20
-MAX_SECONDS = 60  # of reading one file
-MAX_SCANS = 100  # of a JPEG; encoders write about 10
-MAX_SCANNED_PIXELS = 4_000_000_000  # in all scans together, some 3 seconds
-MAX_ASPECT = 32  # of an image's longer side to its shorter one; of a longer image only the middle is kept
-BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # that the decoder allocates, measured
-DEFAULT_BYTES_PER_PIXEL = 8  # 4 in Pillow's memory and 4 in the decoder's or the RGB copy's
-RLE_ROWS = 255  # that a single code of a run-length encoded BMP may add below the image
-BAND_PIXELS = 1 << 20  # that are converted at once
-WHITES = (1, 255, 4095, 65535)  # the levels of white in images of more than 8 bits a channel
-OVERSHOOT = 16  # the highest level of an image of fractions whose white is 1
-NO_DATA = 1e30  # geographers mark missing cells by numbers beyond it, or by one of these
+MAX_SECONDS = 60  # time limit for reading one file
+MAX_SCANS = 100  # maximum number of scans in a JPEG; encoders write about 10
+MAX_SCANNED_PIXELS = 4_000_000_000  # maximum number of pixels in all scans of a JPEG, which take some 3 seconds
+MAX_ASPECT = 32  # maximum ratio of an image's longer side to its shorter one; a longer image is cropped to its middle
+BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # measured memory of the decoders
+DEFAULT_BYTES_PER_PIXEL = 8  # 4 for Pillow's image and 4 for the decoder or the RGB copy
+RLE_ROWS = 255  # maximum number of rows that one code of a run-length encoded BMP can add below the image
+BAND_PIXELS = 1 << 20  # number of pixels converted at a time
+WHITES = (1, 255, 4095, 65535)  # usual levels of white in images of more than 8 bits per channel
+OVERSHOOT = 16  # highest level in an image of fractions whose white is 1
+NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
 NO_DATA_LEVELS = (-9999, -32768, -99999)
 
-TURNS = {  # of EXIF's orientation
+TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -54,7 +54,7 @@ TURNS = {  # of EXIF's orientation
 }
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 0x0112, 258, 262
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-# A JPEG's marker that a length follows, or the end of the image; 00 and D0 to D7 stand within the data of a scan.
+# A JPEG marker followed by a length, or the end of the image; FF 00 and FF D0 to FF D7 occur within a scan's data.
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 JPEG_START = b"\xff\xd8\xff"
@@ -65,12 +65,12 @@ def read_image(
     shorter_side: int | None = None,
     formats: Collection[str] | None = None,
 ) -> Image.Image:
-    """Read an image as people see it: upright, in 8-bit RGB, transparency over white, the first frame of many.
+    """Read an image as people see it: upright, in 8-bit RGB, transparency over white, only its first frame.
 
-    A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves `shorter_side` at least two
-    times over, which saves most of the time and changes nothing that a resize to `shorter_side` keeps; a JPEG of more
-    than 125 million pixels always is. An image that is more than 32 times as long as it is wide is cut to its middle.
-    `formats` are the names of the formats to accept, as Pillow has them; by default all that Pillow decodes.
+    A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter side still has at least twice
+    `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
+    than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
+    middle. `formats` are Pillow's names of the formats to accept, by default all that Pillow decodes.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
@@ -86,12 +86,12 @@ def read_image(
                 _draft(image, shorter_side)
                 _check_size(image)
                 image.load()
-                _check_size(image)  # an icon's true size is in the PNG within
+                _check_size(image)  # an icon's true size is in the PNG that it contains
                 return _upright_rgb(image)
     except FileNotFoundError:
         raise missing_file(name) from None
     except UnidentifiedImageError:
-        reason = "its content is of no image format that can be read"
+        reason = "its content is not in an image format that can be read"
     except MemoryError:
         reason = "it takes more memory than there is"
     except Exception as raised:  # a broken file makes Pillow's decoders raise nearly anything
@@ -164,7 +164,7 @@ def _open_image(file: _TimedFile, formats: Collection[str] | None) -> Image.Imag
 
 
 def _count_scans(jpeg: bytes) -> int:
-    """The number of scans of a JPEG's first image; its thumbnails, other images and trailing video do not count."""
+    """Count the scans of a JPEG's first image, without those of thumbnails, other images and trailing video."""
     scans, at = 0, 2
     if jpeg.count(b"\xff\xda") == 1:
         return 1
@@ -175,10 +175,10 @@ def _count_scans(jpeg: bytes) -> int:
 
 
 def _check_scans(image: Any, scans: int) -> None:
-    """Refuse a JPEG whose scans take too long, or too much memory: of several all coefficients are held."""
+    """Raise `ValueError` for a JPEG whose scans take too long, or too much memory: several need all coefficients."""
     pixels = image.width * image.height
     if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
-        raise ValueError(f"it has {scans:,} progressive scans, too many for its size; save it anew")
+        raise ValueError(f"it has {scans:,} progressive scans, too many for its size; save it again")
     if scans > 1:
         widest, highest = (max(layer[i] for layer in image.layer) for i in (1, 2))
         planes = sum(layer[1] * layer[2] for layer in image.layer) / (widest * highest)
@@ -207,14 +207,14 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _bytes_per_pixel(image: Any) -> int:
-    """The bytes that decoding takes for each pixel."""
+    """Return the bytes that decoding takes for each pixel."""
     if image.format == "TIFF":  # a decoder holds all samples of a strip, which may be the whole image
         return max(DEFAULT_BYTES_PER_PIXEL, 4 + -(-sum(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) // 8))
     return BYTES_PER_PIXEL.get(str(image.format), DEFAULT_BYTES_PER_PIXEL)
 
 
 def _bound_tags(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Pillow's reader of TIFF and EXIF tags, with a limit.
+    """Wrap Pillow's reader of TIFF and EXIF tags so that it reads a limited number of bytes.
 
     It reads the data of every tag, and thousands of tags may refer to the same megabyte.
     """
@@ -243,15 +243,15 @@ TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFi
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    image.load()  # by which Pillow turns a TIFF itself
-    turn = None
-    with suppress(Exception):  # a broken EXIF costs the turn and not the image
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    image.load()  # Pillow applies a TIFF's orientation on load
+    transpose = None
+    with suppress(Exception):  # ignore the orientation if the EXIF data is invalid
+        transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(ORIENTATION, 1))
     upright = _to_rgb(_cut_long(image))
     if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
-        upright = ImageOps.invert(upright)  # level 0 is white, which Pillow knows up to 8 bits only
+        upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
     upright.info.clear()  # its orientation, transparency and colour profile no longer apply
-    return upright if turn is None else upright.transpose(turn)
+    return upright if transpose is None else upright.transpose(transpose)
 
 
 def _cut_long(image: Image.Image) -> Image.Image:
@@ -275,7 +275,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert an image to RGB band by band, so that no more than the result is added to the memory it takes."""
+    """Convert an image to RGB band by band, so that only the result takes additional memory."""
     rgb = Image.new("RGB", image.size)
     for box in _bands(image):
         rgb.paste(convert(image.crop(box)), box)
@@ -293,17 +293,17 @@ def _over_white(band: Image.Image) -> Image.Image:
 
 
 def _levels(band: Image.Image) -> np.ndarray:
-    """The levels of an image of 16 or 32 bits, float64, NaN where there is none."""
+    """Return the levels of an image of 16 or 32 bits as float64, NaN for missing ones."""
     levels = np.asarray(band, dtype=np.float64)
     return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, NO_DATA_LEVELS), levels, np.nan)
 
 
 def _black_and_white(image: Image.Image) -> tuple[float, float]:
-    """Find the levels of black and white.
+    """Return the levels of black and white.
 
-    Formats of 16 or 32 bits do not say how many of them are used. White is the lowest of `WHITES` that no level
-    exceeds, and 1 for fractions of which few exceed it; where there is none, or a level is
-    negative, the lowest level is black and the highest white. Raises `ValueError` where no level is a number.
+    Formats of 16 or 32 bits do not say how many of these bits are used. White is the lowest of `WHITES` that no level
+    exceeds, and 1 for fractions of at most `OVERSHOOT`. If levels exceed all `WHITES` or are negative, the lowest
+    level is black and the highest is white. Raises `ValueError` where no level is a number.
     """
     ranges = [
         (np.fmin.reduce(levels, axis=None), np.fmax.reduce(levels, axis=None))

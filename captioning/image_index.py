@@ -1,4 +1,4 @@
-"""Look-up of the images under a folder by their names in tables of captions."""
+"""Find the images under a folder by their names in tables of captions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from captioning.files import HEIF_SUFFIXES, image_suffixes
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """Yield all files under `folder`, in name order, shallow folders first.
+    """Yield all files under `folder`, in name order, those of shallow folders first.
 
-    Hidden names and what macOS adds to archives are left out. Symbolic links to folders are followed after all real
-    folders; no folder is visited twice. Raises `InputError` where a folder cannot be read.
+    Hidden files and folders, and what macOS adds to archives, are left out. Symbolic links to folders are followed
+    after all real folders; no folder is visited twice. Raises `InputError` where a folder cannot be read.
     """
     folders, links, visited = deque([folder]), deque[Path](), set()
     while folders or links:
@@ -44,7 +44,7 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
 
 class ImageIndex:
-    """The images under a folder by their paths below it, with "/" between folders and in Unicode's composed form.
+    """The images under a folder by their relative paths, with "/" between folders and in Unicode's composed form.
 
     Raises `InputError` where there are none.
     """
@@ -71,14 +71,14 @@ class ImageIndex:
             raise InputError(f"{folder} holds {what}; name the folder that holds others with --images.")
 
     def holds_any(self, names: Iterable[str]) -> bool:
-        """Whether one of the names is an image's path below the folder."""
+        """Return whether one of the names is an image's path relative to the folder."""
         return any(self._matches(name, anywhere=False) for name in names)
 
     def find(self, name: str, where: str, anywhere: bool = False) -> str | None:
-        """The key in `paths` of the image that row `where` calls `name`, or None where there is none.
+        """Return the key in `paths` of the image that row `where` calls `name`, or None if there is none.
 
-        The name is a path below the folder, or with `anywhere` the end of such a path; its suffix may be missing.
-        Raises `InputError` where several images match, and where the one that does cannot be taken.
+        The name is a path relative to the folder, or with `anywhere` the end of such a path; its suffix may be missing.
+        Raises `InputError` where several images match, and where the matching one is not a regular file.
         """
         keys = self._matches(name, anywhere) or self._linked(name, where)
         paths = [path for key in keys for path in self.paths[key]]
@@ -88,7 +88,7 @@ class ImageIndex:
                 "or give the image's path in the captions."
             )
         if paths and not os.path.isfile(paths[0]):
-            raise InputError(f"{where}: {paths[0]} is a link that leads nowhere, or is no regular file.")
+            raise InputError(f"{where}: {paths[0]} is a link that leads nowhere, or is not a regular file.")
         return keys[0] if keys else None
 
     def _matches(self, name: str, anywhere: bool) -> list[str]:
@@ -105,15 +105,15 @@ class ImageIndex:
             folders = {candidate: posixpath.dirname(candidate) for candidate in sorted(candidates)}
             keys = [
                 candidate
-                for candidate, inside in folders.items()
-                if inside == folder or (anywhere and (not folder or inside.endswith("/" + folder)))
+                for candidate, parent in folders.items()
+                if parent == folder or (anywhere and (not folder or parent.endswith("/" + folder)))
             ]
             if keys:
                 return keys
         return []
 
     def _linked(self, name: str, where: str) -> list[str]:
-        """The key of an image that a link leads to; raises `InputError` for a file that is there and none of them."""
+        """Return the key of the image that a link leads to; raises `InputError` for a file that is not in the index."""
         path = self.folder / name
         if not os.path.isfile(path):
             return []
@@ -124,7 +124,7 @@ class ImageIndex:
             raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
         raise InputError(
             f"{where}: {path} is not among the images under {self.folder}, which leave out hidden files and those "
-            f"whose suffix is no image's; rename it."
+            f"without the suffix of an image; rename it."
         )
 
 

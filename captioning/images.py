@@ -1,4 +1,4 @@
-"""Images for the network: transforms, a data set, batches."""
+"""Transforms of images into network inputs, and a data set and batches of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from captioning.shards import Member, stamp
 
 __all__ = ["WORKERS", "ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
 
-WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # processes that read images, by default
+WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
 
 
 def build_transform(
@@ -66,8 +66,8 @@ def build_transform(
 class ImageDataset(Dataset):
     """The images at `paths` (or PIL images), transformed: `dataset[index]`, or `dataset[index, seed]` for another draw.
 
-    A random transform draws from the seed and the index alone, so that what a worker returns depends on
-    neither the number of workers nor on what was read before.
+    A random transform draws from the seed and the index alone, so that an image depends neither on the number of
+    workers nor on what was read before.
     """
 
     def __init__(self, paths: Sequence[str | Path | Member | Image.Image], transform: Callable):
@@ -89,20 +89,20 @@ class ImageDataset(Dataset):
 
 
 def resized_side(transform: Callable) -> int | None:
-    """Return the side that a transform's first step resizes to, or None if that is no resize.
+    """Return the side that a transform's first step resizes to, or None if that step is not a resize.
 
-    Only before a resize may an image be decoded at a reduced size; it would change a crop.
+    An image may be decoded at a reduced size only before a resize; a crop would be different.
     """
     first = next(iter(getattr(transform, "transforms", [])), None)
     if not isinstance(first, T.Resize | v2.Resize) or first.interpolation == T.InterpolationMode.NEAREST:
         return None
-    if first.size is None:  # v2 resizes to a longer side, too
+    if first.size is None:  # v2 can also resize the longer side
         return None
     return first.size if isinstance(first.size, int) else max(first.size)
 
 
-class _Attempts(Dataset):
-    """Wraps a data set; returns the `InputError` of an unreadable item."""
+class _CatchErrors(Dataset):
+    """Wraps a data set, and returns the `InputError` of an unreadable item instead of raising it."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -115,7 +115,7 @@ class _Attempts(Dataset):
 
 
 def _ignore_signals(_: int) -> None:
-    """Have a worker ignore signals; it ends with its parent."""
+    """Make a worker ignore signals; it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -126,17 +126,17 @@ def read_batches(
     workers: int = 0,
     unreadable: Callable[[int, InputError], object] | None = None,
 ) -> Iterator[tuple[list[Any], Tensor]]:
-    """Read batches of images ahead in `workers` processes: yields each batch's keys and its images, stacked.
+    """Read batches of images in `workers` processes, ahead of their use; yields each batch's keys and stacked images.
 
-    An image that cannot be read is passed to `unreadable` and left out of its batch (which may leave it
-    empty); without that, its `InputError` is raised.
+    For an image that cannot be read, `unreadable` is called with its index and error, and its batch, which may become
+    empty, is yielded without it. Without `unreadable`, its `InputError` is raised.
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}.")
     batches = list(batches)
     loader = DataLoader(
-        _Attempts(dataset),
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  ranges do, too
+        _CatchErrors(dataset),
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  ranges work, too
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
@@ -152,7 +152,7 @@ def read_batches(
 
 
 def _stack(items: list[Tensor | InputError]) -> tuple[Tensor, dict[int, InputError]]:
-    """Stack a batch's images, in the worker, so that one tensor is passed on; returns the errors by position, too."""
+    """Stack a batch's images in the worker, which then passes on one tensor; also returns the errors by position."""
     images = [item for item in items if not isinstance(item, InputError)]
     failed = {position: item for position, item in enumerate(items) if isinstance(item, InputError)}
     return torch.stack(images) if images else torch.empty(0), failed
@@ -166,12 +166,12 @@ def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, I
         if not re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", str(error)):
             raise
         raise InputError(
-            "a process that reads images was ended, perhaps for want of memory; use fewer --workers."
+            "a DataLoader worker was killed, perhaps because memory ran out; use fewer --workers."
         ) from None
 
 
-class _Checks(ImageDataset):
-    """Reads images at an eighth of their size if the format allows it, which still reads every byte."""
+class _DecodeOnly(ImageDataset):
+    """Decodes images at an eighth of their size if the format allows it, which still reads every byte."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
         read_image(self.paths[int(key[0] if isinstance(key, tuple) else key)], shorter_side=1)
@@ -186,13 +186,13 @@ def build_pixel_transform(preprocessing: Preprocessing, train: bool = False) -> 
 def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:
     """Read every image once, in `workers` processes; returns the indices and errors of those that cannot be read.
 
-    The result is cached for images of the same names, sizes and dates; then only the unreadable ones are read.
+    The result is cached for images with the same names, sizes and dates; then only the unreadable ones are read again.
     """
     key = hashlib.sha256()
     for path in paths:
         try:
             key.update(stamp(path))
-        except OSError:  # whose reason is found below
+        except OSError:  # reading it below reports the reason
             key.update(f"{path}\n".encode("utf-8", "surrogateescape"))
     name = f"unreadable/{key.hexdigest()[:32]}.json"
     rows: Sequence[int] = range(len(paths))
@@ -201,7 +201,7 @@ def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Pat
     failed: dict[int, InputError] = {}
     batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
     for _ in tqdm(
-        read_batches(_Checks(paths, T.PILToTensor()), batches, workers, failed.__setitem__),
+        read_batches(_DecodeOnly(paths, T.PILToTensor()), batches, workers, failed.__setitem__),
         total=len(batches),
         desc="checking images",
         delay=2,

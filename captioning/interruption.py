@@ -1,4 +1,4 @@
-"""Deferring of SIGINT and SIGTERM until a training can save."""
+"""Deferral of SIGINT and SIGTERM until a run can be saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 class Interruption:
     """A context that records a SIGINT or SIGTERM rather than ending the process.
 
-    `signal` is its number, 0 if none came. Signals reach the main thread alone; in another one nothing is recorded.
+    `signal` is its number, 0 if none came. Only the main thread receives signals; in another one nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -19,13 +19,13 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         try:
-            self.before = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.previous_handlers = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread
-            self.before = {}
+            self.previous_handlers = {}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def _record(self, number: int, _: object) -> None:
@@ -35,7 +35,7 @@ class Interruption:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """A context in which a signal raises KeyboardInterrupt at once."""
+        """Enter a context in which a signal raises KeyboardInterrupt at once."""
         self.deferred = False
         try:
             if self.signal:

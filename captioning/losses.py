@@ -15,7 +15,7 @@ from torch import Tensor
 from data_loader import CaptionDataset, EpochSampler, ImageBatches, LengthBatches
 from model import DecoderModule, EncoderCNN, pack
 
-# The float32 logits that exist at a time. On a CPU they stay in its cache.
+# Maximum number of float32 logits at a time; on a CPU they stay in its cache.
 CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS = {"cpu": 1 << 20}, 1 << 26
 
 
@@ -24,24 +24,25 @@ class Batch:
     """A process's part of the captions of a training step, and the images that they describe.
 
     images: uint8 pixels (P, 3, H, W), or features (P, channels) or (P, cells, channels).
-    row: (B,) each caption's row in `images`.
+    image_of_caption: (B,) index into `images` of each caption's image.
     captions: (B, T) token indices, padded.
     lengths: (B,) on the CPU, whatever the device of the rest.
     image_index: (P,) each image's index in the data set.
     """
 
     images: Tensor
-    row: Tensor
+    image_of_caption: Tensor
     captions: Tensor
     lengths: Tensor
     image_index: np.ndarray | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with `function` applied to the tensors that a device computes with."""
-        return replace(self, images=function(self.images), row=function(self.row), captions=function(self.captions))
+        """Return the batch with `function` applied to the tensors that a device computes with."""
+        names = ("images", "image_of_caption", "captions")
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned memory the copy is asynchronous."""
+        """Copy the batch to a device; from pinned memory the copy is asynchronous."""
         return self.map(lambda x: x.to(device, non_blocking=True))
 
 
@@ -49,7 +50,7 @@ class Objective(Protocol):
     """The interface of a training objective."""
 
     def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> EpochSampler:
-        """Batches of caption indices, one per step; `frozen` if the images' features are stored."""
+        """Build the batches of caption indices, one per step; `frozen` if the images' features are stored."""
         ...
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
@@ -57,36 +58,36 @@ class Objective(Protocol):
         ...
 
     def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss and the summed attention penalty of a batch, both scalars on its device."""
+        """Return the summed loss and the summed attention penalty of a batch, both scalars on its device."""
         ...
 
     def format(self, loss: float) -> str:
-        """The mean loss of a step in the unit that people read."""
+        """Format the mean loss of a step for the log."""
         ...
 
 
 class CrossEntropy:
-    """The cross-entropy of each token of a true caption, given the true tokens before it."""
+    """The cross-entropy of each token of a ground-truth caption, given the ground-truth tokens before it."""
 
     def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> EpochSampler:
-        """Captions of one length where features are stored, else all captions of an image in one batch."""
+        """Batch captions of one length where features are stored, else all captions of an image together."""
         if frozen:
             return LengthBatches(data.lengths, batch_size, seed)
         return ImageBatches(data.image_rows, batch_size, seed)
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
-        """The tokens that the decoder predicts, and the captions."""
+        """Count the tokens that the decoder predicts, and the captions."""
         return loss_tokens(lengths, decoder), len(lengths)
 
     def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of the captions' tokens, and the summed attention penalty."""
+        """Return the summed cross-entropy of the captions' tokens, and the summed attention penalty."""
         embedded = embed_images(encoder, batch.images)
-        hidden, attention = decoder.unroll(embedded, batch.captions, batch.lengths, batch.row)
+        hidden, attention = decoder.unroll(embedded, batch.captions, batch.lengths, batch.image_of_caption)
         targets = pack(batch.captions, batch.lengths, skip=int(decoder.attends))
         return linear_cross_entropy(hidden, decoder.linear, targets), attention_penalty(attention, hidden)
 
     def format(self, loss: float) -> str:
-        """The perplexity per token."""
+        """Format the perplexity per token."""
         return f"Perplexity: {math.exp(min(loss, 700)):.4f}"
 
 
@@ -99,7 +100,7 @@ class CaptioningModel(nn.Module):
         self.objective = CrossEntropy() if objective is None else objective
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss and the summed attention penalty of a batch."""
+        """Return the summed loss and the summed attention penalty of a batch."""
         return self.objective(self.encoder, self.decoder, batch)
 
 
@@ -132,7 +133,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (tokens, H). targets: (tokens,) indices.
-        scale: (tokens,) what each token's cross-entropy is multiplied by.
+        scale: (tokens,) factor of each token's cross-entropy.
         banned: indices whose probability is zero.
 
     Returns a float32 scalar.
@@ -144,11 +145,11 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The computation of `linear_cross_entropy`.
+    """The autograd function of `linear_cross_entropy`.
 
-    The logits are computed at once, in the type of the forward pass. A few rows at a time are copied to float32, and
-    the gradient of the loss, softmax - one-hot, takes their place. So neither float32 logits nor a gradient beside them
-    exist as a whole.
+    All logits are computed at once, in the type of the forward pass. A few rows at a time are copied to float32, and
+    the gradient of the loss, softmax - one-hot, overwrites them. So neither float32 logits nor a separate gradient is
+    ever held for all tokens.
     """
 
     @staticmethod
@@ -163,7 +164,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         needs_gradient: bool,
     ) -> Tensor:
-        """Compute the loss, and what `backward` multiplies."""
+        """Compute the loss, and the gradients that `backward` multiplies."""
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         logits = hidden @ weight.T  # (tokens, V), without the bias
         rows = max(1, CHUNK_LOGITS.get(logits.device.type, DEFAULT_CHUNK_LOGITS) // logits.shape[1])
@@ -188,7 +189,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of hidden, weight and bias."""
+        """Return the gradients of hidden, weight and bias."""
         hidden, weight, gradient, bias_gradient = ctx.saved_tensors
         parts = gradient @ weight, (gradient.T @ hidden).float(), bias_gradient.clone()
         return *(part.mul_(grad) for part in parts), None, None, None, None, None

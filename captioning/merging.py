@@ -1,16 +1,16 @@
-"""Merging of data sets in COCO's layout."""
+"""Merge data sets in COCO's layout."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from captioning.coco_layout import SPLITS, SourceImage, write_dataset
+from captioning.annotations import parse_image_id
+from captioning.coco_layout import SPLITS, SourceImage, find_annotation_files, write_dataset
 from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
 from captioning.reports import Report
@@ -21,12 +21,12 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     """Write the images and captions of several data sets as one, split by split.
 
     An image's name begins with the name of its source's folder; its id changes only where an image of another source
-    or split has it. Captions stay as they are. Reports on standard error how many images of the val and test
-    splits have the name and the bytes' number of an image that another source trains on.
+    or split has the same. Captions stay as they are. Reports on standard error how many images of the val and test
+    splits have the name and file size of a training image of another source.
 
     Raises:
-        InputError: Less than two sources, one given twice, one that is not in COCO's layout, or what
-            `write_dataset` raises.
+        InputError: There are fewer than two sources, one is given twice or not in COCO's layout, or
+            `write_dataset` raises it.
     """
     require_new_folder(destination)
     folders = [Path(os.path.realpath(source)) for source in sources]  # `Path.resolve` raises for a link to itself
@@ -43,7 +43,7 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         names = (f"{folder.name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1 + len(folders)))))
         prefix = next(name for name in names if name not in prefixes)
         prefixes.add(prefix)
-        files = [(split, path) for split in SPLITS for path in _annotation_files(folder, split)]
+        files = [(split, path) for split in SPLITS for path in find_annotation_files(folder, split)]
         for split, path in files:
             # image_info_test.json lists the images of captions_test.json, too
             new = [x for x in _read_images(path, folder, prefix, split, report) if x.path not in listed]
@@ -60,34 +60,23 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     report.print()
 
 
-def _annotation_files(folder: Path, split: str) -> Iterator[Path]:
-    """The split's captions; for "test" then its image_info, with the images whose captions are secret."""
-    for kind in ("captions", "image_info") if split == "test" else ("captions",):
-        files = sorted((folder / "annotations").glob(f"{kind}_{split}*.json"))
-        files = [path for path in files if re.fullmatch(rf"{kind}_{split}\d*\.json", path.name)]
-        if len(files) > 1:
-            raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep one of them.")
-        yield from files
-
-
 def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Report) -> Iterator[SourceImage]:
-    """The images of an annotation file, with their captions if it has any."""
+    """Yield the images of an annotation file, with their captions if it has any."""
     document = read_json(path, read_text(path))
     has_captions = path.name.startswith("captions")
     images: dict[int, SourceImage] = {}
     for where, entry in _entries(path, document, "images"):
-        image_id, name = _whole_number(entry.get("id"), where), entry.get("file_name")
+        image_id, name = _parse_id(entry.get("id"), where), entry.get("file_name")
         if not isinstance(name, str) or not is_within(name) or "\0" in name:
             raise InputError(f"{where} has no file_name within the image folder: {name!r:.80}.")
         if image_id in images:
             raise InputError(f"{where} has the id {image_id}, which an image before it has.")
         image_path = folder / "images" / path.stem.split("_")[-1] / name
         size = entry.get("width"), entry.get("height")
-        images[image_id] = SourceImage(
-            image_path, f"{prefix}/{name}", split, id=image_id, size=size if all(map(_is_int, size)) else None
-        )
+        size = size if all(type(side) is int for side in size) else None
+        images[image_id] = SourceImage(image_path, f"{prefix}/{name}", split, id=image_id, size=size)
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
-        image_id, caption = _whole_number(entry.get("image_id"), where), entry.get("caption")
+        image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
         captions: list[Any] = caption if isinstance(caption, list) else [caption]
         if image_id not in images or not all(isinstance(text, str) for text in captions):
             raise InputError(f"{where} has no caption, or is of image {image_id}, which is not in the file's images.")
@@ -113,19 +102,11 @@ def _entries(path: Path, document: Any, key: str) -> Iterator[tuple[str, dict[st
         yield f"{path}, {key}[{number}]", entry
 
 
-def _is_int(value: Any) -> TypeGuard[int]:
-    return type(value) is int
-
-
-def _whole_number(value: Any, where: str) -> int:
-    """Convert an id to an integer, also one written as "12" or 12.0."""
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not _is_int(value) or abs(value) >= 1 << 63:
-        raise InputError(f"{where} has the image id {value!r}, which is not a whole number of 64 bits.")
-    return value
+def _parse_id(value: Any, where: str) -> int:
+    try:
+        return parse_image_id(value)
+    except InputError as error:
+        raise InputError(f"{where} {error}.") from None
 
 
 def _make_ids_unique(images: list[SourceImage]) -> None:
@@ -139,7 +120,7 @@ def _make_ids_unique(images: list[SourceImage]) -> None:
 
 
 def _report_leaks(images: list[SourceImage], report: Report) -> None:
-    """Count held-out images with the name and number of bytes of an image which another source trains on."""
+    """Count images of val and test that have the name and file size of a training image of another source."""
 
     def key(image: SourceImage) -> tuple:
         return image.path.name, image.path.stat().st_size

@@ -1,8 +1,8 @@
 """BLEU, METEOR, ROUGE-L and CIDEr of captions, as COCO's caption evaluation computes them (arXiv 1504.00325).
 
-The numbers are pycocoevalcap's own. Two of its parts run in Java: the Penn Treebank tokenizer and METEOR.
-Where Java is missing or not wanted, a tokenizer in Python takes the first one's place and METEOR is left out.
-`CiderD` is the same CIDEr, fast enough to be the reward of self-critical training.
+The numbers are pycocoevalcap's own. Two of its parts run in Java: the Penn Treebank (PTB) tokenizer and METEOR.
+Without Java, a tokenizer in Python replaces the former and METEOR is left out.
+`cider.CiderD` is the same CIDEr, fast enough to be the reward of self-critical training.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from captioning.errors import InputError, warn_once
 from captioning.files import require_regular
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
-METEOR_WORDS = 1000  # METEOR's aligner takes seconds for a caption of 1,000 words and minutes for one of 9,000
+METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes seconds for 1,000 and minutes for 9,000
 
-# METEOR reads numbers in the user's locale, and before Java 18 text is read in the locale's encoding.
+# METEOR parses numbers in the user's locale, and before Java 18, text is read in the locale's encoding.
 _JAVA = ("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 
 _REPLACEMENTS = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "`": "'", "–": "--", "—": "--", "…": "..."}
     | {"½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$"}
-    | dict.fromkeys(["\N{SOFT HYPHEN}", *map(chr, range(0xFE00, 0xFE10))])  # the latter choose how an emoji looks
+    | dict.fromkeys(["\N{SOFT HYPHEN}", *map(chr, range(0xFE00, 0xFE10))])  # emoji variation selectors
 )
-# The brackets' names are lower case by the time pycocoevalcap drops punctuation, so it keeps them as words.
+# pycocoevalcap drops the brackets' names in upper case only. As they are lower case by then, it keeps them as words.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, '"'}
-# In `regex`, unlike in `re`, \w holds the combining marks and joiners within the words of many scripts.
+# In `regex`, unlike in `re`, \w matches the combining marks and joiners within the words of many scripts.
 _STRAY_JOINERS = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Join_Control}+|\p{Join_Control}+(?![\p{L}\p{M}\p{N}])")
 _TOKEN = regex.compile(
     r"""
@@ -69,8 +69,8 @@ class Scores:
     per_caption: image id -> the same for that caption alone (without METEOR if it was not run). ROUGE_L and
         CIDEr of the corpus are the means of these; BLEU and METEOR pool their counts over the corpus.
     tokenizer: "PTB" (pycocoevalcap's, in Java) or "plain" (this module's).
-    without_meteor: why METEOR was not run, a sentence; None if it was run or not wanted.
-    uncaptioned: how many images have references but no caption; they do not count.
+    without_meteor: a sentence that says why METEOR was not run; None if it was run, or Java was not to be used.
+    uncaptioned: number of images with references but no caption; they do not count.
     """
 
     metrics: dict[str, float | None]
@@ -88,8 +88,8 @@ def tokenize_plain(caption: str) -> list[str]:
 
 
 def _tokenize_ptb(captions: Sequence[str]) -> list[str]:
-    # Through pipes: PTBTokenizer.tokenize() writes into its package's folder, which may be read-only, and
-    # miscounts lines where a caption holds one of Unicode's other line ends.
+    # Through pipes, as PTBTokenizer.tokenize() writes into its package's folder, which may be read-only, and miscounts
+    # lines if a caption contains one of Unicode's other line separators.
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = [
         *_JAVA,
@@ -111,7 +111,7 @@ def _tokenize(captions: Sequence[str], java: bool | None) -> tuple[list[str], st
             return _tokenize_ptb(captions), "PTB"
         except (OSError, subprocess.CalledProcessError) as error:
             if java:
-                raise InputError("java does not run; install a Java runtime or score without it.") from error
+                raise InputError("java does not run; install a Java runtime, or score without it.") from error
     return [" ".join(tokenize_plain(caption)) for caption in captions], "plain"
 
 
@@ -136,26 +136,24 @@ class _Meteor(meteor_package.Meteor):
         try:
             return super().compute_score(references, hypotheses)
         except (OSError, ValueError) as error:
-            raise InputError("METEOR's Java stopped; give it 2 GB of memory or score without it.") from error
+            raise InputError("METEOR's Java stopped; give it 2 GB of memory, or score without it.") from error
 
 
 def score(
     hypotheses: Mapping[int, str],
     references: Mapping[int, Sequence[str]],
-    meteor: bool = True,
     java: bool | None = None,
 ) -> Scores:
     """Score one caption per image (image id -> caption) against its references (image id -> captions).
 
     Images that are only in `references` are left out, as in pycocoevalcap's COCOEvalCap, and CIDEr takes its
-    document frequencies from the references of those that are scored. A caption or reference without a word
-    for the tokenizer counts as empty.
+    document frequencies from the references of the scored images. A caption or reference without a token counts as
+    empty.
 
-    meteor: run METEOR where Java runs (seconds to start) and no caption has more than METEOR_WORDS words.
-    java: None uses Java where it runs; False never does, for a quick score between epochs; True insists on
-        Java and METEOR.
+    java: None uses the PTB tokenizer and METEOR if Java runs and no caption has more than METEOR_WORDS words; False
+        does not start Java, which takes seconds; True requires both.
 
-    Raises InputError for no captions, an image without references, and where Java is insisted on and fails.
+    Raises InputError for no captions, an image without references, and if Java is required and fails.
     """
     if not hypotheses:
         raise InputError("there are no captions to score.")
@@ -163,7 +161,7 @@ def score(
     if missing:
         raise InputError(f"image {missing[0]} has no reference caption; score only images that have one.")
 
-    # In the references' order, as COCOEvalCap: what the PTB tokenizer makes of "K." depends on the next line.
+    # In the references' order, as in COCOEvalCap: the PTB tokenizer splits "K." or not depending on the next line.
     ids = [i for i in references if i in hypotheses]
     texts = [caption for i in ids for caption in references[i]]
     tokenized, tokenizer = _tokenize([*texts, ".", *(hypotheses[i] for i in ids)], java)
@@ -172,12 +170,13 @@ def score(
     next(words)
     tokenized_hypotheses = {i: [next(words)] for i in ids}
 
-    meteor = meteor and java is not False
-    without_meteor = _why_no_meteor(tokenized_references, tokenized_hypotheses, tokenizer) if meteor else None
+    without_meteor = None
+    if java is not False:
+        without_meteor = _why_no_meteor(tokenized_references, tokenized_hypotheses, tokenizer)
     if without_meteor and java:
         raise InputError(without_meteor)
-    run_meteor = meteor and not without_meteor
-    # Its Java takes seconds to start, while the others compute.
+    run_meteor = java is not False and not without_meteor
+    # METEOR takes seconds to start, during which the other metrics are computed.
     with closing(_Meteor()) if run_meteor else nullcontext() as meteor_scorer:
         values = _score_in_python(tokenized_references, tokenized_hypotheses)
         if meteor_scorer is not None:
@@ -203,7 +202,7 @@ Values = dict[str, tuple[SupportsFloat, Sequence[float] | np.ndarray]]  # metric
 
 def _why_no_meteor(tokenized_references: Tokenized, tokenized_hypotheses: Tokenized, tokenizer: str) -> str | None:
     if tokenizer != "PTB":
-        return "METEOR is missing because Java is; captions were split by the plain tokenizer."
+        return "METEOR is missing because Java is missing; captions were split by the plain tokenizer."
     for image, captions in tokenized_references.items():
         if any(caption.count(" ") >= METEOR_WORDS for caption in [*captions, *tokenized_hypotheses[image]]):
             return f"METEOR is missing because a caption of image {image} has more than {METEOR_WORDS:,} words."
@@ -215,19 +214,19 @@ def _score_in_python(tokenized_references: Tokenized, tokenized_hypotheses: Toke
     corpus, each = Bleu(4).compute_score(tokenized_references, tokenized_hypotheses, verbose=0)
     values: Values = {f"Bleu_{n}": pair for n, pair in enumerate(zip(corpus, each, strict=True), start=1)}
     _, rouge = Rouge().compute_score(tokenized_references, tokenized_hypotheses)
-    rouge = rouge * [bool(caption) for (caption,) in tokenized_hypotheses.values()]  # it finds two empty captions equal
+    rouge = rouge * [bool(caption) for (caption,) in tokenized_hypotheses.values()]  # else equal if both are empty
     values["ROUGE_L"] = rouge.mean(), rouge
     if len(tokenized_references) == 1:
-        warn_once("CIDEr is 0 for a single image, as it weighs n-grams by how few of the images have them.")
+        warn_once("CIDEr is 0 for a single image, as it weights n-grams by how few of the images have them.")
     if any(chain.from_iterable(tokenized_references.values())):
         values["CIDEr"] = Cider().compute_score(tokenized_references, tokenized_hypotheses)
-    else:  # it needs an n-gram in the references
+    else:  # CIDEr needs an n-gram in the references
         values["CIDEr"] = 0.0, np.zeros(len(tokenized_references))
     return values
 
 
 def read_references(path: str | Path) -> dict[int, list[str]]:
-    """Read a COCO captions file: image id -> its captions as written. `InputError` names the entry that is wrong."""
+    """Read a COCO captions file: image id -> its captions as written; raises `InputError` that names a wrong entry."""
     references: dict[int, list[str]] = {}
     for image, caption in read_captions(Path(path)):
         references.setdefault(image, []).append(caption)
@@ -260,7 +259,7 @@ def _read_results(path: str | Path) -> dict[int, str]:
 
 
 def _parse_result(entry: object) -> tuple[int, str]:
-    """Parse an entry of a results file; `InputError` with a fragment ("has ...") that follows the entry's name."""
+    """Parse an entry of a results file; raises `InputError` with a predicate ("has ...") to follow the entry's name."""
     for key in ("image_id", "caption"):
         if not isinstance(entry, dict) or key not in entry:
             raise InputError(f'lacks "{key}": {entry!r:.80}')
@@ -276,8 +275,8 @@ def _parse_result(entry: object) -> tuple[int, str]:
 def score_results(references_file: str | Path, results_file: str | Path, java: bool | None = None) -> Scores:
     """Score a COCO results file, `[{"image_id": 1, "caption": "..."}, ...]`, against a COCO captions file.
 
-    Only the images in the results count; `java` is that of `score`. Raises InputError, naming
-    the file and the entry, when one is missing or wrong, for an unknown image and for one captioned twice.
+    Only the images in the results count; `java` is that of `score`. Raises InputError that names the file and the
+    entry for a missing or wrong one, an unknown image, and an image captioned twice.
     """
     references, hypotheses = read_references(references_file), _read_results(results_file)
     for image in hypotheses:
@@ -287,7 +286,7 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
 
 
 def format_table(scores: Scores) -> str:
-    """The corpus metrics as a Markdown table that also reads well in a terminal; METEOR is "-" if not run."""
+    """Format the corpus metrics as a Markdown table that also reads well in a terminal; METEOR is "-" if not run."""
     rows = [(name, "-" if value is None else f"{value:.3f}") for name, value in scores.metrics.items()]
     lines = [f"| {name:<7} | {value:>5} |" for name, value in [("metric", "value"), (":------", "----:"), *rows]]
     return "\n".join([*lines, "", f"{len(scores.per_caption)} captions, {scores.tokenizer} tokenizer"])

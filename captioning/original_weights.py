@@ -33,7 +33,7 @@ class _VocabularyUnpickler(pickle.Unpickler):
 
 
 def read_vocab_pickle(path: Path) -> list[str]:
-    """The words of the original's `vocab.pkl`, in the order of their indices.
+    """Return the words of the original's `vocab.pkl`, in the order of their indices.
 
     Nothing that the pickle asks for is imported or called: a pickle that builds more than one plain object of words
     and numbers is refused.
@@ -49,7 +49,7 @@ def read_vocab_pickle(path: Path) -> list[str]:
         # Unpickling reserves memory for the largest memo number, which a hostile file makes enormous.
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
-                raise pickle.UnpicklingError("its numbering is absurd")
+                raise pickle.UnpicklingError("a memo index is out of range")
         vocabulary = _VocabularyUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises almost anything
         raise InputError(f"{path} is not a vocabulary of the original recipe: {error}.") from None
@@ -59,12 +59,12 @@ def read_vocab_pickle(path: Path) -> list[str]:
         raise InputError(f"{path} holds no vocabulary of the original recipe.")
     words = {index: word for word, index in indices.items() if type(word) is str and type(index) is int}
     if sorted(words) != list(range(len(indices))):
-        raise InputError(f"{path} is not a whole vocabulary: its indices are not 0 to {len(indices) - 1}.")
+        raise InputError(f"{path} is not a complete vocabulary: its indices are not 0 to {len(indices) - 1}.")
     ordered = [words[index] for index in range(len(words))]
     if ordered[:3] != ["<start>", "<end>", "<unk>"]:
         raise InputError(f"{path} begins with {ordered[:3]} where <start>, <end>, <unk> should be.")
     if "" in ordered:
-        raise InputError(f"{path} is not a whole vocabulary: word {ordered.index('')} is empty.")
+        raise InputError(f"{path} is not a complete vocabulary: word {ordered.index('')} is empty.")
     return ordered
 
 
@@ -72,7 +72,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
     """Write a model's folder from encoder-<i>.pkl, decoder-<i>.pkl and vocab.pkl of the original recipe's code.
 
     Raises:
-        InputError: A file is not of the original recipe, they are of different trainings, or `folder` holds
+        InputError: A file is not from the original recipe, they are from different runs, or `folder` holds
             something already or cannot be written.
     """
     require_new_folder(folder)
@@ -83,7 +83,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
     if vocabulary_size != len(words):
         raise InputError(
             f"{decoder} was trained with {vocabulary_size:,} words and {vocab} has {len(words):,}; "
-            "take the vocab.pkl of the same training."
+            "take the vocab.pkl of the same run."
         )
     with torch.device("meta"):
         modules = (
@@ -111,14 +111,14 @@ def _read_architecture(encoder: Path, decoder: Path, states: dict[Path, dict[str
     def size(path: Path, key: str, dimension: int) -> int:
         tensor = states[path].get(key)
         if tensor is None or tensor.ndim != 2 or not tensor.numel():
-            raise InputError(f"{path} is not of the original recipe: it has no matrix {key}.")
+            raise InputError(f"{path} is not from the original recipe: it has no matrix {key}.")
         return tensor.shape[dimension]
 
     feature_size, embed_size = size(encoder, "embed.weight", 0), size(decoder, "embed.weight", 1)
     if feature_size != embed_size:
         raise InputError(
             f"{encoder} gives {feature_size} numbers an image and {decoder} takes {embed_size}; "
-            "take two files of the same training."
+            "take two files of the same run."
         )
     return checkpoint.Architecture(
         decoder="lstm",

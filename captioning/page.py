@@ -20,13 +20,13 @@ from gradio_client import handle_file
 from PIL import Image
 
 from captioning.bulk import as_json
-from captioning.captioner import DEFAULT_DECODING, Caption, Decoding
+from captioning.captioner import DEFAULT_DECODING, Caption, Decoding, other_captions
 from captioning.errors import InputError
 from captioning.figures import overlay_attention
 from captioning.web import CaptionServer, Upload
 
 PER_WORD = "% per word"  # heading of the column of probabilities
-FILE_ROUTE = "/gradio_api/file="  # the address of an uploaded file ends in this and its path
+FILE_ROUTE = "/gradio_api/file="  # followed by its path, this is the address of an uploaded file
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
 
@@ -56,18 +56,18 @@ class ImageInput(gr.Image):
     """Gradio's image input, without decoding."""
 
     is_template = True  # Gradio shows it as its base class
-    sample: str | Path = ""  # address of a photo, for the examples of "Use via API"
+    sample: str | Path = ""  # address of a photo for the code samples of "Use via API"
 
     def preprocess(self, payload: FileData | None) -> Upload | None:
-        """The uploaded file."""
+        """Return the uploaded file."""
         return None if payload is None else locate(self, payload)
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """As Gradio's, of uploads only."""
+        """Copy a file to the component's cache as Gradio does, but only if it is an upload."""
         return await super().async_move_resource_to_block_cache(to_path(self, url_or_file_path))
 
     def example_payload(self) -> dict[str, Any]:
-        """The photo that the examples of "Use via API" send."""
+        """Return the photo that the code samples of "Use via API" send."""
         return handle_file(self.sample)
 
 
@@ -77,21 +77,24 @@ class Files(gr.File):
     is_template = True
 
     def preprocess(self, payload: Any) -> list[Upload]:
-        """The uploaded files."""
+        """Return the uploaded files."""
         return [locate(self, file) for file in (payload.root if payload else [])]
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """As Gradio's, of uploads only."""
+        """Copy a file to the component's cache as Gradio does, but only if it is an upload."""
         return await super().async_move_resource_to_block_cache(to_path(self, url_or_file_path))
 
 
 class Page(gr.Blocks):
-    """Gradio's page; a request with invalid values is answered with a sentence."""
+    """Gradio's page; a request with invalid values is answered with one sentence."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list, *arguments: Any, **options: Any) -> list:
-        """As Gradio's, with the page's initial values for missing ones."""
+        """Check and convert a request's values; missing ones are the page's initial values."""
         inputs = [*inputs, *(block.value for block in block_fn.inputs[len(inputs) :])]
         try:
+            if len(inputs) > len(block_fn.inputs):
+                names = ", ".join(str(block.label) for block in block_fn.inputs)
+                raise gr.Error(f"Send at most {len(block_fn.inputs)} values ({names}), not {len(inputs)}.")
             for block, value in zip(block_fn.inputs, inputs, strict=False):
                 if sentence := explain_unusable(block, value):
                     raise gr.Error(sentence)
@@ -99,7 +102,7 @@ class Page(gr.Blocks):
         except gr.Error as error:
             error.print_exception = False
             raise
-        except Exception:  # what Gradio meets in values that no page sends
+        except Exception:  # Gradio raises many types for values that no page sends
             raise gr.Error(
                 "Upload the photo first, and send what the upload returned.", print_exception=False
             ) from None
@@ -126,10 +129,10 @@ def explain_unusable(block: Component, value: object) -> str | None:
     return None
 
 
-# Answers
+# Handlers
 
 
-class Answers:
+class Handlers:
     """The event handlers of the page and its API."""
 
     def __init__(self, server: CaptionServer, folder: Path):
@@ -141,10 +144,10 @@ class Answers:
         """Caption a photo.
 
         photo: the uploaded file. method: "beam", "greedy" or "sampling". beam_size: hypotheses that the beam
-        keeps. temperature: of the sampling; near 0 the best words win, above 1 unlikely ones appear. model: the name
-        of one that the page serves.
-        Returns the caption, its alternatives with their probabilities per word in percent, for every word a picture
-        of where the model looked (none where the model does not attend), and the caption's own probability per word.
+        keeps. temperature: of the sampling; near 0 the best words win, above 1 unlikely ones appear. model: name of a
+        model that the page serves.
+        Returns the caption; its alternatives, each with its probability per word in percent; for every word an image
+        of where the model looked (none if the model does not attend); and the caption's own probability per word.
         """
         if photo is None:
             raise gr.Error("Upload a photo first.", print_exception=False)
@@ -155,17 +158,21 @@ class Answers:
         alternatives = [[other.text, per_word(other)] for other in other_captions(caption)]
         return caption.text, alternatives, attention_maps(view, caption), per_word(caption)
 
-    def show(self, photo: Upload | None, *options: Any) -> tuple:
-        """As `caption`, for the page, which hides empty tables and galleries."""
+    def show(self, photo: Upload | None, method: str, *options: Any) -> tuple:
+        """Caption a photo for the page, which hides empty tables and galleries; see `caption`."""
         if photo is None:
             hidden = gr.update(visible=False)
             return "", hidden, "", hidden, hidden, None
-        text, alternatives, maps, percent = self.caption(photo, *options)
+        text, alternatives, maps, percent = self.caption(photo, method, *options)
         return (
             text,
             gr.update(visible=True),
-            f"The model gives its words a probability of **{percent}%** on average.",
-            gr.update(value=as_table(["caption", PER_WORD], alternatives), visible=bool(alternatives)),
+            f"Probability per word: **{percent}%**",
+            gr.update(
+                value=as_table(["caption", PER_WORD], alternatives),
+                visible=bool(alternatives),
+                label="Other samples" if method == "sampling" else "Alternatives",  # samples are not ranked
+            ),
             gr.update(visible=bool(maps)),
             maps,
         )
@@ -173,7 +180,7 @@ class Answers:
     def show_all(
         self, files: list[Upload], method: str, beam_size: float, temperature: float, model: str
     ) -> Iterator[tuple]:
-        """Caption images, also in zip files: yields the progress, a table and, at the end, two files of it."""
+        """Caption images, also those in zip files; yields the progress, a table and, at the end, two files of it."""
         decode = decoding_of(method, int(beam_size), temperature)
         decode.alternatives = 0
         table: list[list[object]] = []
@@ -190,7 +197,7 @@ class Answers:
         failures = sum(isinstance(caption, InputError) for _, caption in progress.rows)
         summary = f"Captioned {len(table) - failures} of {len(table)} photos."
         if progress.left_out:
-            summary += f" Files in zip files that are no photos, and were left out: {progress.left_out}."
+            summary += f" Files in zip files that are not photos, and were left out: {progress.left_out}."
         tables = write_tables([as_json(name, caption) for name, caption in progress.rows], self.folder)
         yield summary, table_update, *[gr.update(value=str(file), visible=True) for file in tables]
 
@@ -205,26 +212,18 @@ def decoding_of(method: str, beam_size: int, temperature: float) -> Decoding:
 
 
 def per_word(caption: Caption) -> float:
-    """Return the geometric mean of the probabilities of a caption's words, in percent; a beam ranks by it."""
+    """Return the geometric mean of the probabilities of a caption's words, in percent, by which a beam ranks."""
     return round(100 * math.exp(caption.score), 1)
 
 
-def other_captions(caption: Caption) -> list[Caption]:
-    """A caption's alternatives that differ from it, and from one another, in more than the full stop."""
-    distinct = {caption.text.rstrip(" ."): caption}
-    for other in caption.alternatives:
-        distinct.setdefault(other.text.rstrip(" ."), other)
-    return list(distinct.values())[1:]
-
-
 def as_table(headers: list[str], rows: list[list[Any]]) -> dict[str, Any]:
-    """Rows for a `gr.Dataframe`, which shows their numbers with one decimal."""
+    """Build the value of a `gr.Dataframe`, which shows numbers with one decimal."""
     cells = [[f"{cell:.1f}" if isinstance(cell, float) else cell or "" for cell in row] for row in rows]
     return {"headers": headers, "data": rows, "metadata": {"display_value": cells}}
 
 
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
-    """Draw the attention of every word over the model's view of the image; no maps without attention."""
+    """Draw the attention of every word over the model's view of the image; the list is empty without attention."""
     if caption.attention is None:
         return []
     return [(overlay_attention(view, map_), word) for word, map_ in zip(caption.tokens, caption.attention, strict=True)]

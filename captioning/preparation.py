@@ -1,4 +1,4 @@
-"""Preparation of a training: networks, a check of the images, the description, the initial state."""
+"""Preparation of a training run: networks, a check of the images, the description, the initial state."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DECODERS, DecoderModule, EncoderCNN
 
-FIRST_IMAGES = 256  # that the embedding is standardized on
-FIXED = (  # options that a training keeps when it is resumed
+FIRST_IMAGES = 256  # number of images on which the encoder's `embed` is standardized
+FIXED = (  # options that are fixed for a resumed run
     *("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights"),
     *("vocab_threshold", "vocab_from_file", "vocab_file", "val_images"),
 )
 
 
 def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
-    """Raise `InputError` if an option differs from the resumed training's and cannot."""
-    before, now = resumed.training | vars(resumed.preprocessing), settings_of(config) | vars(config.preprocessing)
+    """Raise `InputError` if an option that is fixed for a resumed run was changed."""
+    previous, now = resumed.training | vars(resumed.preprocessing), settings_of(config) | vars(config.preprocessing)
     for name in (*FIXED, *vars(config.preprocessing)):
-        if name in before and before[name] != now[name]:
+        if name in previous and previous[name] != now[name]:
             raise InputError(
-                f"{config.resume} is trained with {name} {before[name]}, which cannot change; start a new training."
+                f"{config.resume} is trained with {name} {previous[name]}, which cannot change; start a new run."
             )
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Create the folder and hold its lock, so that no other training writes to it."""
+    """Create the folder and hold its lock, so that no other run writes to it."""
     lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
     if this_process().is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except filelock.Timeout:
-            problem = f"another training is writing to {folder}; wait for it or choose another --name."
+            problem = f"another run is writing to {folder}; wait for it or choose another --name."
         except OSError as error:
             problem = (
                 f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
@@ -70,7 +70,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 def build_networks(config: TrainingConfig, words: int, resumed: Description | None) -> tuple[EncoderCNN, DecoderModule]:
-    """Build the encoder and the decoder of a training; `resumed` describes the training that is resumed."""
+    """Build the encoder and the decoder of a run; `resumed` describes the run that is resumed, if any."""
     if resumed is None:
         weights = checkpoint.resolve_weights(config.weights, config.backbone)
     elif resumed.architecture.backbone_weights == "published":
@@ -99,7 +99,7 @@ def synchronize_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> No
             f"--fine-tune {encoder.fine_tune} trains batch norms, whose statistics several processes share on GPUs "
             f"only; use one process or a smaller --fine-tune."
         )
-    nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # in place, but for a batch norm that is the module itself
+    nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # in place, unless the module itself is a batch norm
 
 
 def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
@@ -128,11 +128,11 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 def describe(
     config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, resumed: Description | None
 ) -> Description:
-    """Build the description of a training before its first epoch; `resumed` describes the training that is resumed."""
+    """Build the description of a run before its first epoch; `resumed` describes the run that is resumed, if any."""
     settings = settings_of(config)
     if resumed is not None:
-        before = {"objective": "cross-entropy", **resumed.training}
-        if (before["objective"], before.get("fine_tune")) != (config.objective, config.fine_tune):
+        previous = {"objective": "cross-entropy", **resumed.training}
+        if (previous["objective"], previous.get("fine_tune")) != (config.objective, config.fine_tune):
             settings["before"] = resumed.training  # of the epochs with another objective or other trained stages
         elif "before" in resumed.training:
             settings["before"] = resumed.training["before"]
@@ -154,7 +154,7 @@ def describe(
 
 
 def describe_architecture(config: TrainingConfig, resumed: Description | None) -> Architecture:
-    """Build the description of a training's networks."""
+    """Build the description of a run's networks."""
     if config.fine_tune or (resumed is not None and resumed.architecture.backbone_weights == "epoch"):
         where = "epoch"
     elif resumed is not None:
@@ -178,9 +178,7 @@ def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> di
     """Build the state to continue with another objective or other stages: the best epoch's weights, no optimizer."""
     best, first = state["best_epoch"], len(state["epochs"]) + 1
     if best is None:
-        raise InputError(
-            f"{folder} has no epoch that has ended; train it for one with --objective {state['objective']}."
-        )
+        raise InputError(f"{folder} has no completed epoch; train it for one with --objective {state['objective']}.")
     encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
     if checkpoint.read_description(folder).architecture.backbone_weights == "shared":
         encoder |= read_state_dict(checkpoint.weight_file(folder, "backbone"))
@@ -204,7 +202,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
-            raise ValueError("its parameters are others")
+            raise ValueError("its parameters are different ones")
         for index, moments in state["state"].items():
             shape = parameters[index].shape
             sizes = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
@@ -214,7 +212,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
                 raise ValueError("its moments are not finite")
         optimizer.load_state_dict({"state": state["state"], "param_groups": own})
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path} belongs to another training ({error}).") from None
+        raise InputError(f"{path} belongs to another run ({error}).") from None
 
 
 @torch.no_grad()
@@ -231,5 +229,5 @@ def first_features(
     statistics = {key: value.clone() for key, value in encoder.network.state_dict().items()}
     with autocast(device, config.precision):
         result = encoder.features(pixels).float()
-    encoder.network.load_state_dict(statistics)  # the batch norms' statistics are as they were
+    encoder.network.load_state_dict(statistics)  # restores the batch norms' statistics
     return result

@@ -1,7 +1,7 @@
 """Backbones in 8-bit integers on a CPU, by ONNX Runtime's static quantization (arXiv 1712.05877).
 
 Weights have a scale per channel; the range of each activation is measured on the photos in images/. The quantized
-backbone is cached, under a hash of all that it depends on.
+backbone is cached under a hash of everything that it depends on.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from captioning.weights import hash_weights
 from model import EncoderCNN
 
 IMAGES = Path(__file__).parents[1] / "images"
-CROPS = 4  # of each image, besides the whole
+CROPS = 4  # random crops of each image for calibration, in addition to the whole image
 
 
 class QuantizedBackbone(nn.Module):
     """A backbone as an ONNX graph, which ONNX Runtime computes.
 
-    Its output is that of the `backbone` which it stands for, and so are `output_fmt` and `num_prefix_tokens`.
+    Its output has the layout of the original `backbone`, whose `output_fmt` and `num_prefix_tokens` it takes.
     """
 
     def __init__(self, graph: bytes, backbone: nn.Module):
@@ -62,13 +62,13 @@ class FeatureMap(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in float32 -> what the backbone gives."""
+        """Normalized images (B, 3, H, W) in float32 -> the backbone's last features."""
         return self.encoder.run_backbone(images)
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime without its telemetry; raises `InputError` where a package that is needed is missing."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it would write an id into the temporary folder and send it
+    """Import ONNX Runtime without its telemetry; raises `InputError` if a package is missing."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # otherwise, it writes an id to the temporary folder and sends it
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -81,15 +81,15 @@ def import_onnxruntime() -> Any:
 
 
 def quantize(encoder: EncoderCNN, preprocessing: Preprocessing, cache: Path = CACHE) -> EncoderCNN:
-    """Replace the backbone of an encoder that is `for_inference(torch.float32)`, on a CPU, by a quantized one.
+    """Replace the backbone of an encoder, which is `for_inference(torch.float32)` on a CPU, with a quantized one.
 
-    Raises `InputError` where the backbone cannot be exported to ONNX, or onnxruntime is missing.
+    Raises `InputError` if the backbone cannot be exported to ONNX or onnxruntime is missing.
     """
     version = import_onnxruntime().__version__
     name = f"int8/{_key(encoder, preprocessing, version)}.onnx"
     try:
         quantized = QuantizedBackbone(read_bytes(cache / name), encoder.network)
-    except Exception:  # no file, or a damaged one, for which onnxruntime has many exceptions
+    except Exception:  # the file is missing or damaged, for which onnxruntime raises many types
         graph = _quantize(encoder, preprocessing)
         write_cache(cache, name, lambda file: file.write(graph))
         quantized = QuantizedBackbone(graph, encoder.network)
@@ -119,7 +119,7 @@ def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)  # onnxruntime recommends what is done here
+        logging.disable(logging.WARNING)  # onnxruntime recommends the preprocessing that follows
         whole, prepared, small = (os.path.join(folder, f"{stage}.onnx") for stage in ("whole", "prepared", "small"))
         try:
             _export(encoder, preprocessing.image_size, whole)
@@ -138,7 +138,7 @@ def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
 
 
 def calibration_files() -> list[Path]:
-    """List the images that the ranges are measured on; raises `InputError` where there is none."""
+    """List the images that the ranges are measured on; raises `InputError` if there are none."""
     paths = sorted(IMAGES.glob("*.jpg"))
     if not paths:
         raise InputError(f"--precision int8 needs the photos of {IMAGES}; restore that folder from the repository.")
@@ -146,7 +146,7 @@ def calibration_files() -> list[Path]:
 
 
 def calibration_images(preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """Yield each image of `calibration_files` and some crops of it, normalized, (3, H, W)."""
+    """Yield each image of `calibration_files` and `CROPS` crops of it, normalized, (3, H, W)."""
     paths = calibration_files()
     whole, crops = (
         ImageDataset(paths, build_transform(train, **asdict(preprocessing), normalize=True)) for train in (False, True)
@@ -158,20 +158,13 @@ def calibration_images(preprocessing: Preprocessing) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def _export(encoder: EncoderCNN, size: int, path: str) -> None:
-    images = torch.zeros(2, 3, size, size)  # of 1 the exporter would make a constant
-    try:
-        torch.onnx.export(
-            FeatureMap(encoder),
-            (images,),
-            path,
-            input_names=["images"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-        )
-    except Exception as error:
-        raise InputError(
-            f"{encoder.backbone_name} cannot be exported to ONNX, which --precision int8 needs "
-            f"({type(error).__name__}); use --precision fp32."
-        ) from error
+    from captioning.export import run_exporter  # here, as a cached backbone does not need it
+
+    run_exporter(
+        FeatureMap(encoder),
+        torch.zeros(2, 3, size, size),  # a batch size of 1 would become a constant
+        f"{encoder.backbone_name} cannot be exported to ONNX, which --precision int8 needs",
+        "use --precision fp32",
+        f=path,
+        external_data=False,
+    )

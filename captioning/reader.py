@@ -1,7 +1,7 @@
-"""Reading of untrusted files in separate processes.
+"""Read untrusted files in separate processes.
 
 A malicious file may take minutes or gigabytes to decode, and a thread that decodes it cannot be stopped.
-A process can: it is killed after a time limit, its memory is bounded, and it ends with the server.
+A process can: it is killed after a time limit, its memory is limited, and it ends with the server.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from captioning.errors import InputError
 from captioning.files import image_suffixes
 from captioning.images import build_transform, read_image, resized_side
 
-MAX_MEMORY = 2 << 30  # bytes of a process's data
-START_SECONDS = 120
+MAX_MEMORY = 2 << 30  # memory limit of a process's data, in bytes
+START_SECONDS = 120  # time limit for starting a process
 
 
 class Reader:
     """A pool of processes: `reader(function, arguments, seconds)` returns the function's result.
 
     The function must be at module level, its arguments and result picklable. Raises `InputError` where the
-    function does, or where it takes more than the seconds or more than `MAX_MEMORY`.
+    function does, or where it takes more than `seconds` or `MAX_MEMORY`.
     """
 
     def __init__(self, processes: int = 2):
@@ -79,7 +79,7 @@ class _Process:
             self.popen.stdin.flush()
             self._receive(START_SECONDS)
             result = self._receive(seconds)
-        except (EOFError, OSError, pickle.UnpicklingError):  # it was killed
+        except (EOFError, OSError, pickle.UnpicklingError):  # the process was killed
             self.stop()
             raise InputError("This file takes too much time or memory to read; make it smaller.") from None
         if isinstance(result, InputError):
@@ -108,10 +108,10 @@ class _Process:
 def serve() -> None:
     """Answer a `Reader` through standard input and output until it closes them.
 
-    There are two answers to a call: None when it begins, and then its result.
+    There are two answers to a call: None when it begins, then its result.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides what an interruption means
-    with suppress(ImportError, OSError, ValueError):  # a system without this bound
+    with suppress(ImportError, OSError, ValueError):  # the system does not have this limit
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
@@ -137,9 +137,9 @@ def serve() -> None:
 def prepare_image(
     path: Path, name: str, preprocessing: Preprocessing, view_size: int
 ) -> tuple[Image.Image, Image.Image]:
-    """Read an image: resized for a model, and as the model's view of it, a square of `view_size` pixels.
+    """Read an image; returns it resized for a model, and what the model sees of it, a square of `view_size` pixels.
 
-    Raises `InputError`, which calls the file `name`, where it cannot be read.
+    Raises `InputError`, in which the file is called `name`, where it cannot be read.
     """
     transform = build_transform(False, **asdict(preprocessing))
     if not path.exists():
@@ -155,10 +155,10 @@ def prepare_image(
 def unpack_images(
     path: Path, folder: Path, max_images: int, max_bytes: int
 ) -> tuple[list[tuple[str, Path | InputError]], int]:
-    """Unpack the images of a zip file into a folder: returns each one's name and its path or error.
+    """Unpack the images of a zip file into a folder; returns the name of each with its path or error.
 
     Also returns the number of other files, which are left out. Raises `InputError` where the zip file cannot be
-    read, or has more than `max_images`, or they have more than `max_bytes` in all.
+    read, has more than `max_images` images, or more than `max_bytes` in all of them.
     """
     images: list[tuple[str, Path | InputError]] = []
     try:
@@ -184,5 +184,5 @@ def unpack_images(
     except InputError:
         raise
     except Exception:
-        raise InputError(f"{path.name} is not a zip file that can be read; make it anew.") from None
+        raise InputError(f"{path.name} is not a zip file that can be read; create it again.") from None
     return images, len(files) - len(members)

@@ -1,4 +1,4 @@
-"""Counts of the entries that an import or a data set leaves out, with the first of each kind."""
+"""Count the entries that an import or a data set leaves out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Report:
         self.entries.setdefault((verb, kind), [0, entry])[0] += 1
 
     def lines(self) -> list[str]:
-        """One line for each kind, such as "left out 3 empty captions, the first is captions.csv, line 5"."""
+        """Return one line for each kind, such as "left out 3 empty captions, the first is captions.csv, line 5"."""
         lines = []
         for (verb, kind), (count, first) in self.entries.items():
             plural, which = ("", ":") if count == 1 else ("s", ", the first is")

@@ -1,9 +1,10 @@
 """Self-critical sequence training (arXiv 1612.00563): train a decoder to write what CIDEr-D rates highly.
 
-Cross-entropy trains the next token after true tokens. In use, a decoder continues tokens of its own, and its
-caption is judged as a whole. So several captions of each image are sampled, CIDEr-D compares them with the true
-ones, and those with a higher reward than the image's other samples become more probable, the rest less: REINFORCE
-with the mean reward of the other samples as its baseline (arXiv 2003.09971), which needs no further decoding.
+Cross-entropy trains on ground-truth prefixes, but at inference the decoder continues its own tokens (exposure bias),
+and its caption is judged as a whole. So several captions of each image are sampled, CIDEr-D compares them with the
+references, and those with a higher reward than the image's other samples become more probable, the rest less:
+REINFORCE with the mean reward of the other samples as its baseline (arXiv 2003.09971), which needs no further
+decoding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from data_loader import CaptionDataset, EpochSampler
 from model import DecoderModule, EncoderCNN, pack
 from vocabulary import END, START, UNK
 
-DRAWS = 5  # captions sampled per image and step, as many as COCO's images have
+SAMPLES_PER_IMAGE = 5  # captions sampled per image and step, as many as COCO's images have
 
 
 class CiderReward:
@@ -41,7 +42,7 @@ class CiderReward:
         self.cider = CiderD(references)
 
     def __call__(self, image_index: np.ndarray, captions: list[list[int]]) -> np.ndarray:
-        """The reward of each caption, 0 to 10: the index of its image in the data set, and its tokens."""
+        """Return the reward of each caption, 0 to 10, given its image's index in the data set and its tokens."""
         return self.cider(image_index.tolist(), captions)
 
 
@@ -70,60 +71,62 @@ class RepeatingBatches(EpochSampler):
 
 
 class SelfCritical:
-    """Minus the expected reward of the captions that the decoder samples."""
+    """Minus the expected reward of captions that the decoder samples, as a loss."""
 
     def __init__(self, data: CaptionDataset):
         self.reward = CiderReward(data)
 
     def build_sampler(self, data: CaptionDataset, batch_size: int, seed: int, frozen: bool) -> EpochSampler:
-        """Batches of images, each represented by its first caption, for `batch_size` sampled captions in all.
+        """Build batches of images, each represented by its first caption, for `batch_size` sampled captions in all.
 
         An image with twice the median number of captions is drawn twice per epoch, and so on, so that merged data
         sets keep the shares that they have in cross-entropy training.
         """
         _, first, captions = np.unique(data.image_rows, return_index=True, return_counts=True)
         times = np.maximum(1, captions // int(np.median(captions)))
-        return RepeatingBatches(first, times, max(1, batch_size // DRAWS), seed)
+        return RepeatingBatches(first, times, max(1, batch_size // SAMPLES_PER_IMAGE), seed)
 
     def count(self, lengths: np.ndarray, decoder: DecoderModule) -> tuple[int, int]:
-        """The sampled captions, each a term of the loss."""
-        return DRAWS * len(lengths), DRAWS * len(lengths)
+        """Count the sampled captions, each a term of the loss."""
+        return SAMPLES_PER_IMAGE * len(lengths), SAMPLES_PER_IMAGE * len(lengths)
 
     def __call__(self, encoder: EncoderCNN, decoder: DecoderModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Minus the summed rewards of captions sampled for the batch's images, and the summed attention penalty."""
+        """Return minus the summed rewards of captions sampled for the images, and the summed attention penalty."""
         assert batch.image_index is not None
         embedded = embed_images(encoder, batch.images)
-        row, captions, lengths, rewards = self.draw(decoder, embedded, batch.image_index)
-        hidden, attention = decoder.unroll(embedded, captions, lengths, row)
+        image_of_caption, captions, lengths, rewards = self.sample_with_rewards(decoder, embedded, batch.image_index)
+        hidden, attention = decoder.unroll(embedded, captions, lengths, image_of_caption)
         loss = reinforce(hidden, decoder.linear, captions, lengths, rewards)
         return loss, attention_penalty(attention, hidden)
 
     def format(self, loss: float) -> str:
-        """The mean reward."""
+        """Format the mean reward."""
         return f"CIDEr-D: {-loss:.4f}"
 
-    def draw(
+    def sample_with_rewards(
         self, decoder: DecoderModule, embedded: Tensor, image_index: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample `DRAWS` captions for each of the embedded images (P, ...), at these indices (P,) of the data set.
+        """Sample S = `SAMPLES_PER_IMAGE` captions for each embedded image (P, ...) and compute their rewards.
 
-        Returns each caption's row in `embedded` (P * DRAWS,), the captions from `<start>` on (padded), their lengths
-        (on the CPU), and their rewards (P, DRAWS), 0 to 10. The samples come from torch's global generator. The
-        decoder must have no dropout, so that it is trained on samples of its own distribution.
+        image_index: (P,) each image's index in the data set.
+
+        Returns the index into `embedded` of each caption's image (P * S,), the captions from `<start>` on (padded),
+        their lengths (on the CPU), and their rewards (P, S), 0 to 10. The samples come from torch's global generator.
+        The decoder must have no dropout, so that it is trained on samples of its own distribution.
         """
-        hypotheses = [hypothesis.tokens for hypothesis in sample(decoder, embedded, n=DRAWS)]
+        hypotheses = [hypothesis.tokens for hypothesis in sample(decoder, embedded, n=SAMPLES_PER_IMAGE)]
         # Older versions of torch would reuse the weights that autocast converted without a gradient.
         torch.clear_autocast_cache()
-        rewards = self.reward(np.repeat(image_index, DRAWS), hypotheses)
+        rewards = self.reward(np.repeat(image_index, SAMPLES_PER_IMAGE), hypotheses)
         captions = pad_sequence([torch.tensor([START, *words]) for words in hypotheses], True, END)
         lengths = torch.tensor([1 + len(words) for words in hypotheses])
-        row = torch.arange(len(image_index), device=embedded.device).repeat_interleave(DRAWS)
-        rewards = torch.from_numpy(rewards).to(embedded.device, torch.float32).view(-1, DRAWS)
-        return row, captions.to(embedded.device), lengths, rewards
+        images = torch.arange(len(image_index), device=embedded.device)
+        rewards = torch.from_numpy(rewards).to(embedded.device, torch.float32).view(-1, SAMPLES_PER_IMAGE)
+        return images.repeat_interleave(SAMPLES_PER_IMAGE), captions.to(embedded.device), lengths, rewards
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Each sample's reward minus the mean reward of its image's other samples: (P, draws) -> (P, draws).
+    """Return each sample's reward minus the mean reward of its image's other samples: (P, S) -> (P, S).
 
     They sum to zero for each image. A sample has no part in its own baseline, so the gradient is unbiased.
     """
@@ -131,11 +134,11 @@ def advantages(rewards: Tensor) -> Tensor:
 
 
 def reinforce(hidden: Tensor, linear: nn.Linear, captions: Tensor, lengths: Tensor, rewards: Tensor) -> Tensor:
-    """Minus the summed rewards of sampled captions, with the gradient that REINFORCE estimates for it.
+    """Return minus the summed rewards of sampled captions, with the gradient that REINFORCE estimates for it.
 
-    hidden: (tokens, H) what the output layer `linear` reads for the captions' tokens after `<start>`, as `pack` orders
-        them, preceded by `<start>` where the decoder predicts it.
-    captions, lengths, rewards: what `SelfCritical.draw` returns.
+    hidden: (tokens, H) the input of the output layer `linear` for the captions' tokens after `<start>`, in the order
+        of `pack`, preceded by those of `<start>` where the decoder predicts it.
+    captions, lengths, rewards: as `SelfCritical.sample_with_rewards` returns them.
     """
     words = pack(captions, lengths, skip=1)  # (tokens,)
     advantage = pack(advantages(rewards).view(-1, 1).expand(captions.shape), lengths, skip=1)

@@ -1,12 +1,12 @@
-"""Images and captions in tar files laid out as WebDataset has them, read in place.
+"""Read images and captions from tar files in WebDataset's layout, without unpacking them.
 
-A sample is the files of a tar file whose names differ in their suffixes only:
+A sample is the files of a tar file whose names differ only in their suffixes:
 
     000017.jpg   the image
     000017.txt   its captions, one a line; or 000017.json with "caption" or "captions"
 
-WebDataset reads a tar file from its beginning to its end. Here only the headers are read, and an image when it is
-wanted, so that images can be drawn at random. For training, an index in COCO's form says where each image is.
+WebDataset reads a tar file from its beginning to its end. Only the headers are read up front; images are read on
+demand, which allows random access. For training, an index in the format of a COCO captions file locates each image.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tempfile import TemporaryFile, mkdtemp
 from typing import Any, BinaryIO
 
 from captioning.errors import InputError, warn_once
-from captioning.files import decode_text, image_suffixes, require_regular, write_cache, write_file
+from captioning.files import decode_text, image_suffixes, is_within, require_regular, write_cache, write_file
 from captioning.reports import Report
 
 SUFFIX = ".tar"
-INDEX = ".shards.json"  # how the name of an index ends
-MAX_TEXT_BYTES = 1 << 20  # of a file with an image's captions
-CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several, the first that holds a caption counts
+INDEX = ".shards.json"  # end of an index's name
+MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,44 +46,45 @@ class Member:
         return f"{self.shard}/{self.name}"
 
     def read(self) -> bytes:
-        """Read its bytes."""
+        """Read the file's bytes."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
     def stat(self) -> os.stat_result:
-        """Return the tar file's size and dates, as `Path.stat` does for a file."""
+        """Return the status of the tar file, for its size and dates."""
         return self.shard.stat()
 
     def resolve(self) -> Member:
-        """Return the same member with all links of the tar file's path resolved, as `Path.resolve` does."""
+        """Return the same member with the tar file's path resolved, as by `Path.resolve`."""
         return Member(self.shard.resolve(), self.name, self.offset, self.size)
 
 
 def stamp(path: Path | Member) -> bytes:
-    """A file's path, size and date, by which a cache knows it; raises `OSError` where it is missing."""
+    """Return a file's path, size and date as bytes, for cache keys; raises `OSError` where it is missing."""
     status = path.stat()
     return f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
 
 
 def is_shard(path: Path) -> bool:
-    """Return whether a path is a tar file's."""
+    """Return whether a path has the suffix of a tar file."""
     return path.suffix.lower() == SUFFIX
 
 
 def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, dict[str, Member]]]:
     """Yield each image of a tar file with the files that may hold its captions, by suffix; None for no image.
 
-    Files belong together whose names are equal without the suffix. Where that finds an image no captions, it takes
-    those of its WebDataset key, the name up to the first dot, if no other image has the key. Files need not be
-    adjacent. What cannot be used is counted in `report`. Raises `InputError` where the tar file cannot be read.
+    Files with the same name apart from the suffix form a sample. An image left without captions takes those that share
+    its WebDataset key (the name up to the first dot), if it is the only image with that key and they have different
+    suffixes. Files need not be adjacent. What cannot be used is counted in `report`. Raises `InputError` where the tar
+    file cannot be read.
     """
     require_regular(shard)
     groups: dict[str, list[Member]] = {}
     try:
         for member in _members(shard, report):
             folder, slash, name = member.name.rpartition("/")
-            if not name.startswith("._"):  # in which macOS keeps a file's attributes
+            if not name.startswith("._"):  # macOS keeps a file's attributes in them
                 groups.setdefault(folder + slash + name.split(".", 1)[0], []).append(member)
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -108,7 +109,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
         for stem, image in images.items():
             own = texts.pop(stem, {})
             others = [pair for files in texts.values() for pair in files.items()]
-            if not own and len(images) == 1 and len(dict(others)) == len(others):  # else no one knows which is its text
+            if not own and len(images) == 1 and len(dict(others)) == len(others):  # else they are ambiguous
                 own = dict(others)
                 texts.clear()
             yield image, own
@@ -120,21 +121,20 @@ def _members(shard: Path, report: Report) -> Iterator[Member]:
     size = os.stat(shard).st_size
     with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  tarfile would keep every header
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  otherwise tarfile keeps every header
             if info.offset_data + info.size > size:
                 raise tarfile.ReadError(f"it ends within {info.name!r}")
-            path = PurePosixPath(info.name)
             where = repr(f"{shard}/{info.name}")
             if info.isdir():
                 continue
             if not info.isreg() or info.issparse():
                 report.add("link{s} or special file{s}", where)
-            elif path.is_absolute() or ".." in path.parts or "\n" in info.name or "\0" in info.name:
+            elif not is_within(info.name) or "\n" in info.name or "\0" in info.name:
                 report.add("file{s} whose name leads out of the tar file or has a line break", where)
             else:
-                yield Member(shard, str(path), info.offset_data, info.size)
+                yield Member(shard, str(PurePosixPath(info.name)), info.offset_data, info.size)
         end = tar.offset
-    with open(shard, "rb") as file:  # a header that is cut off or damaged ends the loop above, too
+    with open(shard, "rb") as file:  # a header that is cut off or damaged also ends the loop above
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it is cut off or damaged at byte {end}")
@@ -146,7 +146,7 @@ def _members(shard: Path, report: Report) -> Iterator[Member]:
 def read_captions_of(files: dict[str, Member]) -> list[str]:
     """Read the captions of a sample: the lines of its .txt, or "captions" or "caption" of its .json.
 
-    Of several files the first that holds any counts. White space becomes single spaces.
+    Of several files, the first that holds a caption is used. White space becomes single spaces.
     """
     for suffix in CAPTION_SUFFIXES:
         if suffix in files:
@@ -188,7 +188,7 @@ def _read_json_captions(file: Member) -> list[str]:
 
 
 def list_images(shard: Path) -> Iterator[Member]:
-    """Yield the images of a tar file, in its order; reports on stderr the kinds of members that are left out."""
+    """Yield the images of a tar file, in its order; reports on stderr which kinds of files are left out."""
     report = Report()
     for member, _ in read_samples(shard, report):
         if member is not None:
@@ -198,11 +198,10 @@ def list_images(shard: Path) -> Iterator[Member]:
 
 
 def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
-    """Write a COCO captions file of what tar files hold, or find the one that an earlier call has cached.
+    """Write an index of tar files as a COCO captions file, or find a cached one; returns its path.
 
     An image's "file_name" is the tar file's name and its own; "offset" and "size" locate its bytes; the list
-    "skipped" says what was left out. The cache finds an index by the tar files' names, sizes and dates.
-    Returns its path.
+    "skipped" says what was left out. The tar files' paths, sizes and dates identify a cached index.
     """
     try:
         about = b"".join(map(stamp, shards))
@@ -222,7 +221,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
 def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
     report = Report()
     image_count = captions = 0
-    with TemporaryFile() as images:  # the list of images, until all captions are written
+    with TemporaryFile() as images:  # holds the list of images until all captions are written
         file.write(b'{"annotations": [')
         for shard in shards:
             for member, files in read_samples(shard, report):
@@ -250,6 +249,6 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         file.write(b'], "images": [')
         images.seek(0)
         shutil.copyfileobj(images, file)
-        # Without the folder's path the index, and so its hash, stays the same wherever the folder is.
+        # Without the folder's path, the index and so its hash do not depend on where the folder is.
         lines = [f"{where}: {line}.".replace(repr(folder)[:-1], "'") for line in report.lines()]
         file.write(f'], "skipped": {json.dumps(lines)}}}'.encode())

@@ -1,4 +1,4 @@
-"""The split of each image of a data set that is imported: from split files, folders' names, or a hash of its name."""
+"""Assign imported images to splits: by split files, folder names, or a hash of the name."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SPLIT_FILE = re.compile(r"(?:^|[_.\-])(train|dev|val|test)(?:images)?$", re.IGNO
 
 
 def _by_hash(names: Iterable[str]) -> list[str]:
-    """Shuffle the names by a hash: the same order on every machine."""
+    """Sort the names by a hash: a random order that is the same on every machine."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
 
 
 def assign_splits(images: list[SourceImage], source: Path, report: Report) -> None:
-    """Give images without a split one: 90% train, 5% val, 5% test (at least one each), by a hash of the name.
+    """Assign splits by a hash of the name to images without any: 90% train, 5% val, 5% test, at least one each.
 
-    Where images have splits, but none of them is "val", 5% of the training split become it.
+    If the images have splits but none of them is "val", 5% of the training images are moved to "val".
     """
     without = [image for image in images if not image.split]
     if without and len(without) < len(images):
-        raise InputError(f"{source} gives some images a split and others none; give all or none of them one.")
+        raise InputError(f"{source} gives some images a split and others none; give a split to all of them or to none.")
     if without and len(images) < 3:
-        raise InputError(f"{source} has too few captioned images to split ({len(images)}); it takes three at least.")
+        raise InputError(f"{source} has too few captioned images to split ({len(images)}); at least three are needed.")
     by_name = {image.name: image for image in images if image.split in ("", "train")}
     held_out = max(1, len(by_name) // 20)
     order = _by_hash(by_name)
@@ -44,7 +44,7 @@ def assign_splits(images: list[SourceImage], source: Path, report: Report) -> No
 
 
 def set_split(splits: dict[str, tuple[str, str]], name: str, where: str, split: str) -> None:
-    """Record an image's split and the line that gives it; `InputError` if a line before gives it another."""
+    """Record an image's split and the line that gives it; raises `InputError` if an earlier line gives another."""
     if splits.setdefault(name, (where, split))[1] != split:
         raise InputError(f"{where}: {name} is in the {splits[name][1]} split already.")
 
@@ -56,7 +56,7 @@ def read_split_files(
     encoding: str | None,
     splits: dict[str, tuple[str, str]],
 ) -> None:
-    """Add to `splits` what the split files say."""
+    """Add the splits in the split files to `splits`."""
     for path in paths:
         match = SPLIT_FILE.search(path.stem)
         assert match is not None
@@ -65,7 +65,7 @@ def read_split_files(
             name, where = line.strip(), f"{path}, line {number}"
             if not name:
                 continue
-            if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files give the number alone
+            if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files omit the suffix
                 name += ".jpg"
             if name not in captions:
                 raise InputError(f"{where}: {name} has no caption in {table}.")
@@ -73,9 +73,9 @@ def read_split_files(
 
 
 def splits_by_folder(names: Collection[str]) -> dict[str, str]:
-    """The images' splits by the outermost folders that are all called like splits; empty where there are none."""
+    """Return the images' splits by the outermost level of folders that are all named after splits, or an empty dict."""
     folders = {name: name.lower().split("/")[:-1] for name in names}
     for level in range(min(map(len, folders.values()), default=0)):
-        if {inside[level] for inside in folders.values()} <= SPLIT_ALIASES.keys():
-            return {name: SPLIT_ALIASES[inside[level]] for name, inside in folders.items()}
+        if {parents[level] for parents in folders.values()} <= SPLIT_ALIASES.keys():
+            return {name: SPLIT_ALIASES[parents[level]] for name, parents in folders.items()}
     return {}

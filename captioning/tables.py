@@ -1,4 +1,4 @@
-"""Captions in tables (CSV, TSV, JSON, JSON Lines) and in Flickr's token files, read row by row."""
+"""Read captions from tables (CSV, TSV, JSON, JSON Lines) and from Flickr's token files, row by row."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
 }
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 SPLIT_COLUMNS = ("split", "set", "subset")
-CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # the first that a table has
+CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"
-MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # how tables spell a cell without a value
-MAX_CAPTION = 5000  # characters; batches are padded to their longest caption
+MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # spellings of a cell without a value
+MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 
@@ -34,8 +34,7 @@ ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 class Row:
     """An image with some of its captions, as a table has them.
 
-    where: the row, as messages name it. captions: one line each, "" where the table has none. split: "" where the
-    table gives none.
+    where: the row, as messages name it. captions: one line each, "" for an empty one. split: "" if the table has none.
     """
 
     where: str
@@ -47,8 +46,8 @@ class Row:
 def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Read a table of captions; files other than .json, .jsonl and .ndjson are CSV with a header.
 
-    One column of `IMAGE_COLUMNS` names the image. Every column of the first kind in `CAPTION_COLUMNS` that the table
-    has holds captions (caption, captions, caption_1, caption2), as text or as a list of texts; split is optional.
+    One column of `IMAGE_COLUMNS` names the image. The captions, text or a list of texts, are in all columns of the
+    first kind in `CAPTION_COLUMNS` that the table has (caption, captions, caption_1, caption2); the split is optional.
     A JSON object may also map the names of images to their captions. Raises `InputError` with the file and the line
     where the table cannot be read.
     """
@@ -63,7 +62,7 @@ def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 
 def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
-    """The captions of a file in Flickr's own format, a line `NAME.jpg#0<tab>CAPTION` each."""
+    """Read the captions of a file in Flickr's own format, a line `NAME.jpg#0<tab>CAPTION` each."""
     for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
         if not line.strip():
             continue
@@ -76,14 +75,14 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 
 def clean_caption(caption: str, where: str) -> str:
-    """The caption in one line with single spaces; "" where it holds no letter or digit, or spells a missing value."""
+    """Return the caption in one line with single spaces, or "" if it has no letter or digit or is a missing value."""
     check_caption(caption, where)
     caption = " ".join(caption.split())
     return caption if caption.lower() not in MISSING and any(map(str.isalnum, caption)) else ""
 
 
 def check_caption(caption: str, where: str) -> None:
-    """Raise `InputError` for a caption that training would refuse."""
+    """Raise `InputError` for a caption that training would reject."""
     if len(caption) > MAX_CAPTION:
         raise InputError(f"{where}, has a caption of more than {MAX_CAPTION:,} characters; shorten it.")
     try:
@@ -93,17 +92,17 @@ def check_caption(caption: str, where: str) -> None:
 
 
 def read_json(path: Path, text: str) -> Any:
-    """The value that a JSON text of this file holds; `InputError` names the line where it is not JSON."""
+    """Parse the JSON text of a file; an `InputError` names the file and the line that is not JSON."""
     try:
         return json.loads(text, object_pairs_hook=_as_object)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, is not JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists within lists
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deeply nested lists
         raise InputError(f"{path} is not JSON that can be read: {error}.") from None
 
 
 def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Convert the pairs of a JSON object; raises `ValueError` where a name occurs twice, whose first value is lost."""
+    """Convert the pairs of a JSON object to a dict; raises `ValueError` for a name that occurs twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -127,7 +126,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _caption_columns(columns: list[str]) -> list[str]:
-    """All columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
+    """List all columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
     for kind in CAPTION_COLUMNS:
         matching = [name for name in columns if re.fullmatch(rf"{kind}s?[ _.-]?\d*", name)]
         if matching:
@@ -163,7 +162,7 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Parse a cell's captions; CSV files of Flickr30k and of pandas hold a list of them as text."""
+    """Parse the captions of a cell, which in CSV files of Flickr30k and of pandas may be a list written as text."""
     if isinstance(value, str) and value[:1] + value[-1:] in ("[]", "()"):
         for parse in (json.loads, _parse_texts):
             try:
@@ -176,7 +175,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _parse_texts(value: str) -> list[Any]:
-    """Parse texts as Python prints them in a list, a tuple or an array of numpy, which has no commas between them."""
+    """Parse texts as Python prints them in a list, a tuple or a NumPy array, which has no commas between them."""
     texts: list[Any] = []
     for token in tokenize.generate_tokens(io.StringIO(value).readline):
         if token.type == tokenize.STRING:
@@ -184,12 +183,12 @@ def _parse_texts(value: str) -> list[Any]:
         elif token.string in ("None", "nan"):
             texts.append(None)
         elif token.string.strip() not in ("", "[", "]", "(", ")", ","):
-            raise ValueError(f"{token.string} is no text")
+            raise ValueError(f"{token.string} is not text")
     return texts
 
 
 def _split_column(records: list[dict[str, Any]]) -> str:
-    """The column that gives splits: "split", or the first other of `SPLIT_COLUMNS` whose values are all splits."""
+    """Find the column of splits: "split", or the first other of `SPLIT_COLUMNS` whose values are all split names."""
     for column in SPLIT_COLUMNS:
         values = [record[column] for record in records if not _is_missing(record.get(column))]
         if values and (column == "split" or all(str(value).strip().lower() in SPLIT_ALIASES for value in values)):
@@ -201,7 +200,7 @@ def _split(value: Any, where: str) -> str:
     if _is_missing(value):
         return ""
     if str(value).strip().lower() not in SPLIT_ALIASES:
-        raise InputError(f"{where}: the split {value!r} is none of train, val and test.")
+        raise InputError(f"{where}: the split {value!r} is not one of train, val and test.")
     return SPLIT_ALIASES[str(value).strip().lower()]
 
 
@@ -225,7 +224,7 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(document, dict) and isinstance(document.get("images"), list):
         raise InputError(
             f"{path} is an annotation file of COCO or Karpathy; lay it out as annotations/captions_train.json "
-            "beside images/train/, or use `importers.py karpathy`."
+            "next to images/train/, or use `importers.py karpathy`."
         )
     if isinstance(document, dict) and not set(map(str.lower, document)) & set(IMAGE_COLUMNS):
         document = [{"image": name, "caption": captions} for name, captions in document.items()]
@@ -236,7 +235,7 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_json_lines(path: Path, text: str) -> bool:
-    """Whether each line is a JSON object: in .jsonl files unless they hold an array, in .json files that need it."""
+    """Return whether each line is a JSON object: in .jsonl files that are not an array, and in some .json files."""
     if path.suffix.lower() != ".json":
         return not text.lstrip().startswith("[")
     first, _, rest = text.strip().partition("\n")
@@ -278,7 +277,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
-    """The delimiter and the columns' names, those that occur twice told apart."""
+    """Return the delimiter and the names of the columns; repeated names get a number."""
     delimiters = "\t" if path.suffix.lower() == ".tsv" else DELIMITERS
     for delimiter in delimiters:
         columns: dict[str, None] = {}
@@ -296,9 +295,9 @@ def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
 def _read_cells(
     path: Path, lines: list[str], start: int, delimiter: str, columns: list[str]
 ) -> Iterator[tuple[int, list[str]]]:
-    """The number of the first line and the cells of every row after the header, without surrounding space."""
+    """Yield every row after the header: the number of its first line, and its cells without surrounding space."""
     tabs = len(columns) - 1
-    # Without quotation marks that span lines a row is a line: then a mark that is not closed is only text.
+    # If no quoted cell spans lines, every row is a line, and an unclosed quotation mark is only text.
     if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
         for number, line in enumerate(lines[start:], start + 1):
             if line.strip():
@@ -310,7 +309,7 @@ def _read_cells(
     rows = (line + "\n" for line in lines[start:])
     reader = csv.reader(rows, delimiter=delimiter, strict=True, skipinitialspace=True)
     number = start + 1
-    csv.field_size_limit(1 << 30)  # the length of a caption is checked with the caption
+    csv.field_size_limit(1 << 30)  # `check_caption` limits the length of captions
     try:
         for cells in reader:
             if cells:
@@ -323,7 +322,7 @@ def _read_cells(
 
 
 def _split_line(line: str, delimiter: str) -> list[str]:
-    """The cells of a line, in which quotes may hold the separator."""
+    """Split a line into cells, in which quotation marks may enclose the separator."""
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
@@ -335,9 +334,9 @@ def _unquote(cell: str) -> str:
 
 
 def _holds_rows(cell: str, delimiter: str, has_suffixes: bool) -> bool:
-    """Whether a cell of several lines looks like rows, which an unbalanced quotation mark has joined.
+    """Return whether a cell of several lines looks like rows that an unbalanced quotation mark has joined.
 
-    `has_suffixes`: the table's images have suffixes, so that a line which names an image is a row.
+    If the table's images have suffixes (`has_suffixes`), only a line that names an image is a row.
     """
     lines = [line.split(delimiter) for line in cell.split("\n") if delimiter in line] if "\n" in cell else []
     if not has_suffixes:

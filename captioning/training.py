@@ -51,7 +51,7 @@ __all__ = ["Run", "TrainingConfig", "learning_rate_factor", "read_log", "train"]
 
 # Adam moves every weight by a similar amount, and `embed` sums thousands of non-negative features: at the full
 # rate, an image's embedding would oscillate between steps, and the decoder could not learn to use it.
-EMBED_RATE = 0.05
+EMBED_LR_FACTOR = 0.05
 
 SHARED_STEPS = 10  # steps between exchanges of losses and signals by several processes
 
@@ -59,10 +59,10 @@ SHARED_STEPS = 10  # steps between exchanges of losses and signals by several pr
 def train(config: TrainingConfig) -> Path:
     """Train a model and return its folder; a model that was there under this name is deleted.
 
-    `train(resumed_config(folder))` resumes a training. Raises `InputError` for what the user can mend, and
-    `KeyboardInterrupt` after a signal, once the training is saved.
+    `train(resumed_config(folder))` resumes a run. Raises `InputError` for errors that the user can fix, and
+    `KeyboardInterrupt` after a signal, once the run is saved.
     """
-    config = dataclasses.replace(config)  # which checks the fields anew, as they may have been changed
+    config = dataclasses.replace(config)  # checks the fields again, as they may have been changed
     folder = config.resume or config.models / config.name
     if config.resume is not None:
         require_writable(folder)
@@ -75,7 +75,7 @@ def train(config: TrainingConfig) -> Path:
             f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller --batch-size"
             f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
         ) from error
-    except OSError as error:  # of the log or the cache; images and checkpoints have sentences of their own
+    except OSError as error:  # of the log or the cache; images and checkpoints raise `InputError`
         if error.errno == errno.EPIPE:  # of standard output
             raise
         problem = f"{error.filename or folder} cannot be read or written ({error.strerror or error})"
@@ -87,8 +87,8 @@ def train(config: TrainingConfig) -> Path:
 
 
 @dataclass
-class Progress:
-    """The progress of a training: `step` steps of `epoch` are done."""
+class TrainingProgress:
+    """The progress of a run: `step` steps of `epoch` are done."""
 
     epoch: int = 1
     step: int = 0
@@ -137,7 +137,7 @@ class Run:
         if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
         self.description = describe(config, self.data, self.val, self.resumed)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.scalars = Scalars(folder, config.tensorboard and self.is_main)
 
     def execute(self) -> None:
@@ -153,30 +153,27 @@ class Run:
                 self.finish_epoch(self.validate_epoch())
 
     def restore(self) -> dict[str, Any]:
-        """Take the networks' weights and the progress from resume.pt; returns what it holds."""
+        """Restore the networks' weights and the progress from resume.pt; returns what it holds."""
         resumed, folder = self.resumed, self.folder
         assert resumed is not None
         for split, key in ((self.data, "train_sha256"), (self.val, "val_sha256")):
             now = self.description.data[key]
             if resumed.data.get(key, None if split is self.data else now) != now:
                 raise InputError(
-                    f"{split.annotation_file} is not the one that {folder} was begun with; start a new training."
+                    f"{split.annotation_file} is not the one that {folder} was begun with; start a new run."
                 )
         state = checkpoint.load_resume(folder, self.log)
         trained_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
         if (state["objective"], trained_before) != (self.config.objective, len(self.backbone_parameters())):
             state = restart_from_best(folder, state, self.config.objective)
         self.description.epochs, self.description.best_epoch = state["epochs"], state["best_epoch"]
-        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
-        published = resumed.architecture.backbone_weights == "published"
-        optional = (f"{self.encoder.module_name}.",) if published else ()
-        load_weights(self.encoder, state["encoder"], folder / "resume.pt", optional)
+        self.progress = TrainingProgress(**{name: state[name] for name in vars(self.progress)})
+        checkpoint.load_encoder(self.encoder, state["encoder"], folder / "resume.pt", resumed.architecture)
         load_weights(self.decoder, state["decoder"], folder / "resume.pt")
-        self.encoder.network.to(memory_format=torch.channels_last)
         return state
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the backbone that are trained."""
+        """Return the parameters of the backbone that are trained."""
         return [p for p in self.encoder.network.parameters() if p.requires_grad]
 
     def extract_features(self) -> None:
@@ -192,7 +189,7 @@ class Run:
             self.features = place_features(features, self.device)
 
     def prepare(self, state: dict[str, Any] | None) -> None:
-        """Make the optimizer and the batches, and initialize the networks of a new training (`state` None)."""
+        """Build the optimizer and the batches, and initialize the networks of a new run (`state` None)."""
         config, encoder, decoder = self.config, self.encoder, self.decoder
         assert config.learning_rate is not None
         if state is None:
@@ -203,7 +200,7 @@ class Run:
             decoder.linear.weight = decoder.embed.weight
         groups = [
             {"params": list(decoder.parameters()), "lr": config.learning_rate},
-            {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_RATE},
+            {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_LR_FACTOR},
         ]
         if backbone := self.backbone_parameters():
             groups.append({"params": backbone, "lr": config.backbone_learning_rate})
@@ -212,7 +209,7 @@ class Run:
         optimizer = torch.optim.Adam(groups, fused=True)
         self.objective = SelfCritical(self.data) if config.objective == "cider" else CrossEntropy()
         model = CaptioningModel(encoder, decoder, self.objective)
-        with warnings.catch_warnings():  # torch 2.14 gives `broadcast_buffers` another name
+        with warnings.catch_warnings():  # torch 2.14 renames `broadcast_buffers`
             warnings.simplefilter("ignore", FutureWarning)
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if state is not None and state["optimizer"] is not None:
@@ -220,11 +217,12 @@ class Run:
         sampler = self.objective.build_sampler(self.data, config.batch_size, config.seed, self.features is not None)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
-        before = resumed_config(self.folder).batch_size if self.resumed else config.batch_size
-        if before != config.batch_size:
-            self.progress.step = min(self.progress.step * before // config.batch_size, len(self.batches))
+        saved_batch_size = resumed_config(self.folder).batch_size if self.resumed else config.batch_size
+        if saved_batch_size != config.batch_size:
+            same_captions = self.progress.step * saved_batch_size // config.batch_size
+            self.progress.step = min(same_captions, len(self.batches))
         if self.progress.step > len(self.batches):
-            raise InputError(f"{self.folder}/resume.pt belongs to another training; start a new one.")
+            raise InputError(f"{self.folder}/resume.pt belongs to another run; start a new one.")
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
 
     def open_log(self, state: dict[str, Any] | None) -> Any:
@@ -236,15 +234,16 @@ class Run:
         return file
 
     def begin(self, state: dict[str, Any] | None) -> None:
-        """Save a new training, or one with a new objective or new trained stages, before its first step."""
+        """Save a new run, or one with a new objective or new trained stages, before its first step."""
         if self.is_main and state is None:
-            checkpoint.remove_training(self.folder)
+            checkpoint.remove_run(self.folder)
             self.scalars.remove()
             self.save()
         elif self.is_main and state and self.resumed and state["optimizer"] is None:
             if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
-            checkpoint.write_description(self.folder, self.description)  # first: what is resumed from here on is new
+            # Before resume.pt, so that a run that is killed in between restarts with the new options.
+            checkpoint.write_description(self.folder, self.description)
             self.save()
         self.log(
             f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "
@@ -254,7 +253,7 @@ class Run:
             self.log(f"all epochs are done; --num-epochs {progress.epoch - progress.first_epoch + 1} trains one more")
 
     def is_out_of_patience(self) -> bool:
-        """Whether none of the last `patience` epochs has a better CIDEr than those before."""
+        """Return whether none of the last `patience` epochs has a better CIDEr than those before."""
         best, patience = self.description.best_epoch, self.config.patience
         if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
             return False
@@ -290,14 +289,14 @@ class Run:
                         self.stop()
 
     def train_step(self, step: int, global_batch: np.ndarray, has_share: bool, batch: Batch) -> StepLoss:
-        """One step of the optimizer.
+        """Run one step of the optimizer.
 
-        global_batch: the captions of all processes' batch. has_share: False where this process's batch only stands in.
+        global_batch: caption indices of all processes. has_share: False if this process's batch is a placeholder.
         """
         config, processes = self.config, self.accelerator.num_processes
         assert config.learning_rate is not None
         done = (self.progress.epoch - self.progress.first_epoch) * len(self.batches) + step - 1
-        # Dropout and sampling are seeded anew at each step, so that they need not be saved.
+        # Dropout and sampling are reseeded at each step, so that the generator's state need not be saved.
         seed = (config.seed * 1_000_003 + done) * processes + self.accelerator.process_index
         torch.manual_seed(seed % 2**64)
         factor = learning_rate_factor(done, len(self.batches) * config.num_epochs, config.warmup_steps)
@@ -314,15 +313,15 @@ class Run:
                 f"norms a single value; use another --batch-size, a larger --image-size, or a smaller --fine-tune."
             ) from None
         terms, captions = self.objective.count(self.data.lengths[global_batch], self.decoder)
-        objective = loss / terms + config.attention_penalty * penalty / captions
-        self.accelerator.backward(has_share * objective * processes)  # the processes' gradients are averaged
+        step_loss = loss / terms + config.attention_penalty * penalty / captions
+        self.accelerator.backward(has_share * step_loss * processes)  # the processes' gradients are averaged
         self.accelerator.clip_grad_norm_(self.trained_parameters, config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepLoss(step, loss.detach() * has_share, terms, config.learning_rate * factor)
 
     def must_read(self, step: int) -> bool:
-        """Whether to read the losses after this step; the same in all processes."""
+        """Return whether to read the losses after this step; the same in all processes."""
         if step % self.config.print_every == 0 or step == len(self.batches):
             return True
         if self.accelerator.num_processes > 1:
@@ -330,7 +329,7 @@ class Run:
         return self.interruption.signal != 0 or self.is_save_due()
 
     def is_save_due(self) -> bool:
-        """Whether the last save is `save_minutes` old."""
+        """Return whether the last save is `save_minutes` old."""
         return time.monotonic() - self.last_save > 60 * self.config.save_minutes
 
     def read_losses(self, unread: list[StepLoss]) -> tuple[str, bool]:
@@ -366,12 +365,12 @@ class Run:
         return line, signals > 0
 
     def stop(self) -> None:
-        """End after a signal; the training is saved."""
+        """End the run after a signal; it is saved."""
         self.log(f"stopped; resume with `python train.py --resume {self.folder}`")
         raise KeyboardInterrupt
 
     def validate_epoch(self) -> dict[str, Any]:
-        """The epoch's training loss, validation loss and metrics; a signal ends it, and costs no step."""
+        """Return the epoch's training loss, validation loss and metrics; a signal ends the run and loses no step."""
         model, progress = self.accelerator.unwrap_model(self.model), self.progress
         try:
             with self.interruption.immediate():
@@ -387,7 +386,7 @@ class Run:
         description.epochs.append(result)
         better = best is None or _rank(result) > _rank(description.epochs[best - 1])
         description.best_epoch = epoch if better else best
-        self.progress = Progress(epoch + 1, 0, self.progress.first_epoch)
+        self.progress = TrainingProgress(epoch + 1, 0, self.progress.first_epoch)
         if self.is_main:
             if better or epoch % self.config.save_every == 0 or epoch == self.last_epoch:
                 checkpoint.save_epoch(self.folder, epoch, self.encoder, self.decoder, description)
@@ -426,12 +425,12 @@ class Run:
 
 
 def _rank(epoch: dict[str, Any]) -> tuple[float, float]:
-    """By what epochs compare: CIDEr, then the loss, as CIDEr is 0 where one image is scored."""
+    """Return an epoch's sort key: CIDEr, then lower validation loss, as CIDEr is 0 if only one image is scored."""
     return epoch["CIDEr"], -epoch.get("val_loss", math.inf)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """The schedule, 0 to 1: a linear warm-up, then a cosine down to zero at `steps`."""
+    """Return the factor of the learning rate, 0 to 1: a linear warm-up, then a cosine decay to zero at `steps`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

@@ -1,4 +1,4 @@
-"""The log of a training, a line for each step, and its scalars for TensorBoard."""
+"""The log of a training run, one line per step, and its scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ LINE = re.compile(r"Epoch \[(\d+)/\d+\], Step \[(\d+)/\d+\], Loss: (-?[0-9.]+(?:
 
 
 def format_line(epoch: int, epochs: int, step: int, steps: int, loss: float, mean: str) -> str:
-    """A step's line; `mean` is its loss in the unit that people read."""
+    """Format a step's line; `mean` is its loss as the objective formats it."""
     return f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, {mean}"
 
 
 def read_log(path: str | Path) -> np.ndarray:
-    """The training log as an array (steps, 3): epoch, step in the epoch, loss.
+    """Read a training log as an array (steps, 3): epoch, step in the epoch, loss.
 
-    A last line that a running training has not finished is left out. Raises `InputError` for any other line that is
-    none of a log.
+    An unfinished last line is left out: the run may still be writing it. Raises `InputError` for any other line that
+    is not a training log line.
     """
     rows = []
     *lines, _ = read_bytes(Path(path)).decode(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)
         if not match:
-            raise InputError(f"{path}, line {number} is not of a training log; delete the line or the file.")
+            raise InputError(f"{path}, line {number} is not a training log line; delete the line or the file.")
         try:
             rows.append([float(x) for x in match.groups()])
         except ValueError:
-            raise InputError(f"{path}, line {number} has the loss {match[3]}, which is no number.") from None
+            raise InputError(f"{path}, line {number} has the loss {match[3]}, which is not a number.") from None
     return np.array(rows).reshape(-1, 3)
 
 
 class Scalars:
-    """TensorBoard scalars in the model's folder, or nothing where they are not asked for.
+    """TensorBoard scalars in the model's folder, or nothing unless `wanted`.
 
     Raises `InputError` if tensorboard is not installed.
     """
@@ -55,11 +55,11 @@ class Scalars:
         self.wanted = wanted
 
     def remove(self) -> None:
-        """Delete the scalars of an earlier training in the folder."""
+        """Delete the scalars of an earlier run in the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Write values at a step; after a resume, those of the same step are written anew."""
+        """Write values at a step; after a resume, they replace those from the same step on."""
         if not self.wanted:
             return
         if self.writer is None:

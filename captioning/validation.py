@@ -1,4 +1,4 @@
-"""The validation loss and the metrics of the captions that a model in training writes."""
+"""Validation after an epoch: the loss of a model and the metrics of its captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
 from captioning.metrics import score
 from data_loader import CaptionDataset
 
-FEATURE_BATCH = 64  # images whose features are stored
+FEATURE_BATCH = 64  # batch size for images whose features are stored
 
 
 @torch.inference_mode()
@@ -33,8 +33,8 @@ def validate(
 ) -> dict[str, Any]:
     """Score a model: loss and perplexity per token, and the metrics and captions of greedy decoding.
 
-    Nothing of the model changes, except that it is in evaluation mode. Each process takes its share of the batches,
-    which are the same for any number of processes; all of them return the result.
+    The model is left in evaluation mode. Each process takes its share of the batches, which are the same for any
+    number of processes; all of them return the result.
 
     features: (images, ...) stored features of the validation images, or None to run the backbone.
     """
@@ -44,7 +44,7 @@ def validate(
     batches = [list(range(i, min(i + size, images))) for i in range(0, images, size)]
     local = batches[accelerator.process_index :: accelerator.num_processes]
     if features is not None:
-        chunks = ((rows, features[rows]) for rows in local)
+        chunks = ((indices, features[indices]) for indices in local)
     else:
         dataset = ImageDataset(val.paths, build_pixel_transform(config.preprocessing))
         dtype = choose_dtype(accelerator.device, config.precision)
@@ -52,24 +52,24 @@ def validate(
     order = np.argsort(val.image_rows, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
     ends = np.concatenate([[0], np.cumsum(np.bincount(val.image_rows, minlength=len(val.paths)))])
     loss, tokens, hypotheses = 0.0, 0, {}
-    for rows, chunk in chunks:
+    for indices, chunk in chunks:
         inputs = chunk.to(accelerator.device).float()
-        first, last = rows[0], rows[-1]  # a batch's images are consecutive
+        first, last = indices[0], indices[-1]  # a batch's images are consecutive
         which = order[ends[first] : ends[last + 1]]
         batch = Batch(inputs, torch.from_numpy(val.image_rows[which].astype(np.int64) - first), *val.captions(which))
         with autocast(accelerator.device, config.precision):
             summed, _ = cross_entropy(encoder, decoder, batch.to(accelerator.device))
             captions = greedy(decoder, encoder.embed(inputs))
         loss, tokens = loss + summed.item(), tokens + loss_tokens(batch.lengths, decoder)
-        for row, caption in zip(rows, captions, strict=True):
-            hypotheses[int(val.image_ids[row])] = val.vocab.decode(caption.tokens)
+        for image, caption in zip(indices, captions, strict=True):
+            hypotheses[int(val.image_ids[image])] = val.vocab.decode(caption.tokens)
     parts = gather_object([(loss, tokens, hypotheses)])  # as Python's floats: Apple's GPUs have no float64
     result = _summarize(parts, val, images) if accelerator.is_main_process else {}
     return broadcast_object_list([result])[0]
 
 
 def _summarize(parts: list[tuple[float, int, dict[int, str]]], val: CaptionDataset, images: int) -> dict[str, Any]:
-    """The results of all processes' parts: summed loss, tokens, and captions by image id."""
+    """Combine the parts of all processes: summed loss, tokens, and captions by image id."""
     losses, tokens, captions = zip(*parts, strict=True)
     loss = sum(losses) / sum(tokens)
     hypotheses = {image_id: caption for part in captions for image_id, caption in part.items()}

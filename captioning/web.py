@@ -28,14 +28,14 @@ from captioning.errors import InputError
 from captioning.features import BATCH
 from captioning.reader import Reader, prepare_image, unpack_images
 
-MAX_UPLOADED = 100 << 20  # bytes of an upload
-MAX_BODY = 1 << 20  # bytes of any other request
-MAX_IMAGES = 200  # captioned at once for one visitor
-MAX_UNPACKED = 400 << 20  # bytes of the photos in the zip files of a request
-IMAGE_SECONDS = 10  # to read a photo
-ZIP_SECONDS = 30  # to unpack a zip file
-STOP_SECONDS = 2  # for the last batch, once the server is being stopped
-VIEW_SIZE = 224  # pixels of the part of the photo that the model sees, as it is drawn under attention maps
+MAX_UPLOADED = 100 << 20  # size limit of an upload, in bytes
+MAX_BODY = 1 << 20  # size limit of any other request, in bytes
+MAX_IMAGES = 200  # photos in a request
+MAX_UNPACKED = 400 << 20  # size limit of the photos in the zip files of a request, in bytes
+IMAGE_SECONDS = 10  # time limit for reading a photo, in seconds
+ZIP_SECONDS = 30  # time limit for unpacking a zip file, in seconds
+STOP_SECONDS = 2  # time limit for the last batch when the server stops, in seconds
+VIEW_SIZE = 224  # side of the model's view of a photo, which is drawn under attention maps, in pixels
 UPLOAD_ROUTE = "/gradio_api/upload"
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -46,11 +46,11 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 class Gate:
     """Refuses requests that the page never sends, before Gradio reads them.
 
-    Refused are requests of another website's script in a visitor's browser, requests for another host name if only
+    It refuses requests from another website's script in a visitor's browser, requests for another host name if only
     this computer is served, requests to fetch an address for the caller, and bodies that are too large.
 
-    `hosts` are the names that the server answers to, None for any. `origins` are further hosts whose pages may call
-    it, such as a tunnel's.
+    `hosts` are the host names that the server answers to, None for any. `origins` are further hosts whose pages may
+    call it, such as that of a tunnel.
     """
 
     def __init__(self, app: ASGIApp, hosts: set[str] | None = None):
@@ -74,7 +74,7 @@ class Gate:
         try:
             name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
         except ValueError:
-            return "This request's Host or Origin is no address."
+            return "This request's Host or Origin is not a valid address."
         if self.hosts is not None and name not in self.hosts:
             return f"This server answers to {', '.join(sorted(self.hosts))} only; start it with --host to serve others."
         if origin is not None and site not in {host, headers.get("x-forwarded-host"), *self.origins}:
@@ -90,30 +90,33 @@ def _counted(receive: Receive, limit: int) -> Receive:
         message = await receive()
         total += len(message.get("body", b""))
         if total > limit:
-            raise HTTPException(413, f"This request has more than {limit >> 20} MB, the most that is allowed.")
+            raise HTTPException(413, f"This request has more than {limit >> 20} MB, which is the limit.")
         return message
 
     return receive_counted
 
 
 class HttpProtocol(H11Protocol):
-    """Uvicorn's, but deaf once it has refused a request: it would answer the rest of that with a traceback."""
+    """Uvicorn's protocol, but it ignores further data after rejecting a request.
+
+    That data would otherwise cause a traceback.
+    """
 
     def data_received(self, data: bytes) -> None:
-        """Take what a client sent."""
+        """Pass data from a client on, unless the connection is closing."""
         if not self.transport.is_closing():
             super().data_received(data)
 
 
 class StoppableServer(uvicorn.Server):
-    """Uvicorn with callbacks that run before it waits for pending requests to end."""
+    """Uvicorn's server with callbacks that run before it waits for pending requests to end."""
 
     def __init__(self, config: uvicorn.Config, *on_stop: Callable[[], None]):
         super().__init__(config)
         self.on_stop = on_stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop at the first signal; a second one, which would cut the stop short with a traceback, changes nothing."""
+        """Stop at the first signal and ignore further ones, which would end the shutdown with a traceback."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -135,12 +138,12 @@ class Upload:
 
 
 @dataclass
-class Progress:
+class CaptioningProgress:
     """The progress of captioning several images."""
 
     total: int
-    left_out: int  # files in zip files that are no photos
-    rows: list[tuple[str, Caption | InputError]]  # each photo's name, and its caption or why it has none
+    left_out: int  # number of files in zip files that are not photos
+    rows: list[tuple[str, Caption | InputError]]  # each photo's name, and its caption or error
 
 
 def _require_at_most(images: int) -> None:
@@ -153,7 +156,7 @@ class CaptionServer:
     """Captions the images of requests; those that arrive together form a batch.
 
     A request's image is read in another process while the request waits in its own thread; one thread captions.
-    (Gradio's `batch=True` would fail a whole batch when it refuses one file.)
+    (With Gradio's `batch=True`, one file that is refused would fail the whole batch.)
     """
 
     def __init__(self, captioners: dict[str, Captioner]):
@@ -167,7 +170,7 @@ class CaptionServer:
     def caption(self, image: Upload, model: str, decode: Decoding) -> tuple[Caption, Image.Image]:
         """Caption an image; returns the caption and the model's view, a square of `VIEW_SIZE` pixels.
 
-        Raises `InputError` for what is no photo, and for one that takes more than `IMAGE_SECONDS` to read.
+        Raises `InputError` for a file that is not a photo or takes more than `IMAGE_SECONDS` to read.
         """
         preprocessing = self.captioners[model].description.preprocessing
         small, view = self.reader(prepare_image, (image.path, image.name, preprocessing, VIEW_SIZE), IMAGE_SECONDS)
@@ -178,17 +181,19 @@ class CaptionServer:
                 return answer.result(timeout=1), view
         raise InputError("The server is being stopped; try again later.")
 
-    def caption_all(self, uploads: list[Upload], model: str, decode: Decoding, folder: Path) -> Iterator[Progress]:
-        """Caption images, also those in zip files, in order; one that cannot be read is skipped.
+    def caption_all(
+        self, uploads: list[Upload], model: str, decode: Decoding, folder: Path
+    ) -> Iterator[CaptioningProgress]:
+        """Caption images, also those in zip files, in order; one that cannot be read gets its error instead.
 
-        Yields the progress after each image. Zip files are unpacked into `folder` meanwhile. Raises `InputError` where
-        there are no photos or too many.
+        Yields the progress after each image. Zip files are unpacked into a temporary folder in `folder`. Raises
+        `InputError` for no photos or too many.
         """
         with tempfile.TemporaryDirectory(dir=folder) as unpacked:
             images, left_out = self._unpack(uploads, Path(unpacked))
             if not images:
-                raise InputError("There is no photo among these files; send photos or a zip file of them.")
-            progress = Progress(len(images), left_out, [])
+                raise InputError("None of these files is a photo; send photos or a zip file of photos.")
+            progress = CaptioningProgress(len(images), left_out, [])
             pool = ThreadPoolExecutor(8)  # some wait for captions while others are read
             try:
                 for row in pool.map(lambda image: self._caption_one(image, model, decode), images):
@@ -243,13 +248,13 @@ class CaptionServer:
         try:
             for job, caption in zip(jobs, captioner([job.image for job in jobs], decode), strict=True):
                 job.answer.set_result(caption)
-        except Exception as error:  # it belongs to these requests; the next ones are served
+        except Exception as error:  # it fails these requests only
             print_exception(error)
             for job in jobs:
                 job.answer.set_exception(InputError("The model failed on this photo; the server's log says why."))
 
     def close(self) -> None:
-        """End the reading processes, and wait a moment for the current batch."""
+        """End the reading processes, and wait up to `STOP_SECONDS` for the current batch."""
         self.closed = True
         self.reader.close()
         self.waiting.put(None)

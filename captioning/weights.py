@@ -23,9 +23,9 @@ from torch import Tensor
 
 from captioning.errors import InputError
 
-LARGEST_PICKLE = 4 << 20  # bytes of names and shapes; the numbers lie outside the pickle
-MAX_ENTRIES = 50_000  # of a zip, one per tensor
-LARGEST_WEIGHT = 1e10  # a few products of larger numbers overflow float32
+MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
+MAX_ENTRIES = 50_000  # maximum number of entries in a zip, one per tensor
+MAX_WEIGHT = 1e10  # maximum magnitude of a weight; a few products of larger numbers overflow float32
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 GLOBALS = {
     "collections OrderedDict",
@@ -36,9 +36,9 @@ GLOBALS = {
     *(f"torch {name}Storage" for name in STORAGES),
 }
 OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"}  # pickle operations that torch.save never writes
-LEGACY_PICKLES = 5  # magic number, protocol, system, state dict, names of storages; then the numbers
+LEGACY_PICKLES = 5  # magic number, protocol, system, state dict, names of storages; the numbers follow
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save a state dict
-PREFIXES = ("module.", "_orig_mod.")  # of a state dict of DistributedDataParallel or torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile prepend to keys
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
         if len({entry.filename.lower() for entry in entries}) < len(entries):
             raise ValueError("it has two entries of one name")
         pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
             raise ValueError("it is not a file of torch.save")
         _check_pickle(io.BytesIO(source.read(pickles[0])))
         copy = io.BytesIO()
@@ -116,7 +116,7 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
 def _checked_legacy(file: BinaryIO) -> BinaryIO:
     """Check a file of torch.save before version 1.6; returns it, at its beginning, if it is harmless."""
     file.seek(0)
-    head = io.BytesIO(file.read(LARGEST_PICKLE))
+    head = io.BytesIO(file.read(MAX_PICKLE))
     for _ in range(LEGACY_PICKLES):
         _check_pickle(head)
     file.seek(0)
@@ -132,14 +132,14 @@ def _check_pickle(file: BinaryIO) -> None:
 
 
 def as_state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The state dict in `content`, read from `path`: unwrapped, without prefixes, no two tensors sharing memory.
+    """Return the state dict in `content`, read from `path`, unwrapped and without prefixes; no tensors share memory.
 
     Raises `InputError` if it holds none.
     """
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(key, str) and _is_whole(content[key]) for key in content):
-        raise InputError(f"{path} holds no state dict: names with tensors.")
+        raise InputError(f"{path} holds no state dict, which maps names to tensors.")
     if sum(value.nbytes for value in content.values()) > 2 * os.path.getsize(path):  # tied weights are there twice
         raise InputError(f"{path} holds no state dict: its tensors are larger than the file.")
     state: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def as_state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_whole(value: object) -> bool:
-    """Whether this is a dense tensor that owns all its elements, so that a copy is no larger."""
+    """Return whether this is a dense tensor that owns all its elements, so that a copy is no larger."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
         return False
     return value.nbytes <= value.untyped_storage().nbytes()
@@ -172,14 +172,16 @@ def load_weights(
 ) -> None:
     """Load `state`, read from `path`, into a module, which may be on the meta device.
 
-    Keys that begin with one of `optional_prefixes` may be absent, and batch norms' counts of batches, which old files
+    Keys that begin with one of `optional_prefixes` may be absent, and so may `num_batches_tracked`, which old files
     lack. Raises `InputError` naming a key that is missing, unknown, of another size, or not finite.
     """
     expected = module.state_dict()
     loaded: dict[str, Tensor] = {}
     for key in [*expected, *(key for key in state if key not in expected)]:
         if key not in expected:
-            raise InputError(f"{path} has the weight {key}, which this model has not; it belongs to another model.")
+            raise InputError(
+                f"{path} has the weight {key}, which this model does not have; it belongs to another model."
+            )
         if key not in state:
             if key.endswith("num_batches_tracked"):
                 loaded[key] = torch.zeros((), dtype=expected[key].dtype)
@@ -187,17 +189,17 @@ def load_weights(
                 raise InputError(f"{path} lacks the weight {key}; it belongs to another model.")
             continue
         if expected[key].is_floating_point() and not state[key].is_floating_point():
-            raise InputError(f"{path} has {key} as {state[key].dtype}, which is no weight of this model.")
+            raise InputError(f"{path} has {key} as {state[key].dtype}, where the model needs floating-point numbers.")
         if expected[key].shape != state[key].shape:
             raise InputError(
                 f"{path} has {key} of size {tuple(state[key].shape)} where the model needs "
-                f"{tuple(expected[key].shape)}; weights, vocabulary and captioner.json must come from one training."
+                f"{tuple(expected[key].shape)}; weights, vocabulary and captioner.json must come from the same run."
             )
         loaded[key] = state[key].to(expected[key].dtype)
         if (wrong := _unusable_number(loaded[key])) is not None:
             raise InputError(
                 f"{path} has {wrong:g} in {key}, with which no caption can be computed; use the weights of an earlier "
-                f"epoch or train anew."
+                f"epoch or retrain."
             )
     module.load_state_dict(loaded, strict=False, assign=True)
 
@@ -207,4 +209,4 @@ def _unusable_number(weight: Tensor) -> float | None:
     if not weight.is_floating_point() or not weight.numel():
         return None
     extremes = torch.stack((weight.amin(), weight.amax())).tolist()  # both are nan where any number is; aminmax is slow
-    return next((x for x in extremes if not abs(x) <= LARGEST_WEIGHT), None)
+    return next((x for x in extremes if not abs(x) <= MAX_WEIGHT), None)

@@ -20,7 +20,7 @@ from captioning.scenes.world import plan
 
 OUTPUT = Path(__file__).with_name("encoder-decoder.png")
 
-# The stages of a ResNet-50 (arXiv 1512.03385, table 1): name, channels, pixels of the image from cell to cell.
+# The stages of a ResNet-50 (arXiv 1512.03385, table 1): name, channels, stride in pixels of the image.
 STAGES = (
     ("conv1", 64, 2),
     ("layer1", 256, 4),
@@ -34,7 +34,7 @@ ENCODER, LINEAR, WORD, LSTM = "#7fb3d5", "#f5b971", "#ffffff", "#a9d18e"
 
 
 def example_image() -> Image.Image:
-    """A square picture in the manner of the sample data set: a dog that runs on a beach."""
+    """Draw a square image in the style of the sample data set: a dog that runs on a beach."""
     for seed in count():
         rng = random.Random(f"figure/{seed}")
         scene = plan(rng)
@@ -48,7 +48,7 @@ def example_image() -> Image.Image:
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, fill: str, text: str, size: float = 10) -> None:
-    """Draw a labelled box with its middle at (x, y)."""
+    """Draw a labeled box with its center at (x, y)."""
     corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=fill, edgecolor=INK, linewidth=1))
     axes.text(x, y, text, ha="center", va="center", fontsize=size, color=INK)
@@ -74,7 +74,7 @@ def volume(axes: Axes, x: float, y: float, depth: float, side: float) -> None:
 
 
 def draw_encoder(axes: Axes, embed_size: int, image_size: int) -> tuple[float, float]:
-    """Draw the upper half; return where the decoder's input comes from."""
+    """Draw the encoder, the upper half; returns the position of its output."""
     y = 6.85  # the middle of the row
     axes.imshow(example_image(), extent=(0.1, 2.1, y - 1, y + 1), zorder=2)
     axes.text(1.1, y - 1.15, f"photo\n3 × {image_size} × {image_size}", ha="center", va="top", fontsize=10)
@@ -106,7 +106,7 @@ def draw_encoder(axes: Axes, embed_size: int, image_size: int) -> tuple[float, f
 
 
 def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidden_size: int, vocab_size: int) -> None:
-    """Draw the lower half: the LSTM, unrolled over one caption."""
+    """Draw the decoder, the lower half: the LSTM, unrolled over one caption."""
     first, gap = 2.5, 1.2
     rows = {"in": 0.45, "embed": 1.3, "lstm": 2.25, "linear": 3.2, "out": 4.05}
     inputs, outputs = ("photo", "<start>", *WORDS), ("<start>", *WORDS, "<end>")
@@ -150,7 +150,7 @@ def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidde
 def draw_architecture(
     embed_size: int = 256, hidden_size: int = 512, vocab_size: int = 10_000, image_size: int = 224
 ) -> matplotlib.figure.Figure:
-    """Draw the whole figure, with these sizes written in it; image_size is in pixels."""
+    """Draw the whole figure, labeled with these sizes; image_size is in pixels."""
     figure = matplotlib.figure.Figure(figsize=(12.6, 8.56), layout="none")
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     source = draw_encoder(axes, embed_size, image_size)

@@ -26,11 +26,11 @@ def settings(tmp_path: Path) -> material.Settings:
         image_size=32,
         lite_image_size=32,
         recipe_steps=1,
-        recipe_photos=2,
+        recipe_images=2,
         decoder_steps=2,
         decoder_images=20,
         repeats=1,
-        start_up_photos=20,
+        start_up_images=20,
         start_up_captions=2000,
         workers=0,
         results=tmp_path / "results",
@@ -88,8 +88,8 @@ def test_the_peer_is_measured_where_it_is_installed(
 
 def test_a_folder_with_too_few_images_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
-    with pytest.raises(InputError, match="holds 1 photos"):
-        material.choose_images(material.Settings(photos=tmp_path), tmp_path)
+    with pytest.raises(InputError, match="holds 1 images"):
+        material.choose_images(material.Settings(images=tmp_path), tmp_path)
 
 
 def test_drawn_captions_have_the_statistics_of_real_ones() -> None:

@@ -57,7 +57,7 @@ def test_folders_in_folders_come_in_name_order(album: Path):
 
 
 def test_a_large_folder_is_counted_once(album: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bulk, "NAMES", 1)
+    monkeypatch.setattr(bulk, "NAMES_PER_SCAN", 1)
     messages: list[str] = []
     find_images([album], True, messages.append)
     assert "2 .heic files" in messages[0]
@@ -76,9 +76,9 @@ def test_many_suffixes_are_not_all_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "recursive", "expected"),
     [
-        ("2025", False, "holds no photos but 1 folder (--recursive"),
+        ("2025", False, "holds no images but 1 folder (--recursive"),
         ("2025/trip", True, None),
-        ("empty", True, "holds no photos but 1 .md file; name a photo"),
+        ("empty", True, "holds no images but 1 .md file; name an image"),
         ("2025/.hidden", False, None),
     ],
 )

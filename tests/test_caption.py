@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,10 +127,10 @@ def test_a_folder_stands_for_its_images_in_name_order(tmp_path: Path, monkeypatc
     (tmp_path / "deeper.jpg").mkdir()
     expected = [tmp_path / "a.PNG", tmp_path / "b.jpg", tmp_path / "x.jpg"]
     assert find_images([tmp_path, tmp_path / "x.jpg"]) == expected
-    monkeypatch.setattr(bulk, "NAMES", 1)  # read anew for every name
+    monkeypatch.setattr(bulk, "NAMES_PER_SCAN", 1)  # scanned again for every name
     assert find_images([tmp_path, tmp_path / "x.jpg"]) == expected
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty holds no photos"):
+    with pytest.raises(InputError, match=r"empty holds no images"):
         find_images([tmp_path / "empty"])
 
 
@@ -185,7 +186,7 @@ def test_ten_bad_images_cost_no_other_its_caption(command: Callable, trained: Pa
     lines = errors.splitlines()
     assert len(lines) == 11
     assert [f"{4 * i:02}-bad.png" in line for i, line in enumerate(lines[:10])] == [True] * 10
-    assert lines[10] == "error: 10 of 50 photos could not be read; 40 are captioned."
+    assert lines[10] == "error: 10 of 50 images could not be read; 40 are captioned."
 
 
 def test_strict_stops_at_the_first_bad_image(command: Callable, trained: Path, album: Path):
@@ -279,14 +280,14 @@ def test_a_photo_that_was_repaired_is_captioned_when_the_file_is_resumed(
     code, _, errors = command(folder, "--model", trained, "--output", output)
     assert (code, errors.splitlines()[-1]) == (
         2,
-        f"error: 2 of 20 photos could not be read; their rows in {output} say why.",
+        f"error: 2 of 20 images could not be read; their rows in {output} say why.",
     )
     (folder / "03.png").write_bytes(whole)
     code, _, errors = command(folder, "--model", trained, "--output", output)
     assert f"{output}: 0 rows written, 20 were there, 1 of them without a caption until now" in errors
     assert (code, errors.splitlines()[-1]) == (
         2,
-        f"error: 1 of 20 photos could not be read; their rows in {output} say why.",
+        f"error: 1 of 20 images could not be read; their rows in {output} say why.",
     )
     (folder / "18.png").write_bytes(whole)
     assert command(folder, "--model", trained, "--output", output)[0] == 0
@@ -376,7 +377,7 @@ def test_a_sheet_says_where_it_ends(command: Callable, trained: Path, album: Pat
     monkeypatch.setattr(caption_module, "MAX_SHEET", 2)
     image_paths = [album / "01.png", album / "02.png", album / "03.png"]
     _, _, errors = command(*image_paths, "--model", trained, "--sheet", album / "sheet.jpg")
-    assert "sheet.jpg shows the first 2 of 3 photos" in errors
+    assert "sheet.jpg shows the first 2 of 3 images" in errors
 
 
 @pytest.mark.slow
@@ -401,6 +402,17 @@ def test_one_caption_imports_what_it_uses_only(trained: Path, image_path: Path):
         "webdataset",
     ):
         assert f"'{name}'" not in imported
+
+
+def test_a_caption_is_never_its_own_alternative(capsys: pytest.CaptureFixture):
+    texts = ["A bowl of food on a table.", "a pizza.", "a pizza", "a cat."]
+    caption = Caption("a bowl of food on a table", [], -1.0, alternatives=[Caption(text, [], -2.0) for text in texts])
+    assert [other["caption"] for other in bulk.as_json("x.jpg", caption)["alternatives"]] == ["a pizza.", "a cat."]
+    fake = SimpleNamespace(stream=lambda *_: iter([(0, caption)]))
+    caption_module.print_captions(fake, ["x.jpg"], Decoding(), 0, False, False)
+    assert capsys.readouterr().out == "a bowl of food on a table\n    a pizza.\n    a cat.\n"
+    repeated = Caption("a dog.", [], -1.0, alternatives=[Caption("A dog", [], -2.0)])
+    assert "alternatives" not in bulk.as_json("x.jpg", repeated)
 
 
 def test_captions_hold_what_the_page_and_the_notebooks_show():

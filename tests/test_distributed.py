@@ -303,7 +303,7 @@ def test_several_processes_write_the_same_file(
     lines = launched.printed("err").splitlines()
     assert sum("cannot be read as a photo" in line for line in lines) == BATCH + 1
     message = (
-        f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} photos could not be read; their rows in {output} say why."
+        f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} images could not be read; their rows in {output} say why."
     )
     assert message in lines
     assert f"{output}: {len(captioned.splitlines())} rows written, 0 were there" in lines
@@ -327,7 +327,7 @@ def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
     resumed = launch(1, run_main, "caption.py", *arguments)
     assert resumed.wait() == [2], resumed.printed("err")
     assert output.read_bytes() == captioned
-    assert output.stat().st_ino == file  # gone on with, not written anew
+    assert output.stat().st_ino == file  # continued, not replaced
 
 
 def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, captioned: bytes, tmp_path: Path):
@@ -336,10 +336,10 @@ def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, ca
     lines = captioned.splitlines(keepends=True)
     other = {**json.loads(lines[-1]), "caption": "of another model"}
     for content, sentence in (
-        (b"a text of mine", r"captions\.jsonl, line 1 is not of .*0000\.png; "),
-        (b"".join([*lines[:5], *lines[6:9]]), r"line 6 is not of .*0005\.png; "),
-        (captioned + lines[0], r"is not of any photo; "),
-        (b"".join([*lines[:-1], json.dumps(other).encode() + b"\n"]), r"holds other captions .*\.png for one; "),
+        (b"a text of mine", r"captions\.jsonl, line 1 does not belong to .*0000\.png; "),
+        (b"".join([*lines[:5], *lines[6:9]]), r"line 6 does not belong to .*0005\.png; "),
+        (captioned + lines[0], r"does not belong to any of the images; "),
+        (b"".join([*lines[:-1], json.dumps(other).encode() + b"\n"]), r"holds other captions .* example of .*\.png; "),
     ):
         output.write_bytes(content)
         with pytest.raises(errors.InputError, match=sentence):
@@ -363,7 +363,7 @@ def test_captions_are_written_by_one_run_at_a_time(album: Path, tiny: Path, tmp_
 def test_several_processes_need_a_file_and_a_drawing_its_seed(album: Path, tiny: Path, launch: Callable):
     for arguments, sentence in (
         ((), "add --output"),
-        (("--output", "x.jsonl", "--json"), "--output goes with none of --json"),
+        (("--output", "x.jsonl", "--json"), "--output cannot be combined with --json"),
         (("--output", "x.jsonl", "--temperature", 1), "needs a --seed"),
     ):
         launched = launch(2, run_main, "caption.py", album, "--model", tiny, *arguments)

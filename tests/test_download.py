@@ -243,7 +243,7 @@ def test_a_wrong_checksum_is_refused_and_the_file_deleted(coco, tmp_path):
     name = "zips/val2017.zip"
     right = coco.files[f"/{name}"]
     coco.files[f"/{name}"] = right[:-1] + bytes([right[-1] ^ 1])
-    with pytest.raises(InputError, match=r"val2017.zip came with the SHA-256 \w+ where .* was deleted"):
+    with pytest.raises(InputError, match=r"val2017.zip has the SHA-256 \w+ instead of .* was deleted"):
         download.coco(tmp_path)
     assert not list((tmp_path / ".download").glob("val2017.zip*"))
     assert not (tmp_path / "images" / "val2017").exists()
@@ -254,7 +254,7 @@ def test_a_wrong_checksum_is_refused_and_the_file_deleted(coco, tmp_path):
 
 def test_a_wrong_size_is_refused_before_it_is_downloaded(coco, tmp_path):
     coco.files["/zips/val2017.zip"] += b"more"
-    with pytest.raises(InputError, match=r"val2017.zip is another file than the published one of [\d,]+ bytes"):
+    with pytest.raises(InputError, match=r"val2017.zip is not the published file of [\d,]+ bytes"):
         download.coco(tmp_path)
     assert not (tmp_path / ".download" / "val2017.zip.part").exists()
 
@@ -331,7 +331,7 @@ def test_a_zip_that_writes_outside_of_its_folder_is_refused(coco, tmp_path, name
     image = jpeg(8, 8)
     publish(coco, "zips/val2017.zip", zipped({"val2017/000000000100.jpg": image, name: image}))
     root = tmp_path / "a" / "b" / "coco"
-    with pytest.raises(InputError, match=r"val2017.zip wants to write outside of its folder"):
+    with pytest.raises(InputError, match=r"val2017.zip has an entry that would be written outside of its folder"):
         download.coco(root)
     assert not (root / "images" / "val2017").exists()
     assert not list(tmp_path.rglob("outside.jpg"))
@@ -341,7 +341,7 @@ def test_a_damaged_zip_leaves_nothing(coco, tmp_path):
     data = bytearray(coco.files["/zips/val2017.zip"])
     data[200] ^= 255  # inside the first photo: its CRC no longer agrees
     publish(coco, "zips/val2017.zip", bytes(data))
-    with pytest.raises(InputError, match=r"val2017.zip is not a whole zip archive: .*CRC"):
+    with pytest.raises(InputError, match=r"val2017.zip is not an intact zip archive: .*CRC"):
         download.coco(tmp_path)
     assert not (tmp_path / "images" / "val2017").exists()
 
@@ -453,7 +453,7 @@ def test_annotations_of_another_shape_are_one_sentence(tmp_path, content):
     path = tmp_path / "annotations" / "captions_train2017.json"
     path.parent.mkdir()
     path.write_text(content)
-    with pytest.raises(InputError, match=r"captions_train2017\.json is not the JSON that COCO has"):
+    with pytest.raises(InputError, match=r"captions_train2017\.json is not an annotation file of COCO"):
         download.coco(tmp_path)
 
 
@@ -533,7 +533,7 @@ def answer(monkeypatch):
         listener.close()
 
 
-def read(url, at_most=download.LARGEST_IMAGE):
+def read(url, at_most=download.MAX_IMAGE_BYTES):
     async def request():
         async with fetching.connect() as client:
             return await fetching.read(client, url, at_most)
@@ -619,7 +619,7 @@ def test_a_body_is_not_read_beyond_what_is_due(head, answer, tmp_path):
     tracemalloc.start()
     with pytest.raises(fetching.NetworkError, match="the server sends more than 1,000,000 bytes"):
         read(url, 1_000_000)
-    with pytest.raises(InputError, match=r"sends more than 300,000 bytes|another file than the published"):
+    with pytest.raises(InputError, match=r"sends more than 300,000 bytes|is not the published file"):
         fetch(url, tmp_path / "a.zip", 300_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -658,7 +658,7 @@ def test_a_server_that_sends_byte_by_byte_is_given_up(pieces, answer, tmp_path, 
 def test_another_part_than_was_asked_for_is_refused(answer, tmp_path):
     (tmp_path / "a.zip.part").write_bytes(b"x" * 10)
     head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 5-19/20\r\nContent-Length: 10\r\n\r\n"
-    with pytest.raises(InputError, match="another part than it was asked for"):
+    with pytest.raises(InputError, match="a different part of the file than requested"):
         fetch(answer([head + b"x" * 10]), tmp_path / "a.zip", 20)
 
 
@@ -685,7 +685,7 @@ def test_an_image_of_another_format_is_not_opened(coco, tmp_path, monkeypatch):
     scan = progressive.getvalue().partition(b"\xff\xda")
     coco.files["/val2017/000000000102.jpg"] = scan[0] + (scan[1] + scan[2]) * 200
     coco.files["/val2017/000000000103.jpg"] = jpeg(65_000, 8)
-    coco.files["/val2017/000000000104.jpg"] += b"x" * download.LARGEST_IMAGE
+    coco.files["/val2017/000000000104.jpg"] += b"x" * download.MAX_IMAGE_BYTES
     with pytest.raises(InputError, match="5 photos could not") as error:
         download.coco(tmp_path, limit=6)
     for reason in (
@@ -772,7 +772,7 @@ def test_weights_whose_connection_is_cut_go_on_in_the_next_run(published, tmp_pa
 
 def test_a_page_instead_of_the_weights_is_one_sentence(published, tmp_path):
     published.files["/weights"] = b"<html>Quota exceeded</html>"
-    with pytest.raises(InputError, match="gave something else than a zip archive"):
+    with pytest.raises(InputError, match="did not return a zip archive"):
         download.weights(tmp_path / "published")
     assert not (tmp_path / "published").exists()
 
@@ -780,7 +780,7 @@ def test_a_page_instead_of_the_weights_is_one_sentence(published, tmp_path):
 def test_another_vocabulary_than_the_published_one_is_refused(published, tmp_path):
     data = published.files["/vocab.pkl"]
     published.files["/vocab.pkl"] = data.replace(b"w7", b"v7")
-    with pytest.raises(InputError, match=r"vocab.pkl came with the SHA-256"):
+    with pytest.raises(InputError, match=r"vocab.pkl has the SHA-256"):
         download.weights(tmp_path / "published")
 
 
@@ -813,7 +813,7 @@ def test_an_old_gdown_is_one_sentence(published, tmp_path, monkeypatch):
     import gdown
 
     monkeypatch.setattr(gdown, "download", lambda url, output, quiet, resume: None)
-    with pytest.raises(InputError, match=r"older than 6\.5: pip install --upgrade gdown"):
+    with pytest.raises(InputError, match=r"the installed gdown is older than 6\.5: pip install --upgrade gdown"):
         download.weights(tmp_path / "published")
 
 

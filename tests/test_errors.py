@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 from conftest import ROOT, run_script
@@ -16,7 +19,7 @@ from conftest import ROOT, run_script
 from captioning.annotations import read_annotations
 from captioning.checkpoint import read_description
 from captioning.config import read_recipe
-from captioning.errors import InputError, warn_once
+from captioning.errors import InputError, describe_network_error, warn_once
 from captioning.metrics import read_references, score_results
 from captioning.reports import Report
 from captioning.shards import read_samples
@@ -77,6 +80,23 @@ def test_a_path_longer_than_the_systems_is_a_sentence(name: str, tmp_path: Path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "n" * 300 in re.sub(r"\s", "", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "text"),
+    [
+        (RuntimeError("no link"), socket.gaierror(-2, "Name or service not known"), "no network"),
+        (URLError(socket.gaierror(-3, "Temporary failure in name resolution")), None, "no network"),
+        (OSError("[Errno -2] Name or service not known"), None, "no network"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), None, "no network"),
+        (URLError("no route to host"), None, "no route to host"),
+        (RuntimeError("the server is busy.\nTry later."), ValueError("busy"), "the server is busy"),
+        (TimeoutError(), None, "TimeoutError"),
+    ],
+)
+def test_a_network_error_is_a_few_words(error: Exception, cause: Exception | None, text: str):
+    error.__cause__ = cause
+    assert describe_network_error(error) == text
 
 
 def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):

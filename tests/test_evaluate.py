@@ -47,7 +47,7 @@ def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path, monkeypa
     first = int(data.image_ids[0])
     for scene in (5, {}, {"kind": "dog", "count": 1, "others": 7, "colour": None}, {"kind": []}):
         monkeypatch.setattr(data, "scenes", lambda scene=scene: {first: scene})
-        with pytest.raises(InputError, match=rf"captions_test\.json describes image {first} as no drawn scene is"):
+        with pytest.raises(InputError, match=rf"captions_test\.json has an invalid \"scene\" for image {first}"):
             score_attributes(data, {first: "a dog"})
 
 
@@ -96,7 +96,7 @@ def test_written_results_get_the_same_scores(command: Callable, trained: Path, d
 def test_captions_in_a_file_of_results_are_kept(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
     (tmp_path / "mine.json").write_text("mine")
     _, _, errors = command("--model", trained, "--data", drawn, "--results", "mine.json")
-    assert "what mine.json held is now in mine.json.old\n" in errors
+    assert "the earlier content of mine.json is now in mine.json.old\n" in errors
     command("--model", trained, "--data", drawn, "--results", "mine.json")
     assert {path.name for path in tmp_path.glob("mine*")} == {"mine.json", "mine.json.old"}
     assert (tmp_path / "mine.json.old").read_text() == "mine"
@@ -116,7 +116,7 @@ def test_captions_that_the_model_did_not_learn_from_make_none_novel(command: Cal
             draw_noise(3).save(tmp_path / "data" / "images" / split / f"{name}.png")
     _, output, errors = command("--model", trained, "--data", tmp_path / "data", "--split", "val", "--json")
     assert json.loads(output)["novel"] is None
-    assert "is not known to be what the model was trained on" in errors
+    assert "is not known to be the file that the model was trained on" in errors
 
 
 def test_a_split_without_public_captions_gives_the_results_file(command: Callable, trained: Path, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_a_data_set_of_one_split_can_be_measured(command: Callable, trained: Pat
         draw_noise(3).save(tmp_path / "data" / "images" / "val" / f"{name}.png")
     code, output, errors = command("--model", trained, "--data", tmp_path / "data", "--split", "val", "--json")
     assert code == 0
-    assert "the share of new captions is not measured" in errors
+    assert "the share of novel captions is not measured" in errors
     document = json.loads(output)
     assert (document["photos"], document["novel"]) == (2, None)
 
@@ -261,7 +261,7 @@ def test_a_results_file_of_a_part_of_the_images_says_so(command: Callable, tmp_p
     code, output, errors = command("--references", references, "--results", results, "--json")
     assert (code, json.loads(output)["photos"]) == (0, 1)
     assert "captions 1 of the 3 images" in errors
-    assert "METEOR is missing because Java is" in errors
+    assert "METEOR is missing because Java is missing" in errors
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_results_file_of_a_part_of_the_images_says_so(command: Callable, tmp_p
         (("--results", "r.json", "--limit", "3"), "--limit has no effect"),
         (("--results", "r.json", "--model", "m"), "--model has no effect"),
         (("--results", "r.json", "--skip-unreadable"), "--skip-unreadable has no effect"),
-        (("--results", "r.json", "--beam-size", "3"), "options of decoding have no effect"),
+        (("--results", "r.json", "--beam-size", "3"), "decoding options have no effect"),
         (("--results", "r.json"), "references.json cannot be read"),
     ],
 )

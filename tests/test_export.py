@@ -134,9 +134,20 @@ def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, image_
     with pytest.raises(InputError, match=r"file/model.onnx cannot be written"):
         export_onnx(model, tmp_path / "file" / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(InputError, match=r"an export needs onnxscript, which is missing: pip install"):
+    with pytest.raises(InputError, match=r"--export needs onnxscript, which is missing: pip install"):
         export_onnx(model, path)
     assert not path.exists()
+
+
+def test_a_backbone_that_cannot_be_exported_is_one_sentence(model, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    sentence = r"with the backbone \S+, cannot be exported to ONNX \(RuntimeError\); train a model with another"
+    with pytest.raises(InputError, match=sentence):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 # Nothing leaves the machine: from 1.32 on, onnxruntime writes an id and contacts a server as it is imported

@@ -199,7 +199,8 @@ def test_stored_features_and_pixels_give_the_same_loss(
     dataset = ImageDataset(data.paths, build_transform(image_size=64, normalize=False))
     pixels = torch.stack([dataset[i] for i in range(len(dataset))])
     captions, lengths = data.captions(np.arange(len(data)))
-    row = torch.from_numpy(data.image_rows).long()
+    image_of_caption = torch.from_numpy(data.image_rows).long()
     with torch.no_grad():
-        from_store, from_pixels = (model(Batch(x, row, captions, lengths))[0].item() for x in (stored, pixels))
+        batches = (Batch(images, image_of_caption, captions, lengths) for images in (stored, pixels))
+        from_store, from_pixels = (model(batch)[0].item() for batch in batches)
     assert from_store == pytest.approx(from_pixels, rel=1e-2)

@@ -49,7 +49,7 @@ def test_a_sheet_of_many_is_about_square(count: int, columns: int):
 
 
 def test_a_sheet_shows_so_many_at_most():
-    with pytest.raises(InputError, match="at most 1,000 photos, not 1,001"):
+    with pytest.raises(InputError, match="at most 1,000 images, not 1,001"):
         draw_sheet([draw_noise(0)] * (MAX_SHEET + 1), ["a"] * (MAX_SHEET + 1))
 
 

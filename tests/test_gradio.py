@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import gradio_client
@@ -34,13 +35,13 @@ from PIL import Image
 
 import gradio_main
 from captioning import checkpoint
-from captioning.captioner import Caption, Captioner, Decoding
+from captioning.captioner import Caption, Captioner, Decoding, other_captions
 from captioning.checkpoint import read_description
 from captioning.errors import InputError
 from captioning.figures import overlay_attention
-from captioning.page import as_table, attention_maps, other_captions, per_word, write_tables
+from captioning.page import Handlers, as_table, attention_maps, per_word, write_tables
 from captioning.scenes.dataset import draw_scene
-from captioning.web import MAX_BODY, MAX_UPLOADED, CaptionServer
+from captioning.web import MAX_BODY, MAX_UPLOADED, CaptionServer, Upload
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +190,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     _, (greedy, *_) = page.caption(encoded(scene), "scene.jpg", "greedy")
     _, (beam, table, maps, percent) = page.caption(encoded(scene), "scene.jpg", "beam", 3)
     assert tab.evaluate(CAPTION) == beam  # the default
-    tab.get_by_text(f"a probability of {percent}% on average").wait_for()
+    tab.get_by_text(f"Probability per word: {percent}%").wait_for()
     tab.get_by_role("gridcell", name=table["data"][-1][0]).first.wait_for()
     tab.locator("#maps .thumbnail-item img").nth(len(maps) - 1).wait_for()
 
@@ -209,8 +210,8 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     _, (expected, *_) = page.caption(get(example).content, "scene.jpg", "beam", 5)
     tab.wait_for_function("text => document.querySelector('#caption textarea')?.value == text", arg=expected)
 
-    tab.get_by_role("button", name="Keep this photo").click()
-    tab.get_by_text("Kept; thank you.").wait_for()
+    tab.get_by_role("button", name="Save this photo").click()
+    tab.get_by_text("Saved. Thank you.").wait_for()
     folder = page.temporary.parent / "flagged"
     assert len(list(folder.glob("Photo/*/*.jpg"))) == 1
     [row] = csv.DictReader((folder / "dataset1.csv").open())
@@ -244,7 +245,7 @@ def test_several_images_become_a_table_to_download(page: Page, browser, scene: I
     files = [tmp_path / name for name in ("one.jpg", "broken.jpg", "more.zip")]
     tab.locator("input[type=file]").last.set_input_files(files)
     tab.get_by_role("button", name="Caption these photos").click()
-    tab.get_by_text("Captioned 2 of 3 photos. Files in zip files that are no photos").wait_for()
+    tab.get_by_text("Captioned 2 of 3 photos. Files in zip files that are not photos").wait_for()
     tab.get_by_role("gridcell", name="<img src=x onerror=alert(1)>.jpg").first.wait_for()
     tables = []
     for kind in ("CSV", "JSON Lines"):
@@ -287,22 +288,25 @@ def test_the_keyboard_alone_does_all(page: Page, browser, scene: Image.Image, tm
 
     reach("Thumbnail 2 of")
     tab.keyboard.press("Enter")
-    tab.get_by_text("a probability of").wait_for()
+    tab.get_by_text("Probability per word").wait_for()
     reach("Copy")
-    reach("Keep this photo")
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.keyboard.press("Enter")
+    tab.wait_for_function(f"async () => await navigator.clipboard.readText() == {CAPTION}")
+    reach("Save this photo")
     reach("How words are chosen")
     tab.keyboard.press("Enter")
     reach("greedy")
     tab.keyboard.press("Space")
     example = tab.locator(".image-frame img").get_attribute("src")
     _, (greedy, _, _, percent) = page.caption(get(example).content, "scene.jpg", "greedy")
-    tab.get_by_text(f"a probability of {percent}%").wait_for()
+    tab.get_by_text(f"Probability per word: {percent}%").wait_for()
     assert tab.evaluate(CAPTION) == greedy
     reach("Remove Image")
     tab.keyboard.press("Enter")
-    tab.get_by_text("a probability of").wait_for(state="detached")
+    tab.get_by_text("Probability per word").wait_for(state="detached")
     choose("Drop an image file here to upload", [tmp_path / "scene.jpg"])
-    tab.get_by_text("a probability of").wait_for()
+    tab.get_by_text("Probability per word").wait_for()
     reach("Several photos")
     tab.keyboard.press("Enter")
     choose("Click to upload or drop files", [tmp_path / "scene.jpg"] * 2)
@@ -338,12 +342,17 @@ def test_screenshots_of_every_state(page: Page, browser, scene: Image.Image, tmp
     shoot("empty")
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "turned.jpg")
     tab.locator("#maps .thumbnail-item img").first.wait_for()
+    tab.get_by_text("Alternatives").first.wait_for()
     shoot("captioned")
     assert tab.locator(".image-frame img").evaluate("i => [i.naturalWidth, i.naturalHeight]") == [300, 400]
     maps = [tile.bounding_box() for tile in tab.locator("#maps .thumbnail-item").all()]
-    assert max(tile["x"] + tile["width"] for tile in maps) < width - 20  # a box beside another would be cut off
+    assert max(tile["x"] + tile["width"] for tile in maps) < width - 20  # a box next to another would be cut off
     tops = [tab.locator(f"#{name}").bounding_box()["y"] for name in ("examples", "caption")]
     assert (tops[0] < tops[1]) == (width < 600)
+    tab.get_by_role("button", name="How words are chosen").click()
+    tab.get_by_label("Greedy").wait_for()
+    shoot("options")
+    tab.get_by_role("button", name="How words are chosen").click()
     tab.get_by_role("tab", name="Several photos").click()
     files = [tmp_path / "turned.jpg", tmp_path / "broken.jpg"]
     tab.locator("input[type=file]").last.set_input_files(files)
@@ -502,6 +511,10 @@ UPLOADED = {"path": "the upload", "meta": {"_type": "gradio.FileData"}}
         ([UPLOADED, None], "Method must be one of beam, greedy, sampling, not null."),
         ([UPLOADED, {"a": 1}], 'Method must be one of beam, greedy, sampling, not {"a": 1}.'),
         ([UPLOADED, "beam", 3, 1, "large"], 'Model must be one of small, plain, not "large".'),
+        (
+            [UPLOADED, "beam", 3, 1, "small", 7],
+            "Send at most 5 values (Photo, Method, Beam width, Temperature, Model), not 6.",
+        ),
         ([None, "beam", 3, 1], "Upload a photo first."),
         ([], "Upload a photo first."),
         (["data:image/png;base64,iVBORw0KGgo=", "beam", 3, 1], "The photo must be an uploaded file"),
@@ -725,11 +738,19 @@ def test_attention_maps_shine_where_the_model_looks():
     assert attention_maps(Image.new("RGB", (9, 9)), Caption("a", ["a"], 0.0)) == []
 
 
-def test_an_alternative_differs_in_more_than_the_full_stop():
-    texts = ["a dog.", "a dog", "a cat.", "a cat", "a dog ."]
+def test_an_alternative_differs_in_more_than_case_and_full_stop():
+    texts = ["a dog.", "a dog", "a cat.", "a cat", "A dog ."]
     caption = Caption("a dog.", [], 0.0, alternatives=[Caption(text, [], 0.0) for text in texts])
     assert [other.text for other in other_captions(caption)] == ["a cat."]
     assert other_captions(Caption("a dog.", [], 0.0)) == []
+
+
+@pytest.mark.parametrize(("method", "label"), [("beam", "Alternatives"), ("sampling", "Other samples")])
+def test_samples_are_not_called_alternatives(method: str, label: str, image_path: Path, tmp_path: Path):
+    caption = Caption("a dog.", [], -1.0, score=-2.0, alternatives=[Caption("a cat.", [], -1.0, score=-1.0)])
+    server = SimpleNamespace(caption=lambda *_: (caption, None))
+    table = Handlers(server, tmp_path).show(Upload(image_path, "photo.png"), method, 3, 1.0, "small")[3]
+    assert (table["label"], table["value"]["data"]) == (label, [["a cat.", per_word(caption.alternatives[0])]])
 
 
 def test_a_table_shows_one_decimal_of_its_numbers():
@@ -757,7 +778,7 @@ def test_it_says_which_model_it_is(attending: Path):
     description = read_description(attending)
     text = gradio_main.describe_model("small", description)
     assert "`small`" in text
-    assert "120 captions of 24 photos (`scenes`)" in text
+    assert "120 captions of 24 photos (data set `scenes`)" in text
     for data in ({}, {"train_photos": "many", "train_captions": [1]}, {"train_photos": None, "folder": {}}):
         strange = description.model_copy(update={"data": data, "epochs": [{"CIDEr": "good"}], "best_epoch": 1})
         assert "trained" not in gradio_main.describe_model("small", strange)
@@ -802,7 +823,7 @@ def test_keeping_and_the_menu_of_models_are_there_where_asked_for(slow: SlowCapt
         server = CaptionServer(captioners)
         page, _ = gradio_main.build_page(server, [], tmp_path, flag_folder)
         server.close()
-        assert ("Keep this photo and caption" in str(page.config)) == (flag_folder is not None)
+        assert ("Save this photo and caption" in str(page.config)) == (flag_folder is not None)
         [menu] = [part["props"] for part in page.config["components"] if part["props"].get("label") == "Model"]
         assert menu["visible"] == (len(captioners) > 1)
 
@@ -828,6 +849,20 @@ def test_a_port_that_cannot_be_had_is_a_sentence(attending: Path):
         for port in (taken.getsockname()[1], 99_999):
             with pytest.raises(InputError, match=r"choose another --host or --port"):
                 gradio_main.main((attending,), port=port)
+
+
+def test_the_sample_of_use_via_api_is_public_where_the_page_is(
+    slow: SlowCaptioner, image_path: Path, monkeypatch, tmp_path: Path
+):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(gradio_main, "setup_tunnel", lambda *_: "https://abc.tunnel.example")
+    monkeypatch.setattr(gradio_main.StoppableServer, "run", lambda *_, **__: None)
+    server = CaptionServer({"slow": slow})
+    page, image = gradio_main.build_page(server, [(image_path, "red and blue")], tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gradio_main.serve(page, image, server, listener, share=True)
+    server.close()
+    assert image.sample.startswith("https://abc.tunnel.example/gradio_api/file=")
 
 
 def test_where_no_public_address_can_be_had_it_says_to_leave_out_share(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_the_card_says_data_metrics_licence_and_use(served, trained):
     results = {r["type"]: r["value"] for r in about["model-index"][0]["results"][0]["metrics"]}
     assert results["cider"] == measured["CIDEr"]
     assert f"| CIDEr | {measured['CIDEr']:.3f} |" in text
-    assert f"| captions of them | {described.data['train_captions']} |" in text
+    assert f"| training captions | {described.data['train_captions']} |" in text
     assert 'Captioner.load("ada/scenes")' in text
     assert "python caption.py photo.jpg --model ada/scenes" in text
 
@@ -315,14 +316,23 @@ def test_a_repository_with_pickles_only_is_read(served, trained):
 
 
 def test_no_such_repository_is_one_sentence(served):
-    with pytest.raises(InputError, match=r"^ada/none is no folder here .* no such repository; check the name"):
+    with pytest.raises(InputError, match=r"^ada/none is not an existing folder .* no such repository; check the name"):
         Captioner.load("ada/none")
 
 
 def test_no_network_is_one_sentence(served):
     served.server.stop()
-    with pytest.raises(InputError, match=r"^ada/scenes is no folder here .* check the network and try again\.$"):
+    with pytest.raises(InputError, match=r"^ada/scenes is not an existing .* check the network and try again\.$"):
         Captioner.load("ada/scenes")
+
+
+def test_a_host_name_that_is_not_resolved_means_no_network(served, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("connection failed") from socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(InputError, match=r"from the Hub: no network; check the network and try again\.$"):
+        hub.fetch("ada/scenes")
 
 
 def test_a_hub_that_fails_is_one_sentence(served, trained):
@@ -335,7 +345,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(served, trained, monkeyp
     share(served, trained)
     (served.root.parent / "file").touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(served.root.parent / "file" / "cache"))
-    with pytest.raises(InputError, match=r"^ada/scenes is no folder here .*file.* cannot be written .*set HF_HOME"):
+    with pytest.raises(InputError, match=r"^ada/scenes is not an existing .*file.* cannot be written .*set HF_HOME"):
         Captioner.load("ada/scenes")
 
 
@@ -352,7 +362,7 @@ def test_a_repository_of_absurd_size_is_not_downloaded(served, trained):
     for file in repository.glob("*.safetensors"):
         file.unlink()
     (repository / "encoder-9.pkl").touch()
-    with pytest.raises(InputError, match=r"holds 10 GB, more than a model of this project can"):
+    with pytest.raises(InputError, match=r"has 10 GB, and a model may have 9 GB at most"):
         Captioner.load("ada/scenes")
     assert served.asked == []
 

@@ -156,8 +156,8 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, 
     "pixels of a WebP": (lambda: plain(9000, 8000, "WEBP", lossless=True, method=0), "more than 62 million"),
     "rows of a run-length encoded BMP": (lambda: bmp_delta(16_000_000), "16000000 x 1 pixels"),
     "pixels of a deep TIFF": (lambda: deep_tiff(9500), "more than 83 million"),
-    "a FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "of no image format"),
-    "an ICNS": (lambda: b"icns\0\0\x10\0ic10\0\0\x0f\xf8" + plain(64, 64, "JPEG2000"), "of no image format"),
+    "a FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "not in an image format"),
+    "an ICNS": (lambda: b"icns\0\0\x10\0ic10\0\0\x0f\xf8" + plain(64, 64, "JPEG2000"), "not in an image format"),
     "pixels of a JPEG 2000": (lambda: plain(8000, 7000, "JPEG2000", "L"), "more than 33 million"),
 }
 
@@ -436,7 +436,7 @@ def test_only_the_formats_that_are_allowed(tmp_path: Path):
     RED.save(tmp_path / "a.jpg")
     assert read_image(tmp_path / "a.bmp", formats=("BMP",)).size == (64, 64)
     for name in ("a.bmp", "a.jpg"):
-        with pytest.raises(InputError, match="of no image format"):
+        with pytest.raises(InputError, match="not in an image format"):
             read_image(tmp_path / name, formats=("PNG",))
 
 

@@ -354,7 +354,7 @@ def test_folder_with_json_lines_splits_the_same_way_every_time(tmp_path):
             "picture,caption\nholiday/0.jpg,Sand.\n",
             r"line 1, should name .* but reads 'picture,caption'",
         ),
-        ("photo,caption,split\nholiday/0.jpg,Sand.,dog\n", r"line 2: the split 'dog' is none of"),
+        ("photo,caption,split\nholiday/0.jpg,Sand.,dog\n", r"line 2: the split 'dog' is not one of"),
         (
             "photo,caption,split\nholiday/0.jpg,A.,train\nholiday/1.jpg,B.,\n",
             r"a split and others",

@@ -136,7 +136,7 @@ MISTAKES = {
     ),
     "no id": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"file_name": "0.jpg"}]),
-        r"images\[0\] has the image id None",
+        r"images\[0\] has an image id that is not a whole number: None",
     ),
     "no name": (lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3}]), "has no file_name"),
     "no images": (lambda a, b: change(b / "annotations/captions_val.json", images={}), 'no list of "images"'),

@@ -92,7 +92,7 @@ def test_the_quantized_backbone_is_cached_and_a_damaged_one_is_made_again(
     assert file.read_bytes() == whole
 
 
-def test_another_backbone_or_input_size_is_quantized_anew(tmp_path: Path):
+def test_another_backbone_or_input_size_is_quantized_again(tmp_path: Path):
     encoder = lite()
     keys = {quantization._key(encoder, preprocessing_of(LITE, size), "1") for size in (96, SIZE)}
     encoder.network.conv_stem.weight.data += 1

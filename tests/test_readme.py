@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 from conftest import ROOT, draw_noise
 
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 SHELL = [text for language, text in BLOCKS if language == "sh"]
 ELSEWHERE = ("make setup", "python download.py")  # run by .ci/run and by test_download.py
 SMALL = {
@@ -53,6 +54,17 @@ def run(clone, run_here):
     return run
 
 
+def test_the_readme_is_read_in_minutes():
+    assert len(README.split()) <= 900
+
+
+def test_the_scores_of_the_model_are_the_same_wherever_they_stand():
+    documents = [README, *((ROOT / name).read_text() for name in ("docs/results.md", "models/photos/README.md"))]
+    rows = [re.findall(r"^\| ((?:COCO|Flickr8k), [\d,]+ .*? \| \d\.\d{3}) \|", text, re.M) for text in documents]
+    assert len(rows[0]) == 4
+    assert rows[0] == rows[1] == rows[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", SHELL, ids=[commands(block)[0][1] for block in SHELL])
 def test_every_command_runs(block, run):
@@ -63,8 +75,8 @@ def test_every_command_runs(block, run):
 
 
 def test_the_output_shown_is_what_the_command_before_it_prints(run):
-    shown = [(block[1], BLOCKS[i - 1][1]) for i, block in enumerate(BLOCKS) if block[1].startswith("images/")]
-    ((output, block),) = shown
+    pairs = [(block[1], BLOCKS[i - 1][1]) for i, block in enumerate(BLOCKS) if block[1].startswith("images/")]
+    ((output, block),) = pairs
     (command,) = commands(block)
     assert run(command)[:2] == (0, output)
 

@@ -132,10 +132,10 @@ def test_a_state_of_an_optimizer_of_other_parameters_is_refused_in_a_sentence(co
         {"state": {**moments, 0: {k: v * math.nan for k, v in moments[0].items()}}, "param_groups": groups},
     ):
         torch.save({**state, "optimizer": optimizer}, folder / "resume.pt")
-        with pytest.raises(InputError, match=r"resume.pt (belongs to another training|is not a training's state)"):
+        with pytest.raises(InputError, match=r"resume.pt (belongs to another run|is not the state of a training run)"):
             train(resumed_config(folder))
     torch.save({**state, "step": 10**6}, folder / "resume.pt")
-    with pytest.raises(InputError, match=r"resume.pt belongs to another training"):
+    with pytest.raises(InputError, match=r"resume.pt belongs to another run"):
         train(resumed_config(folder))
 
 

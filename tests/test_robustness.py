@@ -415,7 +415,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: an image with a number for a name": (
         lambda k: k.read_data(append("images", image(id=2, file_name=7))),
-        r'images\[1\] has a "file_name" that is no name: 7\.',
+        r'images\[1\] has a "file_name" that is not a name: 7\.',
     ),
     "annotations: an id that is a name": (
         lambda k: k.read_data(append("images", image(id="a1"))),
@@ -547,11 +547,11 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "photo: a torn WebP": (lambda k: k.read_image(encoded("WEBP")[:500]), r"photo\.jpg cannot be read"),
     "photo: a program": (
         lambda k: k.read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
-        r"photo\.jpg .*no image format",
+        r"photo\.jpg .*not in an image format",
     ),
     "photo: a name longer than any": (lambda k: find_images([Path("a" * 999)]) and read_image("a" * 999), r"a{999}"),
     "photo: a bomb": (lambda k: k.read_image(bomb(60_000, 60_000)), r"photo\.jpg .*3600000000 pixels"),
-    "photo: a folder without any": (lambda k: find_images([k.folder]), r"holds no photos"),
+    "photo: a folder without any": (lambda k: find_images([k.folder]), r"holds no images"),
     # a model's folder
     "model: no folder": (lambda k: load_model(k.folder / "none"), r"none is not a trained model's folder"),
     "model: a name longer than any": (lambda k: Captioner.load("a" * 999), r"a{999} is not a trained model"),
@@ -657,11 +657,11 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "training: no state to resume": (
         lambda k: train(resumed_config(k.model())),
-        r"resume\.pt is missing and .*resume-previous\.pt is missing; start a new training",
+        r"resume\.pt is missing and .*resume-previous\.pt is missing; start a new run",
     ),
     "training: options of another shape": (
         lambda k: resumed_config(k.model(training={"batch_size": "many"})),
-        r"captioner\.json holds no training's configuration: batch_size",
+        r"captioner\.json does not hold valid options of a training run: batch_size",
     ),
     "training: a log elsewhere, by a stranger": (
         lambda k: resumed_config(k.model(training={"log_file": "/etc/passwd"})),

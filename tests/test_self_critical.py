@@ -26,7 +26,7 @@ from captioning.errors import InputError
 from captioning.hub import write_shared
 from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel
-from captioning.self_critical import DRAWS, CiderReward, SelfCritical, advantages, reinforce
+from captioning.self_critical import SAMPLES_PER_IMAGE, CiderReward, SelfCritical, advantages, reinforce
 from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
@@ -139,16 +139,16 @@ def test_the_gradient_of_what_is_drawn_tends_to_it(model: CaptioningModel, monke
     copies = features.expand(count, *features.shape[1:])
     loss, _ = model(sampled(copies, np.zeros(count, np.int64)))
     loss.backward()
-    actual = gradient(model) / (count * DRAWS)
+    actual = gradient(model) / (count * SAMPLES_PER_IMAGE)
     assert (actual + exact).norm() < 0.1 * exact.norm()
 
 
 def test_the_advantages_of_an_image_sum_to_zero_and_no_draw_is_in_its_own_baseline():
-    rewards = torch.rand(7, DRAWS) * 10
+    rewards = torch.rand(7, SAMPLES_PER_IMAGE) * 10
     actual = advantages(rewards)
     torch.testing.assert_close(actual.sum(1), torch.zeros(7), atol=1e-5, rtol=0)
     torch.testing.assert_close(actual[:, 0], rewards[:, 0] - rewards[:, 1:].mean(1))
-    assert (advantages(torch.ones(1, DRAWS)) == 0).all()
+    assert (advantages(torch.ones(1, SAMPLES_PER_IMAGE)) == 0).all()
 
 
 def test_the_references_are_the_captions_with_their_end(objective: SelfCritical):
@@ -169,7 +169,7 @@ def test_an_image_is_drawn_as_often_as_it_has_more_captions_than_most(captions: 
     rows = np.repeat(np.arange(len(captions)), captions)
     offsets = 3 * np.arange(len(rows) + 1)
     data = SimpleNamespace(tokens=np.tile([START, 7, END], len(rows)), offsets=offsets, image_rows=rows)
-    sampler = SelfCritical(data).build_sampler(data, 2 * DRAWS, seed=3, frozen=True)
+    sampler = SelfCritical(data).build_sampler(data, 2 * SAMPLES_PER_IMAGE, seed=3, frozen=True)
     orders = [[rows[batch].tolist() for batch in sampler] for _ in range(3)]
     for batches in orders:
         assert len(batches) == len(sampler)
@@ -181,7 +181,8 @@ def test_an_image_is_drawn_as_often_as_it_has_more_captions_than_most(captions: 
 def test_an_image_with_more_captions_than_there_are_batches_is_drawn_once_in_each():
     rows = np.repeat([0, 1, 2], [9, 1, 1])
     data = SimpleNamespace(tokens=np.tile([START, 7, END], 11), offsets=3 * np.arange(12), image_rows=rows)
-    batches = [rows[batch].tolist() for batch in SelfCritical(data).build_sampler(data, 6 * DRAWS, seed=0, frozen=True)]
+    sampler = SelfCritical(data).build_sampler(data, 6 * SAMPLES_PER_IMAGE, seed=0, frozen=True)
+    batches = [rows[batch].tolist() for batch in sampler]
     assert len(batches) == 2
     assert all(batch.count(0) == 1 for batch in batches)
 
@@ -334,7 +335,7 @@ def test_without_a_model_to_start_from_it_says_what_to_do(config: Make, monkeypa
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             train(settings)
-    with pytest.raises(InputError, match=r"small has no epoch that has ended; train it"):
+    with pytest.raises(InputError, match=r"small has no completed epoch; train it"):
         go_on(settings.models / settings.name)
 
 

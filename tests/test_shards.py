@@ -258,7 +258,7 @@ def test_what_is_no_shard_is_named(shard: Path, harm: str):
         with tarfile.open(shard, "w") as tar:
             for _ in range(2 if harm == "twice" else 0):
                 tar.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(InputError, match=r"a\.tar (cannot be read as a tar file \(.+\)|holds no photos; .+)\.$"):
+    with pytest.raises(InputError, match=r"a\.tar (cannot be read as a tar file \(.+\)|holds no images; .+)\.$"):
         find_images([shard])
 
 

@@ -48,15 +48,15 @@ def test_padding_never_enters_the_loss(tiny_backbone: Callable, name: str, lengt
     decoder = DECODERS[name](8, 16, 30)
     model = CaptioningModel(EncoderCNN(8, weights="random", grid=decoder.attends), decoder).eval()
     features = torch.randn(3, *((4,) if decoder.attends else ()), 2048)
-    row, length = torch.tensor([2, 0, 1, 2]), torch.tensor(lengths)
+    image_of_caption, length = torch.tensor([2, 0, 1, 2]), torch.tensor(lengths)
     captions = torch.randint(3, 30, (4, max(lengths)))
-    actual = model(Batch(features, row, captions, length))
-    each = [(row[i : i + 1], captions[i : i + 1, :n], length[i : i + 1]) for i, n in enumerate(lengths)]
+    actual = model(Batch(features, image_of_caption, captions, length))
+    each = [(image_of_caption[i : i + 1], captions[i : i + 1, :n], length[i : i + 1]) for i, n in enumerate(lengths)]
     alone = [model(Batch(features, *caption)) for caption in each]
     torch.testing.assert_close(actual[0], sum(loss for loss, _ in alone))
     torch.testing.assert_close(actual[1], sum(penalty for _, penalty in alone))
     captions[torch.arange(max(lengths)) >= length[:, None]] = 29  # whatever the padding is
-    assert model(Batch(features, row, captions, length))[0] == actual[0]
+    assert model(Batch(features, image_of_caption, captions, length))[0] == actual[0]
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -159,7 +159,7 @@ def test_tied_weights_are_one_matrix(small: Make, decoder: str):
         folder = train(small(decoder=decoder, tie_weights=tied, hidden_size=16))
         state = read_state_dict(folder / "decoder-1.pkl")
         assert torch.equal(state["linear.weight"], state["embed.weight"]) == tied
-    with pytest.raises(InputError, match="embed_size and hidden_size alike, not 16 and 32"):
+    with pytest.raises(InputError, match="equal embed_size and hidden_size, not 16 and 32"):
         small(tie_weights=True)
 
 
@@ -295,7 +295,7 @@ def test_a_second_training_into_the_folder_is_refused(small: Make, tiny_backbone
     folder.mkdir()
     with (
         filelock.FileLock(folder / ".lock"),
-        pytest.raises(InputError, match=r"another training is writing to .*small"),
+        pytest.raises(InputError, match=r"another run is writing to .*small"),
     ):
         train(config)
     assert train(config) == folder
@@ -436,7 +436,7 @@ def test_the_log_of_a_running_training_lacks_its_torn_last_line(trained: Path, t
     path.write_text("")
     assert read_log(path).shape == (0, 3)
     path.write_text(lines[0] + "something else\n" + lines[1])
-    with pytest.raises(InputError, match=r"log\.txt, line 2 is not of a training log"):
+    with pytest.raises(InputError, match=r"log\.txt, line 2 is not a training log line"):
         read_log(path)
 
 
@@ -532,8 +532,8 @@ def test_the_recipes_can_be_used(recipe: str):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("batch_sise = 3", 'sets "batch_sise", which is no option of a training'),
-        ("[model]\nhidden_size = 3", 'sets "model", which is no option of a training'),
+        ("batch_sise = 3", 'sets "batch_sise", which is not a training option'),
+        ("[model]\nhidden_size = 3", 'sets "model", which is not a training option'),
         ('batch_size = "many"', "batch_size: Input should be a valid integer"),
         ("batch_size = 0", "batch_size must be at least 1, not 0"),
         ('decoder = "bert"', "decoder: Input should be"),
@@ -647,14 +647,14 @@ def test_an_empty_caption_list_stops_training(small: Make, tmp_path: Path):
 def test_gradients_add_up_in_one_order_on_several_threads(tiny_backbone: Callable):
     torch.manual_seed(0)
     model = CaptioningModel(EncoderCNN(256, weights="random"), DECODERS["lstm"](256, 8, 9)).eval()
-    features, row = torch.randn(26, 2048), torch.arange(128) // 5
+    features, image_of_caption = torch.randn(26, 2048), torch.arange(128) // 5
     captions, lengths = torch.randint(3, 9, (128, 3)), torch.full((128,), 3)
     threads, gradients = torch.get_num_threads(), set()
     try:
         torch.set_num_threads(2)
         for _ in range(30):
             model.zero_grad()
-            model(Batch(features, row, captions, lengths))[0].backward()
+            model(Batch(features, image_of_caption, captions, lengths))[0].backward()
             gradients.add(model.encoder.embed.weight.grad.numpy().tobytes())
     finally:
         torch.set_num_threads(threads)
@@ -710,8 +710,8 @@ def test_an_option_that_has_an_effect_beside_the_others_is_not(options: list[str
     [
         ('vocab_file = "mine.json"', "--vocab-file has no effect on a vocabulary of the captions"),
         ("grid_size = 7", "--grid-size has no effect on a decoder that does not attend"),
-        ("batch-size = 64", r'sets "batch-size", which is no option of a training; write batch_size'),
-        ("views = true", "sets views to true, which is no value of it"),
+        ("batch-size = 64", r'sets "batch-size", which is not a training option; write batch_size'),
+        ("views = true", "sets views to true, which is not a valid value"),
     ],
 )
 def test_a_recipe_is_checked_as_the_command_line_is(recipe: str, sentence: str, tmp_path: Path):
@@ -723,7 +723,7 @@ def test_a_recipe_is_checked_as_the_command_line_is(recipe: str, sentence: str, 
 @pytest.mark.parametrize("options", [["--name", "other"], ["--models", "elsewhere"], ["--overwrite"]], ids=str)
 def test_a_training_that_is_resumed_stays_in_its_folder(options: list[str], trained: Path):
     train_module.parse_options(["--resume", str(trained), "--name", trained.name, "--models", str(trained.parent)])
-    with pytest.raises(InputError, match=f"{options[0]} has no effect on a training that is resumed, which stays in"):
+    with pytest.raises(InputError, match=f"{options[0]} has no effect on a resumed run, which stays in"):
         train_module.parse_options(["--resume", str(trained), *options])
 
 

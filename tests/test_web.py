@@ -256,7 +256,7 @@ def test_none_and_too_many_images_are_sentences(server: CaptionServer, image_pat
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
         archive.writestr("notes.txt", "")
     for uploads in ([], [Upload(tmp_path / "none.zip", "none.zip")]):
-        with pytest.raises(InputError, match="There is no photo among these files"):
+        with pytest.raises(InputError, match="None of these files is a photo"):
             next(server.caption_all(uploads, "slow", BEAM[3], tmp_path))
     for name in ("a.zip", "b.zip"):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:

@@ -1,4 +1,4 @@
-"""The settings of a scene, one function each that paints it."""
+"""Paint the settings of scenes, one function per setting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captioning.scenes.drawing import INK, WOOD, Colour, Pen, Point, mix
 
 @dataclass
 class Stage:
-    """What a setting is painted on: x and y in shorter sides from the centre, y up."""
+    """The surface to paint a setting on; x and y are in shorter sides of the image from its centre, y up."""
 
     pen: Pen
     rng: random.Random
@@ -22,17 +22,17 @@ class Stage:
     horizon: float
 
     def ground(self, *colours: Colour) -> None:
-        """Everything below the horizon, in the light of the scene."""
+        """Paint everything below the horizon, in the light of the scene."""
         tint, share = {"dusk": ((150, 70, 110), 0.2), "cloudy": ((130, 140, 150), 0.16)}.get(self.light, ((0, 0, 0), 0))
         shades = [mix(colour, tint, share) for colour in colours]
         self.pen.bands(-self.wide, self.horizon, self.wide, -self.high, shades)
 
     def scatter(self, count: int, low: float, high: float) -> Iterator[Point]:
-        """Points over the whole width between two heights."""
+        """Yield random points between two heights, over the whole width."""
         return ((self.rng.uniform(-self.wide, self.wide), self.rng.uniform(low, high)) for _ in range(count))
 
     def ridge(self, low: float, high: float, waves: float) -> list[Point]:
-        """A rolling skyline between two heights, closed at the bottom."""
+        """Return a wavy skyline between two heights, closed at the bottom."""
         phase, step = self.rng.uniform(0, 6), 2 * self.wide / 20
         xs = [-self.wide + i * step for i in range(21)]
         line = [(x, low + (high - low) * (0.5 + 0.5 * math.sin(phase + waves * x))) for x in xs]
@@ -48,7 +48,7 @@ SKIES = {
 
 
 def sky(stage: Stage) -> None:
-    """Sky with what the light brings: sun, clouds, moon and stars."""
+    """Paint the sky with what belongs to its light: sun, clouds, moon and stars."""
     pen, rng, light = stage.pen, stage.rng, stage.light
     pen.bands(-stage.wide, stage.high, stage.wide, stage.horizon - 0.02, SKIES[light])
     x = rng.choice((-1, 1)) * rng.uniform(0.24, 0.4)
@@ -73,14 +73,14 @@ def sky(stage: Stage) -> None:
 
 
 def waves(stage: Stage, count: int, low: float, high: float, fill: Colour) -> None:
-    """Short curved crests."""
+    """Paint short curved crests of waves."""
     for x, y in stage.scatter(count, low, high):
         w = 0.03 + 0.12 * (high - y)
         stage.pen.line([(x - w, y - 0.006), (x, y + 0.006), (x + w, y - 0.006)], 0.007, fill)
 
 
 def beach(stage: Stage) -> None:
-    """Sand, surf and a strip of water."""
+    """Paint sand, surf and a strip of water."""
     pen, shore = stage.pen, stage.horizon - 0.13
     sky(stage)
     stage.ground((28, 132, 190), (66, 178, 206), (120, 208, 214), (120, 208, 214))
@@ -103,7 +103,7 @@ def beach(stage: Stage) -> None:
 
 
 def street(stage: Stage) -> None:
-    """A row of fronts, a pavement and a marked road."""
+    """Paint a row of house fronts, a pavement and a road with markings."""
     pen, rng = stage.pen, stage.rng
     sky(stage)
     tones = [(206, 186, 164), (176, 164, 160), (190, 172, 148), (160, 168, 176), (214, 204, 190)]
@@ -133,7 +133,7 @@ def street(stage: Stage) -> None:
 
 
 def snow(stage: Stage) -> None:
-    """White ground, mountains with white tops, falling flakes."""
+    """Paint white ground, mountains with white tops and falling flakes."""
     pen, rng = stage.pen, stage.rng
     sky(stage)
     x = -stage.wide - rng.uniform(0, 0.2)
@@ -156,7 +156,7 @@ def snow(stage: Stage) -> None:
 
 
 def meadow(stage: Stage) -> None:
-    """Rolling grass with flowers and a fence."""
+    """Paint hilly grass with flowers and a fence."""
     pen, rng, dusk = stage.pen, stage.rng, stage.light == "dusk"
     sky(stage)
     for low, high, fill in ((0.04, 0.13, (134, 186, 122)), (-0.01, 0.06, (152, 204, 104))):
@@ -180,7 +180,7 @@ def meadow(stage: Stage) -> None:
 
 
 def city(stage: Stage) -> None:
-    """Towers with lit windows over a dark wet road."""
+    """Paint towers with lit windows over a dark wet road."""
     pen, rng = stage.pen, stage.rng
     sky(stage)
     for far in (True, False):
@@ -208,7 +208,7 @@ def city(stage: Stage) -> None:
 
 
 def sea(stage: Stage) -> None:
-    """Nothing but water and sky."""
+    """Paint water and sky only."""
     pen = stage.pen
     sky(stage)
     stage.ground((46, 128, 190), (22, 96, 166), (10, 66, 132))

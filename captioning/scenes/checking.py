@@ -1,4 +1,4 @@
-"""Whether a caption of a drawn scene is right, attribute by attribute."""
+"""Check whether a caption of a drawn scene is right, attribute by attribute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _nouns(name: str) -> list[str]:
 
 
 def _plain(caption: str) -> str:
-    """Its words alone; in "black and white" no colour is named."""
+    """Return only the words of a caption, with "grey" for "black and white", which does not name colours."""
     return re.sub(r"\bblack and white\b", "grey", " ".join(re.findall(r"[a-z]+", caption.lower())))
 
 
@@ -26,7 +26,7 @@ def _named(words: str, text: str) -> bool:
 
 
 def subject(caption: str) -> tuple[str | None, str | None]:
-    """Find a caption's subject (the first thing it names) and the subject's colour, each None if there is none."""
+    """Find a caption's subject (the first thing it names) and the subject's colour; each is None if missing."""
     text = _plain(caption)
     first = re.search(rf"\b{_any_of(tuple(noun for name in KINDS for noun in _nouns(name)))}\b", text)
     if not first:
@@ -43,11 +43,10 @@ def subject(caption: str) -> tuple[str | None, str | None]:
 def check(caption: str, scene: dict) -> dict[str, bool]:
     """Check a caption against a scene's ground truth, by the words of `world`: attribute -> whether it is right.
 
-    thing: the caption's subject is the main thing. colour: its subject has the right colour. setting: it names
-    the right setting and no other. count: it names the main thing, in the right number. company: it names no
-    kind of thing that is absent (as CHAIR, arXiv 1809.02156). relation: it states how the main thing relates to
-    the other one. Attributes that a scene lacks (a colour in greyscale, a relation without another thing) are
-    left out.
+    thing: the caption's subject is the main thing. colour: its subject has the right colour. setting: it names only
+    the right setting. count: it names the main thing, in the right number. company: it names no kind of thing that is
+    absent (as in CHAIR, arXiv 1809.02156). relation: it states how the main thing relates to the other one.
+    Attributes that a scene does not have (a colour in greyscale, a relation without another thing) are left out.
     """
     text = _plain(caption)
     name, count, others = scene["kind"], scene["count"], scene["others"]
@@ -68,7 +67,7 @@ def check(caption: str, scene: dict) -> dict[str, bool]:
 
 
 def _names_relation(text: str, other: dict) -> bool:
-    """Whether the text states how the main thing relates to the other."""
+    """Return whether the text states how the main thing relates to the other one."""
     phrases, reverse = RELATIONS[other["relation"]]
     before = ["holding", "holds", "hold"] if other["relation"] == "holding" else list(phrases)
     if other["relation"] == "next to":

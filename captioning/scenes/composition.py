@@ -1,4 +1,4 @@
-"""From the plan of a scene to its picture: where things are placed, and how they are painted."""
+"""Turn the plan of a scene into a picture: place its things and paint them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from captioning.scenes.drawing import HAIRS, INK, MOONLIT, SKINS, SUPERSAMPLING,
 from captioning.scenes.things import THINGS
 from captioning.scenes.world import COLOURS, KINDS, SKY_ACTIONS
 
-HALF_SQUARE = 0.43  # the main thing stays this close to the centre, in shorter sides, so a centre crop keeps it
-OVERLAP = 0.3  # how much of a thing's width the next of several may cover
+HALF_SQUARE = 0.43  # half the square that holds the main thing, in shorter sides; a centre crop keeps it
+OVERLAP = 0.3  # maximum share of a thing's width that the next of several covers
 
 
 @dataclass
 class Placed:
-    """A thing's place, (x of its middle, y of its foot), and scale, in shorter sides of the image."""
+    """A thing with its position (x of its middle, y of its foot) and scale, in shorter sides of the image."""
 
     kind: str
     colour: str | None
@@ -30,7 +30,7 @@ class Placed:
 
 
 def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
-    """Where the things are, the farthest first and the main ones last."""
+    """Place the things; returns the farthest first and the main ones last."""
     name, colour, action, count = scene["kind"], scene["colour"], scene["action"], scene["count"]
     kind, q = KINDS[name], HALF_SQUARE
     other = scene["others"][0] if scene["others"] else None
@@ -47,7 +47,7 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     elif action == "bouncing":
         low, top = -0.3, -0.2
     y = rng.uniform(low, top)
-    room = (2 * q - wide) / max(1, count - 1)  # for each thing's left edge
+    room = (2 * q - wide) / max(1, count - 1)  # distance between the left edges of neighbours
     flip = rng.random() < 0.5
     xs = [wide / 2 - q + (i - (i > 0) * rng.uniform(0, max(0, 1 - wide / room)) / 2) * room for i in range(count)]
     if count == 1:
@@ -94,14 +94,14 @@ def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
 
 
 def _pose(other: dict, relation: str | None, setting: str) -> str:
-    """What the company does."""
+    """Return what the other thing does."""
     if other["kind"] == "boat":
         return "sailing" if setting == "sea" else "lying"
     return "flying" if relation == "under" else "standing"
 
 
 def draw_thing(image: Image.Image, thing: Placed, scene: dict, paint: Paint, horizon: float) -> None:
-    """One thing with its shadow and an outline that shows against the setting."""
+    """Draw one thing with its shadow, and an outline that sets it off from the setting."""
     width, height = image.size
     shorter = min(width, height)
     kind = KINDS[thing.kind]
@@ -118,7 +118,7 @@ def draw_thing(image: Image.Image, thing: Placed, scene: dict, paint: Paint, hor
 
 
 def paint_scene(rng: random.Random, scene: dict) -> Image.Image:
-    """The picture of a plan: RGB, or mode L in greyscale; about 240 pixels on the longer side."""
+    """Paint the picture of a plan: RGB, or mode L in greyscale, about 240 pixels on the longer side."""
     long, short = rng.choice((232, 240, 248)), rng.choice((168, 176, 180, 184, 192))
     size = (long, short) if scene["orientation"] == "landscape" else (short, long)
     image = Image.new("RGB", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))

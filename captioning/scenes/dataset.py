@@ -1,8 +1,8 @@
-"""The sample data set, drawn in parallel and laid out on disk as COCO is.
+"""Draw the sample data set in parallel, in COCO's layout.
 
 A scene is planned first, then painted and captioned from the plan, so that `checking.check` can tell whether a caption
-of the picture is right. Picture i of a split depends on the seed, the split and i alone: the same seed gives the same
-bytes on any number of processes.
+of the picture is right. Picture i of a split depends only on the seed, the split and i: the same seed gives the same
+bytes with any number of processes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
 VERSION = "2"
-MAX_PICTURES = 1_000_000  # of a split: its picture ids follow those of the split before
-MAX_SERIAL = 400  # pictures that are drawn sooner than other processes start
+MAX_PICTURES = 1_000_000  # maximum number of pictures in a split, and number of ids reserved for it
+MAX_SERIAL = 400  # maximum number of pictures drawn in this process, before others would have started
 
 
 def draw_scene(rng: random.Random) -> tuple[Image.Image, dict, list[str]]:
-    """One picture (RGB, or L in greyscale), its ground truth and five captions, all from `rng`."""
+    """Draw one picture (RGB, or L in greyscale), its ground truth and five captions, all from `rng`."""
     scene = plan(rng)
     return paint_scene(rng, scene), scene, describe(rng, scene)
 
 
 def _draw_picture(folder: Path, seed: int, split: str, index: int) -> tuple[dict, list[dict]]:
-    """Write one picture; return its entries in the annotation file."""
+    """Write one picture; returns its entries in the annotation file."""
     image, scene, captions = draw_scene(random.Random(f"{seed}/{split}/{index}"))
     image_id = SPLITS.index(split) * MAX_PICTURES + index + 1
     name = f"{image_id:012d}.jpg"
@@ -60,7 +60,7 @@ def _draw_pictures(folder: Path, seed: int, jobs: list[tuple[str, int]]) -> list
 
 
 def _drawn(folder: Path) -> list[dict | None]:
-    """The "info" of the folder's annotation files, None for one that is missing or no scenes file."""
+    """Read the "info" of the folder's annotation files, None for one that is missing or not of drawn scenes."""
     infos: list[dict | None] = []
     for name in (*(f"captions_{split}" for split in SPLITS), "image_info_test"):
         try:
@@ -73,13 +73,13 @@ def _drawn(folder: Path) -> list[dict | None]:
 
 
 def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: int = 500, seed: int = 0) -> Path:
-    """Draw the sample data set into a folder, laid out as COCO is; return the folder.
+    """Draw the sample data set into a folder, in COCO's layout; returns the folder.
 
-    A folder that already holds the same data set is left as it is; one that holds scenes drawn otherwise is
-    drawn anew. The folder is filled when everything is drawn, so one that was interrupted holds no data set.
+    A folder that already holds the same data set is left unchanged; other drawn scenes are replaced. The folder is
+    filled when everything is drawn, so that an interrupted run leaves no data set.
 
     Raises:
-        InputError: a number is negative or too large, or the folder holds something else.
+        InputError: A number is negative or too large, or the folder holds something else.
     """
     folder, counts = Path(folder), {"train": train, "val": val, "test": test}
     for split, count in counts.items():
@@ -109,7 +109,7 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
 
 
 def _draw_into(folder: Path, partial_folder: Path, counts: dict[str, int], seed: int, info: dict) -> None:
-    """Draw the pictures and write their captions, in `partial_folder` until all are there."""
+    """Draw the pictures and write their captions into `partial_folder`, then move them to `folder`."""
     shutil.rmtree(partial_folder, ignore_errors=True)
     for split in SPLITS:
         (partial_folder / "images" / split).mkdir(parents=True)
@@ -140,11 +140,11 @@ def _draw_into(folder: Path, partial_folder: Path, counts: dict[str, int], seed:
 def _write_annotations(
     folder: Path, info: dict, jobs: list[tuple[str, int]], pictures: list[tuple[dict, list[dict]]]
 ) -> None:
-    """The annotation files of all splits."""
+    """Write the annotation files of all splits."""
     folder.mkdir()
     licenses = [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}]
     for split in SPLITS:
-        mine = [picture for (of, _), picture in zip(jobs, pictures, strict=True) if of == split]
+        mine = [picture for (job_split, _), picture in zip(jobs, pictures, strict=True) if job_split == split]
         images = {"info": info, "licenses": licenses, "images": [entry for entry, _ in mine]}
         captions = images | {"annotations": [note for _, notes in mine for note in notes]}
         files = {f"captions_{split}": captions} | ({"image_info_test": images} if split == "test" else {})

@@ -1,4 +1,4 @@
-"""What pictures are drawn with: colours, paint and a pen."""
+"""Colours, paint and a pen to draw pictures with."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ HAIRS = ((60, 40, 30), (124, 74, 38), (32, 28, 32))
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """Colour `a` with this share of `b` in it."""
+    """Mix colour `a` with a share of `b`."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
 
 @cache
 def at(text: str) -> list[Point]:
-    """Points written "x,y x,y" in hundredths of a thing's unit."""
+    """Parse points written as "x,y x,y" in hundredths of a thing's unit."""
     numbers = [[float(number) / 100 for number in pair.split(",")] for pair in text.split()]
     return [(x, y) for x, y in numbers]
 
 
 @cache
 def smooth(text: str, steps: int = 5) -> list[Point]:
-    """A closed curve through the points of `at` (Catmull-Rom), as a polygon."""
+    """Return the closed Catmull-Rom curve through the points of `at`, as a polygon."""
     points, curve = at(text), []
     for i in range(len(points)):
         corners = [points[(i + k) % len(points)] for k in (-1, 0, 1, 2)]
@@ -48,7 +48,7 @@ def smooth(text: str, steps: int = 5) -> list[Point]:
 
 @cache
 def glow_mask() -> Image.Image:
-    """A soft round spot, opaque in the middle."""
+    """Return a soft round mask that is opaque in the middle."""
     return Image.radial_gradient("L").point([max(0, round(255 - 1.45 * v)) for v in range(256)])
 
 
@@ -62,12 +62,12 @@ class Paint:
 
     @property
     def dark(self) -> Colour:
-        """The base in shade; of black, a grey that still shows on it."""
+        """The base colour in shade; for black, a grey that is visible on it."""
         return mix(self.base, (0, 0, 0), 0.24) if sum(self.base) > 150 else (84, 84, 94)
 
     @property
     def light(self) -> Colour:
-        """The base in light."""
+        """The base colour in light."""
         return mix(self.base, (255, 255, 255), 0.34 if sum(self.base) > 150 else 0.2)
 
 
@@ -85,12 +85,12 @@ class Pen:
         self.edge = 1.3 * SUPERSAMPLING
 
     def place(self, points: list[Point]) -> list[Point]:
-        """Pixels of the points."""
+        """Convert points to pixels."""
         x, y, across, scale = self.x, self.y, self.side * self.scale, self.scale
         return [(x + across * px, y - scale * py) for px, py in points]
 
     def polygon(self, points: list[Point], fill: Colour) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         pixels = self.place(points)
         self.draw.polygon(pixels, self.outline or fill)
         if self.outline:
@@ -98,21 +98,21 @@ class Pen:
             self.draw.line([*pixels, *pixels[:2]], self.outline, round(2 * self.edge), joint)
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Colour) -> None:
-        """A filled ellipse about (x, y)."""
+        """Draw a filled ellipse around (x, y)."""
         grow = self.edge if self.outline else 0
         px, py = self.x + self.side * self.scale * x, self.y - self.scale * y
         rx, ry = rx * self.scale + grow, ry * self.scale + grow
         self.draw.ellipse((px - rx, py - ry, px + rx, py + ry), self.outline or fill)
 
     def box(self, left: float, bottom: float, right: float, top: float, fill: Colour) -> None:
-        """A filled rectangle."""
+        """Draw a filled rectangle."""
         (x0, y0), (x1, y1) = self.place([(left, top), (right, bottom)])
         grow = self.edge if self.outline else 0
         corners = (min(x0, x1) - grow, y0 - grow, max(x0, x1) + grow, y1 + grow)
         self.draw.rectangle(corners, self.outline or fill)
 
     def line(self, points: list[Point], width: float, fill: Colour) -> None:
-        """A line with round ends; `width` in the thing's units, at least a pixel."""
+        """Draw a line with round ends; `width` is in the thing's units, but at least one pixel."""
         width = max(width * self.scale, SUPERSAMPLING) + (2 * self.edge if self.outline else 0)
         pixels = self.place(points)
         fill = self.outline or fill
@@ -123,17 +123,17 @@ class Pen:
                 self.draw.ellipse((x - r, y - r, x + r, y + r), fill)
 
     def detail(self, x: float, y: float, rx: float, ry: float, fill: Colour) -> None:
-        """A small ellipse inside the thing, without an outline of its own."""
+        """Draw a small ellipse inside the thing, without an outline."""
         if not self.outline:
             self.oval(x, y, rx, ry, fill)
 
     def patch(self, points: list[Point], fill: Colour) -> None:
-        """A polygon inside the thing, without an outline of its own."""
+        """Draw a polygon inside the thing, without an outline."""
         if not self.outline:
             self.draw.polygon(self.place(points), fill)
 
     def glow(self, x: float, y: float, rx: float, ry: float, fill: Colour, strength: float = 1.0) -> None:
-        """A soft spot about (x, y): sunlight, a lamp, a shadow."""
+        """Draw a soft spot around (x, y): sunlight, a lamp, a shadow."""
         (px, py), rx, ry = self.place([(x, y)])[0], round(rx * self.scale), round(ry * self.scale)
         mask = glow_mask().resize((2 * rx, 2 * ry), Image.Resampling.BILINEAR)
         if strength < 1:
@@ -141,7 +141,7 @@ class Pen:
         self.image.paste(fill, (round(px) - rx, round(py) - ry), mask)
 
     def bands(self, left: float, top: float, right: float, bottom: float, colours: list[Colour]) -> None:
-        """A rectangle whose colours run from top to bottom."""
+        """Draw a rectangle whose colours change from top to bottom."""
         (x0, y0), (x1, y1) = self.place([(left, top), (right, bottom)])
         x0, y0, x1, y1 = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
         column = Image.new("RGB", (1, len(colours)))

@@ -1,4 +1,4 @@
-"""Captions of a scene, from a small grammar."""
+"""Write captions of a scene with a small grammar."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from captioning.scenes.world import ACTIONS, KINDS, LIGHTS, RELATIONS, SETTINGS,
 
 
 def weighted(rng: random.Random, weights: dict[str, int]) -> str:
-    """One of the keys, as often as its weight says."""
+    """Draw one of the keys, with the probability of its weight."""
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
 def article(words: str) -> str:
-    """The words with "a" or "an" before them."""
+    """Put "a" or "an" before the words."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def plural(noun: str) -> str:
-    """The noun for several."""
+    """Return the plural of a noun."""
     if noun.endswith("man"):
         return noun[:-3] + "men"
     if noun[-1] == "y" and noun[-2] not in "aeiou":
@@ -31,7 +31,7 @@ COUNT_WORDS = {2: ("two", "pair", "couple"), 3: ("three",)}
 
 
 def _noun(rng: random.Random, name: str, colour: str | None, count: int) -> str:
-    """The thing with its colour, without an article: "red car", "men in red coats"."""
+    """Name a thing with its colour, without an article: "red car", "men in red coats"."""
     kind = KINDS[name]
     noun = weighted(rng, kind.nouns)
     noun = noun if count == 1 else plural(noun)
@@ -46,8 +46,8 @@ def _noun(rng: random.Random, name: str, colour: str | None, count: int) -> str:
     return f"{noun} {wearing} {colour} {plural(garment)}"
 
 
-# {a}: the thing with its count, {n} after "the", {bare} without article, {v}: what it does, {f}: finite,
-# {be}: is or are, {r}: its relation to the other thing, {p}: the place, {l}: the light
+# {a}: the thing with its article or count, {n}: after "the", {bare}: without an article, {v}: participle of what it
+# does, {f}: finite verb, {be}: is or are, {r}: its relation to the other thing, {p}: the place, {l}: the light
 TEMPLATES = {
     "{a} {v}{r} {p}": 10,
     "{a} {be} {v}{r} {p}": 6,
@@ -73,11 +73,11 @@ GREY_TEMPLATES = {
     "an old black and white photo of {a} {v}{r} {p}": 1,
 }
 NO_PLACE_TEMPLATE = "a close up of {a} {v}{r} {l}"
-LONGEST = 18
+MAX_WORDS = 18  # maximum length of a caption
 
 
 def _relation(rng: random.Random, scene: dict, other: dict) -> tuple[str, bool]:
-    """The phrase for the main thing's relation, and whether it follows the place."""
+    """Return a phrase for the main thing's relation, and whether it follows the place."""
     noun = article(_noun(rng, other["kind"], other["colour"], 1))
     phrases, reverse = RELATIONS[other["relation"]]
     if other["relation"] == "holding":
@@ -91,7 +91,7 @@ def _relation(rng: random.Random, scene: dict, other: dict) -> tuple[str, bool]:
 
 
 def _caption(rng: random.Random, scene: dict, form: str, colour: str | None) -> str:
-    """One sentence in this form."""
+    """Write one sentence from the template `form`."""
     count, setting = scene["count"], SETTINGS[scene["setting"]]
     noun = _noun(rng, scene["kind"], colour, count)
     number = "" if count == 1 else weighted(rng, COUNTS[count])
@@ -117,13 +117,13 @@ def _caption(rng: random.Random, scene: dict, form: str, colour: str | None) -> 
         "l": rng.choice(LIGHTS[scene["light"]]),
     }
     caption = form.format(**parts)
-    if len(caption.split()) > LONGEST and form.endswith(" {l}"):
+    if len(caption.split()) > MAX_WORDS and form.endswith(" {l}"):
         caption = form[: -len(" {l}")].format(**parts)
     return caption[0].upper() + caption[1:] + "."
 
 
 def describe(rng: random.Random, scene: dict) -> list[str]:
-    """Five different captions. At most one leaves out the colour and at most one the setting."""
+    """Write five different captions; at most one leaves out the colour and at most one the setting."""
     forms = GREY_TEMPLATES if scene["greyscale"] else TEMPLATES
     captions: list[str] = []
     without_colour = 1 if rng.random() < 0.3 else None
@@ -137,7 +137,7 @@ def describe(rng: random.Random, scene: dict) -> list[str]:
         if len(captions) == without_place:
             form = NO_PLACE_TEMPLATE
         caption = _caption(rng, scene, form, colour)
-        if caption not in captions and len(caption.split()) <= LONGEST:
+        if caption not in captions and len(caption.split()) <= MAX_WORDS:
             captions.append(caption)
             left.pop(form, None)
     return captions

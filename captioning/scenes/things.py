@@ -1,4 +1,4 @@
-"""The things in a scene, one function each that draws it."""
+"""Draw the things in scenes, one function per kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from captioning.scenes.drawing import BEAK, GLASS, INK, MOONLIT, ROSE, TYRE, WOO
 
 
 def legs(pen: Pen, hips: float, feet: dict[float, float], width: float, fill: Colour, hoof: Colour) -> None:
-    """Legs from x to x + how far each foot is thrown; a thrown foot is off the ground."""
+    """Draw legs; `feet` maps each leg's x to how far its foot is thrown forward, which also lifts it."""
     for x, throw in feet.items():
         foot = (x + throw, 0.03 + abs(throw) * 0.4)
         knee = (x + throw * 0.7, hips * 0.55 + 0.02)
@@ -19,7 +19,7 @@ def legs(pen: Pen, hips: float, feet: dict[float, float], width: float, fill: Co
 
 
 def dog(pen: Pen, paint: Paint, action: str) -> None:
-    """Large head, floppy ear, raised tail, short legs."""
+    """Draw a dog with a large head, a floppy ear, a raised tail and short legs."""
     throws = (-0.2, -0.1, 0.18, 0.1) if action == "running" else (0, 0, 0, 0)
     legs(pen, 0.34, {-0.42: throws[1], 0.06: throws[3]}, 0.15, paint.dark, paint.dark)
     pen.line(at("-64,46 -80,66 -78,88"), 0.13, paint.base)
@@ -35,7 +35,7 @@ def dog(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def cat(pen: Pen, paint: Paint, action: str) -> None:
-    """Sits facing us: pointed ears, whiskers, a curled tail."""
+    """Draw a sitting cat that faces us, with pointed ears, whiskers and a curled tail."""
     pen.line(at("20,8 42,10 48,28 40,46 46,56"), 0.1, paint.dark)
     pen.polygon(smooth("-27,4 -34,22 -22,52 22,52 34,22 27,4 0,0"), paint.base)
     pen.patch(smooth("-12,8 -13,36 0,46 13,36 12,8"), paint.light)
@@ -59,7 +59,7 @@ def cat(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def horse(pen: Pen, paint: Paint, action: str) -> None:
-    """Upright neck, mane, saddle, long thin legs, a hanging tail."""
+    """Draw a horse with an upright neck, a mane, a saddle, long thin legs and a hanging tail."""
     hair = mix(paint.base, (40, 26, 20), 0.62) if sum(paint.base) > 150 else (112, 108, 116)
     throws = (-0.26, -0.12, 0.28, 0.14) if action == "galloping" else (0, 0, 0, 0)
     legs(pen, 0.66, {-0.34: throws[1], 0.14: throws[3]}, 0.085, paint.dark, hair)
@@ -76,7 +76,7 @@ def horse(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def bird(pen: Pen, paint: Paint, action: str) -> None:
-    """Flying with both wings up, or standing on two thin legs."""
+    """Draw a bird, flying with both wings up or standing on two thin legs."""
     flying = action == "flying"
     hx, hy = (0.42, 0.4) if flying else (0.34, 1.12)
     pen.polygon([(hx + 0.12, hy + 0.09), (hx + 0.4, hy - 0.02), (hx + 0.12, hy - 0.11)], BEAK)
@@ -97,7 +97,7 @@ def bird(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def person(pen: Pen, paint: Paint, action: str, woman: bool) -> None:
-    """A man in a coat, trousers and a hat, or a woman with long hair in a wide dress."""
+    """Draw a man in a coat, trousers and a hat, or a woman with long hair in a wide dress."""
     stride = 0.13 if action == "walking" else 0.02
     cloth, sleeve = (paint.skin, paint.skin) if woman else ((74, 78, 98), paint.base)
     if woman:
@@ -132,7 +132,7 @@ man, woman = partial(person, woman=False), partial(person, woman=True)
 
 
 def car(pen: Pen, paint: Paint, action: str) -> None:
-    """Low and long with a round roof."""
+    """Draw a long, low car with a round roof."""
     if action == "driving" and not pen.outline:
         for y, x in ((0.3, -1.36), (0.5, -1.28), (0.7, -1.16)):
             pen.line([(x, y), (x + 0.26, y)], 0.035, (255, 255, 255))
@@ -147,7 +147,7 @@ def car(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def bus(pen: Pen, paint: Paint, action: str) -> None:
-    """A tall box with two rows of windows."""
+    """Draw a tall bus with two rows of windows."""
     if action == "driving" and not pen.outline:
         for y, x in ((0.3, -0.94), (0.55, -0.98), (0.8, -0.92)):
             pen.line([(x, y), (x + 0.17, y)], 0.025, (255, 255, 255))
@@ -164,7 +164,7 @@ def bus(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def boat(pen: Pen, paint: Paint, action: str) -> None:
-    """A hull under two sails."""
+    """Draw a hull under two sails."""
     pen.line([(0, 0.2), (0, 1)], 0.035, WOOD)
     pen.polygon([(0.05, 0.3), (0.05, 0.97), (0.54, 0.3)], paint.base)
     pen.polygon([(-0.05, 0.32), (-0.05, 0.86), (-0.44, 0.32)], paint.light)
@@ -176,7 +176,7 @@ def boat(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def plane(pen: Pen, paint: Paint, action: str) -> None:
-    """Seen from the side: tail fin, swept wings, a row of windows, two trails behind."""
+    """Draw a plane from the side, with a tail fin, swept wings, a row of windows and two trails."""
     if not pen.outline:
         for y in (0.42, 0.54):
             pen.line([(-1.5, y), (-1.0, y)], 0.05, (255, 255, 255))
@@ -191,7 +191,7 @@ def plane(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def kite(pen: Pen, paint: Paint, action: str) -> None:
-    """A diamond with a tail of bows."""
+    """Draw a diamond with a tail of bows."""
     tail = at("0,36 7,28 -6,18 6,9 0,1")
     pen.line(tail, 0.022, INK)
     for x, y in tail[1:4]:
@@ -203,7 +203,7 @@ def kite(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def balloon(pen: Pen, paint: Paint, action: str) -> None:
-    """Pear-shaped on a string."""
+    """Draw a pear-shaped balloon on a string."""
     if pen.outline:  # a single thin line in the outline's colour shows everywhere
         pen.draw.line(pen.place(smooth("0,40 4,28 -4,14 0,0 -4,14 4,28")), pen.outline, round(pen.edge))
     pen.polygon([(0, 0.42), (0.06, 0.35), (-0.06, 0.35)], paint.dark)
@@ -213,7 +213,7 @@ def balloon(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def ball(pen: Pen, paint: Paint, action: str) -> None:
-    """Round, with panels."""
+    """Draw a round ball with panels."""
     panel = (190, 194, 204) if min(paint.base) > 240 else (252, 252, 252)
     pen.oval(0, 0.5, 0.5, 0.5, paint.base)
     pen.patch(smooth("-10,97 8,50 -10,3 -24,50"), panel)
@@ -227,7 +227,7 @@ DOME = [(0.62 * math.cos(a / 12 * math.pi), 0.5 + 0.44 * math.sin(a / 12 * math.
 
 
 def umbrella(pen: Pen, paint: Paint, action: str) -> None:
-    """A scalloped dome on a hooked stick."""
+    """Draw a scalloped dome on a hooked stick."""
     pen.line([(0, 0.94), (0, 0.99)], 0.03, WOOD)
     pen.line(at("0,60 0,6 5,2 11,2 15,8"), 0.04, WOOD)
     pen.polygon(DOME + RIM[::-1], paint.base)
@@ -239,7 +239,7 @@ def umbrella(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def tree(pen: Pen, paint: Paint, action: str) -> None:
-    """A palm on the beach, a pine in the snow, else a round crown; `action` is the setting."""
+    """Draw a palm on the beach, a pine in the snow, else a tree with a round crown; `action` is the setting."""
     pen.polygon(at("-6,0 7,0 4,55 -4,55"), WOOD)
     if action == "beach":
         for side in (-1, 1):
@@ -256,7 +256,7 @@ def tree(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def bench(pen: Pen, paint: Paint, action: str) -> None:
-    """Slats on two legs."""
+    """Draw slats on two legs."""
     for x in (-0.6, 0.6):
         pen.line([(x, 0.02), (x, 0.6)], 0.07, TYRE)
     for y in (0.3, 0.52, 0.7):
@@ -264,7 +264,7 @@ def bench(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def house(pen: Pen, paint: Paint, action: str) -> None:
-    """Walls under a steep roof."""
+    """Draw walls under a steep roof."""
     pen.polygon(at("24,70 24,98 36,98 36,66"), (150, 96, 84))
     pen.box(-0.45, 0, 0.45, 0.58, paint.base)
     pen.polygon([(-0.56, 0.55), (0.56, 0.55), (0.0, 1)], (112, 84, 80))
@@ -274,7 +274,7 @@ def house(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def snowman(pen: Pen, paint: Paint, action: str) -> None:
-    """Three balls of snow, a carrot and a hat."""
+    """Draw three balls of snow, a carrot and a hat."""
     for y, r in ((0.22, 0.25), (0.55, 0.19), (0.8, 0.14)):
         pen.oval(0, y, r, r * 0.95, (250, 252, 255))
     pen.polygon([(0.03, 0.82), (0.24, 0.78), (0.03, 0.77)], BEAK)
@@ -284,7 +284,7 @@ def snowman(pen: Pen, paint: Paint, action: str) -> None:
 
 
 def lighthouse(pen: Pen, paint: Paint, action: str) -> None:
-    """A striped tower on a rock."""
+    """Draw a striped tower on a rock."""
     pen.polygon(smooth("-34,0 -20,14 18,16 36,0"), (120, 116, 120))
     pen.polygon(at("-16,12 16,12 10,74 -10,74"), (250, 248, 244))
     for y, half in ((0.24, 0.148), (0.48, 0.125)):

@@ -1,4 +1,4 @@
-"""The tables of the sample world: kinds of things, settings, actions, relations; and the plan of a scene."""
+"""Tables of the sample world (kinds of things, settings, actions, relations), and the plan of a scene."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from captioning.scenes.drawing import Colour
 
-GREYSCALE_SHARE = 0.04
+GREYSCALE_SHARE = 0.04  # share of greyscale pictures
 
 COLOURS: dict[str, Colour] = {
     "red": (220, 30, 40),
@@ -45,19 +45,19 @@ WHEELS = BEHIND | {"next to": ("bench", "tree", "dog", "snowman")}
 SMALL = BEHIND | {"next to": ("bench", "tree", "dog", "cat", "snowman")}
 MOORED = {"next to": ("lighthouse",), "under": FLIERS}
 ALOFT = {"above": ("house", "tree", "bench", "car", "boat")}
-# company that is found in some settings only
+# things that occur in some settings only
 HAUNTS = {"snowman": ("snow",), "boat": ("sea", "beach"), "lighthouse": ("sea", "beach"), "kite": OPEN}
 AT_SEA = ("boat", "lighthouse", *FLIERS)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing: how it is named and placed. One without settings only keeps others company."""
+    """A kind of thing: how it is named and placed. A kind without settings is never the main thing."""
 
-    nouns: dict[str, int]  # how often each is used
+    nouns: dict[str, int]  # noun -> weight
     extent: tuple[float, float]  # width and height in its own units
-    company_size: float  # its larger side as company, in shorter sides of the picture
-    main_size: tuple[float, float] = (0, 0)  # its larger side as the main thing
+    company_size: float  # its larger side as the other thing, in shorter sides of the picture
+    main_size: tuple[float, float] = (0, 0)  # range of its larger side as the main thing
     max_count: int = 1
     settings: Actions = field(default_factory=dict)
     company: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -113,7 +113,7 @@ SKY_ACTIONS = ("flying", "floating")
 
 @dataclass(frozen=True)
 class Setting:
-    """A place: its words, and phrases for it on the ground and in the air."""
+    """A setting: the words that name it, and weighted phrases for things on the ground and in the air."""
 
     words: tuple[str, ...]
     ground: dict[str, int]
@@ -218,7 +218,7 @@ def plan(rng: random.Random) -> dict:
 
 
 def _possible(kind: Kind, setting: str, action: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The relations possible in this setting and action, each with the possible other things."""
+    """List the relations possible in this setting and action, each with the possible other things."""
     options = []
     for relation, company in kind.company.items():
         if (action in SKY_ACTIONS) == (relation == "above"):
