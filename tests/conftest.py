@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -200,10 +200,24 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
 
 def run_script(name: str, *arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Run a command of the project in another process."""
+    return _run_python([ROOT / name, *arguments], cwd, environment)
+
+
+def run_code(code: str, *arguments: object, cwd: Path = ROOT, **environment: str | None) -> subprocess.CompletedProcess:
+    """Run Python code in another process, which must succeed; a variable that is None is removed."""
+    done = _run_python(["-c", code, *arguments], cwd, environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def _run_python(
+    arguments: list[object], cwd: Path, environment: Mapping[str, str | None]
+) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
         check=False,

@@ -1,16 +1,13 @@
 """Annotation files of every kind, read by the one reader of them."""
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_split
+from conftest import run_code, write_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -117,14 +114,7 @@ def test_the_locale_s_encoding_does_not_matter(tmp_path: Path):
         "data = CaptionDataset(sys.argv[1], vocab_threshold=1, cache=Path(sys.argv[2]))\n"
         "print(locale.getpreferredencoding(False), ascii(data.references()), len(data.coco.anns))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "cache")],
-        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_code(code, tmp_path, tmp_path / "cache", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.stdout.strip() == f"ANSI_X3.4-1968 {REFERENCES!a} 3"
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
-from conftest import EIGHT, Output, draw_noise
+from conftest import EIGHT, Output, draw_noise, run_code
 from PIL import Image
 
 import caption as caption_module
@@ -389,9 +389,7 @@ def test_one_caption_imports_what_it_uses_only(trained: Path, image_path: Path):
         "run_command(lambda: tyro.cli(main))\n"
         "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)\n"
     )
-    command = [sys.executable, "-c", script, image_path, "--model", trained]
-    root = Path(caption_module.__file__).parent
-    imported = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stderr
+    imported = run_code(script, image_path, "--model", trained).stderr
     for name in (
         "gradio",
         "matplotlib",

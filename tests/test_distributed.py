@@ -7,7 +7,6 @@ import pickle
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -20,7 +19,7 @@ import pytest
 import torch
 import torchvision
 import tyro
-from conftest import build_seeded_tiny, draw_noise
+from conftest import build_seeded_tiny, draw_noise, run_code
 from torch.distributed import TCPStore
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -219,11 +218,7 @@ notebook_launcher(train, (config,), num_processes=2, use_port="{port}")
 print("and goes on")
 """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    notebook = subprocess.run(
-        [sys.executable, "-c", cells], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert notebook.returncode == 0, notebook.stderr
+    notebook = run_code(cells, cwd=tmp_path, PYTHONPATH=paths, OMP_NUM_THREADS="1")
     assert "2 process(es)" in notebook.stdout
     assert notebook.stdout.splitlines()[-1] == "and goes on"
     assert_alike(one, settings.models / "several", settings.num_epochs)

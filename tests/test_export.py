@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
-from conftest import KINDS, build_kind, build_tiny, write_kind
+from conftest import KINDS, build_kind, build_tiny, run_code, write_kind
 from PIL import Image
 
 import caption
@@ -174,10 +172,5 @@ def test_the_library_imports_no_onnxruntime_and_the_documented_import_of_it_leav
             "assert 'onnxruntime' in sys.modules",
         ]
     )
-    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    environment["TMPDIR"] = str(tmp_path)
-    child = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr
+    run_code(code, ORT_DISABLE_TELEMETRY=None, TMPDIR=str(tmp_path))
     assert not list(tmp_path.rglob(".ses"))

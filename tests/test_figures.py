@@ -1,13 +1,11 @@
 """Contact sheets and attention maps, looked at by their pixels."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PEAK, draw_noise
+from conftest import PEAK, draw_noise, run_code
 from PIL import Image
 
 from captioning.backbones import Preprocessing
@@ -63,8 +61,7 @@ def test_a_sheet_keeps_no_image_whole(tmp_path: Path):
         "draw_sheet([sys.argv[1]] * 40, ['a'] * 40)\n"
         "print((peak() - before) // 2**20)\n"
     )
-    command = [sys.executable, "-c", PEAK + script, str(tmp_path / "a.jpg")]
-    assert int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) < 50
+    assert int(run_code(PEAK + script, tmp_path / "a.jpg").stdout) < 50
 
 
 def test_attention_spans_the_whole_range():

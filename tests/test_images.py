@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PEAK, draw_noise
+from conftest import PEAK, draw_noise, run_code
 from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import v2
@@ -173,9 +172,7 @@ def read_alone(path: Path, shorter_side: int | None = None) -> tuple[str, int]:
         "except InputError as error: print(error)\n"
         "print((peak() - before) // 2**20)\n"
     )
-    command = [sys.executable, "-c", PEAK + script, str(path), str(shorter_side or 0)]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100).stdout
-    output, peak = lines.splitlines()
+    output, peak = run_code(PEAK + script, path, shorter_side or 0).stdout.splitlines()
     return output, int(peak)
 
 

@@ -2,12 +2,10 @@
 
 import csv
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import PEAK, write_split
+from conftest import PEAK, run_code, write_split
 from gradio.media import get_image
 from test_importers import captions, make_image
 
@@ -40,9 +38,7 @@ def test_an_image_is_captioned_by_it_wherever_no_model_is_named(tmp_path: Path):
     script = f"import runpy; sys.argv = ['caption.py', {get_image('lion.jpg')!r}]\n"
     script += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'caption.py')!r}, run_name='__main__')\n"
     script += "print(peak(), file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK + script], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = run_code(PEAK + script, cwd=tmp_path)
     assert done.stdout.strip() == Captioner.load(default_model(MODEL.parent))(get_image("lion.jpg"))[0].text
     assert int(done.stderr) < 1.5e9
 

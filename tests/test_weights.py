@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import struct
-import subprocess
 import sys
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PEAK
+from conftest import PEAK, run_code
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -336,8 +335,7 @@ def test_a_file_takes_no_more_memory_than_its_size_and_300_mb(tmp_path: Path):
         suffix = "safetensors" if build is huge_header else "pkl"
         paths.append(tmp_path / f"{i}.{suffix}")
         paths[-1].write_bytes(build())
-    command = [sys.executable, "-c", CHILD, *map(str, paths)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    child = run_code(CHILD, *paths)
     results = [json.loads(line) for line in child.stdout.splitlines()]
     assert len(results) == len(BOMBS), child.stderr[-2000:]
     for (name, (_, reason)), path, (result, memory) in zip(BOMBS.items(), paths, results, strict=True):
