@@ -67,8 +67,8 @@ def import_flickr(
     """Convert Flickr8k or Flickr30k, in their own files or with a captions.txt or results.csv, to COCO's layout.
 
     Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val.txt, test.txt), if any,
-    list the images of each split; other images are left out. Without them, images are divided 90 : 5 : 5 by
-    a hash of their names. If only the validation split is missing, it takes 5% of the training images.
+    list the images of each split; other images are left out. Without them, images are divided about 90 : 5 : 5
+    by a hash of their names. If only the validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The folder that the data set was unpacked into, subfolders included, or its file of captions.
@@ -218,7 +218,7 @@ def import_folder(
     Its column photo (or image, file_name, filename) gives the image's path below the images' folder, caption (or
     text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. Text files
     have one caption per line. Without a column split or set, folders called train, val and test give the splits
-    if they hold all images; otherwise images are divided 90 : 5 : 5 by a hash of their names. If only the
+    if they hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the
     validation split is missing, it takes 5% of the training images.
 
     Args:

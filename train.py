@@ -36,7 +36,7 @@ from captioning.config import (
     require_effect,
     resumed_config,
 )
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError, quoted, run_command
 from captioning.training import train
 
 __all__ = ["TrainingConfig", "main", "resumed_config", "train"]
@@ -110,9 +110,10 @@ def main() -> None:
     config, run = parse_options(sys.argv[1:])
     folder = config.models / config.name
     if config.resume is None and not run.overwrite and (folder / checkpoint.DESCRIPTION).exists():
+        can_resume = any((folder / name).exists() for name in ("resume.pt", "resume-previous.pt"))
+        resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
         raise InputError(
-            f"{folder} holds a model already; resume its training with --resume {folder}, delete it with "
-            f"--overwrite, or choose another --name."
+            f"{folder} holds a model already; {resume}choose another --name, or delete it with --overwrite."
         )
     train(config)
 

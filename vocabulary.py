@@ -21,6 +21,8 @@ SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
 
 _TOKENIZER = NLTKWordTokenizer()
 _DETOKENIZER = TreebankWordDetokenizer()
+# Word processors and phones type these for ' and ", with which alone the tokenizer knows contractions and quotations.
+_STRAIGHT_QUOTES = str.maketrans("‘’‚“”„", "'''\"\"\"")
 _ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:st|ave|blvd|rd|dr|mr|mrs|ft|jr|vs)\.")
 
 
@@ -38,7 +40,7 @@ def tokenize(caption: str) -> list[str]:
 
         "A dog runs.  It's wet." -> ["a", "dog", "runs", ".", "it", "'s", "wet", "."]
     """
-    return [token for chunk in caption.lower().split() for token in _tokenize_chunk(chunk)]
+    return [token for chunk in caption.lower().translate(_STRAIGHT_QUOTES).split() for token in _tokenize_chunk(chunk)]
 
 
 class Vocabulary:

@@ -169,14 +169,19 @@ def _parse_image(entry: Any) -> tuple[int, dict[str, Any]]:
     return image_id, entry
 
 
-def _parse_caption(entry: Any) -> tuple[int, list[str]]:
+def _parse_caption(entry: Any) -> tuple[int, list[str] | None]:
     image_id, caption = parse_image_id(_field(entry, "image_id")), _field(entry, "caption")
     captions = [caption] if isinstance(caption, str) else caption
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     if any(len(text) > MAX_CAPTION for text in captions):
         raise InputError(f"has a caption of more than {MAX_CAPTION:,} characters")
-    return image_id, captions
+    return image_id, None if is_rejected(entry) else captions
+
+
+def is_rejected(entry: dict[str, Any]) -> bool:
+    """Return whether a caption of VizWiz is marked as rejected, or as the ready-made one for bad images."""
+    return entry.get("is_rejected") is True or entry.get("is_precanned") is True
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "skipped": str}
@@ -199,9 +204,9 @@ def read_images(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_captions(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the captions of an annotation file as they are written: image id, caption. Empty ones are skipped."""
+    """Yield the captions of an annotation file as written: image id, caption. Skips empty and rejected ones."""
     for _, _, (image_id, captions) in _read_entries(path, ["annotations"]):
-        for caption in captions:
+        for caption in captions or ():
             if caption.strip():
                 yield image_id, caption
 
@@ -291,7 +296,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     Skips empty captions and, where the file has captions, images without any, and says so on stderr. Raises
     `InputError` where the file is missing, not JSON, not COCO's, or empty.
     """
-    name = f"captions/{hash_file(path, b'4' + path.name[:8].encode())[:32]}.npz"
+    name = f"captions/{hash_file(path, b'5' + path.name[:8].encode())[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)
@@ -345,8 +350,8 @@ def _parse_annotations(path: Path) -> Annotations:
         elif name == "annotations":
             image_id, captions = entry
             if not captions:
-                report.add("empty caption{s}", f"annotations[{number}]")
-            for caption in captions:
+                report.add("rejected caption{s}" if captions is None else "empty caption{s}", f"annotations[{number}]")
+            for caption in captions or ():
                 words = tokenize(caption)
                 if not words:
                     report.add("empty caption{s}", f"annotations[{number}]")

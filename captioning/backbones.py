@@ -211,7 +211,8 @@ def _fetch_from_hub(name: str, config: PretrainedCfg) -> str:
 def _no_weights(name: str, error: Exception) -> str:
     return (
         f"the weights of {name} cannot be downloaded ({describe_network_error(error)}); "
-        f"--backbone tf_efficientnet_lite2 needs no network, and --weights takes a file."
+        f"they are kept after the first download. To train without a network, use --backbone tf_efficientnet_lite2, "
+        f"or --weights FILE."
     )
 
 

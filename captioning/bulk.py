@@ -210,6 +210,7 @@ def write_captions(
         if is_main and unreadable:  # model and options are known by now to be the same
             readable = _retry(captioner, unreadable, decode, workers)
             if readable:
+                file.close()  # Windows replaces no open file
                 _replace_rows(output, readable)
                 failed -= len(readable)
     if is_main and log is not None:

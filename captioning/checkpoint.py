@@ -30,7 +30,7 @@ import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of
-from captioning.errors import InputError, printable
+from captioning.errors import InputError, printable, quoted
 from captioning.files import require_new_folder, require_regular, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
@@ -231,7 +231,7 @@ def choose_epoch(folder: Path, description: Description, epoch: int | None = Non
         wanted = "any epoch's" if epoch is None else f"epoch {epoch}'s"
         raise InputError(
             f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or "
-            f"resume: `python train.py --resume {folder}`."
+            f"resume: `python train.py --resume {quoted(folder)}`."
         )
     return epoch
 

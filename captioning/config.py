@@ -154,7 +154,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 value = TypeAdapter(types[field.name]).validate_python(getattr(self, field.name))
             except ValidationError as error:
                 raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
-            setattr(self, field.name, value)
+            setattr(self, field.name, value.expanduser() if isinstance(value, Path) else value)
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ from datetime import timedelta
 # Control characters of ASCII and Latin-1, line and paragraph separators, bidirectional controls, and surrogates, which
 # stand for bytes that cannot be decoded.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+HOME = re.compile(r"^(--[\w-]+=|)~(?=/|\\|$)")  # which shells expand only where it begins a word
 
 # How Linux, macOS and Windows describe a host name that cannot be resolved, and a missing route.
 OFFLINE = re.compile(
@@ -64,6 +67,11 @@ def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
     return "; ".join(map(str, errors[:at_most])) + more
 
 
+def quoted(path: object) -> str:
+    """Quote a path so that a command which contains it can be pasted into a shell."""
+    return shlex.quote(str(path)) if os.name != "nt" else f'"{path}"' if " " in str(path) else str(path)
+
+
 def printable(text: str) -> str:
     """Escape control characters, so that file names and captions cannot control the terminal."""
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
@@ -76,6 +84,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     if sys.stdout is not None:  # a file name may contain characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    sys.argv[1:] = [HOME.sub(lambda match: match[1] + os.path.expanduser("~"), each) for each in sys.argv[1:]]
     try:
         main()
         if sys.stdout is not None:
@@ -93,8 +102,10 @@ def run_command(main: Callable[[], None]) -> None:
         if error.errno == errno.EPIPE:  # the reader, such as `head`, has closed the pipe
             sys.exit(1)
         _end(f"error: standard output cannot be written ({error.strerror}).", 2)
-    except RuntimeError:  # raised while waiting for a process that has exited
-        if not _ended(0):
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            _end("error: the GPU has too little free memory; end what else uses it, or set CUDA_VISIBLE_DEVICES=-1.", 2)
+        if not _ended(0):  # else it was raised while waiting for a process that has exited
             raise
         sys.exit(2)
 

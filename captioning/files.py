@@ -27,6 +27,13 @@ BYTE_ORDER_MARKS = {  # UTF-32's come first, as they begin with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+BINARY_FILES = {
+    b"PK\3\4": "a zip archive or an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a gzip archive",
+}
+BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
 # Formats that Pillow renders with another program, only identifies, or nests without bounds.
 NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "WMF"}
@@ -80,6 +87,9 @@ def read_text(path: Path, encoding: str | None = None, advice: str = "save it as
 
 def decode_text(data: bytes, path: object, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
     """Decode the bytes of a file as `read_text` does; `path` names the file in the message of an `InputError`."""
+    kind = next((kind for start, kind in BINARY_FILES.items() if data.startswith(start)), None)
+    if kind is not None:
+        raise InputError(f"{path} is {kind}, not a text file; {BINARY_ADVICE}.")
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding or marked)

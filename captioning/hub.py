@@ -55,7 +55,7 @@ def find_model(model: str | Path) -> Path:
     An existing folder takes precedence, and the Hub is not queried if the parent folder exists. Raises `InputError` if
     the Hub has no such model or cannot be reached.
     """
-    folder, name = Path(model), Path(model).as_posix()
+    folder, name = Path(model).expanduser(), Path(model).as_posix()
     if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
         return folder
     return fetch(name)

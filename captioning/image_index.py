@@ -81,6 +81,11 @@ class ImageIndex:
         Raises `InputError` where several images match, and where the matching one is not a regular file.
         """
         keys = self._matches(name, anywhere) or self._linked(name, where)
+        wanted = "/" + _normalize(name.replace("\\", "/"))
+        for path in () if keys else self.unreadable:
+            key = "/" + _normalize(path.relative_to(self.folder).as_posix())
+            if wanted in (key, key[: -len(path.suffix)]) or (anywhere and key.endswith(wanted)):
+                raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
         paths = [path for key in keys for path in self.paths[key]]
         if len(paths) > 1:
             raise InputError(

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from captioning.annotations import parse_image_id
+from captioning.annotations import is_rejected, parse_image_id
 from captioning.coco_layout import SPLITS, SourceImage, find_annotation_files, write_dataset
 from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
@@ -82,6 +82,9 @@ def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Repo
             raise InputError(f"{where} has no caption, or is of image {image_id}, which is not in the file's images.")
         for text in captions:
             check_caption(text, where)
+        if is_rejected(entry):
+            report.add("rejected caption{s}", where)
+            continue
         images[image_id].captions += captions
     for image in images.values():
         if has_captions and not image.captions:

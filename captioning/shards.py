@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 from captioning.errors import InputError, warn_once
 from captioning.files import decode_text, image_suffixes, is_within, require_regular, write_cache, write_file
 from captioning.reports import Report
+from captioning.tables import is_missing_text
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # end of an index's name
@@ -152,8 +153,12 @@ def read_captions_of(files: dict[str, Member]) -> list[str]:
         if suffix in files:
             read = _read_json_captions if suffix == ".json" else _read_lines
             captions = [" ".join(text.split()) for text in read(files[suffix])]
-            if any(captions):
-                return [caption for caption in captions if caption]
+            if suffix != ".json" and len(captions) > 1 and ".json" in files:
+                whole = [" ".join(text.split()) for text in _read_json_captions(files[".json"])]
+                if whole == [" ".join(" ".join(captions).split())]:  # img2dataset writes a caption's line breaks
+                    return whole
+            if not all(map(is_missing_text, captions)):
+                return [caption for caption in captions if not is_missing_text(caption)]
     return []
 
 
@@ -179,6 +184,7 @@ def _read_json_captions(file: Member) -> list[str]:
         raise InputError(f"{file} is not JSON ({error}).") from None
     value: Any = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
     captions = value if isinstance(value, list) else [] if value is None else [value]
+    captions = [caption for caption in captions if caption is not None and caption == caption]  # null, NaN
     for caption in captions:
         if not isinstance(caption, str):
             raise InputError(f"{file} has a caption that is not text: {caption!r:.80}.")
@@ -207,7 +213,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'4' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'5' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path

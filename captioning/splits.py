@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from captioning.coco_layout import SourceImage
@@ -13,18 +13,20 @@ from captioning.files import read_text
 from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES
 
+HELD_OUT = 0.05  # share of the images in each of val and test
 SPLIT_FILE = re.compile(r"(?:^|[_.\-])(train|dev|val|test)(?:images)?$", re.IGNORECASE)
 
 
-def _by_hash(names: Iterable[str]) -> list[str]:
-    """Sort the names by a hash: a random order that is the same on every machine."""
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
+def _position(name: str) -> float:
+    """Return a pseudo-random number from 0 to 1 that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
 def assign_splits(images: list[SourceImage], source: Path, report: Report) -> None:
-    """Assign splits by a hash of the name to images without any: 90% train, 5% val, 5% test, at least one each.
+    """Assign splits by a hash of the name to images without any: about 90% train, 5% val, 5% test, at least one each.
 
-    If the images have splits but none of them is "val", 5% of the training images are moved to "val".
+    If the images have splits but none of them is "val", about 5% of the training images are moved to "val". An image
+    keeps its split when others are added, unless it was the only one of val or test.
     """
     without = [image for image in images if not image.split]
     if without and len(without) < len(images):
@@ -32,13 +34,15 @@ def assign_splits(images: list[SourceImage], source: Path, report: Report) -> No
     if without and len(images) < 3:
         raise InputError(f"{source} has too few captioned images to split ({len(images)}); at least three are needed.")
     by_name = {image.name: image for image in images if image.split in ("", "train")}
-    held_out = max(1, len(by_name) // 20)
-    order = _by_hash(by_name)
+    order = sorted(by_name, key=_position)
+    val, test = (max(1, sum(low <= _position(name) < low + HELD_OUT for name in order)) for low in (0, HELD_OUT))
+    if val + test >= len(order):
+        val = test = 1
     if without:
         for rank, name in enumerate(order):
-            by_name[name].split = "val" if rank < held_out else "test" if rank < 2 * held_out else "train"
+            by_name[name].split = "val" if rank < val else "test" if rank < val + test else "train"
     elif len(order) > 1 and not any(image.split == "val" for image in images):
-        for name in order[:held_out]:
+        for name in order[:val]:
             by_name[name].split = "val"
             report.add("image{s} of train to val, since there was no validation split", name, "moved")
 

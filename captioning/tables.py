@@ -9,6 +9,7 @@ import json
 import re
 import tokenize
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
 }
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 SPLIT_COLUMNS = ("split", "set", "subset")
-CAPTION_COLUMNS = ("caption", "text", "comment", "sentence", "description", "raw")  # of several, the first is used
+CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"
-MISSING = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # spellings of a cell without a value
+MISSING = {  # spellings of a cell without a value, and Excel's errors in English and German
+    *("nan", "none", "null", "n/a", "na", "<na>"),
+    *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!"),
+}
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
@@ -78,7 +82,12 @@ def clean_caption(caption: str, where: str) -> str:
     """Return the caption in one line with single spaces, or "" if it has no letter or digit or is a missing value."""
     check_caption(caption, where)
     caption = " ".join(caption.split())
-    return caption if caption.lower() not in MISSING and any(map(str.isalnum, caption)) else ""
+    return "" if is_missing_text(caption) else caption
+
+
+def is_missing_text(caption: str) -> bool:
+    """Return whether a caption has no letter or digit or is a spelling of a missing value."""
+    return caption.strip().lower() in MISSING or not any(map(str.isalnum, caption))
 
 
 def check_caption(caption: str, where: str) -> None:
@@ -152,6 +161,8 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
     captions = []
     for column in columns:
         value = record[column]
+        if isinstance(value, dict):  # Label Studio's several texts
+            value = value.get("text", value)
         for caption in value if isinstance(value, list) else _listed(value):
             if _is_missing(caption):
                 caption = ""
@@ -163,6 +174,10 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
 
 def _listed(value: Any) -> list[Any]:
     """Parse the captions of a cell, which in CSV files of Flickr30k and of pandas may be a list written as text."""
+    if isinstance(value, str) and value[:1] + value[-1:] == "{}":  # Label Studio's several texts
+        with suppress(ValueError, RecursionError):
+            texts = json.loads(value).get("text")
+            return texts if isinstance(texts, list) else [value]
     if isinstance(value, str) and value[:1] + value[-1:] in ("[]", "()"):
         for parse in (json.loads, _parse_texts):
             try:

@@ -24,7 +24,7 @@ from captioning import checkpoint
 from captioning.batches import EpochBatches, place_features
 from captioning.config import TrainingConfig, resumed_config
 from captioning.distributed import autocast, fast_dtype, on_cpus, this_process
-from captioning.errors import InputError, printable
+from captioning.errors import InputError, printable, quoted
 from captioning.features import stored_features
 from captioning.files import require_writable
 from captioning.interruption import Interruption
@@ -80,8 +80,8 @@ def train(config: TrainingConfig) -> Path:
             raise
         problem = f"{error.filename or folder} cannot be read or written ({error.strerror or error})"
         if os.path.exists(folder / "resume.pt"):
-            hint = f"what was saved before is intact; fix this, then resume with `python train.py --resume {folder}`"
-            problem = f"{problem}; {hint}"
+            resume = f"python train.py --resume {quoted(folder)}"
+            problem = f"{problem}; what was saved before is intact; fix this, then resume with `{resume}`"
         raise InputError(f"{problem}.") from error
     return folder
 
@@ -183,9 +183,17 @@ class Run:
         if config.fine_tune == 0:
             stored: Any = {"cache": config.cache, "workers": config.workers, "precision": config.precision}
             val_paths = self.val.paths[: config.val_images]
-            with self.interruption.immediate():
-                features = stored_features(self.encoder, self.data.paths, config.preprocessing, config.views, **stored)
-                self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
+            try:
+                with self.interruption.immediate():
+                    features = stored_features(
+                        self.encoder, self.data.paths, config.preprocessing, config.views, **stored
+                    )
+                    self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
+            except torch.cuda.OutOfMemoryError as error:
+                raise InputError(
+                    f"the GPU has too little memory to compute features with {config.backbone}; use a smaller "
+                    f"--image-size or --views or another --backbone, or end what else uses the GPU."
+                ) from error
             self.features = place_features(features, self.device)
 
     def prepare(self, state: dict[str, Any] | None) -> None:
@@ -257,7 +265,7 @@ class Run:
         best, patience = self.description.best_epoch, self.config.patience
         if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
             return False
-        self.log(f"no better CIDEr for {patience} epochs; the best is epoch {best}")
+        self.log(f"no better CIDEr for {patience} epochs; the best is epoch {best}; a higher --patience trains on")
         return True
 
     def train_epoch(self) -> None:
@@ -339,7 +347,7 @@ class Run:
         weight is not a finite number, so that none is ever saved.
         """
         progress, hint = self.progress, "resume from the last good state with `python train.py"
-        hint = f"{hint} --resume {self.folder}` and half the --learning-rate or a smaller --clip-norm."
+        hint = f"{hint} --resume {quoted(self.folder)}` and half the --learning-rate or a smaller --clip-norm."
         signal = unread[0].loss.new_tensor(self.interruption.signal)
         *losses, signals = self.accelerator.reduce(torch.stack([*(x.loss for x in unread), signal]), "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         for x, loss in zip(unread, losses, strict=True):
@@ -366,7 +374,7 @@ class Run:
 
     def stop(self) -> None:
         """End the run after a signal; it is saved."""
-        self.log(f"stopped; resume with `python train.py --resume {self.folder}`")
+        self.log(f"stopped; resume with `python train.py --resume {quoted(self.folder)}`")
         raise KeyboardInterrupt
 
     def validate_epoch(self) -> dict[str, Any]:
@@ -430,7 +438,11 @@ def _rank(epoch: dict[str, Any]) -> tuple[float, float]:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate, 0 to 1: a linear warm-up, then a cosine decay to zero at `steps`."""
+    """Return the factor of the learning rate, 0 to 1: a linear warm-up, then a cosine decay to zero at `steps`.
+
+    The warm-up takes at most a tenth of the steps, so that a short run has more than that.
+    """
+    warmup = min(warmup, steps // 10)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

@@ -138,7 +138,13 @@ def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, m
     text(source / "phone.heic", "")
     with pytest.raises(InputError, match=r"line 8: .*phone\.heic is readable after `pip install pillow-heif`"):
         importers.import_folder(source, tmp_path / "out")
-    (source / "phone.heic").rename(source / ".hidden.jpg")
+    (source / "photos").mkdir()
+    for path in [*source.glob("*.jpg"), source / "phone.heic"]:
+        path.rename(source / "photos" / path.name)
+    with pytest.raises(InputError, match=r"line 8: .*photos/phone\.heic is readable after `pip install pillow-heif`"):
+        importers.import_folder(source, tmp_path / "out")
+    for path in (source / "photos").iterdir():
+        path.rename(source / (".hidden.jpg" if path.suffix == ".heic" else path.name))
     text(source / "c.csv", csv_rows("image,caption") + ".hidden.jpg,a ball\n")
     with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not among the images .* hidden files"):
         importers.import_folder(source, tmp_path / "out")
@@ -619,6 +625,20 @@ def test_names_of_splits(tmp_path):
     assert set(captions(tmp_path / "out", "val")) == {"3.jpg", "4.jpg", "5.jpg"}
 
 
+def test_an_image_keeps_its_split_when_others_are_added(tmp_path):
+    splits = []
+    for count in (120, 180):
+        folder = tmp_path / str(count)
+        for i in range(count):
+            make_image(folder / f"{i}.jpg")
+        text(folder / "c.csv", "image,caption\n" + "".join(f"{i}.jpg,a red ball\n" for i in range(count)))
+        importers.import_folder(folder, tmp_path / f"out{count}")
+        splits.append({split: set(captions(tmp_path / f"out{count}", split)) for split in ("train", "val", "test")})
+    before, after = splits
+    assert all(len(before[split]) > 1 for split in before)
+    assert all(before[split] < after[split] for split in before)
+
+
 def test_a_validation_split_is_made_from_the_training_split_and_reported(tmp_path, capsys):
     for i in range(45):
         make_image(tmp_path / "in" / f"{i}.jpg")
@@ -627,8 +647,8 @@ def test_a_validation_split_is_made_from_the_training_split_and_reported(tmp_pat
     )
     text(tmp_path / "in" / "c.csv", table)
     importers.import_folder(tmp_path / "in", tmp_path / "out")
-    assert [len(captions(tmp_path / "out", split)) for split in ("train", "val", "test")] == [39, 2, 4]
-    assert "moved 2 images of train to val, since there was no validation split" in capsys.readouterr().err
+    assert [len(captions(tmp_path / "out", split)) for split in ("train", "val", "test")] == [40, 1, 4]
+    assert "moved 1 image of train to val, since there was no validation split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["trainImages", "devImages", "testImages"])

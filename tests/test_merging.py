@@ -103,6 +103,20 @@ def test_a_leak_is_found_without_sizes_too(tmp_path, capsys):
     assert "found 1 image of val or test that another source seems to train on" in capsys.readouterr().err
 
 
+def test_captions_that_vizwiz_rejects_are_left_out(tmp_path, capsys):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    path = a / "annotations" / "captions_train.json"
+    first, second = json.loads(path.read_text())["annotations"]
+    spam = {**first, "id": 9, "caption": "x", "is_rejected": True}
+    ready = {**first, "id": 10, "caption": "Quality issues are too severe.", "is_precanned": True}
+    change(path, annotations=[first, second, spam, ready])
+    assert sum(map(len, CaptionDataset(a, "train", vocab_threshold=1, cache=tmp_path / "x").references().values())) == 2
+    assert "left out 2 rejected captions" in capsys.readouterr().err
+    importers.merge((a, b), tmp_path / "out")
+    assert captions(tmp_path / "out", "train")["a/0.jpg"] == [first["caption"]]
+    assert "left out 2 rejected captions" in capsys.readouterr().err
+
+
 def change(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

@@ -140,7 +140,8 @@ def test_without_network_the_error_names_the_choices(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(
-        InputError, match=r"no route to host.*tf_efficientnet_lite2 needs no network.*--weights takes a file"
+        InputError,
+        match=r"no route to host.*without a network, use --backbone tf_efficientnet_lite2, or --weights FILE",
     ):
         EncoderCNN(EMBED, weights="pretrained")
 

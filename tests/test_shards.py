@@ -172,6 +172,15 @@ def test_texts_of_which_any_may_be_the_image_s_are_left_out(tmp_path: Path, caps
     assert "2024.01.png" in error
 
 
+def test_missing_values_and_line_breaks_as_img2dataset_writes_them(tmp_path: Path):
+    whole = json.dumps({"caption": "Vintage lamp\nby Philips"}).encode()
+    files = [("0.png", PNG), ("0.txt", b"Vintage lamp\nby Philips"), ("0.json", whole)]
+    files += [("1.png", PNG), ("1.txt", b"nan"), ("2.png", PNG), ("2.json", b'{"caption": NaN}')]
+    pack(tmp_path / "train-0.tar", files)
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert list(data.references().values()) == [["Vintage lamp by Philips"]]
+
+
 def test_a_name_in_another_encoding(tmp_path: Path):
     files = [("caf\udce9.png", PNG), ("caf\udce9.txt", BALL)]
     pack(tmp_path / "train-0.tar", files)

@@ -48,6 +48,21 @@ FORMS = {
         ONE,
     ),
     "a pipe in quotes": ("c__csv", csv_rows("image|caption", '{}.jpg|"a red | ball"'), ["a red | ball"]),
+    "several texts of Label Studio": (
+        "c__csv",
+        csv_rows("annotator,caption,image", '1,"{{""text"":[""a red ball"",""one ball""]}}",{}.jpg'),
+        TWO,
+    ),
+    "several texts of Label Studio in JSON": (
+        "c__json",
+        json.dumps([{"image": f"{i}.jpg", "caption": {"text": TWO}} for i in range(6)]),
+        TWO,
+    ),
+    "a description and a comment on it": (
+        "c__csv",
+        csv_rows("filename,description,comment", "{}.jpg,a red ball,checked by Anna"),
+        ONE,
+    ),
     "brackets are no list": ("c__csv", csv_rows("filename,caption", "{}.jpg,[a red ball]"), ["[a red ball]"]),
     "filename": ("c__csv", csv_rows("filename,caption"), ONE),
     "image, after pandas' index": ("c__csv", csv_rows(",image,caption", "7,{}.jpg,a red ball"), ONE),
@@ -181,6 +196,7 @@ REFUSED = {
         r"line 1, .*'text' occurs twice",
     ),
     "not JSON": ("c__json", '[{"image": "0.jpg",\n"caption": }]', r"c\.json, line 2, is not JSON"),
+    "a workbook": ("c__csv", b"PK\3\4" + bytes(99), r"c\.csv is a zip archive or an Excel workbook, not a text file"),
     "an empty file": ("c__csv", "", r"c\.csv, line 1, should name"),
     "UTF-16 without a mark": ("c__csv", csv_rows("image,caption").encode("utf-16-le"), r"c\.csv holds zero bytes"),
     "a name outside": ("c__csv", csv_rows("image,caption", "../{}.jpg,a"), r"line 2: \.\./0\.jpg is not under"),
@@ -196,7 +212,7 @@ def test_tables_that_cannot_be_used_are_refused_with_file_and_entry(tmp_path, na
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600"])
+@pytest.mark.parametrize("empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600", "#NV", "#NAME?"])
 def test_empty_captions_are_left_out_and_counted(tmp_path, capsys, empty):
     table = csv_rows("image,caption") + f"3.jpg,{empty}\n4.jpg,{empty}\n"
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")

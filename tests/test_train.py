@@ -26,6 +26,7 @@ from captioning.captioner import Captioner
 from captioning.checkpoint import epochs_saved, load_model, read_description, resolve_weights
 from captioning.config import load_config
 from captioning.errors import InputError
+from captioning.hub import find_model
 from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
 from captioning.training import TrainingConfig, learning_rate_factor, read_log, train
@@ -516,6 +517,29 @@ def test_features_beyond_half_precision_are_a_sentence(small: Make, tiny_backbon
         train(small(weights=str(tmp_path / "resnet50.pth")))
 
 
+def test_a_short_run_has_more_than_a_warm_up():
+    factors = [learning_rate_factor(step, 30, 100) for step in range(30)]
+    assert factors.index(max(factors)) == 3
+    assert factors[-1] < 0.01
+
+
+def test_a_model_that_cannot_be_resumed_is_not_told_to_be(trained: Path, tmp_path: Path, run_here: Callable):
+    folder = shutil.copytree(trained, tmp_path / "two words")
+    command = ("train.py", train_module.main, "--data", tmp_path, "--models", tmp_path, "--name", "two words")
+    assert "--resume '" in run_here(*command)[2]
+    for name in ("resume.pt", "resume-previous.pt"):
+        (folder / name).unlink()
+    assert "--resume" not in run_here(*command)[2]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path, run_here: Callable, small: Make):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert small(cache="~/cache").cache == tmp_path / "cache"
+    errors = run_here("train.py", train_module.main, "--data=~/none", "--name", "x")[2]
+    assert f"{tmp_path}/none" in errors
+    assert find_model("~/mine") == tmp_path / "mine"
+
+
 def test_an_equals_sign_in_a_folder_s_name(trained: Path, tmp_path: Path):
     folder = shutil.copytree(trained, tmp_path / "lr=0.001")
     config, _ = train_module.parse_options(["--resume", str(folder)])
@@ -609,7 +633,7 @@ def test_the_command_deletes_a_model_only_when_asked_to(
     monkeypatch.setattr(train_module, "train", started.append)
     options = ["train.py", "--models", str(tmp_path), "--name", "small"]
     monkeypatch.setattr(sys, "argv", options)
-    with pytest.raises(InputError, match=r"small holds a model already; .*--resume .*--overwrite.*another --name"):
+    with pytest.raises(InputError, match=r"small holds a model already; .*--resume .*another --name.*--overwrite"):
         train_module.main()
     assert started == []
     for more in (["--overwrite"], ["--name", "other"], ["--resume", str(folder), "--learning-rate", "0.5"]):

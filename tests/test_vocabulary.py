@@ -15,6 +15,11 @@ def vocab() -> Vocabulary:
     return Vocabulary.build(CAPTIONS, threshold=1)
 
 
+def test_typographic_quotation_marks_are_straight_ones():
+    assert tokenize("A man’s hat isn’t “red”.") == tokenize("a man's hat isn't \"red\".")
+    assert tokenize("l’homme") == tokenize("l'homme")
+
+
 def test_a_caption_becomes_lower_case_tokens_with_punctuation_apart():
     assert tokenize("A man's dog, running.") == ["a", "man", "'s", "dog", ",", "running", "."]
 
