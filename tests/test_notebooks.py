@@ -106,7 +106,7 @@ def test_no_output_is_a_widget(path: Path):
 @each
 def test_the_first_cell_installs_in_colab_and_the_text_says_so(path: Path):
     cells = json.loads(path.read_text())["cells"]
-    assert "In Colab" in source(cells[0])
+    assert "Open in Colab" in source(cells[0])
     assert "GPU" in source(cells[0])
     assert "google.colab" in source(cells[1])
     assert "git clone" in source(cells[1])
