@@ -296,6 +296,26 @@ def test_a_photo_that_was_repaired_is_captioned_when_the_file_is_resumed(
     assert rows == [json.loads(line) for line in (tmp_path / "at-once.jsonl").read_text().splitlines()]
 
 
+def test_no_open_file_is_replaced(command: Callable, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
+    folder.mkdir()
+    for i in range(2):
+        draw_noise(i).save(folder / f"{i}.png")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(b"no image")
+    command(folder, "--model", trained, "--output", output)
+    (folder / "0.png").write_bytes(whole)
+    replaced: list[Path] = []
+
+    def replace(path: Path, _: dict) -> None:  # as Windows, which refuses it
+        assert str(path) not in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        replaced.append(path)
+
+    monkeypatch.setattr(bulk, "_replace_rows", replace)
+    assert command(folder, "--model", trained, "--output", output)[0] == 0
+    assert replaced == [output]
+
+
 def test_a_run_that_is_refused_leaves_the_rows_as_they_are(command: Callable, trained: Path, tmp_path: Path):
     folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
     folder.mkdir()

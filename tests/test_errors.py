@@ -14,12 +14,13 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 from captioning.annotations import read_annotations
 from captioning.checkpoint import read_description
 from captioning.config import read_recipe
-from captioning.errors import InputError, describe_network_error, warn_once
+from captioning.errors import InputError, describe_network_error, quoted, warn_once
 from captioning.metrics import read_references, score_results
 from captioning.reports import Report
 from captioning.shards import read_samples
@@ -97,6 +98,32 @@ def test_a_path_longer_than_the_systems_is_a_sentence(name: str, tmp_path: Path)
 def test_a_network_error_is_a_few_words(error: Exception, cause: Exception | None, text: str):
     error.__cause__ = cause
     assert describe_network_error(error) == text
+
+
+def test_a_gpu_without_memory_is_a_sentence(run_here: Callable):
+    def fail() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    code, _, errors = run_here("caption.py", fail)
+    assert (code, errors.startswith("error: the GPU has too little free memory; ")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [("~/a", "/home/a"), ("--x=~/a", "/home/a"), ("~", "/home"), ("a~/b", "a~/b"), ("~a", "~a"), ("--x=~a", "--x=~a")],
+)
+def test_a_tilde_is_expanded_where_shells_leave_it(monkeypatch, run_here: Callable, argument: str, expected: str):
+    monkeypatch.setenv("HOME", "/home")
+    seen: list[str] = []
+    run_here("caption.py", lambda: seen.append(sys.argv[1]), argument)
+    assert seen[0].removeprefix("--x=" if expected.startswith("/") else "") == expected
+
+
+def test_a_command_to_paste_has_its_path_quoted(monkeypatch):
+    assert quoted(Path("models/mine")) == "models/mine"
+    assert quoted(Path("models/my photos")) == "'models/my photos'"
+    monkeypatch.setattr(os, "name", "nt")
+    assert quoted("models\\my photos") == '"models\\my photos"'
 
 
 def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):

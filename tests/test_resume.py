@@ -481,11 +481,14 @@ def test_weights_that_are_no_numbers_are_noticed_before_the_save_within_an_epoch
 
 
 def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training.CaptioningModel, "forward", fail)
     with pytest.raises(InputError, match=r"batch of 16 captions; use a smaller --batch-size"):
+        train(config())
+    monkeypatch.setattr(training, "stored_features", fail)
+    with pytest.raises(InputError, match=r"features with resnet50; use a smaller --image-size or --views or another"):
         train(config())
 
 
