@@ -276,7 +276,8 @@ def _read_training_captions(data: Path, captioner: Captioner) -> list[str] | Non
     try:
         path = find_split(data, "train")[0]
         learned_from = [member.description.data.get("train_sha256") for member in _members(captioner)]
-        if any(hashed != hash_file(path) for hashed in learned_from):
+        here = hash_file(path)
+        if any(hashed != here for hashed in learned_from):
             raise InputError(f"{path} is not known to be the file that the model was trained on.")
         references = read_references(path)
     except InputError as error:

@@ -74,13 +74,18 @@ def test_it_captions_images_that_it_was_not_trained_on(shared: Path, tmp_path: P
     assert len({caption.text for caption in evaluation.captions.values()}) > 100
 
 
-def test_the_importer_reads_the_captions_of_imagenet_that_it_was_trained_on(tmp_path: Path):
-    shutil.copy(ROOT / "configs" / "imagenet.csv", tmp_path / "metadata.csv")
-    with open(tmp_path / "metadata.csv", newline="") as file:
+def import_captions(table: str, folder: Path) -> None:
+    """Import a table of configs/ into `folder`/data, with drawn images in the place of its photos."""
+    shutil.copy(ROOT / "configs" / table, folder / "metadata.csv")
+    with open(folder / "metadata.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for i, row in enumerate(rows):
-        make_image(tmp_path / row["file_name"], (8 + i % 100, 8 + i // 100))
-    importers.import_folder(tmp_path, tmp_path / "data")
+        make_image(folder / row["file_name"], (8 + i % 100, 8 + i // 100))
+    importers.import_folder(folder, folder / "data")
+
+
+def test_the_importer_reads_the_captions_of_imagenet_that_it_was_trained_on(tmp_path: Path):
+    import_captions("imagenet.csv", tmp_path)
     assert len(captions(tmp_path / "data", "train")) == 980
     assert len(captions(tmp_path / "data", "val")) == 20
     assert {len(texts) for split in ("train", "val") for texts in captions(tmp_path / "data", split).values()} == {4}
@@ -88,12 +93,7 @@ def test_the_importer_reads_the_captions_of_imagenet_that_it_was_trained_on(tmp_
 
 
 def test_the_importer_reads_the_captions_of_caltech101_that_it_was_trained_on(tmp_path: Path):
-    shutil.copy(ROOT / "configs" / "caltech101.csv", tmp_path / "metadata.csv")
-    with open(tmp_path / "metadata.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for i, row in enumerate(rows):
-        make_image(tmp_path / row["file_name"], (8 + i % 100, 8 + i // 100))
-    importers.import_folder(tmp_path, tmp_path / "data")
+    import_captions("caltech101.csv", tmp_path)
     train, val = (captions(tmp_path / "data", split) for split in ("train", "val"))
     texts = train | val
     assert (len(train), len(val)) == (465, 24)
