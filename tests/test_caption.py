@@ -296,13 +296,19 @@ def test_a_photo_that_was_repaired_is_captioned_when_the_file_is_resumed(
     assert rows == [json.loads(line) for line in (tmp_path / "at-once.jsonl").read_text().splitlines()]
 
 
-def test_no_open_file_is_replaced(command: Callable, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
+def draw_photos_of_which_the_first_is_broken(folder: Path, count: int) -> bytes:
+    """Draw photos called 0.png and so on; returns what the first would hold."""
     folder.mkdir()
-    for i in range(2):
+    for i in range(count):
         draw_noise(i).save(folder / f"{i}.png")
     whole = (folder / "0.png").read_bytes()
     (folder / "0.png").write_bytes(b"no image")
+    return whole
+
+
+def test_no_open_file_is_replaced(command: Callable, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
+    whole = draw_photos_of_which_the_first_is_broken(folder, 2)
     command(folder, "--model", trained, "--output", output)
     (folder / "0.png").write_bytes(whole)
     replaced: list[Path] = []
@@ -318,11 +324,7 @@ def test_no_open_file_is_replaced(command: Callable, trained: Path, tmp_path: Pa
 
 def test_a_run_that_is_refused_leaves_the_rows_as_they_are(command: Callable, trained: Path, tmp_path: Path):
     folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
-    folder.mkdir()
-    for i in range(3):
-        draw_noise(i).save(folder / f"{i}.png")
-    whole = (folder / "0.png").read_bytes()
-    (folder / "0.png").write_bytes(b"no image")
+    whole = draw_photos_of_which_the_first_is_broken(folder, 3)
     command(folder, "--model", trained, "--output", output)
     before = output.read_bytes()
     (folder / "0.png").write_bytes(whole)
