@@ -85,7 +85,7 @@ class ImageIndex:
         for path in () if keys else self.unreadable:
             key = "/" + _normalize(path.relative_to(self.folder).as_posix())
             if wanted in (key, key[: -len(path.suffix)]) or (anywhere and key.endswith(wanted)):
-                raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
+                raise _needs_heif(path, where)
         paths = [path for key in keys for path in self.paths[key]]
         if len(paths) > 1:
             raise InputError(
@@ -126,11 +126,15 @@ class ImageIndex:
         if key in self.paths:
             return [key]
         if path.suffix.lower() in HEIF_SUFFIXES:
-            raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
+            raise _needs_heif(path, where)
         raise InputError(
             f"{where}: {path} is not among the images under {self.folder}, which leave out hidden files and those "
             f"without the suffix of an image; rename it."
         )
+
+
+def _needs_heif(path: Path, where: str) -> InputError:
+    return InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
 
 
 def _normalize(name: str) -> str:
