@@ -23,6 +23,7 @@ from benchmarks.training_speed import RECIPE_BATCH, WARM_UP
 from captioning.distributed import autocast, fast_dtype
 from captioning.features import BATCH
 from captioning.images import ImageDataset, build_transform, read_batches
+from captioning.shards import Member
 from data_loader import CaptionDataset
 from vocabulary import END, START
 
@@ -57,22 +58,22 @@ def measure_peer(material: Material, training_rate: float, captioning_rate: floa
 
 def build_peer(words: int, image_size: int) -> Any:
     """Build a VisionEncoderDecoderModel with random weights and a frozen encoder."""
-    from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+    import transformers  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     tokens = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
     sizes = {"num_hidden_layers": ENCODER_LAYERS, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
-    vit = ViTConfig(hidden_size=WIDTH, image_size=image_size, **sizes)
-    gpt = GPT2Config(vocab_size=words, n_embd=WIDTH, n_layer=DECODER_LAYERS, n_head=HEADS, **tokens)
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt)
+    vit = transformers.ViTConfig(hidden_size=WIDTH, image_size=image_size, **sizes)
+    gpt = transformers.GPT2Config(vocab_size=words, n_embd=WIDTH, n_layer=DECODER_LAYERS, n_head=HEADS, **tokens)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt)
     config.decoder_start_token_id, config.pad_token_id = START, END
-    peer = VisionEncoderDecoderModel(config=config).to(DEVICE)
+    peer = transformers.VisionEncoderDecoderModel(config=config).to(DEVICE)
     peer.encoder.requires_grad_(False)
     return peer
 
 
 def read_pixels(
-    material: Material, paths: Sequence[Path], batches: Iterable[list[int]], train: bool
+    material: Material, paths: Sequence[Path | Member], batches: Iterable[list[int]], train: bool
 ) -> Iterator[Tensor]:
     """Yield batches of images for the ViT, (B, 3, H, W) from -1 to 1."""
     images = ImageDataset(paths, build_transform(train, material.settings.image_size, normalize=False))

@@ -62,15 +62,17 @@ def caption_plainly(config: TrainingConfig, val: CaptionDataset) -> dict[int, st
     for _ in tqdm(losses, "plain recipe", steps, disable=None):
         pass
     encoder, decoder = encoder.eval(), decoder.eval()
-    ids = val.image_ids.tolist()
-    return {i: recipe.caption(p, data, encoder, decoder, DEVICE) for i, p in zip(ids, val.paths, strict=True)}
+    ids, paths = val.image_ids.tolist(), [path for path in val.paths if isinstance(path, Path)]
+    return {i: recipe.caption(p, data, encoder, decoder, DEVICE) for i, p in zip(ids, paths, strict=True)}
 
 
 def caption_with(config: TrainingConfig, val: CaptionDataset) -> dict[int, str]:
     """Train the project; returns its captions of the validation images, by image id."""
     with TemporaryDirectory() as models:
         config.models = Path(models)
-        return evaluate(Captioner.load(train(config)), val, Decoding(), java=False).hypotheses()
+        evaluation = evaluate(Captioner.load(train(config)), val, Decoding(), java=False)
+    assert evaluation is not None  # it is None in further processes
+    return evaluation.hypotheses()
 
 
 def run(settings: Settings) -> Path:

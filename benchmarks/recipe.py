@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,25 +56,26 @@ class Captions(Dataset):
     ):
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
             self.coco = COCO(str(annotations))
-        self.image_folder, self.ids = image_folder, list(self.coco.anns)
+        self.annotations: dict[int, Any] = self.coco.anns  # its stub has the fields of detection only
+        self.image_folder, self.ids = image_folder, list(self.annotations)
         if words is None:
             counts: Counter[str] = Counter()
             for i in self.ids:
-                counts.update(words_of(self.coco.anns[i]["caption"]))
+                counts.update(words_of(self.annotations[i]["caption"]))
             words = SPECIAL_WORDS + [word for word, count in counts.items() if count >= threshold]
         self.index = {word: index for index, word in enumerate(words)}
-        self.lengths = [len(words_of(self.coco.anns[i]["caption"])) for i in self.ids]
+        self.lengths = [len(words_of(self.annotations[i]["caption"])) for i in self.ids]
         resize = T.Resize(round(image_size * 256 / 224))
         normalize = [T.ToTensor(), T.Normalize(mean, std)]
         crop = [T.RandomCrop(image_size), T.RandomHorizontalFlip()]
-        self.transform = T.Compose([resize, *crop, *normalize])
-        self.test_transform = T.Compose([resize, T.CenterCrop(image_size), *normalize])
+        self.transform: Callable[[Image.Image], Tensor] = T.Compose([resize, *crop, *normalize])
+        self.test_transform: Callable[[Image.Image], Tensor] = T.Compose([resize, T.CenterCrop(image_size), *normalize])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        annotation = self.coco.anns[self.ids[i]]
+        annotation = self.annotations[self.ids[i]]
         name = self.coco.loadImgs(annotation["image_id"])[0]["file_name"]
         image = self.transform(Image.open(self.image_folder / name).convert("RGB"))
         tokens = [self.index.get(word, 2) for word in words_of(annotation["caption"])]

@@ -96,7 +96,7 @@ def _against_the_backbone(captioning: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _peer(peer: dict[str, float], results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _peer(peer: dict[str, float], results: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [
         (
             "training, captions/s",

@@ -77,7 +77,7 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """Run a command line's `main`; a user's mistake becomes one sentence on stderr and exit code 2.
 
     Of several processes that were launched together, the first one to fail prints its error, and the others exit.

@@ -151,7 +151,7 @@ def draw_architecture(
     embed_size: int = 256, hidden_size: int = 512, vocab_size: int = 10_000, image_size: int = 224
 ) -> matplotlib.figure.Figure:
     """Draw the whole figure, labeled with these sizes; image_size is in pixels."""
-    figure = matplotlib.figure.Figure(figsize=(12.6, 8.56), layout="none")
+    figure = matplotlib.figure.Figure(figsize=(12.6, 8.56), layout="none")  # pyright: ignore[reportArgumentType]  its stub lacks "none"
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     source = draw_encoder(axes, embed_size, image_size)
     draw_decoder(axes, source, embed_size, hidden_size, vocab_size)

@@ -26,6 +26,7 @@ def take(output: Path = ROOT / "images" / "page.png", example: str = "cat", port
     """
     command = [sys.executable, ROOT / "gradio_main.py", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as server, sync_playwright() as playwright:
+        assert server.stdout is not None
         try:
             server.stdout.readline()  # the page's address, once it is served
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
