@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import run_script
 from test_resume import assert_same_model, at_step
-from test_train import judged  # noqa: F401
+from test_training import judged  # noqa: F401
 from torch import Tensor
 
 import train as train_module
