@@ -176,8 +176,6 @@ def main(
         if this_process().is_main_process:
             _score_file(references, results, json_)
         return
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, not {limit}.")
     decoding.check()
     if decoding.alternatives:
         raise InputError("--alternatives has no effect on an evaluation, which scores one caption per image.")
@@ -192,7 +190,9 @@ def main(
         log("{model}, {weights}, trained on {trained_on}; evaluated on {data}, {split} split".format(**about))
         results = _choose_output(results, dataset)
         training_captions = _read_training_captions(data, captioner)
-    evaluation = evaluate(captioner, dataset, decoding, limit, workers, None, skip_unreadable, results)
+    evaluation = evaluate(
+        captioner, dataset, decoding, limit, workers, skip_unreadable=skip_unreadable, results=results
+    )
     if evaluation is not None:
         _report(evaluation, about, diversity(evaluation.hypotheses(), training_captions), json_)
         if results is not None:

@@ -65,9 +65,14 @@ class CommandOptions:
 
 def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     """Parse the options of a command line; the defaults are those of its recipe, or of the run that it resumes."""
-    values: dict[str, Any] = {"default": grouped(starting_values(arguments))}
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    options = tyro.cli(CommandOptions, prog="train.py", description=__doc__, args=arguments, config=flat, **values)
+    options = tyro.cli(
+        CommandOptions,
+        prog="train.py",
+        description=__doc__,
+        args=arguments,
+        default=grouped(starting_values(arguments)),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
     groups = {name: value for name, value in vars(options).items() if name != "run"}
     fields = {name: value for group in groups.values() for name, value in vars(group).items()}
     if options.run.resume is not None:

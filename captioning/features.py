@@ -37,6 +37,7 @@ from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
 
+VERSION = "3"  # of the files; features of another version are computed again
 # On a CPU a small batch stays in its cache; on a GPU many workers read as many batches at once.
 BATCH = 64 if torch.cuda.device_count() else 16
 
@@ -144,7 +145,7 @@ def _lock(path: Path) -> AbstractContextManager:
 def _key(
     encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Preprocessing, views: int, dtype: torch.dtype
 ) -> str:
-    about = ["3", encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size, str(dtype)]
+    about = [VERSION, encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size, str(dtype)]
     digest = hashlib.sha256(json.dumps(about).encode())
     hash_weights(digest, encoder.network)
     for path in paths:

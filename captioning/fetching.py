@@ -166,12 +166,11 @@ async def fetch(
     """Download `url` to `path`, resuming from `path`.part where an earlier attempt left one.
 
     Args:
-        size: Expected number of bytes.
-        sha256: Expected checksum.
-        tasks: The tasks that this download is one of; their progress bar counts bytes.
+        size: expected number of bytes.
+        sha256: expected checksum.
+        tasks: the tasks that this download is one of; their progress bar counts bytes.
 
-    Raises:
-        InputError: The server has a different file, or cannot be reached after several attempts.
+    Raises `InputError` where the server has a different file, or cannot be reached after several attempts.
     """
     tasks = tasks or ConcurrentTasks(size, "B", unit_scale=True, desc=path.name)
     part = path.with_name(path.name + ".part")
@@ -243,13 +242,12 @@ def extract(
     """Unpack `members` of a zip archive, each of them atomically.
 
     Args:
-        members: A file's name in the archive, or a folder's with its closing slash -> destination.
-        at_most: Maximum number of bytes of all members together.
-        stop: Event that ends the unpacking early, as an error does.
+        members: a file's name in the archive, or a folder's with its closing slash -> destination.
+        at_most: maximum number of bytes of all members together.
+        stop: event that ends the unpacking early, as an error does.
 
-    Raises:
-        InputError: The archive is damaged, lacks a member, is larger than `at_most`, does not fit on the disk, or
-            has a name that leads out of its folder.
+    Raises `InputError` where the archive is damaged, lacks a member, is larger than `at_most`, does not fit on the
+    disk, or has a name that leads out of its folder.
     """
     temporary = archive.with_name(archive.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -80,12 +80,7 @@ class ImageIndex:
         The name is a path relative to the folder, or with `anywhere` the end of such a path; its suffix may be missing.
         Raises `InputError` where several images match, and where the matching one is not a regular file.
         """
-        keys = self._matches(name, anywhere) or self._linked(name, where)
-        wanted = "/" + _normalize(name.replace("\\", "/"))
-        for path in () if keys else self.unreadable:
-            key = "/" + _normalize(path.relative_to(self.folder).as_posix())
-            if wanted in (key, key[: -len(path.suffix)]) or (anywhere and key.endswith(wanted)):
-                raise _needs_heif(path, where)
+        keys = self._matches(name, anywhere) or self._linked(name, where, anywhere)
         paths = [path for key in keys for path in self.paths[key]]
         if len(paths) > 1:
             raise InputError(
@@ -117,24 +112,25 @@ class ImageIndex:
                 return keys
         return []
 
-    def _linked(self, name: str, where: str) -> list[str]:
+    def _linked(self, name: str, where: str, anywhere: bool) -> list[str]:
         """Return the key of the image that a link leads to; raises `InputError` for a file that is not in the index."""
-        path = self.folder / name
-        if not os.path.isfile(path):
-            return []
-        key = _normalize(os.path.relpath(os.path.realpath(path), os.path.realpath(self.folder)))
-        if key in self.paths:
-            return [key]
-        if path.suffix.lower() in HEIF_SUFFIXES:
-            raise _needs_heif(path, where)
-        raise InputError(
-            f"{where}: {path} is not among the images under {self.folder}, which leave out hidden files and those "
-            f"without the suffix of an image; rename it."
-        )
-
-
-def _needs_heif(path: Path, where: str) -> InputError:
-    return InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
+        file, target = self.folder / name, None
+        if os.path.isfile(file):
+            target = _normalize(os.path.relpath(os.path.realpath(file), os.path.realpath(self.folder)))
+            if target in self.paths:
+                return [target]
+        wanted = _normalize(name.replace("\\", "/"))
+        for path in self.unreadable:
+            key = _normalize(path.relative_to(self.folder).as_posix())
+            is_wanted = key in (wanted, target) or key[: -len(path.suffix)] == wanted
+            if is_wanted or (anywhere and key.endswith(f"/{wanted}")):
+                raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
+        if target is not None:
+            raise InputError(
+                f"{where}: {file} is not among the images under {self.folder}, which leave out hidden files and those "
+                f"without the suffix of an image; rename it."
+            )
+        return []
 
 
 def _normalize(name: str) -> str:

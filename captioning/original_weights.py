@@ -33,16 +33,11 @@ class _VocabularyUnpickler(pickle.Unpickler):
 
 
 def read_vocab_pickle(path: Path) -> list[str]:
-    """Return the words of the original's `vocab.pkl`, in the order of their indices.
+    """Return the words of the original's `vocab.pkl`, in the order of their indices: `<start>`, `<end>`, `<unk>` first.
 
     Nothing that the pickle asks for is imported or called: a pickle that builds more than one plain object of words
-    and numbers is refused.
-
-    Returns:
-        Every word, `<start>`, `<end>` and `<unk>` first: the word at position i has index i.
-
-    Raises:
-        InputError: The file cannot be read, asks for more than a vocabulary, or lacks a part of one.
+    and numbers is refused. Raises `InputError` where the file cannot be read, asks for more than a vocabulary, or
+    lacks a part of one.
     """
     data = read_bytes(path, MAX_PICKLE_BYTES)
     try:
@@ -71,9 +66,8 @@ def read_vocab_pickle(path: Path) -> list[str]:
 def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> None:
     """Write a model's folder from encoder-<i>.pkl, decoder-<i>.pkl and vocab.pkl of the original recipe's code.
 
-    Raises:
-        InputError: A file is not from the original recipe, they are from different runs, or `folder` holds
-            something already or cannot be written.
+    Raises `InputError` where a file is not from the original recipe, they are from different runs, or `folder` holds
+    something already or cannot be written.
     """
     require_new_folder(folder)
     words = read_vocab_pickle(vocab)

@@ -29,6 +29,7 @@ from captioning.images import ImageDataset, build_transform
 from captioning.weights import hash_weights
 from model import EncoderCNN
 
+VERSION = "1"  # of the files; backbones of another version are quantized again
 IMAGES = Path(__file__).parents[1] / "images"
 CROPS = 4  # random crops of each image for calibration, in addition to the whole image
 
@@ -98,7 +99,7 @@ def quantize(encoder: EncoderCNN, preprocessing: Preprocessing, cache: Path = CA
 
 
 def _key(encoder: EncoderCNN, preprocessing: Preprocessing, version: str) -> str:
-    digest = hashlib.sha256(json.dumps(["1", version, encoder.backbone_name, asdict(preprocessing)]).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, version, encoder.backbone_name, asdict(preprocessing)]).encode())
     hash_weights(digest, encoder.network)
     for path in calibration_files():
         digest.update(path.read_bytes())

@@ -45,14 +45,13 @@ class Scalars:
     """
 
     def __init__(self, folder: Path, wanted: bool):
-        self.folder, self.writer = folder / "tensorboard", None
+        self.folder, self.make, self.writer = folder / "tensorboard", None, None
         if wanted:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise InputError("--tensorboard needs the package tensorboard; pip install tensorboard.") from None
             self.make = SummaryWriter
-        self.wanted = wanted
 
     def remove(self) -> None:
         """Delete the scalars of an earlier run in the folder."""
@@ -60,7 +59,7 @@ class Scalars:
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Write values at a step; after a resume, they replace those from the same step on."""
-        if not self.wanted:
+        if self.make is None:
             return
         if self.writer is None:
             self.writer = self.make(self.folder, purge_step=step)
