@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import tyro
@@ -24,7 +24,16 @@ from captioning.files import hash_file, read_text, require_new_folder
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
-from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
+from captioning.tables import (
+    ENCODING_ADVICE,
+    SPLIT_ALIASES,
+    Row,
+    clean_caption,
+    read_json,
+    read_table,
+    read_token_file,
+    split_captions,
+)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -46,7 +55,8 @@ def _write(images: list[SourceImage], source: Path, destination: Path, report: R
         if not image.captions:
             report.add("image{s} without a caption", str(image.path))
     if not captioned:
-        raise InputError(f"{source} has no image with a caption; nothing was written.")
+        about = "; ".join(report.lines())
+        raise InputError(f"{source} has no image with a caption{f' ({about})' * bool(about)}; nothing was written.")
     assign_splits(captioned, source, report)
     write_dataset(captioned, destination)
     report.print()
@@ -56,6 +66,39 @@ def _captions(row: Row, report: Report) -> list[str]:
     for _ in range(row.captions.count("")):
         report.add("empty caption{s}", row.where)
     return [caption for caption in row.captions if caption]
+
+
+def _find_images(rows: list[Row], index: ImageIndex, anywhere: bool = False) -> list[str | None]:
+    """Find the images of rows: their keys in the index, None where there is none.
+
+    If the index holds none of the names, they may repeat the end of its folder's path, as images/0.jpg in images/ does.
+    If that does not help either, or with `anywhere`, images are found in subfolders, too.
+    """
+    folder = Path(os.path.abspath(index.folder)).parts
+    names = [row.image for row in rows]
+    for paths in (names, [_without_overlap(folder, name) for name in names]):
+        if index.holds_any(paths):
+            return [index.find(path, row.where, anywhere) for path, row in zip(paths, rows, strict=True)]
+    return [index.find(row.image, row.where, anywhere=True) for row in rows]
+
+
+def _without_overlap(folder: tuple[str, ...], name: str) -> str:
+    """Return the name without its first folders if the path of `folder` ends in them."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    overlap = next((count for count in range(len(parts) - 1, 0, -1) if folder[-count:] == parts[:count]), 0)
+    return "/".join(parts[overlap:]) if overlap else name
+
+
+def _missing_image(row: Row, index: ImageIndex) -> InputError:
+    """Return the error for a row whose image is missing; it gives an image of a similar name, if there is one."""
+    wanted = row.image.replace("\\", "/").casefold()
+    near = [key for key in index.paths if Path(key.casefold()).stem == Path(wanted).stem]
+    near.sort(key=lambda key: key.casefold() != wanted)  # names that differ in case only come first
+    there = f" (there is {near[0]})" if near else ""
+    return InputError(
+        f"{row.where}: {row.image} is not under {index.folder}{there}; correct its name, remove the row, or name the "
+        "folder that holds it with --images."
+    )
 
 
 # Flickr8k and Flickr30k
@@ -87,27 +130,29 @@ def import_flickr(
         if row.split:
             set_split(splits, row.image, row.where, row.split)
     index = ImageIndex(_source_folder(images or folder))
-    # A name is searched in all subfolders, unless --images names the folder that holds the images directly.
-    anywhere = images is None or not index.holds_any(captions)
-
     split_files = [path for path in texts if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)]
     read_split_files(split_files, captions, table, encoding, splits)
-    rows: dict[str, Row] = {}
-    for name in captions:
+    rows: list[Row] = []
+    for name, texts in captions.items():
         if split_files and name not in splits:
             report.add("image{s} in no split file", name)
-            continue
-        where, split = splits.get(name, (str(table), ""))
-        key = index.find(name, where, anywhere)
-        if key is not None:
-            if key in rows:
-                raise InputError(f"{where}: {name} and {rows[key].image} are both {index.paths[key][0]}; name it once.")
-            rows[key] = Row(where, name, captions[name], split)
-        elif split:
-            raise InputError(f"{where}: {name} is not under {index.folder}.")
-        else:  # Flickr8k has captions of an image that is not part of it (2258277193_586949ec62.jpg.1)
-            report.add(f"captioned image{{s}} not under {index.folder}", name)
-    _write(_name_images(rows, index), table, destination, report)
+        else:
+            where, split = splits.get(name, (str(table), ""))
+            rows.append(Row(where, name, texts, split))
+    keys: dict[str, Row] = {}
+    for row, key in zip(rows, _find_images(rows, index, anywhere=images is None), strict=True):
+        if key is None and row.split:
+            raise _missing_image(row, index)
+        if key is None:  # Flickr8k has captions of an image that is not part of it (2258277193_586949ec62.jpg.1)
+            report.add(f"captioned image{{s}} not under {index.folder}", row.image)
+        elif key in keys:
+            both = f"{row.image} and {keys[key].image} are both {index.paths[key][0]}"
+            raise InputError(f"{row.where}: {both}; name it once.")
+        else:
+            keys[key] = row
+    if rows and not keys:
+        raise _missing_image(rows[0], index)
+    _write(_name_images(keys, index), table, destination, report)
 
 
 def _name_images(rows: dict[str, Row], index: ImageIndex) -> list[SourceImage]:
@@ -166,7 +211,7 @@ def import_karpathy(source: Source, destination: Destination, images: Path | Non
     keys: dict[str, Row] = {}
     for row, key in zip(rows, keys_of_rows, strict=True):
         if key is None:
-            raise InputError(f"{row.where}: {row.image} is not under {index.folder}; name its folder with --images.")
+            raise _missing_image(row, index)
         if key in keys:
             raise InputError(f"{row.where}: {index.paths[key][0]} is the image of {keys[key].where} already.")
         keys[key] = row
@@ -214,7 +259,7 @@ def import_folder(
 ) -> None:
     """Convert your own images, with a table of captions or a .txt file per image, to COCO's layout.
 
-    A table is CSV, TSV, JSON Lines or a JSON array, such as Hugging Face's metadata.csv or metadata.jsonl.
+    A table is CSV, TSV, JSON Lines or JSON with one list, such as Hugging Face's metadata.csv or metadata.jsonl.
     Its column photo (or image, file_name, filename) gives the image's path below the images' folder, caption (or
     text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. Text files
     have one caption per line. Without a column split or set, folders called train, val and test give the splits
@@ -234,12 +279,10 @@ def import_folder(
         rows, kind = _folder_rows(folder, index, encoding, report)
     else:
         rows, kind = _read_tables([source], folder, encoding), "row"
-    direct = index.holds_any(row.image for row in rows)
     result: dict[str, SourceImage] = {}
-    for row in rows:
-        key = index.find(row.image, row.where, anywhere=not direct)
+    for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:
-            raise InputError(f"{row.where}: {row.image} is not under {index.folder}; put it there or remove the row.")
+            raise _missing_image(row, index)
         image = result.setdefault(key, SourceImage(index.paths[key][0], key, row.split))
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in an earlier line.")
@@ -298,7 +341,7 @@ def _read_tables(tables: list[Path], folder: Path, encoding: str | None) -> list
 def _read_text_files(
     folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
 ) -> list[Row]:
-    """Read the captions of images from .txt files of the same name, one per line."""
+    """Read the captions of an image 0.jpg from 0.txt or 0.jpg.txt, one per line."""
     texts: dict[Path, Path] = {}
     for path in (path for path in files if path.suffix.lower() == ".txt"):
         if texts.setdefault(path.with_suffix(".txt"), path) is not path:
@@ -306,18 +349,20 @@ def _read_text_files(
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():
-        text = texts.get((folder / path.relative_to(index.folder)).with_suffix(".txt"))
-        if text is None:
+        beside = folder / path.relative_to(index.folder)
+        found = [texts[name] for name in (beside.with_suffix(".txt"), Path(f"{beside}.txt")) if name in texts]
+        if not found:
             continue
+        text, *others = found
+        if others:
+            raise InputError(f"{text} and {others[0]} are for one image; keep one of the two.")
         if text in owners:
             raise InputError(f"{text} may be of {owners[text]} or of {path}; keep one of the two images.")
         owners[text] = path
-        lines = read_text(text, encoding, ENCODING_ADVICE).strip("\n").split("\n")
-        rows += [
-            Row(f"{text}, line {number}", key, [clean_caption(line, f"{text}, line {number}")], "")
-            for number, line in enumerate(lines, 1)
-            if line.strip() or len(lines) == 1
-        ]
+        about = text.with_suffix(".json")
+        read_about = (lambda about=about: read_json(about, read_text(about))) if about.is_file() else None
+        lines = split_captions(read_text(text, encoding, ENCODING_ADVICE), text, read_about)
+        rows += [Row(where, key, [clean_caption(line, where)], "") for where, line in lines]
     if rows:
         for text in sorted(set(texts.values()) - owners.keys()):
             report.add(".txt file{s} without an image", str(text))

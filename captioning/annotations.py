@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,10 +24,12 @@ from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
-from captioning.tables import MAX_CAPTION
+from captioning.tables import MAX_CAPTION, is_missing
 from vocabulary import tokenize
 
 MAX_DEPTH = 100  # maximum nesting of lists and objects in an annotation file
+MEAN_WORD = 6  # mean length of words in scripts without spaces above which they are sentences; Thai's have about 4
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 # The entries of a JSON file
 
@@ -86,6 +89,7 @@ def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int
         text = error.args[0] if error.args else ""
         reason, *near = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split("\n")
         where = f", near {near[0].strip()!r}" if near and near[0].strip() else ""
+        where += "; write null for NaN" * ("NaN" in where)
         raise InputError(f"{path} is not JSON ({reason}{where}).") from None
 
 
@@ -170,9 +174,11 @@ def _parse_image(entry: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _parse_caption(entry: Any) -> tuple[int, list[str] | None]:
+    """Return the image id and its captions, "" for a missing one; None where they are rejected."""
     image_id, caption = parse_image_id(_field(entry, "image_id")), _field(entry, "caption")
-    captions = [caption] if isinstance(caption, str) else caption
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+    captions = caption or [None] if isinstance(caption, list) else [caption]
+    captions = ["" if is_missing(text) else text for text in captions]
+    if not all(isinstance(text, str) for text in captions):
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     if any(len(text) > MAX_CAPTION for text in captions):
         raise InputError(f"has a caption of more than {MAX_CAPTION:,} characters")
@@ -204,10 +210,10 @@ def read_images(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_captions(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the captions of an annotation file as written: image id, caption. Skips empty and rejected ones."""
+    """Yield the captions of an annotation file as written: image id, caption. Skips missing and rejected ones."""
     for _, _, (image_id, captions) in _read_entries(path, ["annotations"]):
         for caption in captions or ():
-            if caption.strip():
+            if caption:
                 yield image_id, caption
 
 
@@ -287,16 +293,17 @@ class Annotations:
     offsets: np.ndarray  # (captions + 1,) int64
     image_rows: np.ndarray  # (captions,) int32
     byte_ranges: np.ndarray | None  # (images, 2) int64 offset and size, where the images are in tar files
-    skipped: list[str]  # one sentence for each kind of entry that was left out
+    skipped: list[str]  # one sentence for each kind of entry that was left out, and each other warning
 
 
 def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     """Read and tokenize a COCO captions or image_info file, or load the arrays that an earlier call has cached.
 
-    Skips empty captions and, where the file has captions, images without any, and says so on stderr. Raises
-    `InputError` where the file is missing, not JSON, not COCO's, or empty.
+    Skips missing captions and, where the file has captions, images without any, and says so on stderr. Warns of
+    training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
+    or empty.
     """
-    name = f"captions/{hash_file(path, b'5' + path.name[:8].encode())[:32]}.npz"
+    name = f"captions/{hash_file(path, b'6' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)
@@ -349,8 +356,8 @@ def _parse_annotations(path: Path) -> Annotations:
                 byte_ranges.extend((fields["offset"], fields["size"]))
         elif name == "annotations":
             image_id, captions = entry
-            if not captions:
-                report.add("rejected caption{s}" if captions is None else "empty caption{s}", f"annotations[{number}]")
+            if captions is None:
+                report.add("rejected caption{s}", f"annotations[{number}]")
             for caption in captions or ():
                 words = tokenize(caption)
                 if not words:
@@ -379,7 +386,21 @@ def _parse_annotations(path: Path) -> Annotations:
     if image_of:
         _drop_images_without_captions(annotations, report)
     annotations.skipped += [f"{line}." for line in report.lines()]
+    if path.name.startswith("captions_train") and _lacks_spaces(annotations):
+        where = f"{path.name.removeprefix('captions_').removesuffix(INDEX)}*.tar: " * is_index
+        annotations.skipped.append(
+            f"{where}the captions have no spaces between words, so that each whole sentence is learned as one word; "
+            "split them into words first, with spaces between (as jieba, MeCab and PyThaiNLP do)."
+        )
     return annotations
+
+
+def _lacks_spaces(annotations: Annotations) -> bool:
+    """Return whether captions in scripts without spaces, such as Chinese, seem not to be split into words."""
+    counts = np.bincount(annotations.tokens)
+    lengths = np.array([len(word) if _UNSPACED.search(word) else 0 for word in annotations.words])
+    unspaced = counts[lengths > 0].sum()
+    return unspaced > 0.1 * counts.sum() and lengths @ counts > MEAN_WORD * unspaced
 
 
 def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.ndarray:

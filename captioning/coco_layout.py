@@ -18,25 +18,48 @@ from tqdm import tqdm
 from captioning.errors import InputError, printable
 from captioning.files import is_within, require_new_folder
 from captioning.image_files import open_image
+from captioning.tables import SPLIT_ALIASES
 
 SPLITS = ("train", "val", "test")
+ANNOTATION_FILE = re.compile(r"(captions|image_info)_([a-z]+)[0-9]*\.json")
 
 
 def find_annotation_files(folder: Path, split: str) -> Iterator[Path]:
     """Yield a split's captions_<split><year>.json and, for "test", its image_info_test<year>.json, if they exist.
 
-    Raises `InputError` for a folder that holds several years or cannot be read.
+    The name of a split is any of `SPLIT_ALIASES`. Raises `InputError` for a folder that holds several years or names of
+    the split, or cannot be read.
     """
+    for kind in ("captions", "image_info") if split == "test" else ("captions",):
+        files = [path for path in _annotation_files(folder) if _kind_and_split(path) == (kind, split)]
+        if len(files) > 1:
+            one_name = len({path.stem.rstrip("0123456789") for path in files}) == 1
+            several = "years" if one_name else f"files of the {split} split"
+            names = ", ".join(path.name for path in files)
+            raise InputError(f"{folder} holds several {several}: {names}; keep the one to use.")
+        yield from files
+
+
+def find_unknown_files(folder: Path) -> list[Path]:
+    """List the files in a data set's annotations/ that seem to hold captions, but whose names give no split."""
+    return [
+        path
+        for path in _annotation_files(folder)
+        if re.match(r"captions.*\.json$", path.name, re.IGNORECASE) and not _kind_and_split(path)
+    ]
+
+
+def _annotation_files(folder: Path) -> list[Path]:
     annotations = folder / "annotations"
     try:
-        names = sorted(os.listdir(annotations)) if os.path.isdir(annotations) else []
+        return sorted(annotations.iterdir()) if os.path.isdir(annotations) else []
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
-    for kind in ("captions", "image_info") if split == "test" else ("captions",):
-        files = [annotations / name for name in names if re.fullmatch(rf"{kind}_{split}[0-9]*\.json", name)]
-        if len(files) > 1:
-            raise InputError(f"{folder} holds several years: {', '.join(p.name for p in files)}; keep the one to use.")
-        yield from files
+
+
+def _kind_and_split(path: Path) -> tuple[str, str] | None:
+    match = ANNOTATION_FILE.fullmatch(path.name)
+    return (match[1], SPLIT_ALIASES[match[2]]) if match and match[2] in SPLIT_ALIASES else None
 
 
 @dataclass

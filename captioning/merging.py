@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from captioning.annotations import is_rejected, parse_image_id
-from captioning.coco_layout import SPLITS, SourceImage, find_annotation_files, write_dataset
+from captioning.coco_layout import SPLITS, SourceImage, find_annotation_files, find_unknown_files, write_dataset
 from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
 from captioning.reports import Report
-from captioning.tables import check_caption, read_json
+from captioning.tables import check_caption, is_missing, read_json
 
 
 def merge_datasets(sources: list[Path], destination: Path) -> None:
     """Write the images and captions of several data sets as one, split by split.
 
     An image's name begins with the name of its source's folder; its id changes only where an image of another source
-    or split has the same. Captions stay as they are. Reports on standard error how many images of the val and test
-    splits have the name and file size of a training image of another source.
+    or split has the same. Captions stay as they are. Reports on standard error what is left out, and how many images of
+    the val and test splits have the name and file size of a training image of another source.
 
     Raises:
         InputError: There are fewer than two sources, one is given twice or not in COCO's layout, or
@@ -44,6 +44,8 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         prefix = next(name for name in names if name not in prefixes)
         prefixes.add(prefix)
         files = [(split, path) for split in SPLITS for path in find_annotation_files(folder, split)]
+        for path in find_unknown_files(folder):
+            report.add("annotation file{s} not named captions_{train,val,test}<year>.json", str(path))
         for split, path in files:
             # image_info_test.json lists the images of captions_test.json, too
             new = [x for x in _read_images(path, folder, prefix, split, report) if x.path not in listed]
@@ -77,15 +79,18 @@ def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Repo
         images[image_id] = SourceImage(image_path, f"{prefix}/{name}", split, id=image_id, size=size)
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
         image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
-        captions: list[Any] = caption if isinstance(caption, list) else [caption]
-        if image_id not in images or not all(isinstance(text, str) for text in captions):
+        captions: list[Any] = caption or [None] if isinstance(caption, list) else [caption]
+        texts = [text for text in captions if not is_missing(text)]
+        if image_id not in images or "caption" not in entry or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{where} has no caption, or is of image {image_id}, which is not in the file's images.")
-        for text in captions:
+        for text in texts:
             check_caption(text, where)
         if is_rejected(entry):
             report.add("rejected caption{s}", where)
             continue
-        images[image_id].captions += captions
+        for _ in range(len(captions) - len(texts)):
+            report.add("empty caption{s}", where)
+        images[image_id].captions += texts
     for image in images.values():
         if has_captions and not image.captions:
             report.add("image{s} without a caption", str(image.path))

@@ -26,11 +26,12 @@ from typing import Any, BinaryIO
 from captioning.errors import InputError, warn_once
 from captioning.files import decode_text, image_suffixes, is_within, require_regular, write_cache, write_file
 from captioning.reports import Report
-from captioning.tables import is_missing_text
+from captioning.tables import clean_caption, split_captions
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # end of an index's name
 MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
+TEXT_ADVICE = "convert it to UTF-8 and pack the tar file again"
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
 
 
@@ -144,21 +145,26 @@ def _members(shard: Path, report: Report) -> Iterator[Member]:
                 raise tarfile.ReadError(f"other data follows its end at byte {end}; were several tar files joined?")
 
 
-def read_captions_of(files: dict[str, Member]) -> list[str]:
+def read_captions_of(files: dict[str, Member], report: Report) -> list[str]:
     """Read the captions of a sample: the lines of its .txt, or "captions" or "caption" of its .json.
 
-    Of several files, the first that holds a caption is used. White space becomes single spaces.
+    Of several files, the first that holds a caption is used; missing captions beside it are counted in `report`. White
+    space becomes single spaces. Raises `InputError` that names the file and the caption that cannot be used.
     """
+    json_file = files.get(".json")
     for suffix in CAPTION_SUFFIXES:
-        if suffix in files:
-            read = _read_json_captions if suffix == ".json" else _read_lines
-            captions = [" ".join(text.split()) for text in read(files[suffix])]
-            if suffix != ".json" and len(captions) > 1 and ".json" in files:
-                whole = [" ".join(text.split()) for text in _read_json_captions(files[".json"])]
-                if whole == [" ".join(" ".join(captions).split())]:  # img2dataset writes a caption's line breaks
-                    return whole
-            if not all(map(is_missing_text, captions)):
-                return [caption for caption in captions if not is_missing_text(caption)]
+        if suffix not in files:
+            continue
+        if suffix == ".json":
+            captions = _read_json_captions(files[suffix])
+        else:
+            text = decode_text(_read(files[suffix]), files[suffix], advice=TEXT_ADVICE)
+            captions = split_captions(text, files[suffix], json_file and (lambda file=json_file: _read_json(file)))
+        cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
+        if any(caption for _, caption in cleaned):
+            for where in (where for where, caption in cleaned if not caption):
+                report.add("empty caption{s}", repr(where))
+            return [caption for _, caption in cleaned if caption]
     return []
 
 
@@ -168,29 +174,21 @@ def _read(file: Member) -> bytes:
     return file.read()
 
 
-def _read_lines(file: Member) -> list[str]:
-    return decode_text(_read(file), file, advice="convert it to UTF-8 and pack the tar file again").split("\n")
-
-
-def _read_json_captions(file: Member) -> list[str]:
+def _read_json(file: Member) -> Any:
     data = _read(file)
     try:
-        content = json.loads(data)
+        return json.loads(data)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8 and pack the tar file again."
-        ) from None
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); {TEXT_ADVICE}.") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}).") from None
-    value: Any = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
-    captions = value if isinstance(value, list) else [] if value is None else [value]
-    captions = [caption for caption in captions if caption is not None and caption == caption]  # null, NaN
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise InputError(f"{file} has a caption that is not text: {caption!r:.80}.")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
-            raise InputError(f"{file} has a caption that is not valid Unicode text: {caption!r:.80}.")
-    return captions
+
+
+def _read_json_captions(file: Member) -> list[tuple[str, Any]]:
+    content = _read_json(file)
+    value = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
+    captions = value if isinstance(value, list) else [value]
+    return [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
 
 
 def list_images(shard: Path) -> Iterator[Member]:
@@ -213,7 +211,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'5' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'6' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -231,7 +229,7 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         file.write(b'{"annotations": [')
         for shard in shards:
             for member, files in read_samples(shard, report):
-                texts = read_captions_of(files)
+                texts = read_captions_of(files, report)
                 if member is None or not texts:
                     if member is not None:
                         report.add("image{s} without captions", repr(str(member)))

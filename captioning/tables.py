@@ -8,11 +8,11 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from captioning.errors import InputError
 from captioning.files import image_suffixes, read_text
@@ -52,8 +52,8 @@ def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
     One column of `IMAGE_COLUMNS` names the image. The captions, text or a list of texts, are in all columns of the
     first kind in `CAPTION_COLUMNS` that the table has (caption, captions, caption_1, caption2); the split is optional.
-    A JSON object may also map the names of images to their captions. Raises `InputError` with the file and the line
-    where the table cannot be read.
+    A JSON object may also hold the rows in one list, or map the names of images to their captions. Raises `InputError`
+    with the file and the line where the table cannot be read.
     """
     text = read_text(path, encoding, ENCODING_ADVICE)
     read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
@@ -78,15 +78,35 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
         yield Row(where, name.strip(), [clean_caption(caption, where)], "")
 
 
-def clean_caption(caption: str, where: str) -> str:
-    """Return the caption in one line with single spaces, or "" if it has no letter or digit or is a missing value."""
+def split_captions(text: str, path: object, read_json_beside: Callable[[], Any] | None) -> list[tuple[str, str]]:
+    """Split the text of a file next to an image into captions, one a line: each caption's line, as messages name it.
+
+    A text that is the "caption" of the JSON file beside it is one caption: img2dataset writes a caption's line breaks.
+    Blank lines are left out, unless there are no others.
+    """
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(lines) > 1 and read_json_beside is not None:
+        content = read_json_beside()
+        caption = content.get("caption") if isinstance(content, dict) else None
+        if isinstance(caption, str) and caption.split() == text.split():
+            return [(lines[0][0], caption)]
+    return lines or [(f"{path}, line 1", "")]
+
+
+def clean_caption(caption: Any, where: str) -> str:
+    """Return the caption in one line with single spaces, or "" if it is missing; raises `InputError` if it is wrong."""
+    if is_missing(caption):
+        return ""
+    if not isinstance(caption, str):
+        raise InputError(f"{where}, has a caption that is not text: {caption!r:.80}; write text or a list of texts.")
     check_caption(caption, where)
-    caption = " ".join(caption.split())
-    return "" if is_missing_text(caption) else caption
+    return " ".join(caption.split())
 
 
-def is_missing_text(caption: str) -> bool:
-    """Return whether a caption has no letter or digit or is a spelling of a missing value."""
+def is_missing(caption: Any) -> bool:
+    """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter or digit."""
+    if not isinstance(caption, str):
+        return caption is None or caption != caption
     return caption.strip().lower() in MISSING or not any(map(str.isalnum, caption))
 
 
@@ -148,7 +168,7 @@ def _image(record: dict[str, Any], where: str) -> str:
     if not names:
         raise InputError(f"{where}, has no image (a column called {', '.join(IMAGE_COLUMNS[:-1])} or image_path).")
     if not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{where}, must give the image's file name as text.")
+        raise InputError(f"{where}, must give the image's file name as text, each row in its own object.")
     if len(set(names.values())) > 1:
         raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
     return next(iter(names.values())).strip()
@@ -164,10 +184,6 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         if isinstance(value, dict):  # Label Studio's several texts
             value = value.get("text", value)
         for caption in value if isinstance(value, list) else _listed(value):
-            if _is_missing(caption):
-                caption = ""
-            if not isinstance(caption, str):
-                raise InputError(f"{where}, must give its captions as text or a list of texts.")
             captions.append(clean_caption(caption, where))
     return captions or [""]
 
@@ -236,17 +252,36 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}, line {number}", record
         return
     document = read_json(path, text)
-    if isinstance(document, dict) and isinstance(document.get("images"), list):
+    images = document.get("images") if isinstance(document, dict) else None
+    is_coco = isinstance(images, list) and (images == [] or "annotations" in document)
+    if is_coco or (_is_list_of_rows(images) and "sentences" in images[0]):
         raise InputError(
             f"{path} is an annotation file of COCO or Karpathy; lay it out as annotations/captions_train.json "
             "next to images/train/, or use `importers.py karpathy`."
         )
-    if isinstance(document, dict) and not set(map(str.lower, document)) & set(IMAGE_COLUMNS):
+    if isinstance(document, dict) and not _names_image(document):
+        lists = [name for name, value in document.items() if _is_list_of_rows(value)]
+        lists = [name for name in lists if _names_image(document[name][0])] or lists
+        if len(lists) > 1:
+            raise InputError(
+                f"{path} holds rows in {lists[0]!r:.80} and {lists[1]!r:.80}; write one list, with a split in each row."
+            )
+        if lists:
+            yield from ((f"{path}, {lists[0]}[{row}]", record) for row, record in enumerate(document[lists[0]]))
+            return
         document = [{"image": name, "caption": captions} for name, captions in document.items()]
     for number, record in enumerate(document if isinstance(document, list) else [document], 1):
         if not isinstance(record, dict):
             raise InputError(f"{path}, entry {number}, is not a JSON object with an image and a caption.")
         yield f"{path}, entry {number}", record
+
+
+def _names_image(record: dict[str, Any]) -> bool:
+    return not set(map(str.lower, record)).isdisjoint(IMAGE_COLUMNS)
+
+
+def _is_list_of_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _is_json_lines(path: Path, text: str) -> bool:
@@ -281,12 +316,15 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if glued and len(cells) == len(columns) - 1:
             cells = [*cells[:-1], *glued.groups()]
         if any(cells) and len(cells) <= last_needed:
-            raise InputError(f"{where}, has {len(cells)} of the header's {len(columns)} columns; write the others too.")
+            raise InputError(
+                f"{where}, has {len(cells)} of the header's {len(columns)} columns; write the others, too, in one line."
+            )
         suffix = Path(cells[image]).suffix.lower() if len(cells) > image else ""
         if any(_holds_rows(cell, delimiter, suffix in image_suffixes()) for cell in cells):
             raise InputError(
-                f"{where}, opens a quotation mark and closes it lines later, with other rows between; "
-                "write a quotation mark within a quoted cell twice, and close every cell in its own row."
+                f"{where}, opens a quotation mark and closes it lines later, with what may be other rows between; "
+                "write a quotation mark within a quoted cell twice, and close every cell in its own row, "
+                "with spaces for the line breaks of a caption."
             )
         yield where, dict(zip(columns, cells, strict=False))
 

@@ -152,15 +152,47 @@ def test_references_where_there_are_no_captions(tmp_path: Path):
 
 def test_empty_captions_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
     def change(content: dict) -> None:
-        for text in (" \n", ["", "\u2028"], []):
+        for text in (" \n", ["", "\u2028"], [], None, [None, "..."], "nan", "None", "NULL", "#N/A"):
             content["annotations"].insert(1, {"image_id": 1, "caption": text})
 
     path = write(tmp_path, change)
     for _ in range(2):  # the second time from the cache
         warn_once.cache_clear()
         check(tmp_path)
-        expected = f"warning: {path}: left out 4 empty captions, the first is annotations[1].\n"
+        expected = f"warning: {path}: left out 11 empty captions, the first is annotations[1].\n"
         assert capsys.readouterr().err == expected
+
+
+def test_nan_which_is_not_json_is_refused_with_advice(tmp_path: Path):
+    path = write(tmp_path, each("annotations", "caption", lambda text: float("nan")))
+    with pytest.raises(InputError, match=r"captions_train\.json is not JSON .*NaN.*; write null for NaN\)\.$"):
+        read_annotations(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("captions", "warned"),
+    [
+        (["两只狗在街上走。", "一只猫在沙发上睡觉。"], True),
+        (["สุนัขสองตัววิ่งบนชายหาด", "แมวนอนบนโซฟา"], True),
+        (["二匹の犬が通りを走っています。"], True),
+        (["两只 狗 在 街上 走 。", "一只 猫 在 沙发 上 睡觉 。"], False),
+        (["สุนัข สอง ตัว วิ่ง บน ชายหาด", "นักศึกษา ใน มหาวิทยาลัย"], False),
+        (["a sign that reads 欢迎光临欢迎光临 in front of a shop"] * 2, False),
+        (["a straightforwardly antidisestablishmentarian dog"], False),
+    ],
+    ids=lambda value: value[0][:9] if isinstance(value, list) else "",
+)
+def test_captions_without_spaces_between_words_are_a_warning(
+    captions: list[str], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    paths = [write_split(tmp_path, split, {"a.png": captions}) for split in ("train", "val")]
+    warn_once.cache_clear()
+    for path in [*paths, *paths]:  # the second time from the cache
+        read_annotations(path, tmp_path / "cache")
+    errors = capsys.readouterr().err
+    assert ("learned as one word; split them into words first" in errors) == warned
+    assert errors.count("\n") == warned
+    assert str(paths[0]) in errors or not warned
 
 
 def test_images_without_captions_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -323,7 +355,7 @@ def test_a_character_of_two_halves_across_two_reads(tmp_path: Path, place: int):
     """ijson reads 65,536 bytes at once; half a character is an error wherever it is, and a whole one nowhere."""
     start, middle = '{"images": [], "padding": "', '", "annotations": [{"image_id": 1, "caption": "'
     padding = "x" * (place - len(start + middle))
-    for text in ("\\ud83d\\ude00", "\\\\ud83d", "\\\\\\ud83d\\ude00"):
+    for text in ("\\ud83d\\ude00a", "\\\\ud83d", "\\\\\\ud83d\\ude00a"):
         (tmp_path / "f.json").write_text(start + padding + middle + text + '"}]}')
         ((_, caption),) = read_captions(tmp_path / "f.json")
         assert caption == json.loads(f'"{text}"')

@@ -354,7 +354,10 @@ def test_folder_with_json_lines_splits_the_same_way_every_time(tmp_path):
         ("photo,caption\nholiday/9.jpg,Sand.\n", r"captions.csv, line 2: holiday/9.jpg is not under"),
         ("photo,caption\n../../etc/passwd,Sand.\n", r"captions.csv, line 2: ../../etc/passwd is not under"),
         ("photo,caption\nholiday/0.jpg,Sand, sea.\n", r"captions.csv, line 2, has more columns .* quotes"),
-        ("photo,caption\nholiday/0.jpg,\n", r"no image with a caption"),
+        (
+            "photo,caption\nholiday/0.jpg,\n",
+            r"no image with a caption \(left out 1 empty caption: .*captions\.csv, line 2; ",
+        ),
         ("photo,caption\nholiday/0.jpg\n", r"captions.csv, line 2, has 1 of the header's 2 columns"),
         (
             "picture,caption\nholiday/0.jpg,Sand.\n",
@@ -540,12 +543,22 @@ def lines(rows: list) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_an_empty_caption_of_a_token_file_is_left_out_and_counted(flickr8k, tmp_path, capsys):
+@pytest.mark.parametrize("missing", ["", "nan", "...", "None"])
+def test_a_missing_caption_of_a_token_file_is_left_out_and_counted(flickr8k, tmp_path, capsys, missing):
     tokens = flickr8k / "Flickr8k_text" / "Flickr8k.token.txt"
-    tokens.write_text(tokens.read_text().replace("3_c.jpg#2\tA dog number 2 runs .", "3_c.jpg#2\t"))
+    tokens.write_text(tokens.read_text().replace("3_c.jpg#2\tA dog number 2 runs .", f"3_c.jpg#2\t{missing}"))
     importers.import_flickr(flickr8k, tmp_path / "out")
     assert len(captions(tmp_path / "out", "val")["3_c.jpg"]) == 4
-    assert "left out 1 empty caption: " in capsys.readouterr().err
+    assert f"left out 1 empty caption: {tokens}, line 13\n" in capsys.readouterr().err
+
+
+def test_if_no_image_is_found_the_first_is_named_with_one_like_it(flickr8k, tmp_path):
+    for path in (flickr8k / "Flickr8k_text").glob("*Images.txt"):
+        path.unlink()
+    for path in (flickr8k / "Flicker8k_Dataset").glob("*.jpg"):
+        path.rename(path.with_suffix(".JPG"))
+    with pytest.raises(InputError, match=r"token\.txt: 1_a\.jpg is not under .* \(there is .*/1_a\.JPG\)"):
+        importers.import_flickr(flickr8k, tmp_path / "out")
 
 
 def test_images_that_no_row_names_are_counted(tmp_path: Path, capsys):
@@ -569,6 +582,39 @@ def test_captions_in_txt_files_next_to_the_images(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"left out 1 image without a .txt file: {source}/5.jpg\n" in error
     assert f"left out 1 .txt file without an image: {source}/9.txt\n" in error
+
+
+def test_a_text_of_several_lines_that_the_json_beside_it_holds_is_one_caption(tmp_path):
+    """As img2dataset writes its folders."""
+    source = six(tmp_path / "in" / "00000").parent
+    for i in range(6):
+        text(source / "00000" / f"{i}.txt", "a lamp\r\nby Philips")
+        beside = {"caption": "a lamp\r\nby Philips", "url": "x"} if i < 3 else {"caption": "another"} if i < 5 else [1]
+        text(source / "00000" / f"{i}.json", json.dumps(beside))
+    importers.import_folder(source, tmp_path / "out")
+    expected = [["a lamp by Philips"]] * 3 + [["a lamp", "by Philips"]] * 3
+    assert all_captions(tmp_path / "out") == {f"00000/{i}.jpg": texts for i, texts in enumerate(expected)}
+
+
+def test_txt_files_may_have_the_whole_name_of_the_image(tmp_path):
+    source = six(tmp_path / "in", **{f"{i}__jpg__txt": f"ball {i}" for i in range(6)})
+    Image.new("RGB", (8, 6)).save(source / "0.png")
+    text(source / "0.png.txt", "a black picture")
+    importers.import_folder(source, tmp_path / "out")
+    expected = {f"{i}.jpg": [f"ball {i}"] for i in range(6)} | {"0.png": ["a black picture"]}
+    assert all_captions(tmp_path / "out") == expected
+    text(source / "1.txt", "a kite")
+    with pytest.raises(InputError, match=r"/1\.txt and .*/1\.jpg\.txt are for one image; keep one of the two"):
+        importers.import_folder(source, tmp_path / "out2")
+
+
+def test_missing_captions_of_txt_files_are_counted(tmp_path, capsys):
+    source = six(tmp_path / "in", **{f"{i}__txt": "\na ball\n\nnan\n" for i in range(5)}, **{"5__txt": " \n\n"})
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a ball"] for i in range(5)}
+    error = capsys.readouterr().err
+    assert f"left out 6 empty captions, the first is {source}/0.txt, line 4\n" in error
+    assert f"left out 1 image without a caption: {source}/5.jpg\n" in error
 
 
 def test_two_images_of_one_txt_file_are_refused(tmp_path):
@@ -707,6 +753,16 @@ def test_karpathys_tokens_are_a_list(tmp_path):
     source = six(tmp_path / "in", dataset_x__json=json.dumps({"images": [entry]}))
     with pytest.raises(InputError, match=r"images\[0\] is not an entry"):
         importers.import_karpathy(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, "", " ", "nan", "..."], ids=str)
+def test_karpathys_missing_captions_are_left_out_and_counted(tmp_path, capsys, missing):
+    sentences = [{"raw": "a red ball"}, {"raw": missing}]
+    entries = [{"filename": f"{i}.jpg", "split": "train", "sentences": sentences} for i in range(6)]
+    source = six(tmp_path / "in", dataset_x__json=json.dumps({"images": entries}))
+    importers.import_karpathy(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
+    assert f"left out 6 empty captions, the first is {source}/dataset_x.json, images[0]\n" in capsys.readouterr().err
 
 
 def test_karpathys_entries_that_share_an_image_or_an_id_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from pathlib import Path
 
@@ -117,6 +118,37 @@ def test_captions_that_vizwiz_rejects_are_left_out(tmp_path, capsys):
     assert "left out 2 rejected captions" in capsys.readouterr().err
 
 
+def test_the_other_names_of_splits_are_read(tmp_path):
+    a, b = data_set(tmp_path / "a", "2017"), data_set(tmp_path / "b", width=20)
+    for name in ("annotations/captions_val{}2017.json", "images/val{}2017"):
+        (a / name.format("")).rename(a / name.format("id"))
+    importers.merge((a, b), tmp_path / "out")
+    assert captions(tmp_path / "out", "val") == {"a/0.jpg": ["A  a val,\n3."], "b/0.jpg": ["A  b val,\n3."]}
+    assert len(CaptionDataset(a, "val", vocab_threshold=1, cache=tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("name", ["captions_minival2014.json", "captions_val2014 (1).json", "Captions_val.json"])
+def test_an_annotation_file_of_another_name_is_reported(tmp_path, capsys, name):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    (a / "annotations" / "captions_val.json").rename(a / "annotations" / name)
+    text(a / "annotations" / "instances_val.json", "{}")
+    importers.merge((a, b), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "val")) == {"b/0.jpg"}
+    expected = "left out 1 annotation file not named captions_{train,val,test}<year>.json: "
+    assert capsys.readouterr().err == f"{expected}{a}/annotations/{name}\n"
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, "", " ", "nan", "None", [], [None]], ids=str)
+def test_missing_captions_are_left_out_and_counted(tmp_path, capsys, missing):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    path = a / "annotations" / "captions_train.json"
+    entries = json.loads(path.read_text())["annotations"]
+    change(path, annotations=[*entries, {**entries[0], "caption": missing}])
+    importers.merge((a, b), tmp_path / "out")
+    assert captions(tmp_path / "out", "train")["a/0.jpg"] == [entries[0]["caption"]]
+    assert capsys.readouterr().err == f"left out 1 empty caption: {path}, annotations[2]\n"
+
+
 def change(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -135,6 +167,14 @@ MISTAKES = {
     "several years": (
         lambda a, b: [a, data_set(data_set(b, "2014"), "2017")],
         r"several years: captions_train\.json, captions_train2014\.json",
+    ),
+    "two names of a split": (
+        lambda a, b: text(b / "annotations" / "captions_valid.json", "{}") and None,
+        r"several files of the val split: captions_val\.json, captions_valid\.json; keep",
+    ),
+    "no caption": (
+        lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3}]),
+        r"annotations\[0\] has no caption",
     ),
     "a missing image": (
         lambda a, b: (b / "images/val/0.jpg").unlink(),

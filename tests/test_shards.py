@@ -18,6 +18,7 @@ from captioning.errors import InputError, warn_once
 from captioning.images import find_unreadable, read_image
 from captioning.reports import Report
 from captioning.shards import index_shards, list_images, read_captions_of, read_samples
+from captioning.tables import MAX_CAPTION
 from captioning.training import TrainingConfig, train
 from data_loader import CaptionDataset
 
@@ -78,6 +79,7 @@ def test_a_shard_s_images_are_read_where_they_lie(shard: Path):
 
 PNG = encoded(0)
 BALL = b"a red ball"
+LONG = b"a" * (MAX_CAPTION + 1)
 BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the following
 
 
@@ -88,7 +90,18 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
             [("0.txt", b"a dog\n\n two  cats \r\na cow\rx")], ["a dog", "two cats", "a cow", "x"], "", id="lines"
         ),
         pytest.param([("0.json", b'{"caption": "a cat"}')], ["a cat"], "", id="json"),
-        pytest.param([("0.json", b'{"captions": ["a", "", "b"]}')], ["a", "b"], "", id="json with several"),
+        pytest.param(
+            [("0.json", b'{"captions": ["a", "", "b", null]}')],
+            ["a", "b"],
+            r"left out 2 empty captions, the first is '.*train-0\.tar/0\.json, caption 2'",
+            id="json with several",
+        ),
+        pytest.param(
+            [("0.txt", b"a dog\n\nnan\na cat")],
+            ["a dog", "a cat"],
+            r"left out 1 empty caption: '.*train-0\.tar/0\.txt, line 3'",
+            id="a missing line",
+        ),
         pytest.param([("0.caption", BALL)], ["a red ball"], "", id="another suffix"),
         pytest.param([("0.TXT", BALL)], ["a red ball"], "", id="upper case"),
         pytest.param([("0.json", b'{"caption": "a cat"}'), ("0.txt", BALL)], ["a red ball"], "", id="text before json"),
@@ -199,14 +212,16 @@ def test_a_name_in_another_encoding(tmp_path: Path):
         ("0.json", b" " * (2 << 20), r"a\.tar/0\.json has 2,097,152 bytes"),
         ("0.json", b"{", r"a\.tar/0\.json is not JSON"),
         ("0.json", b"[" * 100_000, r"a\.tar/0\.json is not JSON"),
-        ("0.json", b'{"captions": ["a", 3]}', r"0\.json has a caption that is not text: 3"),
-        ("0.json", rb'{"caption": "a \ud800"}', r"0\.json has a caption that is not valid Unicode"),
+        ("0.json", b'{"captions": ["a", 3]}', r"0\.json, caption 2, has a caption that is not text: 3"),
+        ("0.json", rb'{"caption": "a \ud800"}', r"0\.json, caption 1, has a caption with half of a surrogate pair"),
+        ("0.txt", b"a dog\n" + LONG, r"a\.tar/0\.txt, line 2, has a caption of more than 5,000 characters; shorten it"),
+        ("0.json", b'{"captions": ["a", "%b"]}' % LONG, r"a\.tar/0\.json, caption 2, has a caption of more than"),
     ],
 )
 def test_captions_that_cannot_be_read_are_named(tmp_path: Path, name: str, content: bytes, message: str):
     ((_, texts),) = read_samples(pack(tmp_path / "a.tar", [("0.png", PNG), (name, content)]), Report())
     with pytest.raises(InputError, match=message):
-        read_captions_of(texts)
+        read_captions_of(texts, Report())
 
 
 def test_links_in_a_tar_file_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture):

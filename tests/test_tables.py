@@ -1,6 +1,7 @@
 """Tables of captions in many forms, imported: images 0.jpg to 5.jpg, captioned "a red ball" unless a row says more."""
 
 import json
+from pathlib import Path
 
 import pytest
 from test_importers import all_captions, captions, csv_rows, json_rows, lines, make_image, six
@@ -23,6 +24,13 @@ FORMS = {
     "array in .jsonl": ("c__jsonl", json.dumps(ROWS), ONE),
     "JSON Lines in .json": ("c__json", lines(ROWS), ONE),
     "JSON object from names to captions": ("c__json", json.dumps({f"{i}.jpg": TWO for i in range(6)}), TWO),
+    "JSON object with a list of rows": (
+        "c__json",
+        json.dumps({"version": 1, "tags": ["a"], "licenses": [{"id": 1}], "data": ROWS}),
+        ONE,
+    ),
+    "images with their captions": ("c__json", json.dumps({"images": HUGGING_FACE}), ONE),
+    "annotations with their images' names": ("c__json", json.dumps({"annotations": ROWS}), ONE),
     "list of captions": ("c__jsonl", lines(SEVERAL), TWO),
     "captions": ("c__jsonl", lines(json_rows(photo="{}.jpg", captions=TWO)), TWO),
     "caption_1, caption_2, caption3": ("c__csv", WIDE, THREE),
@@ -88,6 +96,11 @@ FORMS = {
         "c__csv",
         csv_rows("image,caption", '{}.jpg,"a red\nball, on grass"'),
         ["a red ball, on grass"],
+    ),
+    "a caption of two lines in Excel's Unicode text": (
+        "c__tsv",
+        csv_rows("image\tcaption", '{}.jpg\t"a red\nball"', "\r\n"),
+        ONE,
     ),
     "a caption of two lines first": ("c__csv", csv_rows("caption,image", '"a red\nball",{}.jpg'), ONE),
     "UTF-8 with a mark": ("c__csv", csv_rows("image,caption").encode("utf-8-sig"), ONE),
@@ -158,6 +171,31 @@ REFUSED = {
         'caption,image\n"stop is on the sign,1\na sign with stop",2\n',
         r"c\.csv, line 2, opens a quotation mark",
     ),
+    "a caption of two lines that may be a row": (
+        "c__csv",
+        csv_rows("image,caption", '{},"a red\nball, on grass"'),
+        r"c\.csv, line 2, opens a quotation mark .* with spaces for the line breaks of a caption\.$",
+    ),
+    "two lists of rows": (
+        "c__json",
+        json.dumps({"train": ROWS, "val": ROWS}),
+        r"c\.json holds rows in 'train' and 'val'; write one list, with a split in each row",
+    ),
+    "a wrong row in a list of rows": (
+        "c__json",
+        json.dumps({"data": [*ROWS, {"photo": "0.jpg"}]}),
+        r"c\.json, data\[6\], has no caption",
+    ),
+    "a name in another case": (
+        "c__csv",
+        csv_rows("image,caption", "{}.JPG,a ball"),
+        r"line 2: 0\.JPG is not under .*/in \(there is 0\.jpg\); correct its name",
+    ),
+    "a name with another suffix": (
+        "c__csv",
+        csv_rows("image,caption", "{}.png,a ball"),
+        r"line 2: 0\.png is not under .*/in \(there is 0\.jpg\); correct its name",
+    ),
     "a quoted word first": (
         "c__csv",
         csv_rows("image,caption", '{}.jpg,"stop" on a sign'),
@@ -173,9 +211,13 @@ REFUSED = {
     "an image as a number": (
         "c__json",
         json.dumps([{"image": 3, "caption": "a"}]),
-        r"c\.json, entry 1, must give the image",
+        r"c\.json, entry 1, must give the image's file name as text, each row in its own object",
     ),
-    "a caption as a number": ("c__jsonl", lines([{"image": "0.jpg", "caption": 3}]), r"line 1, must give its captions"),
+    "a caption as a number": (
+        "c__jsonl",
+        lines([{"image": "0.jpg", "caption": 3}]),
+        r"line 1, has a caption that is not text: 3; write",
+    ),
     "no caption": ("c__jsonl", lines([{"image": "0.jpg"}]), r"line 1, has no caption \(a column called caption"),
     "no image": ("c__jsonl", lines([{"caption": "a ball"}]), r"line 1, has no image \(a column called photo"),
     "half a character": (
@@ -188,6 +230,12 @@ REFUSED = {
         csv_rows("image,caption", "{}.jpg," + "a" * (MAX_CAPTION + 1)),
         r"line 2, has a caption of more than 5,000 characters",
     ),
+    "a caption of two lines between pipes": (
+        "c__csv",
+        csv_rows("image|caption", '{}.jpg|"a red\nball"'),
+        r"line 3, has 1 of the header's 2 columns; write the others, too, in one line",
+    ),
+    "Karpathy's": ("c__json", json.dumps({"images": [{"sentences": []}]}), r"annotation file of COCO or Karpathy"),
     "COCO's own": ("c__json", json.dumps({"images": [], "annotations": []}), r"annotation file of COCO"),
     "a name twice in an object": ("c__json", '{"0.jpg": "a", "0.jpg": "b"}', r"c\.json .*'0\.jpg' occurs twice"),
     "a name twice in a line": (
@@ -271,6 +319,24 @@ def test_text_files_in_upper_case_are_captions(tmp_path, capsys):
     importers.import_folder(six(tmp_path / "in", **{f"{i}__TXT": "a red ball" for i in range(5)}), tmp_path / "out")
     assert len(all_captions(tmp_path / "out")) == 5
     assert "left out 1 image without a .txt file: " in capsys.readouterr().err
+
+
+def test_names_may_repeat_the_path_of_the_images_folder(tmp_path, monkeypatch):
+    images = six(tmp_path / "in" / "pictures")
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(["pictures", "in/pictures", r".\in\pictures", str(images)]):
+        (tmp_path / "c.csv").write_text(csv_rows("image,caption", f"{name}/{{}}.jpg,a red ball"))
+        for kind, convert in (("folder", importers.import_folder), ("flickr", importers.import_flickr)):
+            convert(tmp_path / "c.csv", tmp_path / f"{kind}{number}", images=Path("in/pictures"))
+            assert all_captions(tmp_path / f"{kind}{number}") == {f"{i}.jpg": ONE for i in range(6)}
+
+
+def test_a_name_that_exists_as_it_is_is_taken_so(tmp_path):
+    six(tmp_path / "in" / "images")
+    images = six(tmp_path / "in" / "images" / "images").parent
+    (tmp_path / "in" / "c.csv").write_text(csv_rows("image,caption", "images/{}.jpg,a red ball"))
+    importers.import_folder(tmp_path / "in" / "c.csv", tmp_path / "out", images=images)
+    assert set(all_captions(tmp_path / "out")) == {f"images/{i}.jpg" for i in range(6)}
 
 
 def test_a_table_that_is_called_like_a_text_file_has_rows(tmp_path, capsys):
