@@ -27,11 +27,13 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from captioning.annotations import ImageFiles, read_annotations, read_captions, read_images
+from captioning.annotations import ImageFiles, Names, read_annotations, read_captions, read_images
 from captioning.coco_layout import SPLITS, find_annotation_files
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE
+from captioning.files import CACHE, WEB_ADDRESS, missing_file
+from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
+from captioning.scenes.checking import is_scene
 from captioning.shards import SUFFIX, index_shards
 from vocabulary import END, START, UNK, Vocabulary
 
@@ -48,10 +50,7 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
     if mode not in SPLITS:
         raise InputError(f'mode "{mode}" is not one of {", ".join(SPLITS)}.')
     if not os.path.isdir(folder):  # unlike Path.is_dir, False for a path of any length
-        raise InputError(
-            f"{folder} does not exist; draw the sample data set with `python scenes.py {folder}`, or download "
-            f"COCO with `python download.py coco --root {folder}`."
-        )
+        raise _no_folder(folder)
     annotation_file = next(find_annotation_files(folder, mode), None)
     if annotation_file is not None:
         return annotation_file, folder / "images" / annotation_file.stem.split("_")[-1]
@@ -62,12 +61,34 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
     if shards:
         return index_shards(shards, mode, cache), folder
     advice = "a data set is in the layout of COCO or of WebDataset."
-    if mode != "train" and (list(folder.glob(f"train*{SUFFIX}")) or list(folder.glob("annotations/captions_train*"))):
+    if folder.name in ("annotations", "images") and next(find_annotation_files(folder.parent, mode), None):
+        advice = f"name the data set's folder, {folder.parent}."
+    elif packed := [*folder.glob(f"{mode}*{SUFFIX}.*"), *folder.glob(f"{mode}*.tgz")]:
+        advice = f"unpack {packed[0].name} to a plain tar file first."
+    elif mode != "train" and (list(folder.glob(f"train*{SUFFIX}")) or list(folder.glob("annotations/captions_train*"))):
         advice = (
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
     raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{SUFFIX}; {advice}")
+
+
+def _no_folder(path: Path) -> InputError:
+    """Return the error for a path that is not the folder of a data set."""
+    if WEB_ADDRESS.match(str(path)):
+        return missing_file(path)
+    if not os.path.isfile(path):
+        return InputError(
+            f"{path} does not exist; draw the sample data set with `python scenes.py {path}`, or download "
+            f"COCO with `python download.py coco --root {path}`."
+        )
+    if path.suffix.lower() == SUFFIX or path.parent.name == "annotations":
+        folder = path.parent if path.suffix.lower() == SUFFIX else path.parent.parent
+        return InputError(f"{path} is a file of a data set; name its folder, {folder}.")
+    return InputError(
+        f"{path} is a file, and a data set is a folder; unpack an archive and name its folder, or convert a table of "
+        "captions with `python importers.py folder`."
+    )
 
 
 class CaptionDataset(Dataset):
@@ -93,10 +114,10 @@ class CaptionDataset(Dataset):
         annotations = read_annotations(self.annotation_file, cache)
         self.image_ids = annotations.image_ids
         self.paths = ImageFiles(self.image_folder, annotations.file_names, annotations.byte_ranges)
-        if annotations.byte_ranges is None and must_exist:
-            self._check_images_exist()
+        if annotations.byte_ranges is None:
+            self._find_images(must_exist)
         self.image_rows = annotations.image_rows  # (captions,) each caption's image, a row of image_ids
-        words = annotations.words
+        words, is_given = annotations.words, vocab is not None
         if vocab is None:
             counts = np.bincount(annotations.tokens, minlength=len(words))
             vocab = Vocabulary.from_counts(dict(zip(words, counts.tolist(), strict=True)), vocab_threshold)
@@ -110,14 +131,20 @@ class CaptionDataset(Dataset):
         self.tokens[is_word] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
         unknown = np.mean(self.tokens[is_word] == UNK) if is_word.any() else 0
         if mode == "train" and unknown > UNKNOWN_SHARE:
+            advice = "use another --vocab-file, or none" if is_given else "lower --vocab-threshold"
+            if unknown == 1:
+                raise InputError(f"none of the words in {self.annotation_file} is in the vocabulary; {advice}.")
             warn_once(
                 f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
-                "lower --vocab-threshold, use another --vocab-file, or write spaces between words if there are none."
+                f"{advice}."
             )
         self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
-    def _check_images_exist(self) -> None:
-        """Raise `InputError` if images are missing; compares hashes of names, as a million take only 8 MB."""
+    def _find_images(self, must_exist: bool) -> None:
+        """Find images whose files are named in another Unicode form, and raise `InputError` for missing ones.
+
+        Compares hashes of names, as a million take only 8 MB.
+        """
         names, present = self.paths.names, array("q")
         for folder in {os.path.dirname(os.path.normpath(name)) for name in names}:
             try:
@@ -128,10 +155,16 @@ class CaptionDataset(Dataset):
                 continue
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
         missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(present, np.int64)))
-        if len(missing):
+        found = find_in_other_form(self.image_folder, names[missing]) if len(missing) else {}
+        if found:
+            block = "\n".join(found.get(name, name) for name in names).encode()
+            self.paths = ImageFiles(self.image_folder, Names(np.frombuffer(block, np.uint8)))
+        missing = [row for row in missing.tolist() if names[row] not in found]
+        if missing and must_exist:
             raise InputError(
                 f"{len(missing)} of {len(names)} photos of {self.annotation_file} are missing, the first is "
-                f"{self.paths[missing[0]]}; put them there or remove them from the annotations."
+                f"{self.paths[missing[0]]}; put them there, remove them from the annotations, or leave them out with "
+                "--skip-unreadable."
             )
 
     def drop(self, rows: Iterable[int]) -> None:
@@ -186,7 +219,12 @@ class CaptionDataset(Dataset):
         """Read the ground truth of drawn scenes: image id -> scene; empty for other data sets."""
         ids = set(self.image_ids.tolist())
         images = read_images(self.annotation_file)
-        return {i: entry["scene"] for i, entry in images if i in ids and "scene" in entry}
+        named = {i: entry["scene"] for i, entry in images if i in ids and "scene" in entry}
+        scenes = {i: scene for i, scene in named.items() if is_scene(scene)}
+        if 0 < len(scenes) < len(named):
+            wrong = len(named) - len(scenes)
+            warn_once(f'{self.annotation_file} has an invalid "scene" of {wrong} images; draw the scenes again.')
+        return scenes
 
     def __len__(self) -> int:
         return len(self.paths) if self.mode == "test" else len(self.image_rows)

@@ -23,17 +23,9 @@ from captioning.errors import InputError, run_command
 from captioning.files import hash_file, read_text, require_new_folder
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
+from captioning.sidecars import read_folder
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
-from captioning.tables import (
-    ENCODING_ADVICE,
-    SPLIT_ALIASES,
-    Row,
-    clean_caption,
-    read_json,
-    read_table,
-    read_token_file,
-    split_captions,
-)
+from captioning.tables import SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -125,7 +117,8 @@ def import_flickr(
     table = _flickr_captions(folder, texts) if source.is_dir() else source
     captions: dict[str, list[str]] = {}
     splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
-    for row in (read_token_file if ".token" in table.name else read_table)(table, encoding):
+    is_token_file = ".token" in table.name
+    for row in read_token_file(table, encoding) if is_token_file else read_table(table, encoding, report):
         captions.setdefault(row.image, []).extend(_captions(row, report))
         if row.split:
             set_split(splits, row.image, row.where, row.split)
@@ -257,17 +250,18 @@ def _karpathy_caption(sentence: dict[str, Any]) -> str:
 def import_folder(
     source: Source, destination: Destination, images: Path | None = None, encoding: str | None = None
 ) -> None:
-    """Convert your own images, with a table of captions or a .txt file per image, to COCO's layout.
+    """Convert your own images, with a table of captions or a file per image, to COCO's layout.
 
     A table is CSV, TSV, JSON Lines or JSON with one list, such as Hugging Face's metadata.csv or metadata.jsonl.
     Its column photo (or image, file_name, filename) gives the image's path below the images' folder, caption (or
-    text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. Text files
-    have one caption per line. Without a column split or set, folders called train, val and test give the splits
-    if they hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the
-    validation split is missing, it takes 5% of the training images.
+    text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. A file of an
+    image is named as it is, 0.txt or 0.jpg.txt for 0.jpg: .txt or .caption, with one caption per line, or .json, with
+    "caption" or "captions". Without a column split or set, folders called train, val and test give the splits if they
+    hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation
+    split is missing, it takes 5% of the training images.
 
     Args:
-        source: The table, or a folder with one table, with metadata files or with .txt files.
+        source: The table, or a folder with one table, with metadata files or with a file per image.
         destination: The data set to write; it must not exist yet, or be empty.
         images: Folder with the images, when it is not the one that holds the captions.
         encoding: Encoding of the captions, such as cp1252, when it is neither UTF-8 nor marked as UTF-16.
@@ -278,7 +272,7 @@ def import_folder(
     if source.is_dir():
         rows, kind = _folder_rows(folder, index, encoding, report)
     else:
-        rows, kind = _read_tables([source], folder, encoding), "row"
+        rows, kind = _read_tables([source], folder, encoding, report), "row"
     result: dict[str, SourceImage] = {}
     for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:
@@ -298,18 +292,23 @@ def import_folder(
 
 
 def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
-    """Read the captions of a folder's tables, else of .txt files next to its images, else of its .json file.
+    """Read the captions of a folder's tables, else of the files next to its images, else of its .json file.
 
-    Also returns where an image's captions are: "row" or ".txt file".
+    Also returns where an image's captions are: "row" or ".txt, .caption or .json file".
     """
     files = list(walk_files(folder))
     tables = _find_tables(folder, files, TABLE_SUFFIXES)
-    rows = [] if tables else _read_text_files(folder, files, index, encoding, report)
-    tables = tables or ([] if rows else _find_tables(folder, files, (".json",)))
+    rows, beside = ([], set()) if tables else read_folder(folder, files, index, encoding, report)
+    if not any(row.captions[0] for row in rows):  # as in files of labels
+        tables = tables or _find_tables(folder, [path for path in files if path not in beside], (".json",))
     if not rows and not tables:
-        suffixes = ", ".join(TABLE_SUFFIXES)
-        raise InputError(f"{folder} holds no table of captions ({suffixes}, .json) and no .txt file next to an image.")
-    return (rows, ".txt file") if rows else (_read_tables(tables, folder, encoding), "row")
+        raise InputError(
+            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json) and no .txt, .caption or .json "
+            "file next to an image."
+        )
+    if tables:
+        return _read_tables(tables, folder, encoding, report), "row"
+    return rows, ".txt, .caption or .json file"
 
 
 def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
@@ -327,45 +326,14 @@ def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> 
     return tables
 
 
-def _read_tables(tables: list[Path], folder: Path, encoding: str | None) -> list[Row]:
+def _read_tables(tables: list[Path], folder: Path, encoding: str | None, report: Report) -> list[Row]:
     """Read the rows of all tables, with the images' paths relative to `folder`."""
     rows = []
     for table in tables:
         parent = table.parent.relative_to(folder).as_posix()
-        for row in read_table(table, encoding):
+        for row in read_table(table, encoding, report):
             row.image = row.image if parent == "." else os.path.join(parent, row.image)
             rows.append(row)
-    return rows
-
-
-def _read_text_files(
-    folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
-) -> list[Row]:
-    """Read the captions of an image 0.jpg from 0.txt or 0.jpg.txt, one per line."""
-    texts: dict[Path, Path] = {}
-    for path in (path for path in files if path.suffix.lower() == ".txt"):
-        if texts.setdefault(path.with_suffix(".txt"), path) is not path:
-            raise InputError(f"{texts[path.with_suffix('.txt')]} and {path} are for one image; keep one of the two.")
-    owners: dict[Path, Path] = {}
-    rows = []
-    for key, (path, *_) in index.paths.items():
-        beside = folder / path.relative_to(index.folder)
-        found = [texts[name] for name in (beside.with_suffix(".txt"), Path(f"{beside}.txt")) if name in texts]
-        if not found:
-            continue
-        text, *others = found
-        if others:
-            raise InputError(f"{text} and {others[0]} are for one image; keep one of the two.")
-        if text in owners:
-            raise InputError(f"{text} may be of {owners[text]} or of {path}; keep one of the two images.")
-        owners[text] = path
-        about = text.with_suffix(".json")
-        read_about = (lambda about=about: read_json(about, read_text(about))) if about.is_file() else None
-        lines = split_captions(read_text(text, encoding, ENCODING_ADVICE), text, read_about)
-        rows += [Row(where, key, [clean_caption(line, where)], "") for where, line in lines]
-    if rows:
-        for text in sorted(set(texts.values()) - owners.keys()):
-            report.add(".txt file{s} without an image", str(text))
     return rows
 
 

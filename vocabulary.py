@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,13 +22,21 @@ SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
 
 _TOKENIZER = NLTKWordTokenizer()
 _DETOKENIZER = TreebankWordDetokenizer()
-# Word processors and phones type these for ' and ", with which alone the tokenizer knows contractions and quotations.
-_STRAIGHT_QUOTES = str.maketrans("‘’‚“”„", "'''\"\"\"")
+# The soft hyphen, the marks of direction, the word joiner and the byte order mark.
+_INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+_REPLACEMENTS = str.maketrans(
+    # Word processors type these for ' and ", with which alone the tokenizer knows contractions and quotations.
+    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True))
+    | dict.fromkeys(_INVISIBLE)
+    | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
+)
+_JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
 _ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:st|ave|blvd|rd|dr|mr|mrs|ft|jr|vs)\.")
 
 
 @functools.lru_cache(maxsize=1 << 18)
 def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
+    chunk = chunk.strip(_JOINERS)
     return (chunk,) if _ABBREVIATION.fullmatch(chunk) else tuple(_TOKENIZER.tokenize(chunk))
 
 
@@ -36,11 +45,13 @@ def tokenize(caption: str) -> list[str]:
 
     NLTK's sentence splitter needs a download, and without it the word tokenizer separates only the last full
     stop of a caption. Tokenizing each white-space separated chunk by itself separates all of them, and caching
-    the chunks, most of which recur, makes this 40 times as fast.
+    the chunks, most of which recur, makes this 40 times as fast. Tokens are in Unicode's composed form (NFC), without
+    invisible characters.
 
         "A dog runs.  It's wet." -> ["a", "dog", "runs", ".", "it", "'s", "wet", "."]
     """
-    return [token for chunk in caption.lower().translate(_STRAIGHT_QUOTES).split() for token in _tokenize_chunk(chunk)]
+    text = unicodedata.normalize("NFC", caption.lower().translate(_REPLACEMENTS))
+    return [token for chunk in text.split() for token in _tokenize_chunk(chunk)]
 
 
 class Vocabulary:
@@ -55,7 +66,8 @@ class Vocabulary:
         if not all(isinstance(word, str) and word for word in words) or len(set(words)) != len(words):
             raise InputError("the words of a vocabulary must be distinct strings, none of them empty.")
         self.words = words
-        self.index = {word: index for index, word in enumerate(words)}
+        # Composed as tokens are; of words that were once told apart by their form, the first counts.
+        self.index = {unicodedata.normalize("NFC", words[i]): i for i in reversed(range(len(words)))}
 
     @classmethod
     def build(cls, captions: Iterable[str], threshold: int) -> Vocabulary:

@@ -119,6 +119,8 @@ def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Itera
                 value = float(value)
             parent = containers[-1] if containers else None
             if isinstance(parent, dict):
+                if key in parent:
+                    raise InputError(f"has {key!r:.80} twice in {name}[{counts[name]}]")
                 parent[key] = value
             elif parent is not None:
                 parent.append(value)
@@ -303,7 +305,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
     or empty.
     """
-    name = f"captions/{hash_file(path, b'6' + os.fsencode(path.name))[:32]}.npz"
+    name = f"captions/{hash_file(path, b'7' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)

@@ -183,7 +183,7 @@ def _timm_config(name: str) -> PretrainedCfg:
         except RuntimeError:  # no weights are published under this tag
             config = None
     if config is None:
-        known = [RESNET50, *timm.list_models(), *timm.list_pretrained()]
+        known = {RESNET50, *timm.list_models(), *timm.list_pretrained()}
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(nearest)}?" if nearest else "timm.list_models() lists what there is."
         raise InputError(f'there is no backbone "{name}"; {hint}')

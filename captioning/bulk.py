@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from glob import glob
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -44,19 +45,30 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
     """Yield the images at the paths in the given order; the images and tar files in a folder come in name order.
 
     With `recursive`, subfolders are visited in name order too, each once, even if links form a cycle. The images of a
-    tar file come in its own order. Memory does not grow with the size of a folder. For each path, `log` receives a
-    line that lists the files and folders left out; macOS's ._ files are ignored.
-    Raises `InputError` at once for a folder or a tar file that has no images or cannot be read.
+    tar file come in its own order; one that cannot be read stands for itself, and `read_image` says why. Memory does
+    not grow with the size of a folder. For each path, `log` receives a line that lists the files and folders left out;
+    macOS's ._ files are ignored. A pattern such as photos/*.jpg, which some shells do not expand, means what matches.
+    Raises `InputError` at once for a folder or a tar file that has no images, for a folder that cannot be read, and
+    for a tar file that cannot be read if it is the only path.
     """
-    paths = list(paths)
+    paths = [path for pattern in paths for path in _expand(pattern)]
     for path in paths:
         if WEB_ADDRESS.match(str(path)) and not os.path.exists(path):
             raise missing_file(path)
         left_out: Counter[str] = Counter()
-        if next(_images_at(path, recursive, left_out), None) is None:
+        first = next(_images_at(path, recursive, left_out), None)
+        if first == path and is_shard(path) and len(paths) == 1:
+            next(list_images(path), None)  # raises
+        if first is None:
             instead = f" but {_describe(left_out)}" if left_out else ""
             raise InputError(f"{path} holds no images{instead}; name an image or a folder of images.")
     return _stream(paths, recursive, log)
+
+
+def _expand(pattern: Path) -> list[Path]:
+    """List the paths that match a pattern, in name order; a path that exists or that nothing matches is no pattern."""
+    matches = [] if os.path.lexists(pattern) else glob(str(pattern))
+    return sorted(map(Path, matches)) or [pattern]
 
 
 def _stream(paths: list[Path], recursive: bool, log: Log | None) -> Iterator[Path | Member]:
@@ -72,7 +84,10 @@ def _images_at(path: Path, recursive: bool, left_out: Counter[str]) -> Iterator[
         for file in _walk(path, recursive, left_out):
             yield from _images_at(file, False, left_out)
     elif is_shard(path) and (os.path.isfile(path) or not os.path.lexists(path)):
-        yield from list_images(path)
+        try:
+            yield from list_images(path)
+        except InputError:
+            yield path
     else:  # also a pipe or a link to nothing: `read_image` says so
         yield path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from captioning import decoding
@@ -19,12 +19,11 @@ from captioning.distributed import choose_dtype, fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
+from captioning.image_files import Source
 from captioning.images import ImageDataset, build_pixel_transform
-from captioning.shards import Member
 from model import EncoderCNN
 from vocabulary import UNK, UNK_WORD, Vocabulary
 
-Source = str | Path | Member | Image.Image
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "seed")
@@ -69,6 +68,10 @@ class Decoding:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Integral):
                 raise InputError(f"{name} is {value!r}, but it has to be a whole number.")
+        for name in ("temperature", "top_p", "length_penalty", "diversity"):
+            value = getattr(self, name)
+            if value is not None and not hasattr(value, "__float__"):
+                raise InputError(f"{name} is {value!r}, but it has to be a number.")
         decoding.check_lengths(self.max_length, self.min_length)
         _check_at_most("max_length", self.max_length, MAX_LENGTH)
         _check_at_most("alternatives", self.alternatives, MAX_BEAM)
@@ -193,7 +196,10 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, folder: str | Path | Sequence[str | Path], epoch: int | None = None, precision: Precision = "auto"
+        cls,
+        folder: str | os.PathLike | Iterable[str | os.PathLike],
+        epoch: int | None = None,
+        precision: Precision = "auto",
     ) -> Captioner:
         """Load a model from a folder that `train.py` wrote: its best epoch unless `epoch` is given.
 
@@ -202,10 +208,12 @@ class Captioner:
         Raises `InputError` if a folder is incomplete, its files do not belong together, the Hub has no such model, or
         several models differ in their vocabularies.
         """
-        if not isinstance(folder, (str, Path)):
+        if not isinstance(folder, (str, os.PathLike)):
+            if isinstance(folder, bytes) or not isinstance(folder, Iterable):
+                raise InputError(f"a model is the path of a folder or user/name, not a {type(folder).__name__}.")
             members = [Captioner.load(one, epoch, precision) for one in folder]
             return members[0] if len(members) == 1 else Ensemble(members)
-        path = find_model(folder)
+        path = find_model(os.fspath(folder))
         captioner = cls(*load_model(path, epoch), precision)
         captioner.folder, captioner.epoch = path, epoch
         return captioner
@@ -233,13 +241,12 @@ class Captioner:
         """
         if decode is not None and options:
             raise InputError(f"{next(iter(options))} has no effect if a Decoding is given; set it there.")
-        sources = [images] if isinstance(images, Source) else list(images)
-        decode = decode or Decoding(**options).with_defaults()
-        return [caption for _, caption in self.stream(sources, decode)]
+        decode = Decoding(**options).with_defaults() if decode is None else decode
+        return [caption for _, caption in self.stream(images, decode)]
 
     def stream(
         self,
-        sources: Sequence[Source],
+        sources: Source | Iterable[Source],
         decode: Decoding,
         workers: int = 0,
         unreadable: Callable[[int, InputError], object] | None = None,
@@ -253,7 +260,10 @@ class Captioner:
         batches; batches and captions do not depend on the number of processes. `positions` are the positions of the
         sources in a longer list of which they are a part: samples depend on the seed and on an image's position.
         """
+        if not isinstance(decode, Decoding):
+            raise InputError(f"decode has to be a Decoding, not a {type(decode).__name__}.")
         decode.check()
+        sources = _as_list(sources)
         batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
@@ -365,6 +375,13 @@ class Ensemble(Captioner):
             if any(others != indices[0] for others in indices):
                 raise InputError("an image changed while the models read it; run the command again.")
             yield indices[0], features
+
+
+def _as_list(images: Source | Iterable[Source]) -> list[Source]:
+    """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path."""
+    one = isinstance(images, Source | bytes) or hasattr(images, "read") or not isinstance(images, Iterable)
+    each: Any = [images] if one else images
+    return [os.fspath(image) if isinstance(image, os.DirEntry) else image for image in each]
 
 
 def _choose_precision(precision: Precision, device: torch.device) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of
 from captioning.errors import InputError, printable, quoted
-from captioning.files import require_new_folder, require_regular, write_file
+from captioning.files import WEB_ADDRESS, decode_text, missing_file, read_bytes, require_new_folder, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
@@ -40,6 +41,7 @@ DESCRIPTION = "captioner.json"
 MAX_DESCRIPTION = 64 << 20  # maximum size of captioner.json, in bytes
 SAMPLE = "scenes"  # the folder that the sample data set is drawn into
 MODELS = Path("models")
+HUB_ADDRESS = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)|hf:)/+([^/]+/[^/]+)")
 SHIPPED = "photos"  # the model that comes with the project
 RESUME_TYPES = {  # types of the values in resume.pt
     "format": int,
@@ -129,18 +131,29 @@ def read_description(folder: str | Path) -> Description:
     """Read and check captioner.json; `InputError` says what is missing or wrong in it."""
     path = Path(folder) / DESCRIPTION
     if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have, too
-        raise InputError(f"{folder} is not a trained model's folder: {path} is missing; {_how_to_train(folder)}.")
-    require_regular(path)
+        raise _no_model(Path(folder))
+    text = decode_text(read_bytes(path, MAX_DESCRIPTION), path)
+    if not text.strip():
+        raise InputError(f"{path} is empty, and describes no model; restore it from a copy, or train the model again.")
     try:
-        if path.stat().st_size > MAX_DESCRIPTION:
-            raise InputError(f"{path} is too large to be the description of a model; check the folder.")
-        return Description.model_validate_json(path.read_bytes())
+        return Description.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
-        raise InputError(f"{path} does not describe a model: {where}: {first['msg']}.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise InputError(f"{path} does not describe a model: {reason}.") from None
+
+
+def _no_model(folder: Path) -> InputError:
+    """Return the error for a path that is not a model's folder."""
+    if on_hub := HUB_ADDRESS.match(folder.as_posix()):
+        return InputError(f"{on_hub[1]} is the name of this model on the Hub; write it without the address.")
+    if WEB_ADDRESS.match(str(folder)):
+        return missing_file(folder)
+    if os.path.isfile(folder) and os.path.exists(folder.parent / DESCRIPTION):
+        return InputError(f"{folder} is a file of a model; name its folder, {folder.parent}.")
+    return InputError(
+        f"{folder} is not a trained model's folder: {folder / DESCRIPTION} is missing; {_how_to_train(folder)}."
+    )
 
 
 def _how_to_train(folder: str | Path) -> str:
@@ -227,12 +240,13 @@ def choose_epoch(folder: Path, description: Description, epoch: int | None = Non
     saved = epochs_saved(folder)
     if epoch is None:
         epoch = description.best_epoch if description.best_epoch in saved else max(saved, default=None)
-    if epoch not in saved:
-        wanted = "any epoch's" if epoch is None else f"epoch {epoch}'s"
+    if not saved or epoch is None:
         raise InputError(
-            f"{folder} is incomplete: it lacks {wanted} encoder-<i>.pkl and decoder-<i>.pkl; train it, or "
+            f"{folder} is incomplete: it lacks any epoch's encoder-<i>.pkl and decoder-<i>.pkl; train it, or "
             f"resume: `python train.py --resume {quoted(folder)}`."
         )
+    if epoch not in saved:
+        raise InputError(f"{folder} has no weights of epoch {epoch!r}; it has those of {', '.join(map(str, saved))}.")
     return epoch
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from captioning import checkpoint
 from captioning.backbones import Preprocessing, count_stages, preprocessing_of
 from captioning.errors import InputError
-from captioning.files import CACHE, require_regular
+from captioning.files import CACHE, read_text
 from captioning.images import WORKERS
 from model import DECODERS
 
@@ -37,6 +37,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "hidden_size": (1, 1 << 14),
     "num_layers": (1, 16),
     "dropout": (0, 0.99),
+    "learning_rate": (0, 10),
+    "backbone_learning_rate": (0, 10),
+    "clip_norm": (0, 1e9),
     "attention_penalty": (0, 1e6),
     "warmup_steps": (0, math.inf),
     "save_minutes": (0, math.inf),
@@ -168,6 +171,9 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     def _check(self) -> None:
         if self.objective == "cider" and self.resume is None:
             raise InputError("objective cider needs a trained model to start from; add --resume models/NAME.")
+        for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
+            if not getattr(self, field) > 0:
+                raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
         for field, (least, most) in LIMITS.items():
             value = getattr(self, field)
             if value is None:
@@ -177,9 +183,6 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             if value > most:
                 raise InputError(f"{field} must be at most {most}, not {value}.")
         _ = self.preprocessing  # which checks the backbone and the image size
-        for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
         if self.tie_weights and self.embed_size != self.hidden_size and self.decoder != "transformer":
             raise InputError(
                 f"tie_weights needs equal embed_size and hidden_size, not {self.embed_size} and {self.hidden_size}."
@@ -243,14 +246,10 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read the options in a TOML file. Raises `InputError` for a file that cannot be used."""
-    require_regular(path)
     try:
-        with open(path, "rb") as file:
-            options = tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        options = tomllib.loads(read_text(Path(path)))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not a TOML file ({error}).") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     known = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
     unknown = [name for name in options if name not in known]
     if unknown:

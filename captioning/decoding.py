@@ -75,7 +75,7 @@ def greedy(decoder: Decoder, features: Any, max_length: int = 20, min_length: in
     """Choose the most probable token at every step, for all images at once.
 
     features: what `decoder.init_state` takes, (B, ...).
-    max_length: maximum number of tokens, `<end>` included. min_length: minimum number of words before `<end>`.
+    max_length: maximum number of tokens, `<end>` included. min_length: minimum number of tokens before `<end>`.
     Returns one hypothesis per image. Raises InputError if a length is out of range.
     """
     check_lengths(max_length, min_length)

@@ -16,6 +16,7 @@ from datetime import timedelta
 # stand for bytes that cannot be decoded.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+EMPTY = re.compile(r"(--[\w-]+=)?")  # arguments without a value, which would name the current folder
 HOME = re.compile(r"^(--[\w-]+=|)~(?=/|\\|$)")  # which shells expand only where it begins a word
 
 # How Linux, macOS and Windows describe a host name that cannot be resolved, and a missing route.
@@ -86,6 +87,8 @@ def run_command(main: Callable[[], object]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv[1:] = [HOME.sub(lambda match: match[1] + os.path.expanduser("~"), each) for each in sys.argv[1:]]
     try:
+        if any(map(EMPTY.fullmatch, sys.argv[1:])):
+            raise InputError("an argument is empty; give it a value, or leave it out.")
         main()
         if sys.stdout is not None:
             sys.stdout.flush()

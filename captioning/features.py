@@ -37,7 +37,7 @@ from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
 
-VERSION = "3"  # of the files; features of another version are computed again
+VERSION = "4"  # of the files; features of another version are computed again
 # On a CPU a small batch stays in its cache; on a GPU many workers read as many batches at once.
 BATCH = 64 if torch.cuda.device_count() else 16
 
@@ -122,7 +122,8 @@ def stored_features(
             failed = _fill(encoder, paths, preprocessing, views, dtype, partial, workers)
             if failed:
                 raise InputError(
-                    f"{len(failed)} of {len(paths)} photos cannot be read: {summarize_errors(failed.values())}"
+                    f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
+                    f"{summarize_errors(failed.values())}"
                 )
             if state.is_main_process:
                 os.replace(partial, store)

@@ -230,8 +230,9 @@ def require_space(folder: Path, needed: int) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
+        size, unit = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
         raise InputError(
-            f"{folder} needs {needed / 1e9:.1f} GB of free disk space and has {free / 1e9:.1f} GB; "
+            f"{folder} needs {needed / size:.1f} {unit} of free disk space and has {free / size:.1f} {unit}; "
             "free some, or name a folder on another disk."
         )
 

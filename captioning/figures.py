@@ -110,8 +110,10 @@ def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessin
 
 
 def check_figure(path: Path) -> None:
-    """Raise `InputError`, before long work, if `path` cannot be written or is an existing file but not a figure."""
+    """Raise `InputError`, before long work, if `path` is no PNG file, cannot be written, or exists but is no figure."""
     check_output(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path} does not end in .png, but figures are PNG files; name it {path.stem}.png.")
     software = ""
     if path.exists():
         with suppress(Exception), Image.open(path) as image:  # reads the header only

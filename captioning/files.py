@@ -33,11 +33,21 @@ BINARY_FILES = {
     b"PAR1": "a Parquet file",
     b"\x1f\x8b": "a gzip archive",
 }
+NO_IMAGES = {  # how files begin that are taken for images, and what is said of them
+    b"version https://git-lfs": "it is a Git LFS pointer; `git lfs pull` fetches the file itself",
+    b"PK\3\4": "it is a zip archive; unpack it first",
+    b"\x1f\x8b": "it is a gzip archive; unpack it first",
+    b"BZh": "it is a bzip2 archive; unpack it first",
+    b"\xfd7zXZ\0": "it is an xz archive; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "it is a 7z archive; unpack it first",
+    b"Rar!\x1a\7": "it is a RAR archive; unpack it first",
+    b"%PDF": "it is a PDF; save its pages as images",
+}
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
 # Formats that Pillow renders with another program, only identifies, or nests without bounds.
 NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "WMF"}
-WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs):/+", re.IGNORECASE)
+WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs|file):/+", re.IGNORECASE)
 
 
 def hash_file(path: Path, prefix: bytes = b"") -> str:
@@ -188,9 +198,16 @@ def missing_file(path: object) -> InputError:
     """Return the error for a missing file; for a web address it says that nothing is downloaded."""
     address = WEB_ADDRESS.match(str(path))
     if address is None:
-        return InputError(f"{path} does not exist; check the path.")
-    address = f"{address[1]}://{str(path)[address.end() :]}"  # pathlib drops a slash
-    return InputError(f"{address} is a web address, and nothing is fetched; download the file and name it.")
+        return InputError(f"{path} does not exist; check the path." if str(path) else "a path is empty; name a file.")
+    scheme, rest = address[1], str(path)[address.end() :]  # pathlib drops slashes between them
+    if scheme.lower() == "file":
+        return InputError(f"{scheme}:///{rest} is an address; name the path itself, without {scheme}://.")
+    return InputError(f"{scheme}://{rest} is a web address, and nothing is fetched; download the file and name it.")
+
+
+def describe_content(start: bytes) -> str | None:
+    """Say what a file that is no image is, and what to do about it, by its first bytes; None if they tell nothing."""
+    return next((what for beginning, what in NO_IMAGES.items() if start.startswith(beginning)), None)
 
 
 def image_formats() -> list[str]:

@@ -9,59 +9,54 @@ HEIC, 125 million for a PNG or TIFF). A JPEG may have 4,000 million, since it is
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
 import stat
+import struct
+import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
-from PIL.JpegImagePlugin import jpeg_factory
+from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngStream
 
 from captioning.errors import InputError
-from captioning.files import image_formats, missing_file, register_heif
-from captioning.shards import Member
+from captioning.files import describe_content, image_formats, missing_file, register_heif
+from captioning.pixels import join_bytes, upright_rgb
+from captioning.shards import Member, is_shard, list_images
 
 MAX_BYTES = 1_000_000_000  # memory limit for decoding one image, in bytes
 MAX_FILE_BYTES = 512 << 20
 MAX_SECONDS = 60  # time limit for reading one file
 MAX_SCANS = 100  # maximum number of scans in a JPEG; encoders write about 10
 MAX_SCANNED_PIXELS = 4_000_000_000  # maximum number of pixels in all scans of a JPEG, which take some 3 seconds
-MAX_ASPECT = 32  # maximum ratio of an image's longer side to its shorter one; a longer image is cropped to its middle
 BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # measured memory of the decoders
 DEFAULT_BYTES_PER_PIXEL = 8  # 4 for Pillow's image and 4 for the decoder or the RGB copy
 RLE_ROWS = 255  # maximum number of rows that one code of a run-length encoded BMP can add below the image
-BAND_PIXELS = 1 << 20  # number of pixels converted at a time
-WHITES = (1, 255, 4095, 65535)  # usual levels of white in images of more than 8 bits per channel
-OVERSHOOT = 16  # highest level in an image of fractions whose white is 1
-NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
-NO_DATA_LEVELS = (-9999, -32768, -99999)
-
-TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 0x0112, 258, 262
+BITS_PER_SAMPLE, PLANAR_CONFIGURATION = 258, 284
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 # A JPEG marker followed by a length, or the end of the image; FF 00 and FF D0 to FF D7 occur within a scan's data.
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 JPEG_START = b"\xff\xd8\xff"
+# What Pillow calls levels of 16 bits that it reduces to their upper byte: channels, and order of the two bytes.
+DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
+OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+DARK = 15  # highest upper byte of levels that use 12 of 16 bits
+PNG_TEXT, PNG_METADATA = ("tEXt", "zTXt", "iTXt"), ("iCCP", "eXIf", "gAMA", "cHRM", "sRGB", "pHYs")  # kinds of chunks
+MAX_CHUNK, MAX_TEXT = 1 << 20, 8 << 20  # size limits of such a chunk, in bytes, and of all text, in characters
+
+Source = str | os.PathLike | Member | Image.Image  # what an image is read from
 
 
 def read_image(
-    source: str | Path | Member | Image.Image,
+    source: Source,
     shorter_side: int | None = None,
     formats: Collection[str] | None = None,
 ) -> Image.Image:
@@ -70,27 +65,33 @@ def read_image(
     A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter side still has at least twice
     `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
     than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
-    middle. `formats` are Pillow's names of the formats to accept, by default all that Pillow decodes.
+    middle. Colours of another profile than sRGB are converted; see `pixels.upright_rgb`. `formats` are Pillow's names
+    of the formats to accept, by default all that Pillow decodes.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
-        raise InputError(f"an image is a path or a PIL image, not a {type(source).__name__}; use Image.fromarray.")
-    name = "the image" if isinstance(source, Image.Image) else source
+        how = "Image.open" if isinstance(source, bytes) or hasattr(source, "read") else "Image.fromarray"
+        advice = f"; use {how}" if how == "Image.open" or hasattr(source, "shape") else ""
+        raise InputError(f"an image is a path or a PIL image, not a {type(source).__name__}{advice}.")
+    path = os.fspath(source) if isinstance(source, os.PathLike) else source
+    name = "the image" if isinstance(path, Image.Image) else str(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(source, Image.Image):
-                return _upright_rgb(source)
+                return upright_rgb(source, shorter_side)
             with _open_file(source) as file:
                 image = _open_image(file, formats)
                 _draft(image, shorter_side)
                 _check_size(image)
-                image.load()
+                _load(image, file)
                 _check_size(image)  # an icon's true size is in the PNG that it contains
-                return _upright_rgb(image)
+                return upright_rgb(image, shorter_side)
     except FileNotFoundError:
         raise missing_file(name) from None
     except UnidentifiedImageError:
+        if not isinstance(source, Member) and is_shard(Path(name)):
+            deque(list_images(Path(name)), maxlen=0)  # says what is wrong with a tar file
         reason = "its content is not in an image format that can be read"
     except MemoryError:
         reason = "it takes more memory than there is"
@@ -107,7 +108,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore")
         is_jpeg = file.read(len(JPEG_START)) == JPEG_START
         file.seek(0)
-        yield jpeg_factory(file) if is_jpeg else _open_image(file, None)
+        yield JpegImageFile(file) if is_jpeg else _open_image(file, None)
 
 
 class _TimedFile(io.BufferedReader):
@@ -130,7 +131,7 @@ class _TimedFile(io.BufferedReader):
             raise ValueError(f"decoding it takes more than {MAX_SECONDS} seconds")
 
 
-def _open_file(source: str | Path | Member) -> _TimedFile:
+def _open_file(source: str | os.PathLike | Member) -> _TimedFile:
     if isinstance(source, Member):
         size = source.size
     else:
@@ -138,23 +139,28 @@ def _open_file(source: str | Path | Member) -> _TimedFile:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
         size = status.st_size
+    if size == 0:
+        raise ValueError("it is empty")
     if size > MAX_FILE_BYTES:
         raise ValueError(f"it has {size >> 20:,} MB, and a photo may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
     return _TimedFile(io.BytesIO(source.read()) if isinstance(source, Member) else io.FileIO(source))
 
 
 def _open_image(file: _TimedFile, formats: Collection[str] | None) -> Image.Image:
-    start = file.read(12)
+    start = file.read(64)
     file.seek(0)
     if start.startswith(JPEG_START) and (formats is None or "JPEG" in formats):
         scans = _count_scans(file.read())
         file.seek(0)
-        image = jpeg_factory(file)  # unlike Image.open it sets no limit to the size before `_draft`
+        image = JpegImageFile(file)  # unlike Image.open, this sets no limit to the size before `_draft`
         _check_scans(image, scans)
         return image
     try:
-        return Image.open(file, formats=image_formats() if formats is None else list(formats))
+        image = Image.open(file, formats=image_formats() if formats is None else list(formats))
+        return _correct_tiff(image, file) if image.format == "TIFF" else image
     except UnidentifiedImageError:
+        if content := describe_content(start):
+            raise ValueError(content) from None
         if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS or formats is not None:
             raise
     if not register_heif():
@@ -199,9 +205,60 @@ def _draft(image: Image.Image, shorter_side: int | None) -> None:
         image.draft(None, (max(1, width // scale), max(1, height // scale)))
 
 
-def _check_size(image: Image.Image) -> None:
+def _load(image: Any, file: _TimedFile) -> None:
+    """Decode an image.
+
+    Of levels of 16 bits, Pillow keeps the upper byte. Where a file uses only 12 of the bits or fewer, that is nearly
+    black, so the lower byte is then decoded as well: with the order of the bytes reversed.
+    """
+    layout = DEEP.fullmatch(_raw_mode(image.tile[0])) if image.tile else None
+    image.load()
+    if layout is None:
+        return
+    if max(high for _, high in image.getextrema()[:3]) > DARK:
+        if isinstance(colour := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(level >> 8 for level in colour)
+        return
+    if getattr(image, "tag_v2", {}).get(PLANAR_CONFIGURATION) == 2:
+        raise ValueError("it uses less than 13 of its 16 bits per channel; save it with 8")
+    _check_size(image, besides=4)
+    file.seek(0)
+    lower: Any = Image.open(file, formats=[image.format])
+    grey = layout[1] == "LA"  # there is no other order of these: as RGBA, all four bytes are kept
+    mode = "RGBA" if grey else f"{layout[1]};16{OTHER_ORDER[layout[2]]}"
+    lower.tile = [_with_raw_mode(tile, mode) for tile in lower.tile]
+    lower.load()
+    join_bytes(image, lower, (1, 1, 1, 3) if grey else range(len(image.getbands())))
+
+
+def _raw_mode(tile: Any) -> str:
+    """Return Pillow's name for the layout of a part of a file."""
+    return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+
+
+def _with_raw_mode(tile: Any, mode: str) -> Any:
+    return tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode)
+
+
+def _correct_tiff(image: Any, file: _TimedFile) -> Image.Image:
+    """Correct what Pillow takes for samples of 8 bits, or for a wrong order of bytes, in some TIFFs."""
+    tags, uncompressed = image.tag_v2, bool(image.tile) and image.tile[0].codec_name == "raw"
+    if uncompressed and tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:
+        TiffImagePlugin.READ_LIBTIFF = True
+        try:
+            file.seek(0)
+            return Image.open(file, formats=["TIFF"])
+        finally:
+            TiffImagePlugin.READ_LIBTIFF = False
+    if not uncompressed:  # libtiff returns numbers in the processor's order
+        image.tile = [_with_raw_mode(tile, re.sub("B(?=[FS]$)", "N", _raw_mode(tile))) for tile in image.tile]
+    return image
+
+
+def _check_size(image: Image.Image, besides: int = 0) -> None:
+    """Raise `ValueError` if decoding takes too much memory; `besides` are further bytes that each pixel needs."""
     width, height = image.size
-    most = MAX_BYTES // _bytes_per_pixel(image)
+    most = MAX_BYTES // (_bytes_per_pixel(image) + besides)
     if width * (height + RLE_ROWS * ("bmp_rle" in str(getattr(image, "tile", "")))) > most:
         raise ValueError(f"it has {width} x {height} pixels, more than {most // 10**6} million; save it smaller")
 
@@ -240,89 +297,31 @@ def _bound_tags(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
 TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFileDirectory_v2.load)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
-    image.load()  # Pillow applies a TIFF's orientation on load
-    transpose = None
-    with suppress(Exception):  # ignore the orientation if the EXIF data is invalid
-        transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(ORIENTATION, 1))
-    upright = _to_rgb(_cut_long(image))
-    if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
-        upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
-    upright.info.clear()  # its orientation, transparency and colour profile no longer apply
-    return upright if transpose is None else upright.transpose(transpose)
+def _ignore_errors(kind: str, read: Callable[[Any, int, int], bytes]) -> Callable[[Any, int, int], bytes]:
+    """Wrap Pillow's reader of a kind of PNG chunk so that it ignores what it cannot read or what is too large."""
+
+    def read_or_skip(stream: Any, position: int, length: int) -> bytes:
+        if length <= MAX_CHUNK and (kind not in PNG_TEXT or stream.text_memory < MAX_TEXT):
+            try:
+                return read(stream, position, length)
+            except (ValueError, SyntaxError, IndexError, struct.error):
+                stream.fp.seek(position)
+        return ImageFile._safe_read(stream.fp, length)
+
+    return read_or_skip
 
 
-def _cut_long(image: Image.Image) -> Image.Image:
-    """Crop a very long image to its middle: resized to a given shorter side, it would take unbounded memory."""
-    shorter = min(image.size)
-    excess = [max(0, side - MAX_ASPECT * shorter) // 2 for side in image.size]  # at either end
-    if not any(excess):
-        return image
-    left, top = excess
-    return image.crop((left, top, image.width - left, image.height - top))
+for kind in PNG_TEXT + PNG_METADATA:
+    setattr(PngStream, f"chunk_{kind}", _ignore_errors(kind, getattr(PngStream, f"chunk_{kind}")))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        low, high = _black_and_white(image)
-        scale = 255 / (high - low) if high > low else 0.0
-        return _convert_bands(image, lambda band: Image.fromarray(_to_8_bits(band, low, scale)))
-    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
-        return _convert_bands(image, _over_white)
-    return image.convert("RGB")
+def _read_segment(image: JpegImageFile, marker: int) -> None:
+    """Read a segment of a JPEG's metadata, and ignore it if it is too short."""
+    with suppress(struct.error):
+        JpegImagePlugin.APP(image, marker)
 
 
-def _convert_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert an image to RGB band by band, so that only the result takes additional memory."""
-    rgb = Image.new("RGB", image.size)
-    for box in _bands(image):
-        rgb.paste(convert(image.crop(box)), box)
-    return rgb
-
-
-def _bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
-    rows = max(1, BAND_PIXELS // image.width)
-    return [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-
-
-def _over_white(band: Image.Image) -> Image.Image:
-    band = band.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
-
-
-def _levels(band: Image.Image) -> np.ndarray:
-    """Return the levels of an image of 16 or 32 bits as float64, NaN for missing ones."""
-    levels = np.asarray(band, dtype=np.float64)
-    return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, NO_DATA_LEVELS), levels, np.nan)
-
-
-def _black_and_white(image: Image.Image) -> tuple[float, float]:
-    """Return the levels of black and white.
-
-    Formats of 16 or 32 bits do not say how many of these bits are used. White is the lowest of `WHITES` that no level
-    exceeds, and 1 for fractions of at most `OVERSHOOT`. If levels exceed all `WHITES` or are negative, the lowest
-    level is black and the highest is white. Raises `ValueError` where no level is a number.
-    """
-    ranges = [
-        (np.fmin.reduce(levels, axis=None), np.fmax.reduce(levels, axis=None))
-        for levels in (_levels(image.crop(box)) for box in _bands(image))
-    ]
-    lows, highs = np.array(ranges).T
-    low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
-    if math.isnan(low):
-        raise ValueError("none of its levels is a number")
-    if low < 0 or high > WHITES[-1]:
-        return low, high
-    if (
-        image.mode == "F"
-        and high <= OVERSHOOT
-        and any((_levels(image.crop(box)) % 1 > 0).any() for box in _bands(image))
-    ):
-        return 0.0, 1.0
-    return 0.0, float(next(white for white in WHITES if high <= white))
-
-
-def _to_8_bits(band: Image.Image, low: float, scale: float) -> np.ndarray:
-    return np.nan_to_num((_levels(band) - low) * scale).round().clip(0, 255).astype(np.uint8)
+JpegImagePlugin.MARKER |= {
+    marker: (name, about, _read_segment if read is JpegImagePlugin.APP else read)
+    for marker, (name, about, read) in JpegImagePlugin.MARKER.items()
+}

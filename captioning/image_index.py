@@ -7,7 +7,8 @@ import posixpath
 import unicodedata
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 from captioning.errors import InputError
 from captioning.files import HEIF_SUFFIXES, image_suffixes
@@ -41,6 +42,32 @@ def walk_files(folder: Path) -> Iterator[Path]:
                 (links if entry.is_symlink() else folders).append(here / entry.name)
             else:
                 yield here / entry.name
+
+
+def find_in_other_form(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Find files under `folder` that are named in another Unicode form, as macOS does: name -> its name on disk.
+
+    Names of which there is no file are left out.
+    """
+
+    @cache
+    def entries(inside: str) -> dict[str, str]:
+        try:
+            return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder / inside)}
+        except OSError:
+            return {}
+
+    found = {}
+    for name in names:
+        path = ""
+        for part in PurePosixPath(name).parts:
+            entry = entries(path).get(unicodedata.normalize("NFC", part))
+            if entry is None:
+                break
+            path = posixpath.join(path, entry)
+        else:
+            found[name] = path
+    return found
 
 
 class ImageIndex:

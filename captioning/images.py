@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import CACHE, write_cache
-from captioning.image_files import read_image
+from captioning.image_files import Source, read_image
 from captioning.shards import Member, stamp
 
 __all__ = ["WORKERS", "ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
@@ -70,7 +69,7 @@ class ImageDataset(Dataset):
     workers nor on what was read before.
     """
 
-    def __init__(self, paths: Sequence[str | Path | Member | Image.Image], transform: Callable):
+    def __init__(self, paths: Sequence[Source], transform: Callable):
         self.paths = paths
         self.transform = transform
         self.shorter_side = resized_side(transform)

@@ -13,6 +13,7 @@ from captioning.annotations import is_rejected, parse_image_id
 from captioning.coco_layout import SPLITS, SourceImage, find_annotation_files, find_unknown_files, write_dataset
 from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
+from captioning.image_index import find_in_other_form
 from captioning.reports import Report
 from captioning.tables import check_caption, is_missing, read_json
 
@@ -66,6 +67,7 @@ def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Repo
     """Yield the images of an annotation file, with their captions if it has any."""
     document = read_json(path, read_text(path))
     has_captions = path.name.startswith("captions")
+    image_folder = folder / "images" / path.stem.split("_")[-1]
     images: dict[int, SourceImage] = {}
     for where, entry in _entries(path, document, "images"):
         image_id, name = _parse_id(entry.get("id"), where), entry.get("file_name")
@@ -73,10 +75,9 @@ def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Repo
             raise InputError(f"{where} has no file_name within the image folder: {name!r:.80}.")
         if image_id in images:
             raise InputError(f"{where} has the id {image_id}, which an image before it has.")
-        image_path = folder / "images" / path.stem.split("_")[-1] / name
         size = entry.get("width"), entry.get("height")
         size = size if all(type(side) is int for side in size) else None
-        images[image_id] = SourceImage(image_path, f"{prefix}/{name}", split, id=image_id, size=size)
+        images[image_id] = SourceImage(image_folder / name, f"{prefix}/{name}", split, id=image_id, size=size)
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
         image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
         captions: list[Any] = caption or [None] if isinstance(caption, list) else [caption]
@@ -91,6 +92,9 @@ def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Repo
         for _ in range(len(captions) - len(texts)):
             report.add("empty caption{s}", where)
         images[image_id].captions += texts
+    missing = {image.name.removeprefix(f"{prefix}/"): image for image in images.values() if not image.path.is_file()}
+    for name, actual in find_in_other_form(image_folder, missing).items():
+        missing[name].path = image_folder / actual
     for image in images.values():
         if has_captions and not image.captions:
             report.add("image{s} without a caption", str(image.path))

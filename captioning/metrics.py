@@ -7,7 +7,6 @@ Without Java, a tokenizer in Python replaces the former and METEOR is left out.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 import unicodedata
@@ -29,6 +28,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from captioning.annotations import parse_image_id, read_captions
 from captioning.errors import InputError, warn_once
 from captioning.files import require_regular
+from captioning.tables import parse_json
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes seconds for 1,000 and minutes for 9,000
@@ -99,7 +99,8 @@ def _tokenize_ptb(captions: Sequence[str]) -> list[str]:
         "-preserveLines",
         "-lowerCase",
     ]
-    text = "".join(" ".join(caption.split()) + "\n" for caption in captions).encode(errors="replace")
+    texts = (unicodedata.normalize("NFC", " ".join(caption.split())) for caption in captions)
+    text = "".join(f"{text}\n" for text in texts).encode(errors="replace")
     lines = subprocess.run(command, input=text, capture_output=True, check=True).stdout.decode().split("\n")
     drop = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.rstrip().split(" ") if word not in drop) for line in lines[:-1]]
@@ -238,7 +239,7 @@ def _read_results(path: str | Path) -> dict[int, str]:
     form = '[{"image_id": 1, "caption": "..."}, ...]'
     require_regular(path)
     try:
-        entries = json.loads(Path(path).read_bytes())
+        entries = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a results file, {form}.") from error
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,9 @@ FIXED = (  # options that are fixed for a resumed run
 
 
 def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
-    """Raise `InputError` if an option that is fixed for a resumed run was changed."""
+    """Raise `InputError` if an option that is fixed for a resumed run was changed, or its data set is elsewhere."""
+    if not os.path.exists(config.data):
+        raise InputError(f"{config.data}, the data set of {config.resume}, does not exist here; name it with --data.")
     previous, now = resumed.training | vars(resumed.preprocessing), settings_of(config) | vars(config.preprocessing)
     for name in (*FIXED, *vars(config.preprocessing)):
         if name in previous and previous[name] != now[name]:

@@ -21,18 +21,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile, mkdtemp
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from captioning.errors import InputError, warn_once
-from captioning.files import decode_text, image_suffixes, is_within, require_regular, write_cache, write_file
+from captioning.files import image_suffixes, is_within, require_regular, write_cache, write_file
 from captioning.reports import Report
-from captioning.tables import clean_caption, split_captions
+from captioning.sidecars import SUFFIXES, read_captions
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # end of an index's name
 MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}  # by first bytes
 TEXT_ADVICE = "convert it to UTF-8 and pack the tar file again"
-CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
             if not name.startswith("._"):  # macOS keeps a file's attributes in them
                 groups.setdefault(folder + slash + name.split(".", 1)[0], []).append(member)
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = _decompress(shard) or getattr(error, "strerror", None) or error
         raise InputError(f"{shard} cannot be read as a tar file ({reason}).") from None
     for key, members in groups.items():
         images: dict[str, Member] = {}  # stem -> image
@@ -97,7 +102,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
         for member in members:
             path = PurePosixPath(member.name)
             stem, suffix = str(path.with_suffix("")), path.suffix.lower()
-            if suffix in CAPTION_SUFFIXES:
+            if suffix in SUFFIXES:
                 texts.setdefault(stem, {}).setdefault(suffix, member)
             elif suffix in image_suffixes():
                 images.setdefault(stem, member)
@@ -116,6 +121,17 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
                 texts.clear()
             yield image, own
         yield from ((None, files) for files in texts.values())
+
+
+def _decompress(shard: Path) -> str:
+    """Return what to do with a compressed tar file, in which no image can be read by itself; "" for others."""
+    try:
+        with open(shard, "rb") as file:
+            start = file.read(max(map(len, COMPRESSED)))
+    except OSError:
+        return ""
+    program = next((program for magic, program in COMPRESSED.items() if start.startswith(magic)), None)
+    return f"it is compressed; unpack it with {program} first" if program else ""
 
 
 def _members(shard: Path, report: Report) -> Iterator[Member]:
@@ -146,49 +162,21 @@ def _members(shard: Path, report: Report) -> Iterator[Member]:
 
 
 def read_captions_of(files: dict[str, Member], report: Report) -> list[str]:
-    """Read the captions of a sample: the lines of its .txt, or "captions" or "caption" of its .json.
+    """Read the captions of a sample from its files, by suffix; missing ones beside others are counted in `report`.
 
-    Of several files, the first that holds a caption is used; missing captions beside it are counted in `report`. White
-    space becomes single spaces. Raises `InputError` that names the file and the caption that cannot be used.
+    Raises `InputError` that names the file and the caption that cannot be used.
     """
-    json_file = files.get(".json")
-    for suffix in CAPTION_SUFFIXES:
-        if suffix not in files:
-            continue
-        if suffix == ".json":
-            captions = _read_json_captions(files[suffix])
-        else:
-            text = decode_text(_read(files[suffix]), files[suffix], advice=TEXT_ADVICE)
-            captions = split_captions(text, files[suffix], json_file and (lambda file=json_file: _read_json(file)))
-        cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
-        if any(caption for _, caption in cleaned):
-            for where in (where for where, caption in cleaned if not caption):
-                report.add("empty caption{s}", repr(where))
-            return [caption for _, caption in cleaned if caption]
-    return []
+    _, captions = read_captions(files, _read, TEXT_ADVICE)
+    texts = [caption for _, caption in captions if caption]
+    for where in (where for where, caption in captions if texts and not caption):
+        report.add("empty caption{s}", repr(where))
+    return texts
 
 
 def _read(file: Member) -> bytes:
     if file.size > MAX_TEXT_BYTES:
         raise InputError(f"{file} has {file.size:,} bytes; captions of at most {MAX_TEXT_BYTES:,} are read.")
     return file.read()
-
-
-def _read_json(file: Member) -> Any:
-    data = _read(file)
-    try:
-        return json.loads(data)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); {TEXT_ADVICE}.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}).") from None
-
-
-def _read_json_captions(file: Member) -> list[tuple[str, Any]]:
-    content = _read_json(file)
-    value = content.get("captions", content.get("caption")) if isinstance(content, dict) else None
-    captions = value if isinstance(value, list) else [value]
-    return [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
 
 
 def list_images(shard: Path) -> Iterator[Member]:
@@ -211,7 +199,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'6' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'7' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path

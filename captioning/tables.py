@@ -8,7 +8,7 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 from captioning.errors import InputError
 from captioning.files import image_suffixes, read_text
+from captioning.reports import Report
 
 SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("train", "training", "restval"), "train"),
@@ -47,20 +48,25 @@ class Row:
     split: str
 
 
-def read_table(path: Path, encoding: str | None = None) -> Iterator[Row]:
+def read_table(path: Path, encoding: str | None = None, report: Report | None = None) -> Iterator[Row]:
     """Read a table of captions; files other than .json, .jsonl and .ndjson are CSV with a header.
 
     One column of `IMAGE_COLUMNS` names the image. The captions, text or a list of texts, are in all columns of the
     first kind in `CAPTION_COLUMNS` that the table has (caption, captions, caption_1, caption2); the split is optional.
-    A JSON object may also hold the rows in one list, or map the names of images to their captions. Raises `InputError`
-    with the file and the line where the table cannot be read.
+    A JSON object may also hold the rows in one list, or map the names of images to their captions. Rows with an "error"
+    in place of a caption, as `caption.py --output` writes them, are left out and counted in `report`. Raises
+    `InputError` with the file and the line where the table cannot be read.
     """
     text = read_text(path, encoding, ENCODING_ADVICE)
     read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
     records = [(where, _lower_names(record, where)) for where, record in read_records(path, text)]
     split_column = _split_column([record for _, record in records])
     for where, record in records:
-        if not all(map(_is_missing, record.values())):
+        has_caption = not all(_is_missing(record[column]) for column in _caption_columns(list(record)))
+        if not has_caption and not _is_missing(record.get("error")):
+            if report is not None:
+                report.add("row{s} with an error in place of a caption", where)
+        elif not all(map(_is_missing, record.values())):
             split = _split(record.get(split_column), where)
             yield Row(where, _image(record, where), _captions(record, where), split)
 
@@ -78,21 +84,6 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
         yield Row(where, name.strip(), [clean_caption(caption, where)], "")
 
 
-def split_captions(text: str, path: object, read_json_beside: Callable[[], Any] | None) -> list[tuple[str, str]]:
-    """Split the text of a file next to an image into captions, one a line: each caption's line, as messages name it.
-
-    A text that is the "caption" of the JSON file beside it is one caption: img2dataset writes a caption's line breaks.
-    Blank lines are left out, unless there are no others.
-    """
-    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if len(lines) > 1 and read_json_beside is not None:
-        content = read_json_beside()
-        caption = content.get("caption") if isinstance(content, dict) else None
-        if isinstance(caption, str) and caption.split() == text.split():
-            return [(lines[0][0], caption)]
-    return lines or [(f"{path}, line 1", "")]
-
-
 def clean_caption(caption: Any, where: str) -> str:
     """Return the caption in one line with single spaces, or "" if it is missing; raises `InputError` if it is wrong."""
     if is_missing(caption):
@@ -104,10 +95,10 @@ def clean_caption(caption: Any, where: str) -> str:
 
 
 def is_missing(caption: Any) -> bool:
-    """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter or digit."""
+    """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter."""
     if not isinstance(caption, str):
         return caption is None or caption != caption
-    return caption.strip().lower() in MISSING or not any(map(str.isalnum, caption))
+    return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
 
 
 def check_caption(caption: str, where: str) -> None:
@@ -123,11 +114,16 @@ def check_caption(caption: str, where: str) -> None:
 def read_json(path: Path, text: str) -> Any:
     """Parse the JSON text of a file; an `InputError` names the file and the line that is not JSON."""
     try:
-        return json.loads(text, object_pairs_hook=_as_object)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, is not JSON: {error.msg}.") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deeply nested lists
         raise InputError(f"{path} is not JSON that can be read: {error}.") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as `json.loads` does; a name that occurs twice in an object is a `ValueError`, too."""
+    return json.loads(text, object_pairs_hook=_as_object)
 
 
 def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -244,7 +240,7 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line, object_pairs_hook=_as_object)
+                record = parse_json(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}, is not JSON: {error}.") from None
             if not isinstance(record, dict):
@@ -260,20 +256,30 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             "next to images/train/, or use `importers.py karpathy`."
         )
     if isinstance(document, dict) and not _names_image(document):
-        lists = [name for name, value in document.items() if _is_list_of_rows(value)]
-        lists = [name for name in lists if _names_image(document[name][0])] or lists
-        if len(lists) > 1:
-            raise InputError(
-                f"{path} holds rows in {lists[0]!r:.80} and {lists[1]!r:.80}; write one list, with a split in each row."
-            )
-        if lists:
-            yield from ((f"{path}, {lists[0]}[{row}]", record) for row, record in enumerate(document[lists[0]]))
-            return
-        document = [{"image": name, "caption": captions} for name, captions in document.items()]
+        yield from _read_object(path, document)
+        return
     for number, record in enumerate(document if isinstance(document, list) else [document], 1):
         if not isinstance(record, dict):
             raise InputError(f"{path}, entry {number}, is not a JSON object with an image and a caption.")
         yield f"{path}, entry {number}", record
+
+
+def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of an object that holds them in one list, or that maps images to captions or to their rows."""
+    lists = [name for name, value in document.items() if _is_list_of_rows(value)]
+    named = [name for name in lists if _names_image(document[name][0])]
+    are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
+    if lists and not are_images and (named or len(lists) < max(2, len(document))):
+        first, *others = named or lists
+        if others:
+            raise InputError(
+                f"{path} holds rows in {first!r:.80} and {others[0]!r:.80}; write one list, with a split in each row."
+            )
+        yield from ((f"{path}, {first}[{row}]", record) for row, record in enumerate(document[first]))
+        return
+    for number, (name, value) in enumerate(document.items(), 1):
+        rows = value if _is_list_of_rows(value) else [value if isinstance(value, dict) else {"caption": value}]
+        yield from ((f"{path}, entry {number}", {**row, "image": name}) for row in rows)
 
 
 def _names_image(record: dict[str, Any]) -> bool:

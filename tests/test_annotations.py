@@ -1,6 +1,7 @@
 """Annotation files of every kind, read by the one reader of them."""
 
 import json
+import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from captioning import annotations
 from captioning.annotations import parse_image_id, read_annotations, read_captions, read_images
 from captioning.errors import InputError, warn_once
+from captioning.scenes.world import plan
 from data_loader import CaptionDataset, find_split
 from vocabulary import Vocabulary, tokenize
 
@@ -119,12 +121,14 @@ def test_the_locale_s_encoding_does_not_matter(tmp_path: Path):
 
 
 def test_scenes_are_what_the_images_say(tmp_path: Path):
+    scene = {**plan(random.Random(0)), "objects": [{"size": 0.5, "count": 2}]}
+
     def change(content: dict) -> None:
-        content["images"][1]["scene"] = {"objects": [{"size": 0.5, "count": 2}]}
+        content["images"][1]["scene"] = scene
 
     write(tmp_path, change)
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
-    assert data.scenes() == {2: {"objects": [{"size": 0.5, "count": 2}]}}
+    assert data.scenes() == {2: scene}
     assert type(data.scenes()[2]["objects"][0]["size"]) is float
     data.drop([1])
     assert data.scenes() == {}

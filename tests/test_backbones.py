@@ -113,6 +113,7 @@ def test_a_damaged_package_is_refused(monkeypatch: pytest.MonkeyPatch):
     ("name", "sentence"),
     [
         ("resnet50x", r'no backbone "resnet50x"; did you mean .*resnet50'),
+        ("resnet5O", r"did you mean resnet50, (?!resnet50\b)[^,]+, (?!resnet50\b)[^,]+\?$"),
         ("resnet50.nonsense", r"did you mean .*resnet50\."),
         ("hf-hub:some/thing", "no backbone"),
         ("local-dir:/etc", "no backbone"),

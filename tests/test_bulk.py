@@ -1,8 +1,10 @@
 """Which images a folder holds, and what is said of the rest."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -155,7 +157,38 @@ def test_a_folder_that_cannot_be_read_is_counted(album: Path, monkeypatch: pytes
     assert "1 folder that cannot be read" in messages[0]
 
 
-@pytest.mark.parametrize("address", ["https://example.org/photo.jpg", "https://example.org/shard.tar"])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("[ab].jpg", ["[ab].jpg"]), ("?.jpg", ["a.jpg", "z.jpg"]), ("2025/*", ["2025/trip/c.JPG"]), ("x*", ["x*"])],
+)
+def test_a_pattern_that_no_shell_expanded_means_what_matches(album: Path, pattern: str, expected: list[str]):
+    draw_noise(0).save(album / "[ab].jpg")  # the name of a file is no pattern
+    assert names(album, find_images([album / pattern])) == expected
+
+
+def test_a_damaged_tar_file_costs_no_other_image(album: Path):
+    with tarfile.open(album / "good.tar", "w") as tar:
+        tar.add(album / "a.jpg", "in.jpg")
+    whole = (album / "good.tar").read_bytes()
+    (album / "bad.tar").write_bytes(whole[:700])
+    for paths in ([album], [album / name for name in ("a.jpg", "bad.tar", "good.tar", "z.jpg")]):
+        sources = find_images(paths)
+        failed = find_unreadable(sources, cache=album / "cache")
+        assert [str(source)[len(f"{album}/") :] for source in sources] == [
+            "a.jpg",
+            "bad.tar",
+            "good.tar/in.jpg",
+            "z.jpg",
+        ]
+        assert list(failed) == [1]
+        assert str(failed[1]).startswith(f"{album}/bad.tar cannot be read as a tar file (")
+    with pytest.raises(InputError, match=r"bad\.tar cannot be read as a tar file"):  # at once, if there is nothing else
+        find_images([album / "bad.tar"])
+
+
+@pytest.mark.parametrize(
+    "address", ["https://example.org/photo.jpg", "https://example.org/shard.tar", "https://example.org/photo.jpg?w=3"]
+)
 def test_a_web_address_is_a_sentence(address: str):
-    with pytest.raises(InputError, match=f"^{address} is a web address, and nothing is fetched"):
+    with pytest.raises(InputError, match=f"^{re.escape(address)} is a web address, and nothing is fetched"):
         stream_images([Path(address)])

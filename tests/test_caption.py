@@ -239,6 +239,10 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_
         ([image_path, "--model", trained, "--workers=-1"], "--workers must be at least 0"),
         (["https://example.org/a.jpg", "--model", trained], "https://example.org/a.jpg is a web address, and nothing"),
         (["a" * 300, "--model", trained], "File name too long"),
+        (["file:///a.jpg", "--model", trained], "file:///a.jpg is an address; name the path itself"),
+        ([image_path, "", "--model", trained], "an argument is empty"),
+        ([image_path, "--model", trained, "--sheet", tmp_path / "s.jpg"], "s.jpg does not end in .png, but figures"),
+        ([image_path, "--model", trained, "--attention", tmp_path / "s"], "name it s.png."),
     ):
         code, _, errors = command(*arguments)
         assert code == 2
@@ -398,8 +402,8 @@ def test_names_do_not_steer_the_terminal(command: Callable, trained: Path, image
 def test_a_sheet_says_where_it_ends(command: Callable, trained: Path, album: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(caption_module, "MAX_SHEET", 2)
     image_paths = [album / "01.png", album / "02.png", album / "03.png"]
-    _, _, errors = command(*image_paths, "--model", trained, "--sheet", album / "sheet.jpg")
-    assert "sheet.jpg shows the first 2 of 3 images" in errors
+    _, _, errors = command(*image_paths, "--model", trained, "--sheet", album / "sheet.png")
+    assert "sheet.png shows the first 2 of 3 images" in errors
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -346,10 +348,17 @@ def test_models_that_cannot_be_averaged_are_a_sentence(trained: Path, tmp_path: 
     [
         (np.zeros((8, 8, 3), np.uint8), "not a ndarray; use Image.fromarray"),
         ([torch.zeros(3, 8, 8)], "not a Tensor; use Image.fromarray"),
-        (b"\xff\xd8", "not a int"),
+        (b"\xff\xd8", "not a bytes; use Image.open"),
+        (io.BytesIO(b"\xff\xd8"), "not a BytesIO; use Image.open"),
+        ([io.BytesIO(b"\xff\xd8")], "not a BytesIO; use Image.open"),
+        (None, r"not a NoneType\.$"),
+        ([None], r"not a NoneType\.$"),
+        (3, r"not a int\.$"),
+        ([["a.jpg"]], r"not a list\.$"),
+        ("", "a path is empty; name a file"),
         (Image.new("RGB", (0, 40)), "it has no pixels"),
     ],
-    ids=["array", "tensors", "bytes", "no pixels"],
+    ids=str,
 )
 def test_what_is_no_image_is_one_short_sentence(images: object, message: str, trained: Path):
     with pytest.raises(InputError, match=message) as caught:
@@ -357,7 +366,41 @@ def test_what_is_no_image_is_one_short_sentence(images: object, message: str, tr
     assert len(str(caught.value)) < 120
 
 
-def test_an_option_that_is_no_whole_number_is_refused(trained: Path, image_path: Path):
-    with pytest.raises(InputError, match=r"beam_size is 3\.0, but it has to be a whole number"):
-        Captioner.load(trained)(image_path, beam_size=3.0)
+def test_every_kind_of_path_and_of_list_is_captioned(model: Captioner, image_path: Path):
+    (entry,) = (entry for entry in os.scandir(image_path.parent) if entry.name == image_path.name)
+    expected = [model(image_path)[0].text]
+    for images in (
+        entry,
+        [entry],
+        PurePath(image_path),
+        str(image_path),
+        (path for path in [image_path]),
+        {image_path},
+    ):
+        assert [caption.text for caption in model(images)] == expected
+    for sources in (image_path, (path for path in [image_path])):
+        assert [caption.text for _, caption in model.stream(sources, DEFAULT_DECODING)] == expected
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"models/photos", [None], [3]], ids=str)
+def test_what_names_no_model_is_a_sentence(folder: object):
+    with pytest.raises(InputError, match=r"^a model is the path of a folder or user/name, not a \w+\.$"):
+        Captioner.load(folder)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 3.0}, r"beam_size is 3\.0, but it has to be a whole number"),
+        ({"temperature": "1"}, "temperature is '1', but it has to be a number"),
+        ({"temperature": 1.0, "top_p": "1"}, "top_p is '1', but it has to be a number"),
+        ({"beam_size": 3, "length_penalty": "a"}, "length_penalty is 'a', but it has to be a number"),
+        ({"beam_size": 3, "groups": 3, "diversity": [1]}, r"diversity is \[1\], but it has to be a number"),
+        ({"decode": 3}, "decode has to be a Decoding, not a int"),
+        ({"decode": {}}, "decode has to be a Decoding, not a dict"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(trained: Path, image_path: Path, options: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        Captioner.load(trained)(image_path, **options)
     assert Captioner.load(trained)(image_path, beam_size=np.int64(3))[0].text  # pyright: ignore[reportArgumentType]

@@ -24,6 +24,7 @@ from captioning.checkpoint import (
 )
 from captioning.errors import InputError
 from captioning.files import require_writable, write_file
+from captioning.hub import find_model
 from captioning.training import TrainingConfig, train
 from captioning.weights import read_state_dict
 from train import resumed_config
@@ -299,7 +300,7 @@ def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_
 
 
 def test_an_average_that_cannot_be_made_is_one_sentence(trained: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="lacks epoch 9's"):
+    with pytest.raises(InputError, match=r"has no weights of epoch 9; it has those of 1, "):
         average_epochs(trained, (1, 9), tmp_path / "average")
     with pytest.raises(InputError, match="two epochs or more"):
         average_epochs(trained, (1, 1), tmp_path / "average")
@@ -330,8 +331,44 @@ def test_an_image_size_that_the_backbone_cannot_take_is_named(folder: Path):
 
 
 def test_an_epoch_that_was_not_saved(folder: Path):
-    with pytest.raises(InputError, match="lacks epoch 9's"):
+    with pytest.raises(InputError, match=r"has no weights of epoch 9; it has those of 1\.$"):
         load_model(folder, 9)
+
+
+@pytest.mark.parametrize("name", ["captioner.json", "encoder-1.pkl"])
+def test_a_file_of_a_model_is_not_its_folder(folder: Path, name: str):
+    with pytest.raises(InputError, match=rf"{name} is a file of a model; name its folder, {folder}\.$"):
+        load_model(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://huggingface.co/some-one/a.model", r"^some-one/a\.model is the name of .*; write it without"),
+        ("https://huggingface.co/some-one/a.model/tree/main", r"^some-one/a\.model is the name"),
+        ("huggingface.co/some-one/a.model", r"^some-one/a\.model is the name"),
+        ("hf://some-one/a.model", r"^some-one/a\.model is the name"),
+        ("https://example.org/model", r"^https://example\.org/model is a web address, and nothing is fetched"),
+    ],
+)
+def test_an_address_is_not_a_folder(address: str, message: str):
+    with pytest.raises(InputError, match=message):
+        load_model(find_model(address))
+
+
+def test_a_description_with_a_byte_order_mark_is_read(folder: Path):
+    expected, path = read_description(folder), folder / "captioner.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_description(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(" \n", r"captioner\.json is empty"), ("{", r"describe a model: Invalid JSON: EOF")]
+)
+def test_a_description_that_was_lost(folder: Path, content: str, message: str):
+    (folder / "captioner.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
 
 
 def test_only_whole_epochs_count(folder: Path):

@@ -1,6 +1,8 @@
 import json
 import multiprocessing
+import re
 import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -219,8 +221,26 @@ def test_a_vocabulary_is_built_from_training_captions_only(drawn: Path):
 def test_a_folder_without_annotations(tmp_path: Path):
     with pytest.raises(InputError, match=r"annotations/captions_train<year>\.json"):
         CaptionDataset(tmp_path, "train", cache=tmp_path)
-    with pytest.raises(InputError, match=r"no-such.*python scenes\.py"):
-        CaptionDataset(tmp_path / "no-such", "train", cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-such", r"/no-such does not exist; .*python scenes\.py"),
+        ("coco/annotations/captions_train.json", r"captions_train\.json is a file of .*; name its folder, .*/coco\.$"),
+        ("coco/annotations", r"annotations holds no .*; name the data set's folder, .*/coco\.$"),
+        ("coco/images", r"images holds no .*; name the data set's folder, .*/coco\.$"),
+        ("set.zip", r"set\.zip is a file, and a data set is a folder; unpack an archive"),
+        ("train-0.tar", r"train-0\.tar is a file of a data set; name its folder, /.*\d\.$"),
+        ("https:/example.org/set.zip", "^https://example.org/set.zip is a web address, and nothing is fetched"),
+    ],
+)
+def test_a_path_that_is_not_a_data_set_s_folder(tmp_path: Path, name: str, message: str):
+    write_split(tmp_path / "coco", "train", {"a.png": ["a dog"]})
+    for file in ("set.zip", "train-0.tar"):
+        (tmp_path / file).touch()
+    with pytest.raises(InputError, match=message):
+        CaptionDataset(Path(name) if ":" in name else tmp_path / name, cache=tmp_path)
 
 
 def test_two_years_in_one_folder(tmp_path: Path):
@@ -235,6 +255,23 @@ def test_an_image_that_is_missing(tmp_path: Path):
     draw_noise(0).save(tmp_path / "images" / "train" / "a.png")
     with pytest.raises(InputError, match=r"1 of 2 photos .*captions_train\.json .*b\.png"):
         CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path)
+
+
+@pytest.mark.parametrize(("written", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_form_are_found(tmp_path: Path, written: str, on_disk: str):
+    names = [f"caf\xe9/{name}.png" for name in ("ma\xf1ana", "b", "\xe4")]
+    write_split(tmp_path, "train", {unicodedata.normalize(written, name): ["a dog"] for name in names})
+    path = tmp_path / "images" / "train"
+    (path / unicodedata.normalize(on_disk, "caf\xe9")).mkdir(parents=True)
+    for name in names:
+        draw_noise(0).save(path / unicodedata.normalize(on_disk, name))
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path)
+    assert [image[0].shape for image in data] == [(3, 224, 224)] * 3
+    (path / unicodedata.normalize(on_disk, names[1])).unlink()
+    with pytest.raises(InputError, match=r"1 of 3 photos .*/b\.png; put"):
+        CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path)
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path, must_exist=False)
+    assert [path.exists() for path in data.paths] == [True, False, True]
 
 
 def test_a_path_with_more_slashes_than_it_needs(tmp_path: Path):
@@ -291,16 +328,19 @@ def test_words_that_are_mostly_unknown_are_a_warning(
     write_split(tmp_path, "train", {f"{i}.png": [caption] for i, caption in enumerate(captions)})
     warn_once.cache_clear()
     CaptionDataset(tmp_path, cache=tmp_path / "cache", must_exist=False)
-    assert ("are not in the vocabulary" in capsys.readouterr().err) == (captions[0] != "a dog runs .")
+    expected = "are not in the vocabulary, and are not learned; lower --vocab-threshold.\n"
+    assert (expected in capsys.readouterr().err) == (captions[0] != "a dog runs .")
 
 
 def test_a_vocabulary_of_another_data_set_is_a_warning(drawn: Path, cache: Path, capsys: pytest.CaptureFixture):
     warn_once.cache_clear()
-    other = Vocabulary.build(["una casa"], threshold=1)
+    other = Vocabulary.build(["a casa"], threshold=1)
     CaptionDataset(drawn, vocab=other, cache=cache)
-    assert "100% of the words in" in capsys.readouterr().err
+    assert re.search(r"\d\d% of the words in .*; use another --vocab-file, or none\.\n", capsys.readouterr().err)
     CaptionDataset(drawn, "test", vocab=other, cache=cache)
     assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match=r"none of the words in .* is in the vocabulary; use another --vocab-file"):
+        CaptionDataset(drawn, vocab=Vocabulary.build(["una casa"], threshold=1), cache=cache)
 
 
 def test_a_batch_without_captions_is_refused(drawn: Path):

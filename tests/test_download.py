@@ -259,7 +259,7 @@ def test_a_wrong_size_is_refused_before_it_is_downloaded(coco, tmp_path):
 def test_disk_space_is_checked_before_the_first_byte(coco, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
-    with pytest.raises(InputError, match=r"needs 0.2 GB of free disk space and has 0.0 GB"):
+    with pytest.raises(InputError, match=r"needs 1\d\d\.\d MB of free disk space and has 0.0 MB"):
         download.coco(tmp_path / "coco")
     with pytest.raises(InputError, match="free disk space"):
         download.coco(tmp_path / "coco", limit=2)

@@ -119,6 +119,13 @@ def test_a_tilde_is_expanded_where_shells_leave_it(monkeypatch, run_here: Callab
     assert seen[0].removeprefix("--x=" if expected.startswith("/") else "") == expected
 
 
+@pytest.mark.parametrize("arguments", [[""], ["a", ""], ["--model", ""], ["--model="], ["a", "--max-length=", "3"]])
+def test_an_empty_argument_is_no_path_of_the_current_folder(run_here: Callable, arguments: list[str]):
+    code, _, errors = run_here("caption.py", lambda: pytest.fail("the command ran"), *arguments)
+    assert (code, errors) == (2, "error: an argument is empty; give it a value, or leave it out.\n")
+    assert run_here("caption.py", lambda: None, "a", "--x=y", "--", "-")[0] == 0
+
+
 def test_a_command_to_paste_has_its_path_quoted(monkeypatch):
     assert quoted(Path("models/mine")) == "models/mine"
     assert quoted(Path("models/my photos")) == "'models/my photos'"

@@ -42,13 +42,25 @@ def test_scenes_are_checked_against_what_was_drawn(trained: Path, drawn: Path, c
     assert all(0 <= accuracy <= 1 for accuracy in evaluation.attribute_accuracy.values())
 
 
-def test_a_scene_that_is_none_is_one_sentence(drawn: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    data = CaptionDataset(drawn, "test", cache=cache, vocab_threshold=1)
-    first = int(data.image_ids[0])
-    for scene in (5, {}, {"kind": "dog", "count": 1, "others": 7, "colour": None}, {"kind": []}):
-        monkeypatch.setattr(data, "scenes", lambda scene=scene: {first: scene})
-        with pytest.raises(InputError, match=rf"captions_test\.json has an invalid \"scene\" for image {first}"):
-            score_attributes(data, {first: "a dog"})
+def test_a_scene_of_another_form_is_not_checked(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    shutil.copytree(drawn, tmp_path / "data")
+    path = tmp_path / "data" / "annotations" / "captions_test.json"
+    content = json.loads(path.read_text())
+
+    def accuracy(scenes: list) -> dict:
+        for image, scene in zip(content["images"], scenes, strict=False):
+            image["scene"] = scene
+        path.write_text(json.dumps(content))
+        data = CaptionDataset(tmp_path / "data", "test", vocab_threshold=1, cache=tmp_path / "cache")
+        return score_attributes(data, dict.fromkeys(data.image_ids.tolist(), "a dog"))
+
+    truth = content["images"][0]["scene"]
+    wrong = [None, "kitchen", 5, {}, [], {**truth, "others": 7}, {**truth, "kind": []}, {**truth, "colour": "pink"}]
+    assert accuracy(wrong[:2])
+    assert 'has an invalid "scene" of 2 images' in capsys.readouterr().err
+    for scene in wrong:
+        assert accuracy([scene] * len(content["images"])) == {}
+    assert not capsys.readouterr().err
 
 
 def test_only_the_first_images_with_a_limit(trained: Path, drawn: Path, cache: Path):

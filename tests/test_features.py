@@ -156,7 +156,9 @@ def test_unreadable_images_are_listed_after_the_whole_pass(
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "b.png").write_bytes(paths[0].read_bytes()[:200])
     some = [tmp_path / "a.png", *paths, tmp_path / "b.png"]
-    with pytest.raises(InputError, match=r"2 of 26 photos cannot be read: .*a\.png.*; .*b\.png"):
+    with pytest.raises(
+        InputError, match=r"2 of 26 photos cannot be read \(--skip-unreadable .*\): .*a\.png.*; .*b\.png"
+    ):
         stored_features(encoder, some, SIZE, cache=tmp_path)
 
 
@@ -164,7 +166,7 @@ def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tm
     some = [tmp_path / f"{i}.png" for i in range(12)]
     for path in some:
         path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"12 of 12 photos cannot be read: .*9\.png.*; and 2 more$"):
+    with pytest.raises(InputError, match=r"12 of 12 photos cannot be read \(.*\): .*9\.png.*; and 2 more$"):
         stored_features(encoder, some, SIZE, cache=tmp_path)
 
 

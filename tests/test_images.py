@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import sys
 import zlib
@@ -139,6 +140,19 @@ def deep_tiff(side: int) -> bytes:
     return b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4) + struct.pack("<4H", *4 * [16]) + strip
 
 
+def with_chunks(png: bytes, *chunks: tuple[str, bytes], after: bool = False) -> bytes:
+    """A PNG with further chunks, before or after its pixels."""
+    at = len(png) - 12 if after else 33
+    added = [(kind.encode() + content, len(content)) for kind, content in chunks]
+    parts = [struct.pack(">L", size) + part + struct.pack(">L", zlib.crc32(part)) for part, size in added]
+    return png[:at] + b"".join(parts) + png[at:]
+
+
+def text(number: int, content: str, kind: str = "zTXt") -> tuple[str, bytes]:
+    """A chunk of compressed text."""
+    return kind, b"%d\0" % number + {"zTXt": b"\0", "iTXt": b"\1\0\0\0"}[kind] + zlib.compress(content.encode())
+
+
 RED = Image.new("RGB", (64, 64), "red")
 EXIF = tag_bomb(2000, 1 << 20)
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, and what is said of it
@@ -148,6 +162,15 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, 
     "tags of a TIFF": (lambda: EXIF, "refer to the same bytes"),
     "tags of a JPEG": (lambda: with_exif(encode(RED, "JPEG"), EXIF), "(64, 64)"),
     "tags of a PNG": (lambda: encode(RED, "PNG", exif=EXIF), "(64, 64)"),
+    "texts of a PNG": (
+        lambda: with_chunks(encode(RED, "PNG"), *[text(i, "a" * 10**6) for i in range(300)]),
+        "(64, 64)",
+    ),
+    "wide texts of a PNG": (
+        lambda: with_chunks(encode(RED, "PNG"), *[text(i, "😀" * 250_000, "iTXt") for i in range(300)]),
+        "(64, 64)",
+    ),
+    "a text of a PNG": (lambda: with_chunks(encode(RED, "PNG"), ("tEXt", b"a\0" + bytes(40 << 20))), "(64, 64)"),
     "tags of a WebP": (lambda: encode(RED, "WEBP", exif=EXIF), "(64, 64)"),
     "pixels of a grey PNG": (lambda: png_header(13000, 12000, 0), "more than 125 million"),
     "pixels of an RGBA PNG": (lambda: png_header(13000, 12000, 6), "more than 125 million"),
@@ -222,6 +245,49 @@ def test_only_the_scans_of_the_image_itself_count(tmp_path: Path):
     thumbnail = with_exif(jpeg, b"II*\0\x08\0\0\0\0\0\0\0\0\0" + b"\xff\xda\0\x08" * 5000)
     (tmp_path / "phone.jpg").write_bytes(thumbnail + b"\xff\xda video" * 5000)
     assert read_image(tmp_path / "phone.jpg").size == (1200, 900)
+
+
+LONG = "a" * 2_000_000
+CHUNKS = {
+    "zTXt": [text(0, LONG)],
+    "iTXt": [text(0, LONG, "iTXt")],
+    "tEXt": [("tEXt", b"a\0" + LONG.encode())],
+    "many": [text(i, LONG[:500_000]) for i in range(200)],
+    "iCCP": [("iCCP", b"a\0\0" + zlib.compress(LONG.encode()))],
+    "of unknown compression": [("zTXt", b"a\0\7a"), ("iCCP", b"a\0\7a")],
+    "short": [(kind, b"") for kind in ("iCCP", "eXIf", "gAMA", "cHRM", "sRGB", "pHYs")],
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after the pixels"])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_a_png_is_read_in_spite_of_its_metadata(tmp_path: Path, name: str, after: bool):
+    (tmp_path / "a.png").write_bytes(with_chunks(encode(RED, "PNG"), *CHUNKS[name], after=after))
+    assert read_image(tmp_path / "a.png").getpixel((9, 9)) == (255, 0, 0)
+
+
+def test_a_png_keeps_its_orientation_beside_long_texts(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    png = encode(Image.new("RGB", (64, 32)), "PNG", exif=exif)
+    (tmp_path / "a.png").write_bytes(with_chunks(png, *[text(i, "a" * 10**6) for i in range(20)]))
+    assert read_image(tmp_path / "a.png").size == (32, 64)
+
+
+MPF = b"MPF\0II*\0\x08\0\0\0\x02\0\x01\xb0\4\0\1\0\0\0\xff\0\0\0\x02\xb0\7\0\4\0\0\0abcd\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("marker", "content"),
+    [(0xE2, MPF), (0xE2, b"MPF\0"), (0xE0, b"JFIF\0"), (0xEE, b"Adobe\0"), (0xED, b"Photoshop 3.0\x008BIM")],
+)
+def test_a_jpeg_is_read_in_spite_of_its_metadata(tmp_path: Path, marker: int, content: bytes):
+    jpeg = encode(RED, "JPEG", quality=95)
+    segment = b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+    (tmp_path / "a.jpg").write_bytes(jpeg[:2] + segment + jpeg[2:])
+    assert np.abs(np.asarray(read_image(tmp_path / "a.jpg"), int) - (255, 0, 0)).max() < 9
+    with image_files.open_image(tmp_path / "a.jpg") as image:
+        assert image.size == (64, 64)
 
 
 def test_a_slow_decoder_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -305,86 +371,6 @@ def test_a_worker_that_the_system_ends_is_a_sentence(tmp_path: Path):
         list(read_batches(dataset, [[0]], -1))
 
 
-# Levels
-
-
-GREY = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
-SPOILT = GREY.astype(np.float32) / 255
-SPOILT[3, 3] = np.nan
-LEVELS = {  # what a file holds, and what is read, 0 to 255
-    "int32 of 0 to 255": (GREY.astype(np.int32), GREY),
-    "int32 of 16 bits": (GREY.astype(np.int32) * 257, GREY),
-    "int32 of 24 bits": (GREY.astype(np.int32) * 65793, GREY),
-    "int32, signed": ((GREY.astype(np.int32) - 128) * 8, GREY),
-    "int32, a mask": ((GREY > 127).astype(np.int32), (GREY > 127) * 255),
-    "uint16 of 8 bits": (GREY.astype(np.uint16), GREY),
-    "uint16 of 12 bits": (GREY.astype(np.uint16) * 16, GREY / 255 * 4080 / 4095 * 255),
-    "uint16": (GREY.astype(np.uint16) * 257, GREY),
-    "float of 0 to 1": (GREY.astype(np.float32) / 255, GREY),
-    "float of 0 to 0.5": (GREY.astype(np.float32) / 510, GREY / 2),
-    "float of 0 to 255": (GREY.astype(np.float32), GREY),
-    "float of -1 to 1": (GREY.astype(np.float32) / 127.5 - 1, GREY),
-    "float with a NaN": (SPOILT, np.nan_to_num(SPOILT) * 255),
-    "float with infinities": (
-        np.where(np.isnan(SPOILT), np.inf, SPOILT).astype(np.float32),
-        np.nan_to_num(SPOILT) * 255,
-    ),
-    "float with a mark for no data": (
-        np.where(np.isnan(SPOILT), -3.4e38, SPOILT).astype(np.float32),
-        np.nan_to_num(SPOILT) * 255,
-    ),
-    "float of 0 to 1 with a spark": (
-        np.where(np.isnan(SPOILT), 4, SPOILT).astype(np.float32),
-        np.where(np.isnan(SPOILT), 1, SPOILT) * 255,
-    ),
-    "float of 0 to 1.2": (GREY.astype(np.float32) / 255 * 1.2, (GREY / 255 * 1.2).clip(0, 1) * 255),
-    "float with -9999 for no data": (
-        np.where(np.isnan(SPOILT), -9999, SPOILT).astype(np.float32),
-        np.nan_to_num(SPOILT) * 255,
-    ),
-    "nothing but zeros": (np.zeros((16, 256), np.int32), np.zeros((16, 256))),
-}
-
-
-@pytest.mark.parametrize("name", LEVELS)
-@pytest.mark.parametrize("band", [1 << 20, 1000], ids=["whole", "in bands"])
-def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(image_files, "BAND_PIXELS", band)
-    levels, expected = LEVELS[name]
-    Image.fromarray(levels).save(tmp_path / "a.tif")
-    read = np.asarray(read_image(tmp_path / "a.tif")).astype(float)
-    assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_a_tiff_whose_level_0_is_white(tmp_path: Path, dtype: type):
-    levels = GREY.astype(dtype) * (257 if dtype is np.uint16 else 1)
-    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={262: 0})
-    content = (tmp_path / "a.tif").read_bytes()
-    with Image.open(tmp_path / "a.tif") as image:
-        assert image.tag_v2[262] == 0
-    stored = levels.astype("<u2").tobytes() in content if dtype is np.uint16 else True
-    assert stored  # as it is, so that its 0 is white
-    expected = 255 - GREY if dtype is np.uint16 else np.asarray(Image.open(tmp_path / "a.tif"))
-    assert (
-        np.abs(np.asarray(read_image(tmp_path / "a.tif")).astype(int) - np.asarray(expected, int)[..., None]).max() <= 1
-    )
-
-
-def test_an_image_without_a_level_is_refused(tmp_path: Path):
-    Image.fromarray(np.full((16, 256), np.nan, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif cannot be read as a photo \(none of its levels is a number\)"):
-        read_image(tmp_path / "a.tif")
-
-
-def test_transparency_over_white_in_bands(monkeypatch: pytest.MonkeyPatch):
-    image = smooth((80, 60)).convert("RGBA")
-    image.putalpha(Image.linear_gradient("L").resize((80, 60)))
-    whole = np.asarray(read_image(image))
-    monkeypatch.setattr(image_files, "BAND_PIXELS", 333)
-    assert (np.asarray(read_image(image)) == whole).all()
-
-
 # Formats
 
 
@@ -454,6 +440,44 @@ def test_what_is_no_file_is_a_sentence(tmp_path: Path):
     ):
         with pytest.raises(InputError, match=expected):
             read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "(it is empty)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer; `git lfs pull`"),
+        (zlib.compress(b"a", wbits=31), "(it is a gzip archive; unpack it first)"),
+        (b"PK\3\4", "(it is a zip archive; unpack it first)"),
+        (b"%PDF-1.4", "(it is a PDF; save its pages as images)"),
+        (b"not a photo", "(its content is not in an image format that can be read)"),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, expected: str):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(expected)):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_tar_file_says_what_is_wrong_with_it(tmp_path: Path):
+    (tmp_path / "a.tar").write_bytes(b"no tar file" * 200)
+    with pytest.raises(InputError, match=r"a\.tar cannot be read as a tar file \("):
+        read_image(tmp_path / "a.tar")
+
+
+def test_an_entry_of_a_folder_is_a_path(tmp_path: Path):
+    draw_noise(0, (80, 60)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").touch()
+    first, second = sorted(os.scandir(tmp_path), key=lambda entry: entry.name)
+    assert read_image(first).size == (80, 60)
+    with pytest.raises(InputError, match=f"^{tmp_path}/b.png cannot be read"):
+        read_image(second)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_address_of_a_file_is_printed_as_it_was_given(kind: type):
+    with pytest.raises(InputError, match=r"^file:///a/b\.jpg is an address; name the path itself, without file://\.$"):
+        read_image(kind("file:///a/b.jpg"))
 
 
 @pytest.mark.parametrize("address", ["https://example.org/a/b.jpg", "http://example.org/b.jpg", "s3://bucket/b.jpg"])

@@ -580,7 +580,7 @@ def test_captions_in_txt_files_next_to_the_images(tmp_path, capsys):
     importers.import_folder(source, tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": [f"a red ball {i}", "one ball"] for i in range(5)}
     error = capsys.readouterr().err
-    assert f"left out 1 image without a .txt file: {source}/5.jpg\n" in error
+    assert f"left out 1 image without a .txt, .caption or .json file: {source}/5.jpg\n" in error
     assert f"left out 1 .txt file without an image: {source}/9.txt\n" in error
 
 
@@ -589,8 +589,8 @@ def test_a_text_of_several_lines_that_the_json_beside_it_holds_is_one_caption(tm
     source = six(tmp_path / "in" / "00000").parent
     for i in range(6):
         text(source / "00000" / f"{i}.txt", "a lamp\r\nby Philips")
-        beside = {"caption": "a lamp\r\nby Philips", "url": "x"} if i < 3 else {"caption": "another"} if i < 5 else [1]
-        text(source / "00000" / f"{i}.json", json.dumps(beside))
+        beside = {"caption": "a lamp\r\nby Philips", "url": "x"} if i < 3 else {"caption": "another"} if i < 4 else [1]
+        text(source / "00000" / f"{i}.json", json.dumps(beside) if i < 5 else "broken")
     importers.import_folder(source, tmp_path / "out")
     expected = [["a lamp by Philips"]] * 3 + [["a lamp", "by Philips"]] * 3
     assert all_captions(tmp_path / "out") == {f"00000/{i}.jpg": texts for i, texts in enumerate(expected)}
@@ -606,6 +606,36 @@ def test_txt_files_may_have_the_whole_name_of_the_image(tmp_path):
     text(source / "1.txt", "a kite")
     with pytest.raises(InputError, match=r"/1\.txt and .*/1\.jpg\.txt are for one image; keep one of the two"):
         importers.import_folder(source, tmp_path / "out2")
+
+
+def test_captions_in_other_files_next_to_the_images(tmp_path, capsys):
+    source = six(tmp_path / "in", **{f"{i}__json": json.dumps({"captions": ["a ball", "3"]}) for i in range(3)})
+    text(source / "3.json", '{"captions": null, "caption": "a kite"}')
+    text(source / "4.jpg.caption", "a dog\n")
+    text(source / "4.json", '{"imageData": "", "shapes": []}')
+    text(source / "5.json", '{"shapes": []}')
+    text(source / "9.caption", "a lost caption")
+    importers.import_folder(source, tmp_path / "out")
+    expected = {f"{i}.jpg": ["a ball"] for i in range(3)} | {"3.jpg": ["a kite"], "4.jpg": ["a dog"]}
+    assert all_captions(tmp_path / "out") == expected
+    error = capsys.readouterr().err
+    assert f"left out 3 empty captions, the first is {source}/0.json, caption 2\n" in error
+    assert f"left out 1 .caption file without an image: {source}/9.caption\n" in error
+    assert f"left out 1 image without a .txt, .caption or .json file: {source}/5.jpg\n" in error
+    text(source / "5.json", '{"caption": "a", "caption": "b"}')
+    with pytest.raises(InputError, match=r"5\.json is not JSON \('caption' occurs twice in an object\)"):
+        importers.import_folder(source, tmp_path / "out2")
+
+
+def test_files_of_labels_are_no_captions(tmp_path, capsys):
+    source = six(tmp_path / "in", **{f"{i}__txt": "0 0.5 0.5 0.2 0.1\n" for i in range(6)}, classes__txt="ball\n")
+    with pytest.raises(InputError, match=r"no image with a caption \(.*6 empty captions, the first is .*0\.txt"):
+        importers.import_folder(source, tmp_path / "out")
+    for i in range(6):
+        text(source / f"{i}.json", '{"shapes": []}')
+    text(source / "c.json", json.dumps({f"{i}.jpg": "a red ball" for i in range(6)}))
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
 
 
 def test_missing_captions_of_txt_files_are_counted(tmp_path, capsys):

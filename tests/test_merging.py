@@ -56,6 +56,18 @@ def test_two_data_sets_become_one(tmp_path, capsys):
     assert len(CaptionDataset(tmp_path / "out", "train", vocab_threshold=1, cache=tmp_path / "cache")) == 4
 
 
+def test_images_whose_files_are_named_in_another_unicode_form_are_found(tmp_path):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    document = json.loads((a / "annotations" / "captions_train.json").read_text())
+    document["images"][1]["file_name"] = "caf\xe9.jpg"
+    text(a / "annotations" / "captions_train.json", json.dumps(document))
+    with pytest.raises(InputError, match=r"a/images/train/caf\xe9\.jpg is missing"):
+        importers.merge((a, b), tmp_path / "out")
+    (a / "images" / "train" / "1.jpg").rename(a / "images" / "train" / "cafe\u0301.jpg")
+    importers.merge((a, b), tmp_path / "out")
+    assert captions(tmp_path / "out", "train")["a/caf\xe9.jpg"] == ["A  a train,\n2."]
+
+
 def test_data_sets_of_one_name_stay_apart(tmp_path):
     sources = tuple(
         data_set(tmp_path / folder / "set", width=width) for folder, width in (("x", 8), ("y", 30), ("z", 60))

@@ -340,6 +340,12 @@ def test_other_annotations_are_refused(stopped: Path, config: Make, drawn: Path,
         train(resumed)
 
 
+def test_a_data_set_that_is_not_where_it_was_is_asked_for(stopped: Path):
+    resumed = dataclasses.replace(resumed_config(stopped), data=Path("no/set"))
+    with pytest.raises(InputError, match=rf"^no/set, the data set of {stopped}, .* here; name it with --data"):
+        train(resumed)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -506,7 +512,7 @@ def test_unreadable_images_stop_training_before_its_first_epoch_or_are_left_out(
     fields = {"data": tmp_path / "data", "fine_tune": fine_tune, "num_epochs": 1, "batch_size": 300}
     with monkeypatch.context() as patch:
         at_step(patch, 0, lambda: pytest.fail("it has begun"))
-        with pytest.raises(InputError, match=r"2 .*photos cannot be read.*2\.png.*5\.png"):
+        with pytest.raises(InputError, match=r"2 .*photos cannot be read \(--skip-unreadable .*2\.png.*5\.png"):
             train(config(**fields))
     (images / "7.png").unlink()
     folder = train(config(**fields, skip_unreadable=True))

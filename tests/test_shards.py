@@ -96,6 +96,10 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
             r"left out 2 empty captions, the first is '.*train-0\.tar/0\.json, caption 2'",
             id="json with several",
         ),
+        pytest.param([("0.json", b'{"captions": null, "caption": "x"}')], ["x"], "", id="null captions"),
+        pytest.param([("0.json", b'{"captions": [""], "caption": "x"}')], ["x"], "", id="empty captions"),
+        pytest.param([("0.txt", b"0 0.5 0.5\n"), ("0.json", b'{"caption": "x"}')], ["x"], "", id="labels"),
+        pytest.param([("0.txt", b"a dog\na cat"), ("0.json", b"{")], ["a dog", "a cat"], "", id="broken json"),
         pytest.param(
             [("0.txt", b"a dog\n\nnan\na cat")],
             ["a dog", "a cat"],
@@ -161,11 +165,11 @@ def test_captions_of_an_image(
 )
 def test_names_of_every_form(tmp_path: Path, capsys: pytest.CaptureFixture, files: list[str], expected: int):
     images = [name for name in files if name.endswith("png")]
-    pack(tmp_path / "train-0.tar", [(n, PNG if n in images else Path(n).with_suffix("").name.encode()) for n in files])
+    pack(tmp_path / "train-0.tar", [(n, PNG if n in images else f"of {Path(n).stem}".encode()) for n in files])
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
     assert len(data.paths) == expected
     captions = [text for (text,) in data.references().values()]
-    assert captions == [Path(name).with_suffix("").name.replace("input", "outputs") for name in images]
+    assert captions == [f"of {Path(name).stem}".replace("input", "outputs") for name in images]
     assert not capsys.readouterr().err
 
 
@@ -211,6 +215,7 @@ def test_a_name_in_another_encoding(tmp_path: Path):
         ("0.txt", b"a " * (1 << 20), r"a\.tar/0\.txt has 2,097,152 bytes; captions of at most 1,048,576"),
         ("0.json", b" " * (2 << 20), r"a\.tar/0\.json has 2,097,152 bytes"),
         ("0.json", b"{", r"a\.tar/0\.json is not JSON"),
+        ("0.json", b'{"caption": "a", "caption": "b"}', r"a\.tar/0\.json is not JSON \('caption' occurs twice"),
         ("0.json", b"[" * 100_000, r"a\.tar/0\.json is not JSON"),
         ("0.json", b'{"captions": ["a", 3]}', r"0\.json, caption 2, has a caption that is not text: 3"),
         ("0.json", rb'{"caption": "a \ud800"}', r"0\.json, caption 1, has a caption with half of a surrogate pair"),
@@ -266,23 +271,28 @@ def test_shards_are_captioned_like_their_images(trained: Path, shard: Path, tmp_
     assert find_images([tmp_path]) == [*loose, *list_images(shard)]  # 0.png ... 4.png, a.tar
 
 
-@pytest.mark.parametrize("harm", ["text", "torn", "gone", "compressed", "empty"])
+COMPRESSIONS = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz"}
+
+
+@pytest.mark.parametrize("harm", ["text", "torn", "gone", *COMPRESSIONS, "empty"])
 def test_what_is_no_shard_is_named(shard: Path, harm: str):
     data = shard.read_bytes()
+    reason = ".+"
     if harm == "text":
         shard.write_text("no tar")
     elif harm == "torn":
         shard.write_bytes(data[:1700])
     elif harm == "gone":
         shard.unlink()
-    elif harm == "compressed":
-        with tarfile.open(shard, "w:gz") as tar:
+    elif harm in COMPRESSIONS:
+        reason = f"it is compressed; unpack it with {COMPRESSIONS[harm]} first"
+        with tarfile.open(shard, f"w:{harm}") as tar:
             tar.addfile(tarfile.TarInfo("a.png"))
     else:
         with tarfile.open(shard, "w") as tar:
             for _ in range(2 if harm == "twice" else 0):
                 tar.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(InputError, match=r"a\.tar (cannot be read as a tar file \(.+\)|holds no images; .+)\.$"):
+    with pytest.raises(InputError, match=rf"a\.tar (cannot be read as a tar file \({reason}\)|holds no images; .+)\.$"):
         find_images([shard])
 
 
@@ -379,6 +389,13 @@ def test_shards_without_captions_are_refused(tmp_path: Path):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with pytest.raises(InputError, match=r"and no val\*\.tar"):
         CaptionDataset(tmp_path / "in", "val", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["train-0.tar.gz", "train-0.tgz"])
+def test_a_compressed_tar_file_is_named(tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=rf"no train\*\.tar; unpack {name} to a plain tar file first\.$"):
+        CaptionDataset(tmp_path, cache=tmp_path)
 
 
 def test_what_a_folder_names_is_what_its_index_says(packed: Path, tmp_path: Path):

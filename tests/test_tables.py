@@ -24,6 +24,26 @@ FORMS = {
     "array in .jsonl": ("c__jsonl", json.dumps(ROWS), ONE),
     "JSON Lines in .json": ("c__json", lines(ROWS), ONE),
     "JSON object from names to captions": ("c__json", json.dumps({f"{i}.jpg": TWO for i in range(6)}), TWO),
+    "JSON object from names to rows": (
+        "c__json",
+        json.dumps({f"{i}.jpg": [{"text": "a red ball"}, {"text": "one ball"}] for i in range(6)}),
+        TWO,
+    ),
+    "JSON object from names to rows and texts": (
+        "c__json",
+        json.dumps({f"{i}.jpg": [{"caption": "a red ball", "id": i}] if i % 2 else "a red ball" for i in range(6)}),
+        ONE,
+    ),
+    "JSON object from names to one row each": (
+        "c__json",
+        json.dumps({f"{i}.jpg": {"captions": TWO} for i in range(6)}),
+        TWO,
+    ),
+    "JSON object from names without suffix to rows": (
+        "c__json",
+        json.dumps({f"{i}": [{"text": "a red ball"}] for i in range(6)}),
+        ONE,
+    ),
     "JSON object with a list of rows": (
         "c__json",
         json.dumps({"version": 1, "tags": ["a"], "licenses": [{"id": 1}], "data": ROWS}),
@@ -181,6 +201,11 @@ REFUSED = {
         json.dumps({"train": ROWS, "val": ROWS}),
         r"c\.json holds rows in 'train' and 'val'; write one list, with a split in each row",
     ),
+    "a list of rows without images": (
+        "c__json",
+        json.dumps({"version": 1, "data": [{"caption": "a red ball"}]}),
+        r"c\.json, data\[0\], has no image",
+    ),
     "a wrong row in a list of rows": (
         "c__json",
         json.dumps({"data": [*ROWS, {"photo": "0.jpg"}]}),
@@ -260,7 +285,9 @@ def test_tables_that_cannot_be_used_are_refused_with_file_and_entry(tmp_path, na
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600", "#NV", "#NAME?"])
+@pytest.mark.parametrize(
+    "empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600", "#NV", "#NAME?", "42", "0 0.5 0.1"]
+)
 def test_empty_captions_are_left_out_and_counted(tmp_path, capsys, empty):
     table = csv_rows("image,caption") + f"3.jpg,{empty}\n4.jpg,{empty}\n"
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
@@ -285,6 +312,17 @@ def test_an_empty_caption_of_a_list_in_a_cell_is_counted(tmp_path, capsys, cell)
     )
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
     assert "left out 6 empty captions" in capsys.readouterr().err
+
+
+def test_rows_with_an_error_in_place_of_a_caption_are_left_out_and_counted(tmp_path, capsys):
+    """As caption.py --output writes them for images that it cannot read, which may be missing."""
+    errors = [{"photo": "0.jpg", "error": "0.jpg is empty"}, {"photo": "gone.jpg", "error": "gone.jpg does not exist"}]
+    importers.import_folder(six(tmp_path / "in", c__jsonl=lines([*errors, *ROWS[1:]])), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(1, 6)}
+    assert (
+        f"left out 2 rows with an error in place of a caption, the first is {tmp_path}/in/c.jsonl, line 1\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("inside", ["", "images/", "data/images/"])
@@ -318,7 +356,7 @@ def test_captions_in_two_places_are_refused(tmp_path):
 def test_text_files_in_upper_case_are_captions(tmp_path, capsys):
     importers.import_folder(six(tmp_path / "in", **{f"{i}__TXT": "a red ball" for i in range(5)}), tmp_path / "out")
     assert len(all_captions(tmp_path / "out")) == 5
-    assert "left out 1 image without a .txt file: " in capsys.readouterr().err
+    assert "left out 1 image without a .txt, .caption or .json file: " in capsys.readouterr().err
 
 
 def test_names_may_repeat_the_path_of_the_images_folder(tmp_path, monkeypatch):

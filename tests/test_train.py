@@ -40,7 +40,10 @@ Make = Callable[..., TrainingConfig]
         ({"dropout": math.nan}, "dropout must be at least 0, not nan"),
         ({"attention_penalty": -1.0}, "attention_penalty must be at least 0, not -1.0"),
         ({"attention_penalty": math.inf}, "attention_penalty must be at most 1000000.0, not inf"),
-        ({"learning_rate": math.inf}, "learning_rate must be above 0, not inf"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0, not nan"),
+        ({"learning_rate": 1e30}, "learning_rate must be at most 10, not 1e+30"),
+        ({"backbone_learning_rate": math.inf}, "learning_rate must be at most 10, not inf"),
+        ({"clip_norm": math.inf}, "clip_norm must be at most 1000000000.0, not inf"),
         ({"workers": 10**20}, "workers must be at most 1024"),
         ({"precision": "fp16"}, "precision: Input should be 'auto', 'bf16' or 'fp32'"),
         ({"objective": "CIDER"}, "objective: Input should be 'cross-entropy' or 'cider'"),
@@ -104,7 +107,7 @@ def test_the_recipes_can_be_used(recipe: str):
         ("batch_size = 0", "batch_size must be at least 1, not 0"),
         ('decoder = "bert"', "decoder: Input should be"),
         ("batch_size = = 3", "is not a TOML file"),
-        ("name = '\udcff'", "is not a TOML file"),
+        ("name = '\udcff'", "line 1, is not UTF-8 text"),
         (None, "cannot be read"),
     ],
 )
@@ -115,6 +118,13 @@ def test_a_recipe_that_cannot_be_used_is_a_sentence(tmp_path: Path, text: str | 
     for read in (lambda: load_config(path), lambda: train_module.parse_options(["--config", str(path)])):
         with pytest.raises(InputError, match=rf"recipe\.toml.*{re.escape(sentence)}"):
             read()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str):
+    (tmp_path / "recipe.toml").write_text('name = "café"\r\nbatch_size = 24\r\n', encoding=encoding)
+    config = load_config(tmp_path / "recipe.toml")
+    assert (config.name, config.batch_size) == ("café", 24)
 
 
 def test_options_on_the_command_line_win_over_the_recipe(tmp_path: Path):

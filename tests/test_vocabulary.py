@@ -20,6 +20,24 @@ def test_typographic_quotation_marks_are_straight_ones():
     assert tokenize("l’homme") == tokenize("l'homme")
 
 
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A cafe\u0301 E\u0301", ["a", "café", "é"]),
+        ("do\xadg \ufeffdog do\ufeffg \u200e\u202adog\u202c \ufeff", ["dog"] * 4),
+        ("dog\u200b \u200bdog dog\u200bdog \u200b", ["dog"] * 4),
+        ("می\u200cخواهم \u200dsaw\u200c \u200d", ["می\u200cخواهم", "saw"]),  # joiners stay within a word only
+    ],
+)
+def test_words_that_look_the_same_are_the_same(caption: str, words: list[str]):
+    assert tokenize(caption) == words
+
+
+def test_a_word_of_an_older_vocabulary_in_decomposed_form_is_found():
+    vocab = Vocabulary(["<start>", "<end>", "<unk>", "cafe\u0301", "dog", "café"])
+    assert vocab.encode("Café dog") == vocab.encode("Cafe\u0301 dog") == [START, 3, 4, END]
+
+
 def test_a_caption_becomes_lower_case_tokens_with_punctuation_apart():
     assert tokenize("A man's dog, running.") == ["a", "man", "'s", "dog", ",", "running", "."]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from captioning.scenes.sentences import COUNT_WORDS, plural
 from captioning.scenes.world import COLOURS, KINDS, RELATIONS, SETTINGS
@@ -38,6 +39,21 @@ def subject(caption: str) -> tuple[str | None, str | None]:
     else:
         colour = re.search(rf"\b({colours}) $", text[: first.start()])
     return name, colour[1] if colour else None
+
+
+def is_scene(value: Any) -> bool:
+    """Return whether `value` is a scene's ground truth; of another data set, an image's "scene" may be "kitchen"."""
+    try:
+        others = [(other["kind"], other["relation"], other["side"]) for other in value["others"]]
+        return (
+            all(kind in KINDS for kind in (value["kind"], *(kind for kind, _, _ in others)))
+            and all(relation in RELATIONS for _, relation, _ in others)
+            and (value["colour"] is None or value["colour"] in COLOURS)
+            and value["setting"] in SETTINGS
+            and isinstance(value["count"], int)
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def check(caption: str, scene: dict) -> dict[str, bool]:

@@ -20,12 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from captioning.coco_layout import SPLITS
-from captioning.errors import InputError
+from captioning.errors import InputError, log
 from captioning.scenes.composition import paint_scene
 from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
-VERSION = "2"
+VERSION = "3"
 MAX_PICTURES = 1_000_000  # maximum number of pictures in a split, and number of ids reserved for it
 MAX_SERIAL = 400  # maximum number of pictures drawn in this process, before others would have started
 
@@ -101,6 +101,8 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
             return folder
         if not any(infos) and any(path != partial_folder for path in folder.iterdir()):
             raise InputError(f"{folder} holds something other than drawn scenes; name an empty or a new folder.")
+        if any(infos):
+            log(f"replacing the scenes in {folder}, which were drawn with other options or are incomplete")
     try:
         _draw_into(folder, partial_folder, counts, seed, info)
     except OSError as error:

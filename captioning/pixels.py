@@ -1,0 +1,198 @@
+"""Convert decoded images of every mode into upright 8-bit sRGB."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+MAX_ASPECT = 32  # maximum ratio of an image's longer side to its shorter one; a longer image is cropped to its middle
+BAND_PIXELS = 1 << 20  # number of pixels converted at a time
+WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more than 8 bits per channel
+OVERSHOOT = 16  # highest level in an image of fractions whose white is 1
+NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
+NO_DATA_LEVELS = (-9999, -32768, -99999)
+MAX_PROFILE = 1 << 20  # size limit of a colour profile, in bytes
+SAME = 2  # largest difference between two colours, in 8-bit levels, that nobody sees
+COLOUR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA")  # those whose colours an RGB profile describes
+
+TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLE_FORMAT = 0x0112, 258, 262, 339
+# Mode, bits and SampleFormat of TIFFs -> the type of their levels, where the mode has another type.
+STORED_TYPES: dict[tuple[str, int, int], type[np.integer]] = {
+    ("I", 32, 1): np.uint32,
+    ("I", 16, 2): np.int16,
+    ("L", 8, 2): np.int8,
+}
+
+
+def upright_rgb(image: Any, shorter_side: int | None = None) -> Image.Image:
+    """Convert an image of any mode to 8-bit sRGB, upright, transparency over white.
+
+    A very long image is cropped to its middle. Colours are converted where an embedded profile of primaries and curves
+    (Display P3, Adobe RGB, ProPhoto) says that they are not sRGB; profiles of other kinds are ignored. Before that, an
+    image whose shorter side has at least four times `shorter_side` pixels is reduced, as the conversion takes time.
+    Raises `ValueError` for an image without pixels or without a level that is a number.
+    """
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    image.load()  # Pillow applies a TIFF's orientation on load
+    transpose = None
+    with suppress(Exception):  # ignore the orientation if the EXIF data is invalid
+        transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(ORIENTATION, 1))
+    tags = getattr(image, "tag_v2", {})
+    stored = STORED_TYPES.get((image.mode, tags.get(BITS_PER_SAMPLE, (0,))[0], tags.get(SAMPLE_FORMAT, (1,))[0]))
+    upright = _to_rgb(_cut_long(image), stored)
+    if image.mode.startswith(("I", "F")) and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
+    profile = image.info.get("icc_profile") if image.mode in COLOUR_MODES else None
+    if isinstance(profile, bytes) and len(profile) <= MAX_PROFILE and (transform := _transform_to_srgb(profile)):
+        if shorter_side is not None and (factor := min(upright.size) // (2 * shorter_side)) > 1:
+            upright = upright.reduce(factor)
+        ImageCms.applyTransform(upright, transform, inPlace=True)
+    upright.info.clear()  # its orientation, transparency and colour profile no longer apply
+    return upright if transpose is None else upright.transpose(transpose)
+
+
+@lru_cache(maxsize=16)
+def _transform_to_srgb(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform of a profile's RGB into sRGB; None if it changes nothing, or for an unusable profile.
+
+    Only profiles of primaries and curves are used: the tables of others may take any amount of memory.
+    """
+    end = 132 + 12 * int.from_bytes(profile[128:132], "big")  # of the list of tags
+    if any(profile.startswith((b"A2B", b"D2B"), at) for at in range(132, min(end, len(profile)), 12)):
+        return None
+    colours = Image.fromarray(np.indices((6, 6, 6), np.uint8).reshape(3, 6, 36).transpose(1, 2, 0) * np.uint8(51))
+    try:
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if not source.profile.is_matrix_shaper:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+        converted = ImageCms.applyTransform(colours, transform)
+    except Exception:  # littlecms, which reads profiles, is missing, or finds this one invalid
+        return None
+    changes = np.abs(np.asarray(converted, np.int16) - np.asarray(colours, np.int16))
+    return transform if changes.max() > SAME else None
+
+
+def _cut_long(image: Image.Image) -> Image.Image:
+    """Crop a very long image to its middle: resized to a given shorter side, it would take unbounded memory."""
+    shorter = min(image.size)
+    excess = [max(0, side - MAX_ASPECT * shorter) // 2 for side in image.size]  # at either end
+    if not any(excess):
+        return image
+    left, top = excess
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def _to_rgb(image: Image.Image, stored: type[np.integer] | None) -> Image.Image:
+    """Convert an image to RGB; `stored` is the type of its levels if its mode has another one."""
+    transparent = image.info.get("transparency")
+    if stored is not None or image.mode.startswith(("I", "F")):
+        low, high = _black_and_white(image, stored)
+        scale = 255 / (high - low) if high > low else 0.0
+        hidden = transparent if isinstance(transparent, int) else None
+        return _convert_bands(image, lambda band: _to_8_bits(_levels(band, stored), low, scale, hidden))
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or transparent is not None:
+        return _convert_bands(image, _over_white)
+    return image.convert("RGB")
+
+
+def _convert_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image to RGB band by band, so that only the result takes additional memory."""
+    rgb = Image.new("RGB", image.size)
+    for box in bands(image):
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Divide an image into boxes of whole rows with about `BAND_PIXELS` pixels each."""
+    rows = max(1, BAND_PIXELS // image.width)
+    return [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+
+def _over_white(band: Image.Image) -> Image.Image:
+    band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+
+
+def _levels(band: Image.Image, stored: type[np.integer] | None) -> np.ndarray:
+    """Return the levels of a grey image as float64, NaN for missing ones."""
+    levels = np.asarray(band)
+    levels = (levels if stored is None else levels.astype(stored)).astype(np.float64)
+    return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, NO_DATA_LEVELS), levels, np.nan)
+
+
+def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tuple[float, float]:
+    """Return the levels of black and white.
+
+    Formats of 16 or 32 bits do not say how many of these bits are used; see `white_of`. White is 1 for fractions of at
+    most `OVERSHOOT`, and the highest number of a signed type. If levels exceed all `WHITES` or are negative, the
+    lowest level is black and the highest is white. Raises `ValueError` where no level is a number.
+    """
+    levels_of = partial(_levels, stored=stored)
+    ranges = [
+        (np.fmin.reduce(levels, axis=None), np.fmax.reduce(levels, axis=None))
+        for levels in (levels_of(image.crop(box)) for box in bands(image))
+    ]
+    lows, highs = np.array(ranges).T
+    low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
+    if math.isnan(low):
+        raise ValueError("none of its levels is a number")
+    if low < 0 or high > WHITES[-1]:
+        return low, high
+    if (
+        image.mode == "F"
+        and high <= OVERSHOOT
+        and any((levels_of(image.crop(box)) % 1 > 0).any() for box in bands(image))
+    ):
+        return 0.0, 1.0
+    return 0.0, float(white_of(high, np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]))
+
+
+def white_of(level: float, most: int = WHITES[-1]) -> int:
+    """Return the level of white in an image with the given highest level: the lowest of `WHITES` that reaches it.
+
+    `most` is the highest level that the image's type can hold, in place of the `WHITES` above it.
+    """
+    return next((white for white in WHITES if level <= white < most), most)
+
+
+def _to_8_bits(levels: np.ndarray, low: float, scale: float, transparent: int | None) -> Image.Image:
+    grey = np.nan_to_num((levels - low) * scale).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey if transparent is None else np.where(levels == transparent, np.uint8(255), grey))
+
+
+def join_bytes(upper: Image.Image, lower: Image.Image, channels: Sequence[int]) -> None:
+    """Scale colours of 16 bits to 8 bits, in place, such that the level of white becomes 255.
+
+    `upper` and `lower` hold the two bytes of each level; `channels` are those of `lower` that belong to the channels
+    of `upper`. The level of white is `white_of` the highest one, in the colours together and in the transparency.
+    """
+
+    def levels(box: tuple[int, int, int, int]) -> np.ndarray:
+        high, low = (np.asarray(image.crop(box), np.uint16) for image in (upper, lower))
+        return 256 * high + low[..., channels]
+
+    peaks = np.max([levels(box).max(axis=(0, 1)) for box in bands(upper)], axis=0)
+    whites = [white_of(peaks[:3].max())] * 3 + [white_of(peak) for peak in peaks[3:]]
+    for box in bands(upper):
+        upper.paste(Image.fromarray((levels(box) * (255 / np.array(whites))).round().astype(np.uint8)), box)
+    if isinstance(colour := upper.info.get("transparency"), tuple):
+        upper.info["transparency"] = tuple(round(level * 255 / whites[0]) for level in colour)

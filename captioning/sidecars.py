@@ -1,0 +1,117 @@
+"""Read the captions of an image from the files of its name: 0.txt, 0.caption or 0.json beside 0.jpg.
+
+The files are in a folder or, for `shards`, in a tar file.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from captioning.errors import InputError
+from captioning.files import decode_text, read_bytes
+from captioning.image_index import ImageIndex
+from captioning.reports import Report
+from captioning.tables import ENCODING_ADVICE, Row, clean_caption, parse_json
+
+SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
+
+File = TypeVar("File")
+Places = list[tuple[str, Any]]  # captions, each after its place as messages name it
+
+
+def read_captions(
+    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None = None
+) -> tuple[File | None, list[tuple[str, str]]]:
+    """Read the captions of an image from its files, by suffix: the lines of .txt or .caption, or of .json, "captions".
+
+    "caption" is read where "captions" holds none. Returns the file that is used, and its captions with their places: in
+    one line each, "" for a missing one. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
+    Raises `InputError` that names the file and the caption that cannot be used.
+    """
+    used: tuple[File | None, list[tuple[str, str]]] = None, []
+    for file, captions in _read_files(files, read, advice, encoding):
+        cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
+        if any(caption for _, caption in cleaned):
+            return file, cleaned
+        used = used if used[1] else (file, cleaned)
+    return used
+
+
+def _read_files(
+    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None
+) -> Iterator[tuple[File, Places]]:
+    """Yield each list of captions in the files."""
+
+    def read_json(file: File) -> dict[str, Any]:
+        data = read(file)
+        try:
+            content = parse_json(data if encoding is None else decode_text(data, file, encoding, advice))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text (byte {error.start}); {advice}.") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} is not JSON ({error}).") from None
+        return content if isinstance(content, dict) else {}
+
+    for suffix, file in ((suffix, files[suffix]) for suffix in SUFFIXES if suffix in files):
+        if suffix == ".json":
+            content = read_json(file)
+            for value in (content[key] for key in ("captions", "caption") if key in content):
+                captions = value if isinstance(value, list) else [value]
+                yield file, [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
+            continue
+        text, whole = decode_text(read(file), file, encoding, advice), None
+        if ".json" in files and len(text.strip().split("\n")) > 1:
+            with suppress(InputError):  # it need not be of img2dataset, nor hold captions
+                whole = read_json(files[".json"]).get("caption")
+        yield file, _split(text, file, whole)
+
+
+def _split(text: str, file: object, whole: Any) -> Places:
+    """Split the text of a file into captions, one a line; blank lines are left out, unless there are no others.
+
+    A text that is the `whole` caption is a single one: img2dataset writes a caption's line breaks.
+    """
+    lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if isinstance(whole, str) and whole.split() == text.split():
+        return [(lines[0][0], whole)] if lines else []
+    return lines or [(f"{file}, line 1", "")]
+
+
+def read_folder(
+    folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
+) -> tuple[list[Row], set[Path]]:
+    """Read the captions of all images of the index from the files of `folder`: of 0.jpg, from 0.txt or 0.jpg.txt.
+
+    Also returns the files that have the name of an image.
+    """
+    by_name: dict[Path, dict[str, Path]] = defaultdict(dict)  # without the suffix
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES and by_name[path.with_suffix("")].setdefault(suffix, path) is not path:
+            _refuse_two(by_name[path.with_suffix("")][suffix], path)
+    owners: dict[Path, Path] = {}
+    beside: set[Path] = set()
+    rows = []
+    for key, (path, *_) in index.paths.items():
+        image = folder / path.relative_to(index.folder)
+        own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
+        beside.update(own.values(), others.values())
+        for suffix in (suffix for suffix in (".txt", ".caption") if suffix in own and suffix in others):
+            _refuse_two(own[suffix], others[suffix])
+        file, captions = read_captions(others | own, read_bytes, ENCODING_ADVICE, encoding)
+        if file is not None and owners.setdefault(file, path) is not path:
+            raise InputError(f"{file} may be of {owners[file]} or of {path}; keep one of the two images.")
+        rows += [Row(where, key, [caption], "") for where, caption in captions]
+    if rows:
+        for path in sorted(path for named in by_name.values() for path in named.values() if path not in beside):
+            if path.suffix.lower() != ".json":
+                report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
+    return rows, beside
+
+
+def _refuse_two(one: Path, other: Path) -> None:
+    raise InputError(f"{one} and {other} are for one image; keep one of the two.")

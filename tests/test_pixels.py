@@ -1,0 +1,287 @@
+"""What images of every kind of level, transparency and colour profile become in 8-bit sRGB."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_noise
+from PIL import Image, ImageCms
+
+from captioning import pixels
+from captioning.errors import InputError
+from captioning.image_files import read_image
+
+# Levels
+
+
+GREY = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
+SPOILT = GREY.astype(np.float32) / 255
+SPOILT[3, 3] = np.nan
+LEVELS = {  # what a file holds, and what is read, 0 to 255
+    "int32 of 0 to 255": (GREY.astype(np.int32), GREY),
+    "int32 of 16 bits": (GREY.astype(np.int32) * 257, GREY),
+    "int32 of 24 bits": (GREY.astype(np.int32) * 65793, GREY),
+    "int32, signed": ((GREY.astype(np.int32) - 128) * 8, GREY),
+    "int32, a mask": ((GREY > 127).astype(np.int32), (GREY > 127) * 255),
+    "uint16 of 8 bits": (GREY.astype(np.uint16), GREY),
+    "uint16 of 12 bits": (GREY.astype(np.uint16) * 16, GREY / 255 * 4080 / 4095 * 255),
+    "uint16": (GREY.astype(np.uint16) * 257, GREY),
+    "float of 0 to 1": (GREY.astype(np.float32) / 255, GREY),
+    "float of 0 to 0.5": (GREY.astype(np.float32) / 510, GREY / 2),
+    "float of 0 to 255": (GREY.astype(np.float32), GREY),
+    "float of -1 to 1": (GREY.astype(np.float32) / 127.5 - 1, GREY),
+    "float with a NaN": (SPOILT, np.nan_to_num(SPOILT) * 255),
+    "float with infinities": (
+        np.where(np.isnan(SPOILT), np.inf, SPOILT).astype(np.float32),
+        np.nan_to_num(SPOILT) * 255,
+    ),
+    "float with a mark for no data": (
+        np.where(np.isnan(SPOILT), -3.4e38, SPOILT).astype(np.float32),
+        np.nan_to_num(SPOILT) * 255,
+    ),
+    "float of 0 to 1 with a spark": (
+        np.where(np.isnan(SPOILT), 4, SPOILT).astype(np.float32),
+        np.where(np.isnan(SPOILT), 1, SPOILT) * 255,
+    ),
+    "float of 0 to 1.2": (GREY.astype(np.float32) / 255 * 1.2, (GREY / 255 * 1.2).clip(0, 1) * 255),
+    "float with -9999 for no data": (
+        np.where(np.isnan(SPOILT), -9999, SPOILT).astype(np.float32),
+        np.nan_to_num(SPOILT) * 255,
+    ),
+    "nothing but zeros": (np.zeros((16, 256), np.int32), np.zeros((16, 256))),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("band", [1 << 20, 1000], ids=["whole", "in bands"])
+def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixels, "BAND_PIXELS", band)
+    levels, expected = LEVELS[name]
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    read = np.asarray(read_image(tmp_path / "a.tif")).astype(float)
+    assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
+
+
+def tiff(levels: np.ndarray, sample_format: int = 1, photometric: int = 1, **options: bool) -> bytes:
+    """Encode levels of shape (height, width) or (height, width, 3) as a TIFF of one strip, or of one for each plane."""
+    order = ">" if options.get("big_endian") else "<"
+    data = levels.astype(levels.dtype.newbyteorder(order))
+    channels = levels.shape[2] if levels.ndim == 3 else 1
+    strips = [data[..., i].tobytes() for i in range(channels)] if options.get("planes") else [data.tobytes()]
+    strips = [zlib.compress(strip) for strip in strips] if options.get("packed") else strips
+    height, width = levels.shape[:2]
+    tags = {
+        256: [width],
+        257: [height],
+        258: [8 * levels.itemsize] * channels,
+        259: [8 if options.get("packed") else 1],
+    }
+    tags |= {262: [photometric], 273: [0] * len(strips), 277: [channels], 278: [height]}
+    tags |= {279: [len(strip) for strip in strips], 284: [1 + len(strips) // 2], 339: [sample_format] * channels}
+    longs = 8 + 2 + 12 * len(tags) + 4  # where the numbers begin that do not fit into the list of tags
+    at = longs + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
+    for i, strip in enumerate(strips):
+        tags[273][i], at = at, at + len(strip)
+    entries, further = b"", b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"{order}{len(numbers)}L", *numbers)
+        entries += struct.pack(f"{order}HHL", tag, 4, len(numbers))
+        entries += packed if len(numbers) == 1 else struct.pack(f"{order}L", longs + len(further))
+        further += packed if len(numbers) > 1 else b""
+    start = b"MM\0*" if options.get("big_endian") else b"II*\0"
+    return start + struct.pack(f"{order}LH", 8, len(tags)) + entries + bytes(4) + further + b"".join(strips)
+
+
+def png(levels: np.ndarray, key: tuple[int, ...] | None = None) -> bytes:
+    """Encode levels of 16 bits, (height, width, channels), as a PNG; the colour `key` is transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
+
+    height, width, channels = levels.shape
+    header = struct.pack(">LLBBBBB", width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+    transparent = b"" if key is None else chunk(b"tRNS", struct.pack(f">{channels}H", *key))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    chunks = chunk(b"IHDR", header) + transparent + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+COLOURS = np.asarray(draw_noise(0, (64, 32)).resize((256, 16)))
+DEEP = COLOURS.astype(np.uint16) * 257
+ALPHA = np.full((16, 256, 1), 65535, np.uint16)
+GREY_1 = GREY[..., None].astype(np.uint16)
+FILES: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {  # the content of a file, and what is read
+    "a TIFF of 16 bits in planes": (lambda: tiff(DEEP, photometric=2, planes=True), COLOURS),
+    "a big-endian TIFF of 16 bits in planes": (lambda: tiff(DEEP, 1, 2, planes=True, big_endian=True), COLOURS),
+    "a packed TIFF of 16 bits in planes": (lambda: tiff(DEEP, 1, 2, planes=True, packed=True), COLOURS),
+    "a TIFF of 8 bits in planes": (lambda: tiff(COLOURS, photometric=2, planes=True), COLOURS),
+    "a TIFF of 10 of 16 bits": (lambda: tiff(DEEP >> 6, photometric=2), COLOURS),
+    "a big-endian TIFF of 12 of 16 bits": (lambda: tiff(DEEP >> 4, 1, 2, big_endian=True), COLOURS),
+    "a packed TIFF of 12 of 16 bits": (lambda: tiff(DEEP >> 4, 1, 2, packed=True), COLOURS),
+    "a PNG of 16 bits": (lambda: png(DEEP), COLOURS),
+    "a PNG of 8 of 16 bits": (lambda: png(DEEP >> 8), COLOURS),
+    "a PNG of 10 of 16 bits": (lambda: png(DEEP >> 6), COLOURS),
+    "a PNG of 12 of 16 bits": (lambda: png(DEEP >> 4), COLOURS),
+    "a PNG of 12 of 16 bits and alpha of 16": (lambda: png(np.dstack([DEEP >> 4, ALPHA])), COLOURS),
+    "a PNG of 12 of 16 bits and alpha of 12": (lambda: png(np.dstack([DEEP, ALPHA]) >> 4), COLOURS),
+    "a grey PNG of 12 of 16 bits and alpha": (lambda: png(np.dstack([GREY_1 << 4, ALPHA])), GREY),
+    "a black drawing on nothing": (lambda: png(np.dstack([0 * DEEP, ALPHA * (GREY_1 < 128)])), (GREY > 127) * 255),
+    "a grey PNG with a transparent level": (lambda: png(GREY_1 * 257, (0,)), np.where(GREY, GREY, 255)),
+    "a PNG of 16 bits with a transparent colour": (
+        lambda: png(np.where(GREY_1 > 9, DEEP, 0xC810), (0xC810,) * 3),
+        np.where(GREY_1 > 9, COLOURS, 255),
+    ),
+    "a PNG of 12 of 16 bits with a transparent colour": (
+        lambda: png(np.where(GREY_1 > 9, DEEP >> 4, 4095), (4095,) * 3),
+        np.where(GREY_1 > 9, COLOURS, 255),
+    ),
+    "uint32": (lambda: tiff(GREY.astype(np.uint32) << 24), GREY),
+    "uint32 of 16 bits": (lambda: tiff(GREY.astype(np.uint32) * 257), GREY),
+    "int16": (lambda: tiff(GREY.astype(np.int16) * 128, 2), GREY),
+    "int16, signed": (lambda: tiff(GREY.astype(np.int16) * 256 - 32767, 2), GREY),
+    "int16 of 12 bits": (lambda: tiff(GREY.astype(np.int16) * 16, 2), GREY),
+    "int8": (lambda: tiff((GREY // 2).astype(np.int8), 2), GREY),
+    "int8, signed": (lambda: tiff((GREY - 128.0).astype(np.int8), 2), GREY),
+    "uint16 of 10 bits": (lambda: tiff(GREY.astype(np.uint16) * 4), GREY),
+    "float whose 0 is white": (lambda: tiff(1 - GREY.astype(np.float32) / 255, 3, 0), GREY),
+    "packed big-endian float": (lambda: tiff(GREY.astype(np.float32) / 255, 3, big_endian=True, packed=True), GREY),
+    "packed big-endian int32": (lambda: tiff(GREY.astype(np.int32) * 257, 2, big_endian=True, packed=True), GREY),
+    "packed big-endian int16": (lambda: tiff(GREY.astype(np.int16) * 128, 2, big_endian=True, packed=True), GREY),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_more_than_8_bits_keep_their_colours(name: str, tmp_path: Path):
+    content, expected = FILES[name]
+    (tmp_path / "a").write_bytes(content())
+    expected = expected if expected.ndim == 3 else expected[..., None]
+    assert np.abs(np.asarray(read_image(tmp_path / "a")).astype(int) - expected).max() <= 2
+
+
+def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Path):
+    (tmp_path / "a.tif").write_bytes(tiff(DEEP >> 4, photometric=2, planes=True))
+    with pytest.raises(InputError, match=r"a\.tif .*less than 13 of its 16 bits per channel; save it with 8"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_level_0_is_white(tmp_path: Path, dtype: type):
+    levels = GREY.astype(dtype) * (257 if dtype is np.uint16 else 1)
+    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    content = (tmp_path / "a.tif").read_bytes()
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == 0
+    stored = levels.astype("<u2").tobytes() in content if dtype is np.uint16 else True
+    assert stored  # as it is, so that its 0 is white
+    expected = 255 - GREY if dtype is np.uint16 else np.asarray(Image.open(tmp_path / "a.tif"))
+    assert (
+        np.abs(np.asarray(read_image(tmp_path / "a.tif")).astype(int) - np.asarray(expected, int)[..., None]).max() <= 1
+    )
+
+
+def test_an_image_without_a_level_is_refused(tmp_path: Path):
+    Image.fromarray(np.full((16, 256), np.nan, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif cannot be read as a photo \(none of its levels is a number\)"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
+def test_transparency_over_white_in_bands(mode: str, monkeypatch: pytest.MonkeyPatch):
+    image = draw_noise(0, (80, 60)).convert("LA" if mode in ("LA", "La") else "RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((80, 60)))
+    image = image.convert(mode)
+    assert min(read_image(image).getpixel((40, 0))) > 250
+    whole = np.asarray(read_image(image))
+    monkeypatch.setattr(pixels, "BAND_PIXELS", 333)
+    assert (np.asarray(read_image(image)) == whole).all()
+
+
+# Colours
+
+
+def profile(primaries: str, gamma: float, *tags: bytes) -> bytes:
+    """Make a profile of red, green and blue, each as X, Y and Z, and one curve."""
+    numbers = [round(65536 * float(number)) for number in primaries.split()]
+    curve = struct.pack(">4sLLH2x", b"curv", 0, 1, round(256 * gamma))
+    content = {b"wtpt": struct.pack(">4sL3l", b"XYZ ", 0, 63190, 65536, 54061)}
+    for i, colour in enumerate("rgb"):
+        content[f"{colour}XYZ".encode()] = struct.pack(">4sL3l", b"XYZ ", 0, *numbers[3 * i : 3 * i + 3])
+        content[f"{colour}TRC".encode()] = curve
+    content |= dict.fromkeys(tags, curve)
+    table, data = struct.pack(">L", len(content)), b""
+    for tag, each in content.items():
+        table += tag + struct.pack(">LL", 132 + 12 * len(content) + len(data), len(each))
+        data += each
+    size = 128 + len(table) + len(data)
+    header = struct.pack(">L4sL4s4s4s12x4s", size, b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return (header + bytes(28) + struct.pack(">3l", 63190, 65536, 54061)).ljust(128, b"\0") + table + data
+
+
+P3 = "0.5151 0.2412 -0.0011 0.2920 0.6922 0.0419 0.1571 0.0666 0.7841"
+PROFILES = {
+    "Display P3": profile(P3, 2.2),
+    "Adobe RGB": profile("0.6097 0.3111 0.0195 0.2053 0.6257 0.0609 0.1492 0.0632 0.7446", 2.2),
+    "ProPhoto": profile("0.7977 0.2880 0 0.1352 0.7119 0 0.0313 0.0001 0.8249", 1.8),
+}
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+PHOTO = Image.fromarray(COLOURS)
+FORMS = {  # formats that hold a profile, and modes
+    "PNG": ("RGB", "RGBA", "P"),
+    "TIFF": ("RGB",),
+    "WEBP": ("RGB",),
+    "JPEG": ("RGB",),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize(("form", "mode"), [(form, mode) for form, modes in FORMS.items() for mode in modes])
+def test_colours_of_another_profile_become_srgb(tmp_path: Path, name: str, form: str, mode: str):
+    stored = ImageCms.profileToProfile(PHOTO, SRGB, ImageCms.ImageCmsProfile(io.BytesIO(PROFILES[name])))
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
+    stored.convert(mode).save(tmp_path / "a", form, icc_profile=PROFILES[name], **options)
+    read = read_image(tmp_path / "a")
+    wrong, left = (
+        np.abs(np.asarray(image, int) - COLOURS).mean() for image in (stored.convert(mode).convert("RGB"), read)
+    )
+    assert wrong > 5
+    assert left < (2 if mode != "P" else wrong)  # a palette loses colours, too
+    assert not read.info
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SRGB.tobytes(),
+        profile(P3, 2.2, b"A2B0"),
+        profile(P3, 2.2, b"D2B0"),
+        PROFILES["Display P3"][:200],
+        PROFILES["Display P3"][:128] + b"\xff" * 400,
+        b"no profile",
+        b"x",
+        PROFILES["Display P3"].replace(b"RGB ", b"CMYK"),
+        PROFILES["Display P3"] + bytes(pixels.MAX_PROFILE),
+    ],
+    ids=["sRGB", "tables", "other tables", "cut off", "tags", "text", "a byte", "CMYK", "too large"],
+)
+def test_srgb_and_profiles_that_cannot_be_used_change_nothing(tmp_path: Path, content: bytes):
+    PHOTO.save(tmp_path / "a.webp", lossless=True, icc_profile=content)
+    assert (np.asarray(read_image(tmp_path / "a.webp")) == np.asarray(PHOTO)).all()
+
+
+def test_a_profile_does_not_describe_grey(tmp_path: Path):
+    PHOTO.convert("L").save(tmp_path / "a.png", icc_profile=PROFILES["ProPhoto"])
+    assert (np.asarray(read_image(tmp_path / "a.png"))[..., 0] == np.asarray(PHOTO.convert("L"))).all()
+
+
+def test_an_image_is_reduced_before_its_colours_are_converted(tmp_path: Path):
+    for name, content in (("plain", b""), ("p3", PROFILES["Display P3"])):
+        PHOTO.resize((1000, 800)).save(tmp_path / f"{name}.png", icc_profile=content)
+    assert read_image(tmp_path / "plain.png", 100).size == (1000, 800)
+    assert read_image(tmp_path / "p3.png", 100).size == (250, 200)
+    assert read_image(tmp_path / "p3.png").size == (1000, 800)
