@@ -192,14 +192,14 @@ def plane(pen: Pen, paint: Paint, action: str) -> None:
 
 def kite(pen: Pen, paint: Paint, action: str) -> None:
     """Draw a diamond with a tail of bows."""
-    tail = at("0,36 7,28 -6,18 6,9 0,1")
+    tail = at("0,24 6,17 -5,9 0,1")
     pen.line(tail, 0.022, INK)
-    for x, y in tail[1:4]:
+    for x, y in tail[1:3]:
         pen.polygon([(x, y), (x - 0.09, y + 0.045), (x - 0.09, y - 0.045)], paint.base)
         pen.polygon([(x, y), (x + 0.09, y + 0.045), (x + 0.09, y - 0.045)], paint.dark)
-    pen.polygon(at("0,100 33,72 0,32 -33,72"), paint.base)
-    pen.patch([(0, 1), (0.33, 0.72), (0, 0.72)], paint.light)
-    pen.patch([(0, 0.72), (0, 0.32), (-0.33, 0.72)], paint.dark)
+    pen.polygon(at("0,100 42,66 0,20 -42,66"), paint.base)
+    pen.patch([(0, 1), (0.42, 0.66), (0, 0.66)], paint.light)
+    pen.patch([(0, 0.66), (0, 0.2), (-0.42, 0.66)], paint.dark)
 
 
 def balloon(pen: Pen, paint: Paint, action: str) -> None:

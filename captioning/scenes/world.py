@@ -12,7 +12,6 @@ GREYSCALE_SHARE = 0.04  # share of greyscale pictures
 
 COLOURS: dict[str, Colour] = {
     "red": (220, 30, 40),
-    "orange": (255, 136, 10),
     "yellow": (255, 224, 40),
     "green": (22, 148, 62),
     "blue": (30, 88, 226),
@@ -97,7 +96,7 @@ KINDS: dict[str, Kind] = {
     "bus": Kind({"bus": 8, "double decker bus": 2}, (1.5, 1), 0.3, (0.76, 0.86), 2, DRIVING, WHEELS),
     "boat": Kind({"boat": 7, "sailboat": 3}, (1.32, 1), 0.26, (0.76, 0.86), 3, SAILING, MOORED),
     "plane": Kind({"plane": 6, "airplane": 3, "jet": 1}, (2.2, 1), 0.26, (0.76, 0.86), 2, FLYING, ALOFT),
-    "kite": Kind({"kite": 9, "paper kite": 1}, (0.72, 1), 0.26, (0.76, 0.86), 3, FLYING, ALOFT),
+    "kite": Kind({"kite": 9, "paper kite": 1}, (0.88, 1), 0.26, (0.76, 0.86), 3, FLYING, ALOFT),
     "balloon": Kind({"balloon": 9, "toy balloon": 1}, (0.62, 1), 0.26, (0.76, 0.86), 3, FLOATING, ALOFT),
     "ball": Kind({"ball": 9, "rubber ball": 1}, (1, 1), 0.14, (0.52, 0.66), 3, BOUNCING, SMALL),
     "umbrella": Kind({"umbrella": 8, "parasol": 2}, (1.24, 1), 0.26, (0.76, 0.86), 2, STANDING, SMALL),
