@@ -37,6 +37,7 @@ from captioning.errors import InputError, describe_network_error, run_command, w
 from captioning.image_files import open_image
 from captioning.page import (
     FILE_ROUTE,
+    INVALID,
     PER_WORD,
     Files,
     Handlers,
@@ -344,7 +345,7 @@ def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket
     )
     page.has_launched = True  # until then, Gradio accepts any path as an upload
     inner: Any = app.routes[-1].app  # pyright: ignore[reportAttributeAccessIssue]  Gradio's
-    for invalid in (KeyError, TypeError):
+    for invalid in INVALID:
         inner.add_exception_handler(invalid, answer_invalid)
     gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK, partial(answer_missing, page))
     public = _open_tunnel(host, port) if share else None

@@ -17,6 +17,7 @@ import gradio as gr
 import gradio.component_meta
 from gradio.components import Component
 from gradio.data_classes import FileData
+from gradio.route_utils import FnIndexInferError
 from gradio.utils import sanitize_value_for_csv
 from gradio_client import handle_file
 from PIL import Image
@@ -32,8 +33,10 @@ from captioning.web import CaptionServer, Upload
 
 PER_WORD = "% per word"  # heading of the column of probabilities
 FILE_ROUTE = "/gradio_api/file="  # followed by its path, this is the address of an uploaded file
-CALL = re.compile(r"/gradio_api/(?:call/v2|call|run|api)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
-EVENTS_ROUTE, JOIN_ROUTE = "/gradio_api/queue/data", "/gradio_api/queue/join"
+CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
+EVENTS_ROUTE = "/gradio_api/queue/data"
+VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
+INVALID = (KeyError, TypeError, FnIndexInferError)  # what Gradio raises for values that no page sends
 NO_SESSION = {
     "msg": "unexpected_error",
     "message": "There is no such session.",
@@ -167,9 +170,8 @@ def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
 
 
 def answer_invalid(request: Request, error: Exception) -> Response:
-    """Answer a request whose values are not those of an API, where Gradio raises a `KeyError` or `TypeError`."""
-    call = CALL.fullmatch(request.url.path)
-    if call is None and request.url.path != JOIN_ROUTE:
+    """Answer a request whose values are not those of an API, for which Gradio raises one of `INVALID`."""
+    if not request.url.path.startswith(VALUES_ROUTES):
         raise error
     return PlainTextResponse("These values are not the ones of this API; see Use via API on the page.", 422)
 
