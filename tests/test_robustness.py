@@ -462,9 +462,9 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         r'has no list of "annotations"',
     ),
     "annotations: no captions": (lambda k: k.read_data(change("annotations", to=[])), r"holds no captions"),
-    "annotations: a caption is null": (
-        lambda k: k.read_data(change("annotations", 2, "caption", to=None)),
-        r'captions_train\.json: annotations\[2\] has a "caption" that is not text: None\.',
+    "annotations: a caption is a number": (
+        lambda k: k.read_data(change("annotations", 2, "caption", to=7)),
+        r'captions_train\.json: annotations\[2\] has a "caption" that is not text: 7\.',
     ),
     "annotations: a caption is missing": (
         lambda k: k.read_data(change("annotations", 2, to={"image_id": 1})),
