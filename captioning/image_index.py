@@ -66,7 +66,8 @@ def find_in_other_form(folder: Path, names: Iterable[str]) -> dict[str, str]:
                 break
             path = posixpath.join(path, entry)
         else:
-            found[name] = path
+            if path != name:
+                found[name] = path
     return found
 
 
