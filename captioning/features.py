@@ -37,7 +37,7 @@ from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
 
-VERSION = "4"  # of the files; features of another version are computed again
+VERSION = "5"  # of the files; features of another version are computed again
 # On a CPU a small batch stays in its cache; on a GPU many workers read as many batches at once.
 BATCH = 64 if torch.cuda.device_count() else 16
 

@@ -65,8 +65,7 @@ def read_image(
     A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter side still has at least twice
     `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
     than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
-    middle. Colours of another profile than sRGB are converted; see `pixels.upright_rgb`. `formats` are Pillow's names
-    of the formats to accept, by default all that Pillow decodes.
+    middle. `formats` are Pillow's names of the formats to accept, by default all that Pillow decodes.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
@@ -79,14 +78,14 @@ def read_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(source, Image.Image):
-                return upright_rgb(source, shorter_side)
+                return upright_rgb(source)
             with _open_file(source) as file:
                 image = _open_image(file, formats)
                 _draft(image, shorter_side)
                 _check_size(image)
                 _load(image, file)
                 _check_size(image)  # an icon's true size is in the PNG that it contains
-                return upright_rgb(image, shorter_side)
+                return upright_rgb(image)
     except FileNotFoundError:
         raise missing_file(name) from None
     except UnidentifiedImageError:

@@ -1,16 +1,15 @@
-"""Convert decoded images of every mode into upright 8-bit sRGB."""
+"""Convert decoded images of every mode into upright 8-bit RGB."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 
 MAX_ASPECT = 32  # maximum ratio of an image's longer side to its shorter one; a longer image is cropped to its middle
 BAND_PIXELS = 1 << 20  # number of pixels converted at a time
@@ -18,9 +17,6 @@ WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more 
 OVERSHOOT = 16  # highest level in an image of fractions whose white is 1
 NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
 NO_DATA_LEVELS = (-9999, -32768, -99999)
-MAX_PROFILE = 1 << 20  # size limit of a colour profile, in bytes
-SAME = 2  # largest difference between two colours, in 8-bit levels, that nobody sees
-COLOUR_MODES = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA")  # those whose colours an RGB profile describes
 
 TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,12 +36,11 @@ STORED_TYPES: dict[tuple[str, int, int], type[np.integer]] = {
 }
 
 
-def upright_rgb(image: Any, shorter_side: int | None = None) -> Image.Image:
-    """Convert an image of any mode to 8-bit sRGB, upright, transparency over white.
+def upright_rgb(image: Any) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB, upright, transparency over white.
 
-    A very long image is cropped to its middle. Colours are converted where an embedded profile of primaries and curves
-    (Display P3, Adobe RGB, ProPhoto) says that they are not sRGB; profiles of other kinds are ignored. Before that, an
-    image whose shorter side has at least four times `shorter_side` pixels is reduced, as the conversion takes time.
+    A very long image is cropped to its middle. A colour profile is ignored, as it was when the backbones' weights were
+    trained.
     Raises `ValueError` for an image without pixels or without a level that is a number.
     """
     if 0 in image.size:
@@ -59,35 +54,8 @@ def upright_rgb(image: Any, shorter_side: int | None = None) -> Image.Image:
     upright = _to_rgb(_cut_long(image), stored)
     if image.mode.startswith(("I", "F")) and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
         upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
-    profile = image.info.get("icc_profile") if image.mode in COLOUR_MODES else None
-    if isinstance(profile, bytes) and len(profile) <= MAX_PROFILE and (transform := _transform_to_srgb(profile)):
-        if shorter_side is not None and (factor := min(upright.size) // (2 * shorter_side)) > 1:
-            upright = upright.reduce(factor)
-        ImageCms.applyTransform(upright, transform, inPlace=True)
-    upright.info.clear()  # its orientation, transparency and colour profile no longer apply
+    upright.info.clear()  # its orientation and transparency no longer apply
     return upright if transpose is None else upright.transpose(transpose)
-
-
-@lru_cache(maxsize=16)
-def _transform_to_srgb(profile: bytes) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform of a profile's RGB into sRGB; None if it changes nothing, or for an unusable profile.
-
-    Only profiles of primaries and curves are used: the tables of others may take any amount of memory.
-    """
-    end = 132 + 12 * int.from_bytes(profile[128:132], "big")  # of the list of tags
-    if any(profile.startswith((b"A2B", b"D2B"), at) for at in range(132, min(end, len(profile)), 12)):
-        return None
-    colours = Image.fromarray(np.indices((6, 6, 6), np.uint8).reshape(3, 6, 36).transpose(1, 2, 0) * np.uint8(51))
-    try:
-        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if not source.profile.is_matrix_shaper:
-            return None
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB")
-        converted = ImageCms.applyTransform(colours, transform)
-    except Exception:  # littlecms, which reads profiles, is missing, or finds this one invalid
-        return None
-    changes = np.abs(np.asarray(converted, np.int16) - np.asarray(colours, np.int16))
-    return transform if changes.max() > SAME else None
 
 
 def _cut_long(image: Image.Image) -> Image.Image:

@@ -362,7 +362,7 @@ def test_screenshots_of_every_state(page: Page, browser, scene: Image.Image, tmp
     tab.get_by_role("tab", name="One photo").click()
     tab.get_by_label("Remove Image").click()
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "broken.jpg")
-    tab.get_by_text("cannot be read as a photo").first.wait_for()
+    tab.get_by_text("cannot be read as a photo").filter(visible=True).first.wait_for()
     shoot("error")
     tab.close()
 
