@@ -236,9 +236,8 @@ def test_training_raises_the_mean_cider_d(config: Make, cache: Path, decoder: st
         return CiderReward(data)(ids, [hypothesis.tokens for hypothesis in drawn]).mean()
 
     before = measure(read_description(folder).best_epoch)  # that it starts from
-    go_on(folder, num_epochs=40, learning_rate=1e-3, batch_size=60, patience=99)
-    # Of a random backbone the mean feature says little: an LSTM can learn to write the common words, and no more.
-    assert measure(52) > (1.05 if decoder == "lstm" else 1.2) * before
+    go_on(folder, num_epochs=40, learning_rate=3e-3, batch_size=60, patience=99)
+    assert measure(52) > 1.1 * before  # a random backbone's features say little
     log = read_log(folder / "training_log.txt")
     rewards = -log[log[:, 0] > 12, 2]
     assert rewards.shape == (40 * 2,)
