@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Annotated, Any, Literal
@@ -34,7 +35,17 @@ from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, describe_network_error, run_command, warn_once
 from captioning.image_files import open_image
-from captioning.page import FILE_ROUTE, PER_WORD, Files, Handlers, ImageInput, Page
+from captioning.page import (
+    FILE_ROUTE,
+    INVALID,
+    PER_WORD,
+    Files,
+    Handlers,
+    ImageInput,
+    Page,
+    answer_invalid,
+    answer_missing,
+)
 from captioning.scenes.dataset import draw_scene
 from captioning.web import (
     LOOPBACK,
@@ -333,7 +344,10 @@ def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket
         head=HEAD,
     )
     page.has_launched = True  # until then, Gradio accepts any path as an upload
-    gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK)
+    inner: Any = app.routes[-1].app  # pyright: ignore[reportAttributeAccessIssue]  Gradio's
+    for invalid in INVALID:
+        inner.add_exception_handler(invalid, answer_invalid)
+    gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK, partial(answer_missing, page))
     public = _open_tunnel(host, port) if share else None
     if public is not None:
         gate.origins = {urlsplit(public).netloc}
@@ -342,9 +356,8 @@ def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket
     config = uvicorn.Config(
         gate, http=HttpProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=STOP_SECONDS
     )
-    # Open tabs keep connections, which this ends.
-    stop_tabs = app.routes[-1].app.stop_event.set  # pyright: ignore[reportAttributeAccessIssue]
-    StoppableServer(config, stop_tabs, server.close).run(sockets=[listener])
+    # Open tabs keep connections, which `stop_event` ends.
+    StoppableServer(config, inner.stop_event.set, server.close).run(sockets=[listener])
 
 
 def _open_tunnel(host: str, port: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +16,13 @@ import gradio as gr
 import gradio.component_meta
 from gradio.components import Component
 from gradio.data_classes import FileData
+from gradio.route_utils import FnIndexInferError
 from gradio.utils import sanitize_value_for_csv
 from gradio_client import handle_file
 from PIL import Image
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Scope
 
 from captioning.bulk import as_json
 from captioning.captioner import DEFAULT_DECODING, Caption, Decoding, other_captions
@@ -27,6 +32,9 @@ from captioning.web import CaptionServer, Upload
 
 PER_WORD = "% per word"  # heading of the column of probabilities
 FILE_ROUTE = "/gradio_api/file="  # followed by its path, this is the address of an uploaded file
+CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
+VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
+INVALID = (KeyError, TypeError, FnIndexInferError)  # what Gradio raises for values that no page sends
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
 
@@ -127,6 +135,33 @@ def explain_unusable(block: Component, value: object) -> str | None:
                 return 'The photo must be an uploaded file, {"path": what the upload returned}; upload the photo first.'
             locate(block, FileData(path=str(to_path(block, file["path"]))))  # Gradio checks it only for some requests
     return None
+
+
+# Requests
+
+
+def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
+    """Answer a request for an API or a call that does not exist; returns None for any other request.
+
+    Gradio ends some of these requests with a traceback, and never ends others.
+    """
+    queue = page._queue
+    if (call := CALL.fullmatch(scope["path"])) is None:
+        return None
+    name, event = call.groups()
+    if name not in {function.api_name for function in page.fns.values()}:
+        return PlainTextResponse(f"There is no API {name}; docs/web.md describes the one that there is, caption.", 404)
+    sessions = [session for session, events in queue.pending_event_ids_session.items() if event in events]
+    if event and not any(session in queue.pending_messages_per_session for session in sessions):
+        return PlainTextResponse("There is no such call, or its result was fetched before; send the photo again.", 404)
+    return None
+
+
+def answer_invalid(request: Request, error: Exception) -> Response:
+    """Answer a request whose values are not those of an API, for which Gradio raises one of `INVALID`."""
+    if not request.url.path.startswith(VALUES_ROUTES):
+        raise error
+    return PlainTextResponse("These values are not the ones of this API; see Use via API on the page.", 422)
 
 
 # Handlers

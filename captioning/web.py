@@ -19,7 +19,7 @@ import uvicorn
 from PIL import Image
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -50,21 +50,23 @@ class Gate:
     this computer is served, requests to fetch an address for the caller, and bodies that are too large.
 
     `hosts` are the host names that the server answers to, None for any. `origins` are further hosts whose pages may
-    call it, such as that of a tunnel.
+    call it, such as that of a tunnel. `answer` answers requests itself, or returns None to have Gradio answer them.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str] | None = None):
-        self.app, self.hosts = app, hosts
+    def __init__(
+        self, app: ASGIApp, hosts: set[str] | None = None, answer: Callable[[Scope], Response | None] = lambda _: None
+    ):
+        self.app, self.hosts, self.answer = app, hosts, answer
         self.origins: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 403 or 413."""
+        """Pass a request on, or answer it, with 403 or 413 where it is refused."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         limit = MAX_UPLOADED if scope["path"] == UPLOAD_ROUTE else MAX_BODY
         sentence = self._refusal(scope["path"], Headers(scope=scope))
-        app = PlainTextResponse(sentence, 403) if sentence else self.app
+        app = PlainTextResponse(sentence, 403) if sentence else self.answer(scope) or self.app
         await app(scope, _counted(receive, limit), send)
 
     def _refusal(self, path: str, headers: Headers) -> str | None:

@@ -558,6 +558,39 @@ def test_another_website_may_neither_ask_nor_upload(page: Page, scene: Image.Ima
             assert "access-control-allow-credentials" not in reply.headers
 
 
+VALUES = {"data": [], "session_hash": "x", "fn_index": 999}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code", "sentence"),
+    [
+        ("GET", "call/caption/0123", None, 404, "There is no such call"),
+        ("GET", "call/v2/caption/0123", None, 404, "There is no such call"),
+        ("GET", "call/nope/0123", None, 404, "There is no API nope"),
+        ("POST", "call/nope", {"data": []}, 404, "There is no API nope"),
+        ("POST", "call/v2/nope", {"data": []}, 404, "There is no API nope"),
+        ("POST", "run/nope", {"data": []}, 422, "These values are not the ones of this API"),
+        ("POST", "run/predict", VALUES, 422, "These values are not the ones of this API"),
+        ("POST", "call/v2/caption", {"nope": 3}, 422, "These values are not the ones of this API"),
+        ("POST", "queue/join", VALUES, 422, "These values are not the ones of this API"),
+    ],
+)
+def test_what_the_api_has_not_is_a_sentence(page: Page, method: str, path: str, body, code: int, sentence: str):
+    log = page.temporary.parent / "log"
+    before = log.read_text()
+    reply = page.client.request(method, f"{page.api}/{path}", json=body)
+    assert (reply.status_code, sentence in reply.text) == (code, True)
+    assert log.read_text() == before
+
+
+def test_a_result_can_be_fetched_once(page: Page, scene: Image.Image):
+    image = {**UPLOADED, "path": page.upload(encoded(scene))}
+    event = page.client.post(f"{page.api}/call/caption", json={"data": [image]}).json()["event_id"]
+    first, second = (page.client.get(f"{page.api}/call/caption/{event}") for _ in range(2))
+    assert first.text.startswith("event: complete")
+    assert (second.status_code, second.text.split(",")[0]) == (404, "There is no such call")
+
+
 # Nothing but uploads
 
 
