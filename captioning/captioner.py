@@ -47,7 +47,7 @@ class Decoding:
     seed: int | None = None  # random seed of sampling
     alternatives: int = 0  # maximum number of further captions per image
     max_length: int = 20  # maximum number of tokens
-    min_length: int = 0  # minimum number of words
+    min_length: int = 0  # minimum number of tokens, punctuation included
     length_penalty: float | None = None  # rank beams by log p / length ** penalty; 0 favours short captions, 1 is usual
     block_trigrams: bool | None = None  # never repeat a trigram in a beam; default in caption.py
     groups: int | None = None  # groups of diverse beam search (arXiv 1610.02424)
