@@ -53,7 +53,7 @@ def main(
 
     Args:
         images: images, folders of images, and tar files of images in WebDataset's format.
-        decoding: how words are chosen; by default with a beam of 3 that never repeats three words.
+        decoding: how words are chosen; by default with a beam of 3 without repeated trigrams.
         model: folder, or user/name on the Hub; default: the newest trained on photos. Several make an ensemble.
         precision: of the backbone; auto is bf16 if supported, else fp32; int8, for CPUs, is fast and slightly inexact.
         recursive: also caption the images in subfolders.

@@ -38,6 +38,8 @@ from captioning.shards import SUFFIX, index_shards
 from vocabulary import END, START, UNK, Vocabulary
 
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
+LONG_SHARE = 0.2  # share of long training captions above which there is a warning
+LONG = 20  # number of tokens, with <end>, at which validation and self-critical training cut what they generate
 
 
 def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
@@ -138,6 +140,12 @@ class CaptionDataset(Dataset):
                 f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
                 f"{advice}."
             )
+        if mode == "train" and len(self.lengths) and (long := np.mean(self.lengths - 1 > LONG)) > LONG_SHARE:
+            warn_once(
+                f"{long:.0%} of the captions in {self.annotation_file} have more than {LONG - 1} tokens, at which "
+                "validation and self-critical training cut captions; shorten them, and caption with a higher "
+                "--max-length."
+            )
         self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
     def _find_images(self, must_exist: bool) -> None:
@@ -154,6 +162,11 @@ class CaptionDataset(Dataset):
             except OSError:  # a folder that is missing or cannot be read: all of its images are missing
                 continue
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
+        if twice := len(wanted) - len(np.unique(wanted)):
+            warn_once(
+                f"{self.annotation_file} lists {twice:,} images more than once, under several ids; give all captions "
+                "of an image one id, as scores compare a caption with those of its id only."
+            )
         missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(present, np.int64)))
         found = find_in_other_form(self.image_folder, names[missing]) if len(missing) else {}
         if found:

@@ -255,6 +255,8 @@ def coco(
     other = 2014 + 2017 - year
     if list(root.glob(f"annotations/*{other}.json")):
         raise InputError(f"{root} holds COCO {other}, and a data set is of one year; name another --root.")
+    if others := sorted(path.name for path in root.glob("annotations/captions_*.json") if path.name not in names):
+        raise InputError(f"{root} holds another data set ({others[0]}); name another --root.")
     try:
         for name in names:
             path = root / "annotations" / name
@@ -309,11 +311,12 @@ def weights(to: Path = Path("models/published")) -> None:
         asyncio.run(_fetch_vocabulary(work / "vocab.pkl"))
         if not archive.exists():
             _fetch_weights(gdown.download, archive)
-        if not zipfile.is_zipfile(archive):
-            archive.unlink(missing_ok=True)
-            raise InputError(f"{WEIGHTS_URL} did not return a zip archive; try again later.")
-        with zipfile.ZipFile(archive) as file:
-            inside = {PurePosixPath(name).name: name for name in file.namelist()}
+        try:
+            with zipfile.ZipFile(archive) as file:
+                inside = {PurePosixPath(name).name: name for name in file.namelist()}
+        except zipfile.BadZipFile:
+            archive.unlink()
+            raise InputError(f"{WEIGHTS_URL} did not return an intact zip archive; try again later.") from None
         extract(archive, {inside.get(path.name, path.name): path for path in files}, at_most=WEIGHTS_BYTES)
         convert_weights(*files, work / "vocab.pkl", to)
         shutil.rmtree(work)

@@ -21,10 +21,10 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from captioning.captioner import Caption, Captioner, Decoding, Ensemble, Precision
-from captioning.checkpoint import choose_epoch, default_model, name_weights, read_description
+from captioning.checkpoint import default_model, name_weights, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, log, run_command
-from captioning.files import check_output, hash_file, write_file
+from captioning.files import check_output, hash_file, read_bytes, write_file
 from captioning.images import WORKERS
 from captioning.metrics import Scores, diversity, format_table, read_references, score, score_results
 from captioning.scenes import checking
@@ -161,6 +161,7 @@ def main(
             "limit": limit is not None,
             "skip-unreadable": skip_unreadable,
             "precision": precision != "auto",
+            "workers": workers != WORKERS,
         }
         for name in (name for name, given in ignored.items() if given):
             raise InputError(f"--{name} has no effect with --references, which captions nothing; leave it out.")
@@ -229,13 +230,17 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
         log(f"{dataset.annotation_file} has no reference captions; the model's captions are written to {results}")
     if results is not None:
         check_output(results)
+        if os.path.exists(results):
+            read_bytes(results)  # raises: its content is kept under another name
     return results
 
 
 def _write_results(rows: list[dict[str, Any]], path: Path) -> None:
     """Write captions in COCO's results format; an existing file with other content is renamed first."""
     content = json.dumps(rows).encode()
-    if path.exists() and path.read_bytes() != content:  # perhaps captions to score, and --references was forgotten
+    if (
+        os.path.exists(path) and path.read_bytes() != content
+    ):  # perhaps captions to score, and --references was forgotten
         names = (path.with_name(f"{path.name}.old{number}") for number in ("", *range(2, 1000)))
         backup = next(name for name in names if not name.exists())
         os.replace(path, backup)
@@ -250,7 +255,7 @@ def _members(captioner: Captioner) -> list[Captioner]:
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
     """Describe the models and the data: the first keys of the JSON document."""
     members = _members(captioner)
-    epochs = [choose_epoch(x.folder, x.description, x.epoch) if x.folder else None for x in members]
+    epochs = [member.epoch for member in members]
     weights = [name_weights(x.description, epoch) for x, epoch in zip(members, epochs, strict=True)]
     description = captioner.description
     return {

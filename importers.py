@@ -252,13 +252,15 @@ def import_folder(
 ) -> None:
     """Convert your own images, with a table of captions or a file per image, to COCO's layout.
 
-    A table is CSV, TSV, JSON Lines or JSON with one list, such as Hugging Face's metadata.csv or metadata.jsonl.
-    Its column photo (or image, file_name, filename) gives the image's path below the images' folder, caption (or
-    text, or caption_1, caption_2 and so on) a caption, and the optional split is train, val or test. A file of an
-    image is named as it is, 0.txt or 0.jpg.txt for 0.jpg: .txt or .caption, with one caption per line, or .json, with
-    "caption" or "captions". Without a column split or set, folders called train, val and test give the splits if they
-    hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation
-    split is missing, it takes 5% of the training images.
+    A table is CSV, TSV, JSON Lines or JSON with one list, such as Hugging Face's metadata.csv or metadata.jsonl. Its
+    columns are photo (or image, file_name, filename), the image's path relative to the folder of images; caption (or
+    text, or caption_1, caption_2 and so on); and optionally split: train, val or test. Instead of a table, each image
+    may have a file of its own: for 0.jpg, 0.txt, 0.caption or 0.jpg.txt with one caption per line, or 0.json with
+    "caption" or "captions".
+
+    Splits come from the column split (or set), else from folders called train, val and test that hold all images;
+    otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation split is missing, it
+    takes 5% of the training images.
 
     Args:
         source: The table, or a folder with one table, with metadata files or with a file per image.

@@ -52,11 +52,10 @@ class EncoderCNN(nn.Module):
         grid_size: int | None = None,
     ):
         super().__init__()
-        self.backbone_name, self.grid, self.grid_size = backbone, grid, grid_size
+        self.backbone_name, self.grid, self.grid_size, self.fine_tune = backbone, grid, grid_size, fine_tune
         preprocessing = preprocessing_of(backbone)
         self.mean, self.std = preprocessing.mean, preprocessing.std
-        # The published weights call the backbone `resnet`.
-        self.module_name = "resnet" if backbone == RESNET50 else "backbone"
+        self.module_name = "resnet" if backbone == RESNET50 else "backbone"  # as in the published weights
         self.add_module(self.module_name, build_backbone(backbone, weights))
         self.feature_size = 2048 if backbone == RESNET50 else self.network.num_features
         self.embed = nn.Linear(self.feature_size, embed_size)
@@ -64,7 +63,6 @@ class EncoderCNN(nn.Module):
         self.num_stages = len(stages)
         if not 0 <= fine_tune <= self.num_stages:
             raise InputError(f"fine_tune is a number of {backbone}'s stages, 0 to {self.num_stages}, not {fine_tune}.")
-        self.fine_tune = fine_tune
         self.network.requires_grad_(False)
         for stage in stages[self.num_stages - fine_tune :]:
             for parameter in stage:
@@ -99,6 +97,8 @@ class EncoderCNN(nn.Module):
             if dtype == torch.bfloat16 and "BFloat16" in str(error):
                 raise InputError(f"{self.backbone_name} does not run in bfloat16; use --precision fp32.") from error
             raise
+        if not isinstance(features, Tensor):
+            raise InputError(f"{self.backbone_name} has more than one feature map; use another --backbone.")
         cells = self._cells(features)  # (B, cells, C)
         return cells if self.grid else cells.mean(1)
 
@@ -108,7 +108,7 @@ class EncoderCNN(nn.Module):
         return run(images)
 
     def _cells(self, features: Tensor) -> Tensor:
-        """Flatten a backbone's output: (B, C, h, w), (B, h, w, C) or (B, tokens, C) -> (B, cells, C)."""
+        """Pool (if `grid_size`) and flatten (B, C, h, w), (B, h, w, C) or (B, tokens, C) to (B, cells, C)."""
         if features.ndim == 3:  # a transformer's class and register tokens come before its patches
             features = features[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
         elif getattr(self.network, "output_fmt", "NCHW") == "NHWC":
@@ -145,7 +145,7 @@ class EncoderCNN(nn.Module):
 
 @torch.no_grad()
 def init_forget_bias(lstm: nn.LSTM) -> None:
-    """Open the forget gates at the start (Jozefowicz et al. 2015), so that the image outlasts the first words."""
+    """Set the forget gates' biases to 1 (Jozefowicz et al. 2015), so that an untrained LSTM remembers the image."""
     for name, bias in lstm.named_parameters():
         if name.startswith("bias_ih"):
             bias[lstm.hidden_size : 2 * lstm.hidden_size] = 1
@@ -172,7 +172,7 @@ class DecoderModule(nn.Module):
             image_of_caption: (B,) index into `features` of each caption's image; None if caption i belongs to image i.
 
         Returns the output layer's inputs (tokens, H) in the order of `pack`, for all tokens or, if the decoder attends,
-        those after `<start>`; and each caption's summed attention (B, cells), in the same order, or None.
+        those after `<start>`; and the attention (B, cells) summed over each caption's tokens, longest first, or None.
         """
         raise NotImplementedError
 
@@ -386,7 +386,7 @@ class TransformerDecoder(DecoderModule):
                 nn.init.zeros_(module.bias)
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(B, cells, E) -> keys and values of no words and of the image (B, cells, layers, 2 * E); attention."""
+        """(B, cells, E) -> keys and values of no words (B, 0, layers, 2 * E) and of the image; attention (B, cells)."""
         image = self.norm_image(features)
         image = torch.stack([layer.cross_key_value(image) for layer in self.layers], 2)  # pyright: ignore[reportCallIssue]
         return image[:, :0], image, features.new_zeros(features.shape[:2])

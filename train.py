@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
         description=__doc__,
         args=arguments,
         default=grouped(starting_values(arguments)),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     groups = {name: value for name, value in vars(options).items() if name != "run"}
     fields = {name: value for group in groups.values() for name, value in vars(group).items()}
@@ -87,6 +88,7 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
 def starting_values(arguments: list[str]) -> dict[str, Any]:
     """Read the defaults that --config or --resume sets."""
     split = (argument.split("=", 1) if argument.startswith("--") else [argument] for argument in arguments)
+    # Each argument with the one after it: all options with their values, and pairs that are never looked up.
     given = dict(itertools.pairwise(itertools.chain.from_iterable(split)))
     if "--config" in given and "--resume" in given:
         raise InputError("--config starts a run and --resume continues one with its own options; give one of them.")
@@ -110,12 +112,17 @@ def grouped(values: dict[str, Any]) -> CommandOptions:
     return CommandOptions(RunOptions(), *map(fill, GROUPS))
 
 
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model, or weights of one."""
+    return os.path.exists(folder / checkpoint.DESCRIPTION) or bool(checkpoint.epochs_saved(folder))
+
+
 def main() -> None:
     """Run `python train.py`; an existing model is deleted with --overwrite only."""
     config, run = parse_options(sys.argv[1:])
     folder = config.models / config.name
-    if config.resume is None and not run.overwrite and (folder / checkpoint.DESCRIPTION).exists():
-        can_resume = any((folder / name).exists() for name in ("resume.pt", "resume-previous.pt"))
+    if config.resume is None and not run.overwrite and holds_model(folder):
+        can_resume = any(os.path.exists(folder / name) for name in ("resume.pt", "resume-previous.pt"))
         resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
         raise InputError(
             f"{folder} holds a model already; {resume}choose another --name, or delete it with --overwrite."

@@ -25,7 +25,7 @@ _DETOKENIZER = TreebankWordDetokenizer()
 # The soft hyphen, the marks of direction, the word joiner and the byte order mark.
 _INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
 _REPLACEMENTS = str.maketrans(
-    # Word processors type these for ' and ", with which alone the tokenizer knows contractions and quotations.
+    # Word processors replace ' and " with these, but the tokenizer finds contractions and quotations by ' and " only.
     dict(zip("‘’‚“”„", "'''\"\"\"", strict=True))
     | dict.fromkeys(_INVISIBLE)
     | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
@@ -66,7 +66,7 @@ class Vocabulary:
         if not all(isinstance(word, str) and word for word in words) or len(set(words)) != len(words):
             raise InputError("the words of a vocabulary must be distinct strings, none of them empty.")
         self.words = words
-        # Composed as tokens are; of words that were once told apart by their form, the first counts.
+        # Keys are NFC, as tokens are. Of two forms of one word in an older vocabulary, the first counts.
         self.index = {unicodedata.normalize("NFC", words[i]): i for i in reversed(range(len(words)))}
 
     @classmethod

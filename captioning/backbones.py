@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -127,8 +129,11 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
 
     config = _timm_config(name)
     if weights == "pretrained" and name not in PACKAGED:
-        file = {"file": _fetch_from_hub(name, config)}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, num_classes=0)
+        file = _fetch_from_hub(name, config)
+        try:
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file}, num_classes=0)
+        except Exception as error:  # a damaged file makes torch and safetensors raise nearly anything
+            raise InputError(f"{file} holds no weights of {name} ({error}); delete it and try again.") from None
     backbone = timm.create_model(name, pretrained=False, num_classes=0)
     if weights == "pretrained":
         load_weights(backbone, _packaged_weights(name), PACKAGED[name][0])
@@ -150,6 +155,8 @@ def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]
         return [list(part.parameters()) for part in (backbone[:4], *backbone[4:8])]
     from timm.models import group_parameters
 
+    if not hasattr(backbone, "group_matcher"):
+        raise InputError(f"{name} cannot be used: timm does not divide it into stages; choose another --backbone.")
     groups = group_parameters(backbone, backbone.group_matcher(coarse=True))  # pyright: ignore[reportCallIssue]
     return [[backbone.get_parameter(key) for key in groups[i]] for i in sorted(groups)]
 
@@ -240,8 +247,9 @@ def _build_resnet50(weights: str | Path) -> nn.Sequential:
 
     if weights == "pretrained":
         try:
-            return _headless(resnet50(weights=ResNet50_Weights.IMAGENET1K_V1))
-        except OSError as error:
+            with redirect_stdout(sys.stderr):  # torch prints the address to standard output
+                return _headless(resnet50(weights=ResNet50_Weights.IMAGENET1K_V1))
+        except Exception as error:  # a cut-off or damaged file makes torch raise nearly anything
             raise InputError(_no_weights("torchvision's ResNet-50", error)) from None
     if weights == "random":
         return _headless(resnet50(weights=None, zero_init_residual=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from captioning import decoding
-from captioning.checkpoint import Description, load_model
+from captioning.checkpoint import Description, choose_epoch, load_model
 from captioning.distributed import choose_dtype, fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
@@ -49,7 +49,7 @@ class Decoding:
     max_length: int = 20  # maximum number of tokens
     min_length: int = 0  # minimum number of tokens, punctuation included
     length_penalty: float | None = None  # rank beams by log p / length ** penalty; 0 favours short captions, 1 is usual
-    block_trigrams: bool | None = None  # never repeat a trigram in a beam; default in caption.py
+    block_trigrams: bool | None = None  # with a beam: no trigram twice in a caption; default in caption.py
     groups: int | None = None  # groups of diverse beam search (arXiv 1610.02424)
     diversity: float | None = None  # penalty on earlier groups' words; 0.5 is usual
 
@@ -215,7 +215,7 @@ class Captioner:
             return members[0] if len(members) == 1 else Ensemble(members)
         path = find_model(os.fspath(folder))
         captioner = cls(*load_model(path, epoch), precision)
-        captioner.folder, captioner.epoch = path, epoch
+        captioner.folder, captioner.epoch = path, choose_epoch(path, captioner.description, epoch)
         return captioner
 
     def push_to_hub(self, name: str, licence: str, private: bool = False) -> str:

@@ -1,9 +1,9 @@
 """The folder of a trained model: writing, safe reading, resuming.
 
     captioner.json    architecture, image preprocessing, vocabulary, data set, metrics of every epoch
-    encoder-<i>.pkl   state dicts after epoch i, under the names of the published weights; a shared model
-    decoder-<i>.pkl   may have .safetensors files instead
-    backbone.pkl      the backbone's state dict where it is frozen and not published under its name
+    encoder-<i>.pkl   the encoder's state dict after epoch i, with the keys of the published weights
+    decoder-<i>.pkl   the decoder's; both may be .safetensors files, as in models from the Hub
+    backbone.pkl      the backbone's, if it is frozen and its weights are not the published ones
     resume.pt         what training resumes from; resume-previous.pt is the one before it
 
 Every file is written to a temporary name, flushed to disk and renamed. Nothing that is read can
@@ -118,7 +118,9 @@ def environment() -> dict[str, str | None]:
         git = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
         revision = done.stdout.strip() or None
-    libraries = {name: version(name) for name in ("torch", "torchvision", "nltk", "numpy", "pillow", "accelerate")}
+    libraries = {
+        name: version(name) for name in ("torch", "torchvision", "timm", "nltk", "numpy", "pillow", "accelerate")
+    }
     return {"python": platform.python_version(), **libraries, "git_revision": revision}
 
 

@@ -157,8 +157,9 @@ def _read_size(path: Path) -> tuple[int, int]:
     try:
         with open_image(path) as image:
             return image.size
-    except Exception:  # a broken file makes Pillow raise nearly anything
-        raise InputError(f"{path} cannot be read as an image; replace or remove it.") from None
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from None
 
 
 def _link(source: Path, target: Path) -> None:

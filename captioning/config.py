@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class ModelOptions:
     crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default center
     # pool the feature map to this many rows and columns (attention and transformer decoders)
     grid_size: int | None = None
-    views: int = 1  # augmented crops cached per image, for a frozen backbone
+    views: int = 1  # crops cached per image for a frozen backbone: the evaluation's, and augmented ones
     decoder: checkpoint.DecoderName = "lstm"  # decoder architecture
     embed_size: int = 256  # embedding dimension
     hidden_size: int = 512  # hidden dimension of the LSTM, or of the transformer's feed-forward layers
@@ -157,7 +158,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 value = TypeAdapter(types[field.name]).validate_python(getattr(self, field.name))
             except ValidationError as error:
                 raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
-            setattr(self, field.name, value.expanduser() if isinstance(value, Path) else value)
+            setattr(self, field.name, Path(os.path.expanduser(value)) if isinstance(value, Path) else value)
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
@@ -203,6 +204,7 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
         "vocab_file": (config.vocab_from_file, "a vocabulary of the captions; add --vocab-from-file"),
         "backbone_learning_rate": (config.fine_tune, "a frozen backbone; add --fine-tune"),
         "vocab_threshold": (not config.vocab_from_file, "a vocabulary from a file"),
+        "dropout": (config.objective != "cider", "self-critical training, which drops nothing"),
         "views": (not config.fine_tune, "a backbone that is fine-tuned, which sees new crops in every epoch"),
     }
     if config.resume is not None:

@@ -99,13 +99,17 @@ def run_command(main: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             _end(f"error: {error.filename} is longer than a path may be; choose a shorter one.", 2)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            _end(f"error: {error.filename} may not be accessed ({error.strerror}); change its permissions.", 2)
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit does not fail as well
         if error.errno == errno.EPIPE:  # the reader, such as `head`, has closed the pipe
             sys.exit(1)
         _end(f"error: standard output cannot be written ({error.strerror}).", 2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # numpy's or torch's
+            _end("error: there is too little memory; end what else uses it, or use smaller batches or images.", 2)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             _end("error: the GPU has too little free memory; end what else uses it, or set CUDA_VISIBLE_DEVICES=-1.", 2)
         if not _ended(0):  # else it was raised while waiting for a process that has exited

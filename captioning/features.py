@@ -38,7 +38,7 @@ from captioning.weights import hash_weights
 from model import EncoderCNN
 
 VERSION = "5"  # of the files; features of another version are computed again
-# On a CPU a small batch stays in its cache; on a GPU many workers read as many batches at once.
+# small: on a CPU they fit in its cache; for a GPU, each of many workers reads one at the same time
 BATCH = 64 if torch.cuda.device_count() else 16
 
 

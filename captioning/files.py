@@ -33,7 +33,7 @@ BINARY_FILES = {
     b"PAR1": "a Parquet file",
     b"\x1f\x8b": "a gzip archive",
 }
-NO_IMAGES = {  # how files begin that are taken for images, and what is said of them
+NOT_IMAGES = {  # first bytes of files that are mistaken for images -> what to tell the user
     b"version https://git-lfs": "it is a Git LFS pointer; `git lfs pull` fetches the file itself",
     b"PK\3\4": "it is a zip archive; unpack it first",
     b"\x1f\x8b": "it is a gzip archive; unpack it first",
@@ -185,11 +185,12 @@ def check_output(path: Path) -> None:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} cannot be written: it is not a file; name another one.")
-    temporary = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
+        with suppress(FileNotFoundError):
+            os.lstat(path.with_name(path.name + ".new"))  # raises if the name is too long
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
 
@@ -206,8 +207,8 @@ def missing_file(path: object) -> InputError:
 
 
 def describe_content(start: bytes) -> str | None:
-    """Say what a file that is no image is, and what to do about it, by its first bytes; None if they tell nothing."""
-    return next((what for beginning, what in NO_IMAGES.items() if start.startswith(beginning)), None)
+    """Describe a file that is not an image by its first bytes, with a remedy; None if they are not recognized."""
+    return next((what for beginning, what in NOT_IMAGES.items() if start.startswith(beginning)), None)
 
 
 def image_formats() -> list[str]:

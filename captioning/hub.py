@@ -55,7 +55,7 @@ def find_model(model: str | Path) -> Path:
     An existing folder takes precedence, and the Hub is not queried if the parent folder exists. Raises `InputError` if
     the Hub has no such model or cannot be reached.
     """
-    folder, name = Path(model).expanduser(), Path(model).as_posix()
+    folder, name = Path(os.path.expanduser(model)), Path(model).as_posix()
     if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
         return folder
     return fetch(name)
@@ -272,6 +272,7 @@ def _explained(what: str) -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -291,6 +292,8 @@ def _explained(what: str) -> Iterator[None]:
         raise InputError(f"{what}: you are not logged in; {LOGIN}.") from None
     except OfflineModeIsEnabled:
         raise InputError(f"{what}: HF_HUB_OFFLINE is set; unset it.") from None
+    except HFValidationError as error:
+        raise InputError(f"{what}: {error} Choose another name.") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:

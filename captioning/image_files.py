@@ -219,7 +219,7 @@ def _load(image: Any, file: _TimedFile) -> None:
             image.info["transparency"] = tuple(level >> 8 for level in colour)
         return
     if getattr(image, "tag_v2", {}).get(PLANAR_CONFIGURATION) == 2:
-        raise ValueError("it uses less than 13 of its 16 bits per channel; save it with 8")
+        raise ValueError("it uses fewer than 13 of its 16 bits per channel; save it with 8 bits")
     _check_size(image, besides=4)
     file.seek(0)
     lower: Any = Image.open(file, formats=[image.format])

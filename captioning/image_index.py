@@ -155,8 +155,8 @@ class ImageIndex:
                 raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
         if target is not None:
             raise InputError(
-                f"{where}: {file} is not among the images under {self.folder}, which leave out hidden files and those "
-                f"without the suffix of an image; rename it."
+                f"{where}: {file} is not taken for an image under {self.folder}, because it is hidden or lacks the "
+                f"suffix of an image; rename it."
             )
         return []
 

@@ -47,9 +47,10 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         files = [(split, path) for split in SPLITS for path in find_annotation_files(folder, split)]
         for path in find_unknown_files(folder):
             report.add("annotation file{s} not named captions_{train,val,test}<year>.json", str(path))
+        has_info = any(path.name.startswith("image_info") for _, path in files)  # it lists those of captions_test, too
         for split, path in files:
-            # image_info_test.json lists the images of captions_test.json, too
-            new = [x for x in _read_images(path, folder, prefix, split, report) if x.path not in listed]
+            uncaptioned = Report() if split == "test" and has_info else report
+            new = [x for x in _read_images(path, folder, prefix, split, report, uncaptioned) if x.path not in listed]
             listed.update(image.path for image in new)
             images += new
         if not files:
@@ -63,8 +64,10 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     report.print()
 
 
-def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Report) -> Iterator[SourceImage]:
-    """Yield the images of an annotation file, with their captions if it has any."""
+def _read_images(
+    path: Path, folder: Path, prefix: str, split: str, report: Report, uncaptioned: Report
+) -> Iterator[SourceImage]:
+    """Yield the images of an annotation file, with their captions if it has any; reports what is left out."""
     document = read_json(path, read_text(path))
     has_captions = path.name.startswith("captions")
     image_folder = folder / "images" / path.stem.split("_")[-1]
@@ -92,12 +95,14 @@ def _read_images(path: Path, folder: Path, prefix: str, split: str, report: Repo
         for _ in range(len(captions) - len(texts)):
             report.add("empty caption{s}", where)
         images[image_id].captions += texts
-    missing = {image.name.removeprefix(f"{prefix}/"): image for image in images.values() if not image.path.is_file()}
+    missing = {
+        image.name.removeprefix(f"{prefix}/"): image for image in images.values() if not os.path.isfile(image.path)
+    }
     for name, actual in find_in_other_form(image_folder, missing).items():
         missing[name].path = image_folder / actual
     for image in images.values():
         if has_captions and not image.captions:
-            report.add("image{s} without a caption", str(image.path))
+            uncaptioned.add("image{s} without a caption", str(image.path))
         elif not os.path.isfile(image.path):
             raise InputError(f"{image.path} is missing, but {path} names it.")
         else:

@@ -35,9 +35,9 @@ class _VocabularyUnpickler(pickle.Unpickler):
 def read_vocab_pickle(path: Path) -> list[str]:
     """Return the words of the original's `vocab.pkl`, in the order of their indices: `<start>`, `<end>`, `<unk>` first.
 
-    Nothing that the pickle asks for is imported or called: a pickle that builds more than one plain object of words
-    and numbers is refused. Raises `InputError` where the file cannot be read, asks for more than a vocabulary, or
-    lacks a part of one.
+    Nothing that the pickle asks for is imported or called: one that names any class but the original's `Vocabulary` is
+    refused, and that class is replaced by an empty one. Raises `InputError` where the file cannot be read, asks for
+    more than a vocabulary, or lacks a part of one.
     """
     data = read_bytes(path, MAX_PICKLE_BYTES)
     try:

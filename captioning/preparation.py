@@ -119,7 +119,9 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
         split.drop(unreadable)
         failed += unreadable.values()
         if not len(split.image_rows):
-            raise InputError(f"no image of {split.annotation_file} can be read; the first: {failed[0]}")
+            raise InputError(
+                f"no image of {split.annotation_file} can be read; the first: {next(iter(unreadable.values()))}"
+            )
     if failed and not config.skip_unreadable:
         raise InputError(
             f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {summarize_errors(failed)}"

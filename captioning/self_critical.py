@@ -49,7 +49,8 @@ class CiderReward:
 class RepeatingBatches(EpochSampler):
     """Batches of images, each represented by its first caption, some of them several times an epoch.
 
-    The occurrences of an image are spread evenly over the epoch; no batch holds an image twice.
+    The occurrences of an image are spread evenly over the epoch; one that falls twice into a batch
+    counts once there.
 
     first: (images,) the index of each one's first caption. times: (images,) how often it occurs.
     """

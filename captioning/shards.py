@@ -236,7 +236,7 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         if not image_count:
             about = f" ({'; '.join(lines)})" if (lines := report.lines()) else ""
             raise InputError(
-                f"{folder}{where} hold no photos with captions, in a .txt or .json of the same name{about}."
+                f"{folder}{where} hold no photos with captions (in a .txt, .caption or .json of the same name){about}."
             )
         file.write(b'], "images": [')
         images.seek(0)

@@ -62,11 +62,11 @@ def read_table(path: Path, encoding: str | None = None, report: Report | None = 
     records = [(where, _lower_names(record, where)) for where, record in read_records(path, text)]
     split_column = _split_column([record for _, record in records])
     for where, record in records:
-        has_caption = not all(_is_missing(record[column]) for column in _caption_columns(list(record)))
-        if not has_caption and not _is_missing(record.get("error")):
+        has_caption = not all(_is_blank(record[column]) for column in _caption_columns(list(record)))
+        if not has_caption and not _is_blank(record.get("error")):
             if report is not None:
                 report.add("row{s} with an error in place of a caption", where)
-        elif not all(map(_is_missing, record.values())):
+        elif not all(map(_is_blank, record.values())):
             split = _split(record.get(split_column), where)
             yield Row(where, _image(record, where), _captions(record, where), split)
 
@@ -146,7 +146,8 @@ def _lower_names(record: dict[str, Any], where: str) -> dict[str, Any]:
     return lower
 
 
-def _is_missing(value: Any) -> bool:
+def _is_blank(value: Any) -> bool:
+    """Return whether a cell of any column is null, NaN or blank; see `is_missing` for captions."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
@@ -160,7 +161,7 @@ def _caption_columns(columns: list[str]) -> list[str]:
 
 
 def _image(record: dict[str, Any], where: str) -> str:
-    names = {column: record[column] for column in IMAGE_COLUMNS if not _is_missing(record.get(column))}
+    names = {column: record[column] for column in IMAGE_COLUMNS if not _is_blank(record.get(column))}
     if not names:
         raise InputError(f"{where}, has no image (a column called {', '.join(IMAGE_COLUMNS[:-1])} or image_path).")
     if not all(isinstance(name, str) for name in names.values()):
@@ -179,8 +180,10 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         value = record[column]
         if isinstance(value, dict):  # Label Studio's several texts
             value = value.get("text", value)
-        for caption in value if isinstance(value, list) else _listed(value):
-            captions.append(clean_caption(caption, where))
+        texts = value if isinstance(value, list) else _listed(value)
+        if isinstance(value, str) and texts == [value] and _is_structure(value):
+            raise InputError(f"{where}, has a caption that is not text: {value:.80}; write text or a list of texts.")
+        captions += [clean_caption(text, where) for text in texts]
     return captions or [""]
 
 
@@ -196,9 +199,19 @@ def _listed(value: Any) -> list[Any]:
                 texts = parse(value)
             except (ValueError, SyntaxError, RecursionError, tokenize.TokenError):
                 continue
-            if isinstance(texts, list) and all(_is_missing(text) or isinstance(text, str) for text in texts):
+            if isinstance(texts, list) and all(_is_blank(text) or isinstance(text, str) for text in texts):
                 return texts
     return [value]
+
+
+def _is_structure(value: str) -> bool:
+    """Return whether a text is an object or a list of Python's or of JSON's."""
+    if value[:1] + value[-1:] not in ("{}", "[]", "()"):
+        return False
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return isinstance(parse(value), dict | list | set | tuple)
+    return False
 
 
 def _parse_texts(value: str) -> list[Any]:
@@ -217,14 +230,14 @@ def _parse_texts(value: str) -> list[Any]:
 def _split_column(records: list[dict[str, Any]]) -> str:
     """Find the column of splits: "split", or the first other of `SPLIT_COLUMNS` whose values are all split names."""
     for column in SPLIT_COLUMNS:
-        values = [record[column] for record in records if not _is_missing(record.get(column))]
+        values = [record[column] for record in records if not _is_blank(record.get(column))]
         if values and (column == "split" or all(str(value).strip().lower() in SPLIT_ALIASES for value in values)):
             return column
     return "split"
 
 
 def _split(value: Any, where: str) -> str:
-    if _is_missing(value):
+    if _is_blank(value):
         return ""
     if str(value).strip().lower() not in SPLIT_ALIASES:
         raise InputError(f"{where}: the split {value!r} is not one of train, val and test.")

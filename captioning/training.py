@@ -115,7 +115,7 @@ class Run:
     def __init__(self, config: TrainingConfig, folder: Path):
         self.config, self.folder = config, folder
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=on_cpus(), kwargs_handlers=[ddp])
+        self.accelerator = Accelerator(cpu=on_cpus(), mixed_precision="no", kwargs_handlers=[ddp])
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.log = (lambda text: tqdm.write(printable(text))) if self.is_main else lambda _: None
         if config.precision == "bf16" and fast_dtype(self.device) != torch.bfloat16:
@@ -227,8 +227,8 @@ class Run:
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
         saved_batch_size = resumed_config(self.folder).batch_size if self.resumed else config.batch_size
         if saved_batch_size != config.batch_size:
-            same_captions = self.progress.step * saved_batch_size // config.batch_size
-            self.progress.step = min(same_captions, len(self.batches))
+            steps = self.progress.step * saved_batch_size // config.batch_size
+            self.progress.step = min(steps, len(self.batches))
         if self.progress.step > len(self.batches):
             raise InputError(f"{self.folder}/resume.pt belongs to another run; start a new one.")
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs

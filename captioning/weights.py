@@ -12,6 +12,7 @@ import os
 import pickletools
 import re
 import zipfile
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from captioning.errors import InputError
+from captioning.files import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
 MAX_ENTRIES = 50_000  # maximum number of entries in a zip, one per tensor
@@ -81,6 +83,10 @@ def _require_file(path: str | Path) -> None:
 
 def _unsafe(path: str | Path, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+        if not start.startswith(b"PK"):  # torch.save's files are zip archives
+            reason = describe_content(start) or reason
     return InputError(f"{path} is not a file of weights that can be read safely ({reason}).")
 
 
@@ -185,7 +191,7 @@ def load_weights(
         if key not in state:
             if key.endswith("num_batches_tracked"):
                 loaded[key] = torch.zeros((), dtype=expected[key].dtype)
-            elif not key.startswith(optional_prefixes or "/"):
+            elif not key.startswith(optional_prefixes):
                 raise InputError(f"{path} lacks the weight {key}; it belongs to another model.")
             continue
         if expected[key].is_floating_point() and not state[key].is_floating_point():

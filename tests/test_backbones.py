@@ -220,3 +220,35 @@ def test_a_description_of_format_1_is_read(trained: Path, tmp_path: Path, stored
     assert description.architecture.backbone == "resnet50"
     assert description.architecture.backbone_weights == weights
     assert description.preprocessing == Preprocessing(96)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("caformer_s18", "caformer_s18 cannot be used: timm does not divide it into stages"),
+        ("crossvit_9_240", "crossvit_9_240 has more than one feature map"),
+    ],
+)
+def test_a_network_of_another_kind_is_one_sentence(name: str, sentence: str):
+    with pytest.raises(InputError, match=sentence), torch.device("meta"):
+        EncoderCNN(8, name, weights="random")(torch.empty(1, 3, 240, 240))
+
+
+def test_a_damaged_download_is_one_sentence_and_nothing_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def download(**_: object) -> None:
+        print('Downloading: "https://..." to ...')  # as torch.hub does
+        raise RuntimeError('invalid hash value (expected "0676ba61", got "e3b0c442")')
+
+    monkeypatch.setattr("torchvision.models.resnet50", download)
+    with pytest.raises(InputError, match=r"ResNet-50 .*invalid hash value"):
+        EncoderCNN(8)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_damaged_file_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    monkeypatch.setattr("captioning.backbones._fetch_from_hub", lambda *_: str(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=r"model\.safetensors holds no weights of resnet18 .*delete it and try again"):
+        EncoderCNN(8, "resnet18")

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import re
+import shutil
 import tracemalloc
 import unicodedata
 from collections import Counter
@@ -346,3 +347,22 @@ def test_a_vocabulary_of_another_data_set_is_a_warning(drawn: Path, cache: Path,
 def test_a_batch_without_captions_is_refused(drawn: Path):
     with pytest.raises(InputError, match="batch_size must be at least 1, not 0"):
         get_loader(batch_size=0, cocoapi_loc=drawn)
+
+
+def test_captions_longer_than_what_is_generated_are_warned_of(eight: Path, tmp_path: Path, capsys):
+    warn_once.cache_clear()
+    write_split(tmp_path, "train", {"0.png": [" ".join(["a red ball"] * 7)], "1.png": ["a cat"]})
+    shutil.copytree(eight / "images" / "train", tmp_path / "images" / "train", dirs_exist_ok=True)
+    CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert "50% of the captions" in (warning := capsys.readouterr().err)
+    assert "have more than 19 tokens" in warning
+    warn_once.cache_clear()
+
+
+def test_an_image_of_several_ids_is_warned_of(eight: Path, tmp_path: Path, capsys):
+    warn_once.cache_clear()
+    write_split(tmp_path, "train", {"0.png": ["a red ball"], "./0.png": ["a cat"], "1.png": ["a cat"]})
+    shutil.copytree(eight / "images" / "train", tmp_path / "images" / "train", dirs_exist_ok=True)
+    CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert "lists 1 images more than once, under several ids" in capsys.readouterr().err
+    warn_once.cache_clear()

@@ -468,6 +468,13 @@ def test_an_unfinished_limited_download_is_not_taken_for_a_whole_one(coco, tmp_p
         download.coco(tmp_path)
 
 
+def test_another_data_set_s_folder_is_refused(coco, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_train.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds another data set \(captions_train\.json\); name another --root"):
+        download.coco(tmp_path)
+
+
 def test_a_data_set_is_of_one_year(coco, tmp_path):
     download.coco(tmp_path, limit=1)
     with pytest.raises(InputError, match="holds COCO 2017"):
@@ -587,7 +594,7 @@ def test_weights_whose_connection_is_cut_go_on_in_the_next_run(published, tmp_pa
 
 def test_a_page_instead_of_the_weights_is_one_sentence(published, tmp_path):
     published.files["/weights"] = b"<html>Quota exceeded</html>"
-    with pytest.raises(InputError, match="did not return a zip archive"):
+    with pytest.raises(InputError, match="did not return an intact zip archive"):
         download.weights(tmp_path / "published")
     assert not (tmp_path / "published").exists()
 

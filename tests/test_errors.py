@@ -136,3 +136,20 @@ def test_a_command_to_paste_has_its_path_quoted(monkeypatch):
 def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):
     warn_once("evil\x1b[2J\x07.png cannot be read")
     assert capsys.readouterr().err == "warning: evil\\x1b[2J\\x07.png cannot be read\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (MemoryError(), "error: there is too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: there is too little memory"),
+        (PermissionError(13, "Permission denied", "/root/x"), "error: /root/x may not be accessed (Permission denied)"),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_refuses_is_a_sentence(raised: Exception, sentence: str, run_here: Callable):
+    def fail() -> None:
+        raise raised
+
+    code, _, errors = run_here("train.py", fail)
+    assert (code, errors.startswith(sentence), errors.count("\n")) == (2, True, 1)

@@ -21,7 +21,12 @@ def command(run_here: Callable[..., Output], monkeypatch: pytest.MonkeyPatch, tm
     """Runs the command in this process, in a new folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "_JAVA", ("no-java",))  # starting it takes seconds; test_metrics.py does
-    return lambda *arguments: run_here("evaluate.py", lambda: tyro.cli(main), *arguments, "--workers", 0)
+
+    def run(*arguments: object) -> Output:
+        workers = () if "--references" in arguments else ("--workers", 0)
+        return run_here("evaluate.py", lambda: tyro.cli(main), *arguments, *workers)
+
+    return run
 
 
 def test_captions_known_by_heart_score_highest(memorized: Path, eight: Path, cache: Path):
@@ -200,6 +205,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert not list(tmp_path.rglob("*.new"))
 
 
+def test_results_whose_earlier_content_cannot_be_kept_are_refused_before_the_work(
+    command: Callable, trained: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(path: Path) -> bytes:
+        raise InputError(f"{path} cannot be read (Permission denied).")
+
+    (tmp_path / "r.json").touch()
+    monkeypatch.setattr("evaluate.read_bytes", refuse)
+    monkeypatch.setattr(Captioner, "stream", None)
+    code, _, errors = command("--model", trained, "--data", drawn, "--results", "r.json")
+    assert (code, "r.json cannot be read (Permission denied)" in errors) == (2, True)
+
+
 def test_the_folder_of_an_output_is_created(tmp_path: Path):
     check_output(tmp_path / "out" / "x.json")
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
@@ -283,6 +301,7 @@ def test_a_results_file_of_a_part_of_the_images_says_so(command: Callable, tmp_p
         (("--results", "r.json", "--limit", "3"), "--limit has no effect"),
         (("--results", "r.json", "--model", "m"), "--model has no effect"),
         (("--results", "r.json", "--skip-unreadable"), "--skip-unreadable has no effect"),
+        (("--results", "r.json", "--workers", "1"), "--workers has no effect"),
         (("--results", "r.json", "--beam-size", "3"), "decoding options have no effect"),
         (("--results", "r.json"), "references.json cannot be read"),
     ],

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from captioning.errors import warn_once
-from captioning.files import write_cache
+from captioning.errors import InputError, warn_once
+from captioning.files import check_output, write_cache
 from captioning.reports import Report
 
 
@@ -51,3 +51,11 @@ def test_a_warning_is_printed_once(capsys: pytest.CaptureFixture):
     for _ in range(2):
         warn_once("something of this test")
     assert capsys.readouterr().err == "warning: something of this test\n"
+
+
+def test_checking_an_output_touches_no_file(tmp_path: Path):
+    (tmp_path / "a.json.new").write_text("mine")
+    check_output(tmp_path / "a.json")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(InputError, match="cannot be written"):
+        check_output(tmp_path / f"{250 * 'a'}.json")

@@ -414,3 +414,8 @@ def test_sharing_needs_a_login_a_name_and_a_folder(served, trained, monkeypatch)
     captioner.folder = None
     with pytest.raises(InputError, match="loaded from a folder"):
         captioner.push_to_hub("ada/scenes", "mit")
+
+
+def test_a_name_that_the_hub_forbids_is_one_sentence(served, trained):
+    with pytest.raises(InputError, match="Choose another name"):
+        Captioner.load(trained).push_to_hub("ada/a--b", "mit")

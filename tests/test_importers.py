@@ -146,7 +146,7 @@ def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, m
     for path in (source / "photos").iterdir():
         path.rename(source / (".hidden.jpg" if path.suffix == ".heic" else path.name))
     text(source / "c.csv", csv_rows("image,caption") + ".hidden.jpg,a ball\n")
-    with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not among the images .* hidden files"):
+    with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not taken for an image .* hidden"):
         importers.import_folder(source, tmp_path / "out")
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,16 @@ def test_what_was_merged_can_be_merged_again(tmp_path):
     assert captions(tmp_path / "abc", "test") == {"ab/a/0.jpg": ["a cat", "a dog"], "c/0.jpg": ["A  c test,\n4."]}
     images = json.loads((tmp_path / "abc/annotations/image_info_test.json").read_text())["images"]
     assert [image["file_name"] for image in images] == ["ab/a/0.jpg", "ab/b/0.jpg", "c/0.jpg"]
+
+
+def test_an_image_without_a_caption_is_not_left_out_where_the_list_of_test_images_has_it(tmp_path, capsys):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    shutil.copy(a / "annotations/captions_test.json", a / "annotations/image_info_test.json")
+    change(a / "annotations/captions_test.json", annotations=[])
+    importers.merge((a, b), tmp_path / "out")
+    assert "without a caption" not in capsys.readouterr().err
+    images = json.loads((tmp_path / "out/annotations/image_info_test.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["a/0.jpg", "b/0.jpg"]
 
 
 @pytest.mark.parametrize(("act", "message"), MISTAKES.values(), ids=MISTAKES)

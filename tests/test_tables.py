@@ -243,6 +243,26 @@ REFUSED = {
         lines([{"image": "0.jpg", "caption": 3}]),
         r"line 1, has a caption that is not text: 3; write",
     ),
+    "an object of Python's in a cell": (
+        "c__csv",
+        csv_rows("image,sentences,caption", "{}.jpg,x,\"{{'tokens': ['a'], 'raw': 'A ball.'}}\""),
+        r"line 2, has a caption that is not text: \{'tokens'",
+    ),
+    "a list of objects in a cell": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg,\"[{{'raw': 'A ball.'}}]\""),
+        r"line 2, has a caption that is not text: \[\{'raw'",
+    ),
+    "a list with a number in a cell": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg,\"['a ball', 3]\""),
+        r"line 2, has a caption that is not text: \['a ball', 3\]; write text or a list",
+    ),
+    "texts by language in a cell": (
+        "c__csv",
+        csv_rows("image,caption", '{}.jpg,"{{""en"": ""a ball""}}"'),
+        r"line 2, has a caption that is not text: \{\"en\"",
+    ),
     "no caption": ("c__jsonl", lines([{"image": "0.jpg"}]), r"line 1, has no caption \(a column called caption"),
     "no image": ("c__jsonl", lines([{"caption": "a ball"}]), r"line 1, has no image \(a column called photo"),
     "half a character": (

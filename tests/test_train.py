@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import run_script
 
 import train as train_module
+from captioning import training
 from captioning.checkpoint import epochs_saved, read_description
 from captioning.config import load_config
 from captioning.errors import InputError
@@ -145,7 +148,7 @@ def test_every_option_is_in_a_group_of_the_help(capsys: pytest.CaptureFixture):
     for group in ("data", "model", "optimization", "checkpoints", "devices"):
         assert f" {group} options " in text
     for field in dataclasses.fields(TrainingConfig):
-        assert f"--{field.name.replace('_', '-')} " in text
+        assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", text)
     assert not re.search(r"\.py`|def |Training\.forward|features\.py", text.split("options", 1)[1])
 
 
@@ -198,6 +201,41 @@ def test_the_command_deletes_a_model_only_when_asked_to(
     ]
     assert started[2].learning_rate == 0.5
     assert not {"resume", "overwrite"} & set(read_description(folder).training)
+
+
+def test_weights_without_a_description_are_not_deleted_either(small: Make, tmp_path: Path, run_here: Callable):
+    (tmp_path / "small").mkdir()
+    for name in ("encoder-3.pkl", "decoder-3.pkl"):
+        (tmp_path / "small" / name).write_text("precious")
+    done = run_here("train.py", train_module.main, "--models", tmp_path, "--name", "small", "--weights", "random")
+    assert (done[0], "small holds a model already" in done[2]) == (2, True)
+    assert len(list((tmp_path / "small").iterdir())) == 2
+
+
+def test_an_option_that_is_on_already_can_be_named(tmp_path: Path):
+    (tmp_path / "r.toml").write_text("tie_weights = true\nembed_size = 256\nhidden_size = 256")
+    recipe = ["--config", str(tmp_path / "r.toml")]
+    assert train_module.parse_options([*recipe, "--tie-weights"])[0].tie_weights
+    assert not train_module.parse_options([*recipe, "--no-tie-weights"])[0].tie_weights
+
+
+def test_the_home_of_an_unknown_user_is_a_folder_that_does_not_exist(tmp_path: Path, run_here: Callable):
+    done = run_here("train.py", train_module.main, "--data", "~nobody-of-this-name/coco", "--weights", "random")
+    assert (done[0], done[2].startswith("error: ~nobody-of-this-name/coco does not exist")) == (2, True)
+
+
+def test_the_precision_is_the_run_s_own_and_not_the_launcher_s(small: Make, monkeypatch: pytest.MonkeyPatch):
+    used = []
+
+    def accelerator(**options: object) -> Accelerator:
+        used.append(Accelerator(**options))
+        return used[-1]
+
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` sets it
+    monkeypatch.setattr(training, "Accelerator", accelerator)
+    train(small())
+    assert used[0].mixed_precision == "no"
 
 
 def test_a_training_goes_on_with_its_own_options_or_not_at_all(small: Make):
@@ -264,6 +302,11 @@ def test_a_recipe_is_checked_as_the_command_line_is(recipe: str, sentence: str, 
     (tmp_path / "r.toml").write_text(recipe)
     with pytest.raises(InputError, match=sentence):
         train_module.parse_options(["--config", str(tmp_path / "r.toml")])
+
+
+def test_dropout_has_no_effect_on_self_critical_training(trained: Path):
+    with pytest.raises(InputError, match="--dropout has no effect on self-critical training"):
+        train_module.parse_options(["--resume", str(trained), "--objective", "cider", "--dropout", "0.3"])
 
 
 @pytest.mark.parametrize("options", [["--name", "other"], ["--models", "elsewhere"], ["--overwrite"]], ids=str)

@@ -343,3 +343,10 @@ def test_a_file_takes_no_more_memory_than_its_size_and_300_mb(tmp_path: Path):
         assert "\n" not in result, name
         assert not reason or any(part in result for part in reason.split("|")), (name, result)
         assert memory < 300, (name, memory)
+
+
+@pytest.mark.parametrize("name", ["encoder-1.pkl", "encoder-1.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="it is a Git LFS pointer; `git lfs pull` fetches the file itself"):
+        read_state_dict(tmp_path / name)

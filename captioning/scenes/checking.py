@@ -42,7 +42,7 @@ def subject(caption: str) -> tuple[str | None, str | None]:
 
 
 def is_scene(value: Any) -> bool:
-    """Return whether `value` is a scene's ground truth; of another data set, an image's "scene" may be "kitchen"."""
+    """Return whether `value` is a drawn scene's ground truth; other data sets may have another "scene"."""
     try:
         others = [(other["kind"], other["relation"], other["side"]) for other in value["others"]]
         return (

@@ -85,7 +85,7 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     for split, count in counts.items():
         if not 0 <= count <= MAX_PICTURES:
             raise InputError(f"--{split} {count}: choose a number from 0 to {MAX_PICTURES}.")
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder} is a file; name a folder for the data set.")
     partial_folder = folder / ".partial-scenes"
     info = {
