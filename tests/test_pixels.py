@@ -165,7 +165,7 @@ def test_files_of_more_than_8_bits_keep_their_colours(name: str, tmp_path: Path)
 
 def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Path):
     (tmp_path / "a.tif").write_bytes(tiff(DEEP >> 4, photometric=2, planes=True))
-    with pytest.raises(InputError, match=r"a\.tif .*less than 13 of its 16 bits per channel; save it with 8"):
+    with pytest.raises(InputError, match=r"a\.tif .*fewer than 13 of its 16 bits per channel; save it with 8 bits"):
         read_image(tmp_path / "a.tif")
 
 
