@@ -14,7 +14,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.treebank import TreebankWordDetokenizer
 
 from captioning.errors import InputError
-from captioning.files import require_regular, write_file
+from captioning.files import read_text, write_file
 
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
@@ -123,12 +123,12 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary written by `save`; raises `InputError` where it is missing or not a vocabulary."""
-        require_regular(path)
+        text = read_text(Path(path))
         try:
-            return cls(json.loads(Path(path).read_bytes()))
+            return cls(json.loads(text))
         except InputError as error:
             raise InputError(f"{path} is not a vocabulary: {error}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path} cannot be read as a vocabulary ({error}); build one with vocab_from_file=False."
             ) from None

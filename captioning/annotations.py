@@ -21,7 +21,7 @@ import ijson
 import numpy as np
 
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
+from captioning.files import CACHE, LFS_POINTER, LFS_START, hash_file, is_within, require_regular, write_cache
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
 from captioning.tables import MAX_CAPTION, is_missing
@@ -90,6 +90,8 @@ def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int
         reason, *near = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split("\n")
         where = f", near {near[0].strip()!r}" if near and near[0].strip() else ""
         where += "; write null for NaN" * ("NaN" in where)
+        if LFS_START.decode() in where:
+            raise InputError(f"{path} {LFS_POINTER}.") from None
         raise InputError(f"{path} is not JSON ({reason}{where}).") from None
 
 

@@ -33,8 +33,9 @@ BINARY_FILES = {
     b"PAR1": "a Parquet file",
     b"\x1f\x8b": "a gzip archive",
 }
+LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 NOT_IMAGES = {  # first bytes of files that are mistaken for images -> what to tell the user
-    b"version https://git-lfs": "it is a Git LFS pointer; `git lfs pull` fetches the file itself",
+    LFS_START: f"it {LFS_POINTER}",
     b"PK\3\4": "it is a zip archive; unpack it first",
     b"\x1f\x8b": "it is a gzip archive; unpack it first",
     b"BZh": "it is a bzip2 archive; unpack it first",
@@ -100,6 +101,8 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     kind = next((kind for start, kind in BINARY_FILES.items() if data.startswith(start)), None)
     if kind is not None:
         raise InputError(f"{path} is {kind}, not a text file; {BINARY_ADVICE}.")
+    if data.startswith(LFS_START):
+        raise InputError(f"{path} {LFS_POINTER}.")
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding or marked)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from captioning.annotations import read_annotations
 from captioning.errors import InputError, warn_once
-from captioning.files import check_output, write_cache
+from captioning.files import check_output, read_text, write_cache
 from captioning.reports import Report
+from vocabulary import Vocabulary
 
 
 def test_a_cache_file_is_written_whole_or_not_at_all(tmp_path: Path):
@@ -51,6 +53,13 @@ def test_a_warning_is_printed_once(capsys: pytest.CaptureFixture):
     for _ in range(2):
         warn_once("something of this test")
     assert capsys.readouterr().err == "warning: something of this test\n"
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path):
+    (tmp_path / "a.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for read in (read_text, Vocabulary.load, lambda path: read_annotations(path, tmp_path)):
+        with pytest.raises(InputError, match=r"a\.json is a Git LFS pointer; `git lfs pull` fetches the file itself"):
+            read(tmp_path / "a.json")
 
 
 def test_checking_an_output_touches_no_file(tmp_path: Path):
