@@ -75,6 +75,7 @@ def evaluate(
     workers: processes that read images. java: as in `metrics.score`.
     skip_unreadable: leave out images that cannot be read instead of raising InputError for the first.
     results: file to which the captions are written, before they are scored, in COCO's results format.
+    Raises `InputError` for a limit below 1 and where no image can be read.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}.")

@@ -36,8 +36,8 @@ class Decoder(Protocol):
     """The interface of a decoder.
 
     Every tensor of a state has the batch as its first dimension; its other dimensions may change from step to
-    step. A step does not modify the state that it is given. It may return one of its tensors itself, unchanged,
-    only if that tensor depends on the image alone.
+    step. A step does not modify the state that it is given. It returns the same tensor again only if that tensor
+    depends on the image alone, such as its cells; a beam search does not copy it.
 
     attends: whether the last tensor of a state after a step is the attention over the image, (B, cells).
     """

@@ -2,9 +2,9 @@
 
 A frozen backbone computes the same feature for an image in every epoch and for each of its captions, so each image is
 processed once. The features are in a folder named by a hash of all that they depend on: the backbone's weights, the
-transform, the images' paths, sizes and dates. So a cached feature is never out of date. While all processes of one
-run fill the folder, its name ends in ".partial"; the files `done-*` list the batches that are on disk, and an
-interrupted pass resumes from there, with any number of processes.
+transform, the images' paths, sizes and dates. So a changed image, weight or setting is computed again. While all
+processes of one run fill the folder, its name ends in ".partial"; the files `done-*` list the batches that are on disk,
+and an interrupted pass resumes from there, with any number of processes.
 """
 
 from __future__ import annotations

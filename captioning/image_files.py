@@ -45,7 +45,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 JPEG_START = b"\xff\xd8\xff"
-# What Pillow calls levels of 16 bits that it reduces to their upper byte: channels, and order of the two bytes.
+# Pillow's names of 16-bit channels of which it keeps the upper byte: channels, and byte order.
 DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 DARK = 15  # highest upper byte of levels that use 12 of 16 bits
@@ -207,8 +207,8 @@ def _draft(image: Image.Image, shorter_side: int | None) -> None:
 def _load(image: Any, file: _TimedFile) -> None:
     """Decode an image.
 
-    Of levels of 16 bits, Pillow keeps the upper byte. Where a file uses only 12 of the bits or fewer, that is nearly
-    black, so the lower byte is then decoded as well: with the order of the bytes reversed.
+    Pillow keeps only the upper byte of 16-bit levels. If a file uses at most 12 of the bits, that is nearly black; the
+    file is then decoded again in the other byte order, which gives the lower byte.
     """
     layout = DEEP.fullmatch(_raw_mode(image.tile[0])) if image.tile else None
     image.load()
@@ -223,7 +223,7 @@ def _load(image: Any, file: _TimedFile) -> None:
     _check_size(image, besides=4)
     file.seek(0)
     lower: Any = Image.open(file, formats=[image.format])
-    grey = layout[1] == "LA"  # there is no other order of these: as RGBA, all four bytes are kept
+    grey = layout[1] == "LA"  # Pillow has no other byte order for these; as RGBA, their four bytes are kept
     mode = "RGBA" if grey else f"{layout[1]};16{OTHER_ORDER[layout[2]]}"
     lower.tile = [_with_raw_mode(tile, mode) for tile in lower.tile]
     lower.load()

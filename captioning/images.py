@@ -45,9 +45,11 @@ def build_transform(
     """Build the transform of a PIL image into a backbone's input, by default the original recipe's.
 
     It resizes the shorter side (to 256 for a crop of 224), crops the center and normalizes; in training the crop is
-    random and half the images are flipped. `backbones.Preprocessing` explains the arguments, and its fields are the
-    arguments for any backbone: `build_transform(train, **asdict(preprocessing))`. Without `normalize` the result stays
-    uint8, (3, image_size, image_size), a quarter of the memory, and `EncoderCNN` normalizes it on its own device.
+    random and half the images are flipped. With crop="squash" it resizes the whole image to a square; in training a
+    random 60 to 100% of it, in proportions of 4:5 to 5:4. `backbones.Preprocessing` explains the arguments, and its
+    fields are the arguments for any backbone: `build_transform(train, **asdict(preprocessing))`. Without `normalize`
+    the result stays uint8, (3, image_size, image_size), a quarter of the memory, and `EncoderCNN` normalizes it on its
+    own device.
     """
     how = T.InterpolationMode(interpolation)
     if crop == "center":

@@ -111,8 +111,8 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
     """Return the levels of black and white.
 
     Formats of 16 or 32 bits do not say how many of these bits are used; see `white_of`. White is 1 for fractions of at
-    most `OVERSHOOT`, and the highest number of a signed type. If levels exceed all `WHITES` or are negative, the
-    lowest level is black and the highest is white. Raises `ValueError` where no level is a number.
+    most `OVERSHOOT`; of a signed type, it is at most its highest number. If levels exceed all `WHITES` or are negative,
+    the lowest level is black and the highest is white. Raises `ValueError` where no level is a number.
     """
     levels_of = partial(_levels, stored=stored)
     ranges = [

@@ -224,7 +224,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
 def first_features(
     data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig
 ) -> Tensor:
-    """Compute the features of some training images before training, or take them from the stored ones."""
+    """Compute the features of some training images before training, or take them from the stored ones.
+
+    Returns at most `FIRST_IMAGES` of them, (images, C) or (images, cells, C) float32, on the encoder's device.
+    """
     device = encoder.embed.weight.device
     some = np.random.default_rng(config.seed).permutation(len(data.paths))[:FIRST_IMAGES]
     if features is not None:

@@ -5,7 +5,7 @@ A sample is the files of a tar file whose names differ only in their suffixes:
     000017.jpg   the image
     000017.txt   its captions, one a line; or 000017.json with "caption" or "captions"
 
-WebDataset reads a tar file from its beginning to its end. Only the headers are read up front; images are read on
+The webdataset library reads a tar file from its beginning to its end. This module reads the headers first and images on
 demand, which allows random access. For training, an index in the format of a COCO captions file locates each image.
 """
 

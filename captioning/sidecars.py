@@ -26,10 +26,11 @@ Places = list[tuple[str, Any]]  # captions, each after its place as messages nam
 def read_captions(
     files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None = None
 ) -> tuple[File | None, list[tuple[str, str]]]:
-    """Read the captions of an image from its files, by suffix: the lines of .txt or .caption, or of .json, "captions".
+    """Read an image's captions from its files, a dictionary by suffix.
 
-    "caption" is read where "captions" holds none. Returns the file that is used, and its captions with their places: in
-    one line each, "" for a missing one. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
+    Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption". Returns the file that
+    is used, and its captions with their places: in one line each, "" for a missing one. `read` returns the bytes of a
+    file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
     """
     used: tuple[File | None, list[tuple[str, str]]] = None, []

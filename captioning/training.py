@@ -346,8 +346,8 @@ class Run:
         Returns the last one's line, and whether a process has been told to stop. Raises `InputError` if a loss or a
         weight is not a finite number, so that none is ever saved.
         """
-        progress, hint = self.progress, "resume from the last good state with `python train.py"
-        hint = f"{hint} --resume {quoted(self.folder)}` and half the --learning-rate or a smaller --clip-norm."
+        progress, resume = self.progress, f"`python train.py --resume {quoted(self.folder)}`"
+        hint = f"resume from the last good state with {resume} and half the --learning-rate or a smaller --clip-norm."
         signal = unread[0].loss.new_tensor(self.interruption.signal)
         *losses, signals = self.accelerator.reduce(torch.stack([*(x.loss for x in unread), signal]), "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         for x, loss in zip(unread, losses, strict=True):

@@ -12,7 +12,7 @@ from captioning.scenes.drawing import INK, WOOD, Colour, Pen, Point, mix
 
 @dataclass
 class Stage:
-    """The surface to paint a setting on; x and y are in shorter sides of the image from its centre, y up."""
+    """The surface of a setting; x and y are in units of the image's shorter side from its centre, y upwards."""
 
     pen: Pen
     rng: random.Random

@@ -27,7 +27,7 @@ from captioning.scenes.world import plan
 
 VERSION = "3"
 MAX_PICTURES = 1_000_000  # maximum number of pictures in a split, and number of ids reserved for it
-MAX_SERIAL = 400  # maximum number of pictures drawn in this process, before others would have started
+MAX_SERIAL = 400  # maximum number of pictures that this process draws alone, as starting others takes longer
 
 
 def draw_scene(rng: random.Random) -> tuple[Image.Image, dict, list[str]]:
