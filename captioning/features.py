@@ -38,7 +38,7 @@ from captioning.weights import hash_weights
 from model import EncoderCNN
 
 VERSION = "5"  # of the files; features of another version are computed again
-# small: on a CPU they fit in its cache; for a GPU, each of many workers reads one at the same time
+# Images per batch: on a CPU, a small batch stays in its cache; for a GPU, each of many workers reads one at a time.
 BATCH = 64 if torch.cuda.device_count() else 16
 
 

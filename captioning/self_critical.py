@@ -49,8 +49,7 @@ class CiderReward:
 class RepeatingBatches(EpochSampler):
     """Batches of images, each represented by its first caption, some of them several times an epoch.
 
-    The occurrences of an image are spread evenly over the epoch; one that falls twice into a batch
-    counts once there.
+    The occurrences of an image are spread evenly over the epoch. An image that falls twice into a batch counts once.
 
     first: (images,) the index of each one's first caption. times: (images,) how often it occurs.
     """
