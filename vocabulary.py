@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -123,6 +124,8 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary written by `save`; raises `InputError` where it is missing or not a vocabulary."""
+        if not os.path.exists(path):
+            raise InputError(f"{path} does not exist; check the path, or build one with vocab_from_file=False.")
         text = read_text(Path(path))
         try:
             return cls(json.loads(text))
