@@ -35,11 +35,10 @@ from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
 from captioning.shards import SUFFIX, index_shards
-from vocabulary import END, START, UNK, Vocabulary
+from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
-LONG_SHARE = 0.2  # share of long training captions above which there is a warning
-LONG = 20  # number of tokens, with <end>, at which validation and self-critical training cut what they generate
+LONG_SHARE = 0.2  # share of training captions longer than `DEFAULT_LENGTH` above which there is a warning
 
 
 def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
@@ -140,10 +139,10 @@ class CaptionDataset(Dataset):
                 f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
                 f"{advice}."
             )
-        if mode == "train" and len(self.lengths) and (long := np.mean(self.lengths - 1 > LONG)) > LONG_SHARE:
+        if mode == "train" and len(self.lengths) and (long := np.mean(self.lengths - 1 > DEFAULT_LENGTH)) > LONG_SHARE:
             warn_once(
-                f"{long:.0%} of the captions in {self.annotation_file} have more than {LONG - 1} tokens, at which "
-                "validation and self-critical training cut captions; shorten them, and caption with a higher "
+                f"{long:.0%} of the captions in {self.annotation_file} have more than {DEFAULT_LENGTH - 1} tokens, at "
+                "which validation and self-critical training cut captions; shorten them, and caption with a higher "
                 "--max-length."
             )
         self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))

@@ -20,6 +20,7 @@ from captioning.files import read_text, write_file
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
 SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
+DEFAULT_LENGTH = 20  # default maximum number of tokens of a generated caption, with <end>
 
 _TOKENIZER = NLTKWordTokenizer()
 _DETOKENIZER = TreebankWordDetokenizer()

@@ -22,7 +22,7 @@ from captioning.hub import find_model, push
 from captioning.image_files import Source
 from captioning.images import ImageDataset, build_pixel_transform
 from model import EncoderCNN
-from vocabulary import UNK, UNK_WORD, Vocabulary
+from vocabulary import DEFAULT_LENGTH, UNK, UNK_WORD, Vocabulary
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
@@ -46,7 +46,7 @@ class Decoding:
     top_p: float | None = None  # sample from the fewest words that have this probability in total
     seed: int | None = None  # random seed of sampling
     alternatives: int = 0  # maximum number of further captions per image
-    max_length: int = 20  # maximum number of tokens
+    max_length: int = DEFAULT_LENGTH  # maximum number of tokens
     min_length: int = 0  # minimum number of tokens, punctuation included
     length_penalty: float | None = None  # rank beams by log p / length ** penalty; 0 favours short captions, 1 is usual
     block_trigrams: bool | None = None  # with a beam: no trigram twice in a caption; default in caption.py

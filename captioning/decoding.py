@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from captioning.errors import InputError
-from vocabulary import END, START, UNK
+from vocabulary import DEFAULT_LENGTH, END, START, UNK
 
 State = tuple[Tensor, ...]
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -71,7 +71,7 @@ class Hypothesis:
 
 
 @torch.no_grad()
-def greedy(decoder: Decoder, features: Any, max_length: int = 20, min_length: int = 0) -> list[Hypothesis]:
+def greedy(decoder: Decoder, features: Any, max_length: int = DEFAULT_LENGTH, min_length: int = 0) -> list[Hypothesis]:
     """Choose the most probable token at every step, for all images at once.
 
     features: what `decoder.init_state` takes, (B, ...).
@@ -96,7 +96,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
-    max_length: int = 20,
+    max_length: int = DEFAULT_LENGTH,
     min_length: int = 0,
     n: int = 1,
     indices: Sequence[int] | None = None,
@@ -134,7 +134,7 @@ def beam_search(
     decoder: Decoder,
     features: Any,
     beam_size: int = 3,
-    max_length: int = 20,
+    max_length: int = DEFAULT_LENGTH,
     min_length: int = 0,
     length_penalty: float = 1.0,
     n_best: int = 1,
@@ -410,7 +410,7 @@ def _through_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
 
-def check_lengths(max_length: int = 20, min_length: int = 0) -> None:
+def check_lengths(max_length: int = DEFAULT_LENGTH, min_length: int = 0) -> None:
     """Raise InputError if a length is out of range."""
     _check(max_length >= 1, f"max_length is {max_length}, but it has to be at least 1.")
     _check_range("min_length", min_length, 0, max_length)

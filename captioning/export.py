@@ -29,7 +29,7 @@ from captioning.files import check_output, write_file
 from captioning.hub import find_model
 from captioning.images import build_transform
 from model import DecoderModule
-from vocabulary import END, START, UNK
+from vocabulary import DEFAULT_LENGTH, END, START, UNK
 
 MAX_ONNX = 2_000_000_000  # size limit of the weights, in bytes; protobuf allows 2 GiB in all
 
@@ -103,7 +103,7 @@ def _own(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def export_onnx(model: str | Path, path: str | Path, max_length: int = 20) -> None:
+def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_LENGTH) -> None:
     """Write a model's best epoch as one self-contained ONNX file.
 
     Input: `images` (B, 3, image_size, image_size) uint8, any B. Outputs: `tokens` (B, max_length) int64, padded with

@@ -143,7 +143,7 @@ def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):
     [
         (MemoryError(), "error: there is too little memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: there is too little memory"),
-        (PermissionError(13, "Permission denied", "/root/x"), "error: /root/x may not be accessed (Permission denied)"),
+        (PermissionError(13, "Permission denied", "a/x"), "error: a/x may not be accessed (Permission denied)"),
     ],
     ids=repr,
 )
