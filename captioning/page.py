@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -258,10 +259,18 @@ def as_table(headers: list[str], rows: list[list[Any]]) -> dict[str, Any]:
 
 
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
-    """Draw the attention of every word over the model's view of the image; the list is empty without attention."""
+    """Draw the attention of every word over the model's view of the image; the list is empty without attention.
+
+    Each call's maps hold a comment of their own, without which Gradio would write the maps of two requests with the
+    same photo to one file, the second ones while the first ones are being downloaded.
+    """
     if caption.attention is None:
         return []
-    return [(overlay_attention(view, map_), word) for word, map_ in zip(caption.tokens, caption.attention, strict=True)]
+    maps = [overlay_attention(view, weights) for weights in caption.attention]
+    comment = secrets.token_bytes(16)
+    for each in maps:
+        each.info["comment"] = comment
+    return list(zip(maps, caption.tokens, strict=True))
 
 
 def write_tables(rows: list[dict[str, Any]], folder: Path) -> tuple[Path, Path]:

@@ -416,6 +416,13 @@ def test_sampling_and_greedy_over_http(page: Page, scene: Image.Image):
     assert len(table["data"]) > 1
 
 
+def test_no_answer_writes_over_the_maps_of_another(page: Page, scene: Image.Image):
+    answers = [page.caption(encoded(scene), "a.jpg", "greedy")[1] for _ in range(2)]
+    first, second = ({tile["image"]["path"] for tile in answer[2]} for answer in answers)
+    assert first
+    assert not first & second
+
+
 def test_the_sample_of_use_via_api_works(page: Page, monkeypatch, capfd):
     endpoint = get(f"{page.api}/info").json()["named_endpoints"]["/caption"]
     exec(endpoint["code_snippets"]["python"], {})
