@@ -303,6 +303,7 @@ def weights(to: Path = Path("models/published")) -> None:
     require_new_folder(to)
     from captioning.original_weights import convert_weights  # imports torch, which takes seconds
 
+    to = Path(os.path.abspath(to))  # so that "." has a name
     work = to.with_name(to.name + ".download")
     archive, files = work / "weights.zip", (work / "encoder-3.pkl", work / "decoder-3.pkl")
     try:

@@ -23,7 +23,7 @@ from captioning.errors import InputError, run_command
 from captioning.files import hash_file, read_text, require_new_folder
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
-from captioning.sidecars import read_folder
+from captioning.sidecars import find_sidecars, read_folder
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
 from captioning.tables import SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
 
@@ -256,7 +256,7 @@ def import_folder(
     columns are photo (or image, file_name, filename), the image's path relative to the folder of images; caption (or
     text, or caption_1, caption_2 and so on); and optionally split: train, val or test. Instead of a table, each image
     may have a file of its own: for 0.jpg, 0.txt, 0.caption or 0.jpg.txt with one caption per line, or 0.json with
-    "caption" or "captions".
+    "caption" or "captions", or a list of captions.
 
     Splits come from the column split (or set), else from folders called train, val and test that hold all images;
     otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation split is missing, it
@@ -296,28 +296,34 @@ def import_folder(
 def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
     """Read the captions of a folder's tables, else of the files next to its images, else of its .json file.
 
-    Also returns where an image's captions are: "row" or ".txt, .caption or .json file".
+    Also returns what an image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
     """
     files = list(walk_files(folder))
-    tables = _find_tables(folder, files, TABLE_SUFFIXES)
-    rows, beside = ([], set()) if tables else read_folder(folder, files, index, encoding, report)
+    sidecars = {*find_sidecars(folder, files, index)}
+    tables = _find_tables(folder, files, TABLE_SUFFIXES, report)
+    rows = [] if tables else read_folder(folder, files, index, encoding, report)
     if not any(row.captions[0] for row in rows):  # as in files of labels
-        tables = tables or _find_tables(folder, [path for path in files if path not in beside], (".json",))
+        tables = tables or _find_tables(folder, [path for path in files if path not in sidecars], (".json",), report)
     if not rows and not tables:
         raise InputError(
-            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json) and no .txt, .caption or .json "
-            "file next to an image."
+            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
+            'or .caption file, nor a .json file with "caption" or "captions".'
         )
-    if tables:
-        return _read_tables(tables, folder, encoding, report), "row"
-    return rows, ".txt, .caption or .json file"
+    if not tables:
+        return rows, "caption in a .txt, .caption or .json file"
+    for path in sorted(sidecars):
+        report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
+    return _read_tables(tables, folder, encoding, report), "row"
 
 
-def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
+def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...], report: Report) -> list[Path]:
     """Find Hugging Face's metadata files, at most one per folder, or the only table directly in `folder`."""
     tables = [path for path in files if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
-    if not any(path.parent == folder for path in tables):
-        others = [path for path in files if path.parent == folder and path.suffix.lower() in suffixes]
+    others = [path for path in files if path.parent == folder and path.suffix.lower() in suffixes]
+    if any(path.parent == folder for path in tables):
+        for path in (path for path in others if path not in tables):
+            report.add("table{s} next to a metadata file, which holds the captions", str(path))
+    else:
         if tables and others:
             raise InputError(f"{tables[0]} and {others[0]} may both hold the captions; name the one that does.")
         tables = tables or others

@@ -44,7 +44,7 @@ _LONE_SURROGATE = re.compile(
 )
 
 
-_LONG_NUMBER = re.compile(rb"[0-9]{4301}")  # yajl crashes on numbers of more than 64 kB
+_LONG_NUMBER = re.compile(rb"(?<![0-9])[0-9]{4301}")  # yajl crashes on numbers of more than 64 kB
 
 
 class _Utf8:

@@ -67,7 +67,7 @@ class SourceImage:
     """An image of a data set to write.
 
     path: its present path. name: its path below images/<split>/. id: None for any unused one. size: its width and
-    height, None to read them from the file.
+    height, None to read them from the file. scene: what a drawn image shows, for `scenes.check`, if it is known.
     """
 
     path: Path
@@ -76,6 +76,7 @@ class SourceImage:
     captions: list[str] = field(default_factory=list)
     id: int | None = None
     size: tuple[Any, Any] | None = None
+    scene: dict[str, Any] | None = None
 
 
 def write_dataset(images: list[SourceImage], destination: Path) -> None:
@@ -139,7 +140,8 @@ def _write_into(folder: Path, images: list[SourceImage], description: str) -> No
         _link(image.path, folder / "images" / image.split / image.name)
         image_id = next(free_ids) if image.id is None else image.id
         document = documents[image.split]
-        document["images"].append({"id": image_id, "file_name": image.name, "width": width, "height": height})
+        entry = {"id": image_id, "file_name": image.name, "width": width, "height": height}
+        document["images"].append(entry if image.scene is None else {**entry, "scene": image.scene})
         for caption in image.captions:
             document["annotations"].append({"id": next(caption_ids), "image_id": image_id, "caption": caption})
     for split, document in documents.items():

@@ -154,6 +154,10 @@ class ImageIndex:
             if is_wanted or (anywhere and key.endswith(f"/{wanted}")):
                 raise InputError(f"{where}: {path} is readable after `pip install pillow-heif` only; install it.")
         if target is not None:
+            if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(self.folder)):
+                raise InputError(
+                    f"{where}: {file} is not in {self.folder}; name the folder that holds all images with --images."
+                )
             raise InputError(
                 f"{where}: {file} is not taken for an image under {self.folder}, because it is hidden or lacks the "
                 f"suffix of an image; rename it."

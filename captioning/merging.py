@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
@@ -72,6 +73,7 @@ def _read_images(
     has_captions = path.name.startswith("captions")
     image_folder = folder / "images" / path.stem.split("_")[-1]
     images: dict[int, SourceImage] = {}
+    names: set[str] = set()
     for where, entry in _entries(path, document, "images"):
         image_id, name = _parse_id(entry.get("id"), where), entry.get("file_name")
         if not isinstance(name, str) or not is_within(name) or "\0" in name:
@@ -80,7 +82,13 @@ def _read_images(
             raise InputError(f"{where} has the id {image_id}, which an image before it has.")
         size = entry.get("width"), entry.get("height")
         size = size if all(type(side) is int for side in size) else None
-        images[image_id] = SourceImage(image_folder / name, f"{prefix}/{name}", split, id=image_id, size=size)
+        name = posixpath.normpath(name)
+        if name in names:
+            raise InputError(f"{where} lists {name} again, with another id; give all captions of an image one id.")
+        names.add(name)
+        image = SourceImage(image_folder / name, f"{prefix}/{name}", split, id=image_id, size=size)
+        image.scene = entry.get("scene")
+        images[image_id] = image
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
         image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
         captions: list[Any] = caption or [None] if isinstance(caption, list) else [caption]

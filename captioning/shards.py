@@ -140,6 +140,8 @@ def _members(shard: Path, report: Report) -> Iterator[Member]:
     with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  otherwise tarfile keeps every header
+            if info.size < 0:
+                raise tarfile.ReadError(f"{info.name!r} has a negative size")
             if info.offset_data + info.size > size:
                 raise tarfile.ReadError(f"it ends within {info.name!r}")
             where = repr(f"{shard}/{info.name}")

@@ -28,7 +28,8 @@ def read_captions(
 ) -> tuple[File | None, list[tuple[str, str]]]:
     """Read an image's captions from its files, a dictionary by suffix.
 
-    Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption". Returns the file that
+    Each line of .txt or .caption is a caption; .json is a list of captions, or has "captions" or, without any,
+    "caption". Returns the file that
     is used, and its captions with their places: in one line each, "" for a missing one. `read` returns the bytes of a
     file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
@@ -55,7 +56,7 @@ def _read_files(
             raise InputError(f"{file} is not UTF-8 text (byte {error.start}); {advice}.") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is not JSON ({error}).") from None
-        return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {"captions": content} if isinstance(content, list) else {}
 
     for suffix, file in ((suffix, files[suffix]) for suffix in SUFFIXES if suffix in files):
         if suffix == ".json":
@@ -82,25 +83,25 @@ def _split(text: str, file: object, whole: Any) -> Places:
     return lines or [(f"{file}, line 1", "")]
 
 
-def read_folder(
-    folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report
-) -> tuple[list[Row], set[Path]]:
-    """Read the captions of all images of the index from the files of `folder`: of 0.jpg, from 0.txt or 0.jpg.txt.
+def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> list[Path]:
+    """List the files of `folder` that have the name of an image of the index: of 0.jpg, 0.txt or 0.jpg.txt."""
+    images = [folder / path.relative_to(index.folder) for path, *_ in index.paths.values()]
+    names = {*images, *(image.with_suffix("") for image in images)}
+    return [path for path in files if path.suffix.lower() in SUFFIXES and path.with_suffix("") in names]
 
-    Also returns the files that have the name of an image.
-    """
+
+def read_folder(folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report) -> list[Row]:
+    """Read the captions of all images of the index from the files of `folder`: of 0.jpg, from 0.txt or 0.jpg.txt."""
     by_name: dict[Path, dict[str, Path]] = defaultdict(dict)  # without the suffix
     for path in files:
         suffix = path.suffix.lower()
         if suffix in SUFFIXES and by_name[path.with_suffix("")].setdefault(suffix, path) is not path:
             _refuse_two(by_name[path.with_suffix("")][suffix], path)
     owners: dict[Path, Path] = {}
-    beside: set[Path] = set()
     rows = []
     for key, (path, *_) in index.paths.items():
         image = folder / path.relative_to(index.folder)
         own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
-        beside.update(own.values(), others.values())
         for suffix in (suffix for suffix in (".txt", ".caption") if suffix in own and suffix in others):
             _refuse_two(own[suffix], others[suffix])
         file, captions = read_captions(others | own, read_bytes, ENCODING_ADVICE, encoding)
@@ -108,10 +109,11 @@ def read_folder(
             raise InputError(f"{file} may be of {owners[file]} or of {path}; keep one of the two images.")
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
+        beside = {*find_sidecars(folder, files, index)}
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in beside):
             if path.suffix.lower() != ".json":
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
-    return rows, beside
+    return rows
 
 
 def _refuse_two(one: Path, other: Path) -> None:

@@ -11,6 +11,7 @@ import tokenize
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -33,6 +34,8 @@ MISSING = {  # spellings of a cell without a value, and Excel's errors in Englis
 }
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
+
+csv.field_size_limit(1 << 30)  # in characters; `check_caption` limits the length of captions
 
 
 @dataclass
@@ -175,7 +178,7 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
     columns = _caption_columns(list(record))
     if not columns:
         raise InputError(f"{where}, has no caption (a column called {', '.join(CAPTION_COLUMNS[:-1])} or raw).")
-    captions = []
+    captions: dict[str, list[str]] = {}  # by column
     for column in columns:
         value = record[column]
         if isinstance(value, dict):  # Label Studio's several texts
@@ -183,8 +186,11 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         texts = value if isinstance(value, list) else _listed(value)
         if isinstance(value, str) and texts == [value] and _is_structure(value):
             raise InputError(f"{where}, has a caption that is not text: {value:.80}; write text or a list of texts.")
-        captions += [clean_caption(text, where) for text in texts]
-    return captions or [""]
+        captions[column] = [clean_caption(text, where) for text in texts]
+    for column in columns:
+        if others := captions.get(f"{column}s"):  # which repeat the caption in most tables that have both columns
+            captions[column] = [text for text in captions[column] if text not in others]
+    return list(chain.from_iterable(captions.values())) or [""]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -210,7 +216,10 @@ def _is_structure(value: str) -> bool:
         return False
     for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return isinstance(parse(value), dict | list | set | tuple)
+            try:
+                return isinstance(parse(value), dict | list | set | tuple)
+            except TypeError:  # a set of dicts, such as {{}}
+                return True
     return False
 
 
@@ -381,7 +390,6 @@ def _read_cells(
     rows = (line + "\n" for line in lines[start:])
     reader = csv.reader(rows, delimiter=delimiter, strict=True, skipinitialspace=True)
     number = start + 1
-    csv.field_size_limit(1 << 30)  # `check_caption` limits the length of captions
     try:
         for cells in reader:
             if cells:

@@ -580,7 +580,7 @@ def test_captions_in_txt_files_next_to_the_images(tmp_path, capsys):
     importers.import_folder(source, tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": [f"a red ball {i}", "one ball"] for i in range(5)}
     error = capsys.readouterr().err
-    assert f"left out 1 image without a .txt, .caption or .json file: {source}/5.jpg\n" in error
+    assert f"left out 1 image without a caption in a .txt, .caption or .json file: {source}/5.jpg\n" in error
     assert f"left out 1 .txt file without an image: {source}/9.txt\n" in error
 
 
@@ -621,7 +621,7 @@ def test_captions_in_other_files_next_to_the_images(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"left out 3 empty captions, the first is {source}/0.json, caption 2\n" in error
     assert f"left out 1 .caption file without an image: {source}/9.caption\n" in error
-    assert f"left out 1 image without a .txt, .caption or .json file: {source}/5.jpg\n" in error
+    assert f"left out 1 image without a caption in a .txt, .caption or .json file: {source}/5.jpg\n" in error
     text(source / "5.json", '{"caption": "a", "caption": "b"}')
     with pytest.raises(InputError, match=r"5\.json is not JSON \('caption' occurs twice in an object\)"):
         importers.import_folder(source, tmp_path / "out2")
@@ -636,6 +636,39 @@ def test_files_of_labels_are_no_captions(tmp_path, capsys):
     text(source / "c.json", json.dumps({f"{i}.jpg": "a red ball" for i in range(6)}))
     importers.import_folder(source, tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
+
+
+def test_captions_next_to_images_that_a_table_replaces_are_counted(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"), **{f"{i}__txt": f"ball {i}" for i in range(6)})
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
+    left_out = "left out 6 .txt files next to an image, as a table holds the captions, the first is"
+    assert f"{left_out} {source}/0.txt\n" in capsys.readouterr().err
+
+
+def test_a_table_next_to_a_metadata_file_is_reported(tmp_path, capsys):
+    source = six(tmp_path / "in", metadata__csv=csv_rows("file_name,text"), c__csv=csv_rows("image,caption"))
+    importers.import_folder(source, tmp_path / "out")
+    line = f"left out 1 table next to a metadata file, which holds the captions: {source}/c.csv\n"
+    assert line in capsys.readouterr().err
+
+
+def test_a_json_file_without_captions_is_told_what_it_lacks(tmp_path):
+    source = six(tmp_path / "in", **{f"{i}__json": '{"text": "a ball"}' for i in range(6)})
+    with pytest.raises(InputError, match=r'nor a \.json file with "caption" or "captions"'):
+        importers.import_folder(source, tmp_path / "out")
+    for i in range(6):
+        text(source / f"{i}.json", '["a ball", "a red ball"]')
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a ball", "a red ball"] for i in range(6)}
+
+
+def test_an_image_that_exists_in_another_folder_is_told_apart(tmp_path):
+    for name in (str(tmp_path / "photos" / "0.jpg"), "../photos/0.jpg"):
+        six(tmp_path / "photos")
+        source = six(tmp_path / "in", c__csv=csv_rows("image,caption") + f"{name},a ball\n")
+        with pytest.raises(InputError, match=r"line 8: .*/photos/0\.jpg is not in .*/in; name the folder .* --images"):
+            importers.import_folder(source, tmp_path / "out")
 
 
 def test_missing_captions_of_txt_files_are_counted(tmp_path, capsys):

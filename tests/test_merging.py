@@ -10,6 +10,7 @@ from test_importers import captions, make_image, text
 import importers
 from captioning.annotations import MAX_CAPTION
 from captioning.errors import InputError
+from captioning.scenes.dataset import draw_dataset
 from data_loader import CaptionDataset
 
 LONG = "a" * (MAX_CAPTION + 1)
@@ -201,6 +202,12 @@ MISTAKES = {
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "0.jpg"}] * 2),
         r"captions_val\.json, images\[1\] has the id 3, which an image before it has",
     ),
+    "a name twice": (
+        lambda a, b: change(
+            b / "annotations/captions_val.json", images=[{"id": i, "file_name": f"{'./' * i}0.jpg"} for i in range(2)]
+        ),
+        r"captions_val\.json, images\[1\] lists 0\.jpg again, with another id; give all captions of an image one id",
+    ),
     "no id": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"file_name": "0.jpg"}]),
         r"images\[0\] has an image id that is not a whole number: None",
@@ -239,6 +246,16 @@ def test_what_was_merged_can_be_merged_again(tmp_path):
     assert captions(tmp_path / "abc", "test") == {"ab/a/0.jpg": ["a cat", "a dog"], "c/0.jpg": ["A  c test,\n4."]}
     images = json.loads((tmp_path / "abc/annotations/image_info_test.json").read_text())["images"]
     assert [image["file_name"] for image in images] == ["ab/a/0.jpg", "ab/b/0.jpg", "c/0.jpg"]
+
+
+def test_what_drawn_images_show_is_kept(tmp_path):
+    a, b = (draw_dataset(tmp_path / name, 2, 1, 1, seed) for seed, name in enumerate("ab"))
+    importers.merge((a, b), tmp_path / "out")
+    merged, *own = (
+        list(CaptionDataset(x, "val", vocab_threshold=1).scenes().values()) for x in (tmp_path / "out", a, b)
+    )
+    assert merged == [scene for scenes in own for scene in scenes]
+    assert len(merged) == 2
 
 
 def test_an_image_without_a_caption_is_not_left_out_where_the_list_of_test_images_has_it(tmp_path, capsys):

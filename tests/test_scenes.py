@@ -344,6 +344,20 @@ def test_other_scenes_are_replaced_with_a_word(tmp_path, capsys):
     assert len(list((folder / "images" / "train").iterdir())) == 2
 
 
+def test_a_file_of_the_user_is_not_deleted_with_the_scenes(tmp_path, monkeypatch):
+    folder = dataset.draw_dataset(tmp_path / "data", train=2, val=1, test=1)
+    for name in (".DS_Store", "mine.jpg"):
+        (folder / "images" / "test" / name).write_bytes(b"precious")
+    with monkeypatch.context() as context:
+        context.setattr(dataset, "draw_scene", None)
+        dataset.draw_dataset(folder, train=2, val=1, test=1)
+    with pytest.raises(InputError, match=r"test/mine\.jpg is not a drawn scene and would be deleted; move it"):
+        dataset.draw_dataset(folder, train=3, val=1, test=1)
+    (folder / "images" / "test" / "mine.jpg").unlink()
+    dataset.draw_dataset(folder, train=3, val=1, test=1)
+    assert len(list((folder / "images" / "train").iterdir())) == 3
+
+
 def test_an_interrupted_drawing_holds_no_data_set_and_is_made_up_for(tmp_path, monkeypatch):
     calls = []
 

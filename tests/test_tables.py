@@ -123,6 +123,16 @@ FORMS = {
         ONE,
     ),
     "a caption of two lines first": ("c__csv", csv_rows("caption,image", '"a red\nball",{}.jpg'), ONE),
+    "a caption that is among the captions": (
+        "c__jsonl",
+        lines(json_rows(image="{}.jpg", caption="a ball", captions=["a ball", "a kite"])),
+        ["a ball", "a kite"],
+    ),
+    "a caption beside other captions": (
+        "c__jsonl",
+        lines(json_rows(image="{}.jpg", caption="a ball", captions=["a kite", "a kite"])),
+        ["a ball", "a kite", "a kite"],
+    ),
     "UTF-8 with a mark": ("c__csv", csv_rows("image,caption").encode("utf-8-sig"), ONE),
     "UTF-16": ("c__csv", csv_rows("image,caption").encode("utf-16"), ONE),
     "UTF-16, big end first": ("c__jsonl", b"\xfe\xff" + lines(ROWS).encode("utf-16-be"), ONE),
@@ -263,6 +273,12 @@ REFUSED = {
         csv_rows("image,caption", '{}.jpg,"{{""en"": ""a ball""}}"'),
         r"line 2, has a caption that is not text: \{\"en\"",
     ),
+    "a placeholder in a cell": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg,{{{{}}}}"),
+        r"line 2, has a caption that is not text: \{\{\}\}",
+    ),
+    "a long line that is no header": ("c__csv", "[" + "a" * 200_000 + "]", r"c\.csv, line 1, should name .* '\[aaa"),
     "no caption": ("c__jsonl", lines([{"image": "0.jpg"}]), r"line 1, has no caption \(a column called caption"),
     "no image": ("c__jsonl", lines([{"caption": "a ball"}]), r"line 1, has no image \(a column called photo"),
     "half a character": (
@@ -376,7 +392,7 @@ def test_captions_in_two_places_are_refused(tmp_path):
 def test_text_files_in_upper_case_are_captions(tmp_path, capsys):
     importers.import_folder(six(tmp_path / "in", **{f"{i}__TXT": "a red ball" for i in range(5)}), tmp_path / "out")
     assert len(all_captions(tmp_path / "out")) == 5
-    assert "left out 1 image without a .txt, .caption or .json file: " in capsys.readouterr().err
+    assert "left out 1 image without a caption in a .txt, .caption or .json file: " in capsys.readouterr().err
 
 
 def test_names_may_repeat_the_path_of_the_images_folder(tmp_path, monkeypatch):

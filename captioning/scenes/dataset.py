@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -26,6 +27,7 @@ from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
 VERSION = "3"
+DRAWN_FILE = re.compile(r"images/(train|val|test)/[0-9]{12}\.jpg|annotations/(captions|image_info)_[a-z]+\.json")
 MAX_PICTURES = 1_000_000  # maximum number of pictures in a split, and number of ids reserved for it
 MAX_SERIAL = 400  # maximum number of pictures that this process draws alone, as starting others takes longer
 
@@ -36,11 +38,19 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, dict, list[str]]:
     return paint_scene(rng, scene), scene, describe(rng, scene)
 
 
+def _image_id(split: str, index: int) -> int:
+    return SPLITS.index(split) * MAX_PICTURES + index + 1
+
+
+def _file_name(image_id: int) -> str:
+    return f"{image_id:012d}.jpg"
+
+
 def _draw_picture(folder: Path, seed: int, split: str, index: int) -> tuple[dict, list[dict]]:
     """Write one picture; returns its entries in the annotation file."""
     image, scene, captions = draw_scene(random.Random(f"{seed}/{split}/{index}"))
-    image_id = SPLITS.index(split) * MAX_PICTURES + index + 1
-    name = f"{image_id:012d}.jpg"
+    image_id = _image_id(split, index)
+    name = _file_name(image_id)
     image.save(folder / "images" / split / name, quality=90)
     width, height = image.size
     entry = {
@@ -79,7 +89,8 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     filled when everything is drawn, so that an interrupted run leaves no data set.
 
     Raises:
-        InputError: A number is negative or too large, or the folder holds something else.
+        InputError: A number is negative or too large, the folder holds something else, or scenes that would be
+            replaced have other files next to them.
     """
     folder, counts = Path(folder), {"train": train, "val": val, "test": test}
     for split, count in counts.items():
@@ -96,18 +107,32 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     if folder.is_dir():
         infos = _drawn(folder)
         if all(drawn == info for drawn in infos) and all(
-            len(list((folder / "images" / split).glob("*"))) == count for split, count in counts.items()
+            {_file_name(_image_id(split, index)) for index in range(count)} <= _names(folder / "images" / split)
+            for split, count in counts.items()
         ):
             return folder
         if not any(infos) and any(path != partial_folder for path in folder.iterdir()):
             raise InputError(f"{folder} holds something other than drawn scenes; name an empty or a new folder.")
         if any(infos):
+            _require_only_scenes(folder)
             log(f"replacing the scenes in {folder}, which were drawn with other options or are incomplete")
     try:
         _draw_into(folder, partial_folder, counts, seed, info)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}.") from error
     return folder
+
+
+def _names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def _require_only_scenes(folder: Path) -> None:
+    """Raise `InputError` where images/ or annotations/ hold another file, which replacing them would delete."""
+    for path in (path for name in ("annotations", "images") for path in (folder / name).rglob("*")):
+        inside = path.relative_to(folder).as_posix()
+        if path.is_file() and not path.name.startswith(".") and not DRAWN_FILE.fullmatch(inside):
+            raise InputError(f"{path} is not a drawn scene and would be deleted; move it, or name another folder.")
 
 
 def _draw_into(folder: Path, partial_folder: Path, counts: dict[str, int], seed: int, info: dict) -> None:
