@@ -12,6 +12,7 @@ class here and one line in `DECODERS`.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, preprocessing_of, stage_parameters
+from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, last_stages, preprocessing_of, stages_of
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -59,14 +60,12 @@ class EncoderCNN(nn.Module):
         self.add_module(self.module_name, build_backbone(backbone, weights))
         self.feature_size = 2048 if backbone == RESNET50 else self.network.num_features
         self.embed = nn.Linear(self.feature_size, embed_size)
-        stages = stage_parameters(backbone, self.network)
-        self.num_stages = len(stages)
+        self.num_stages = len(stages_of(backbone, self.network))
         if not 0 <= fine_tune <= self.num_stages:
             raise InputError(f"fine_tune is a number of {backbone}'s stages, 0 to {self.num_stages}, not {fine_tune}.")
         self.network.requires_grad_(False)
-        for stage in stages[self.num_stages - fine_tune :]:
-            for parameter in stage:
-                parameter.requires_grad_(True)
+        for parameter in last_stages(backbone, self.network, fine_tune):
+            parameter.requires_grad_(True)
         self.network.to(memory_format=torch.channels_last)
         self.train()
 
@@ -109,8 +108,9 @@ class EncoderCNN(nn.Module):
 
     def _cells(self, features: Tensor) -> Tensor:
         """Pool (if `grid_size`) and flatten (B, C, h, w), (B, h, w, C) or (B, tokens, C) to (B, cells, C)."""
-        if features.ndim == 3:  # a transformer's class and register tokens come before its patches
-            features = features[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
+        if features.ndim == 3:  # a transformer's class and register tokens come before its square of patches
+            prefix = features.shape[1] - math.isqrt(features.shape[1]) ** 2
+            features = features[:, getattr(self.network, "num_prefix_tokens", prefix) :].transpose(1, 2)
         elif getattr(self.network, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 3, 1, 2)
         if self.grid and self.grid_size is not None:

@@ -112,20 +112,28 @@ def grouped(values: dict[str, Any]) -> CommandOptions:
     return CommandOptions(RunOptions(), *map(fill, GROUPS))
 
 
-def holds_model(folder: Path) -> bool:
-    """Return whether a folder holds a model, or weights of one."""
-    return os.path.exists(folder / checkpoint.DESCRIPTION) or bool(checkpoint.epochs_saved(folder))
+def find_earlier(config: TrainingConfig) -> str:
+    """Name what a new run would delete in its folder: "a model", another file or folder, or "" for nothing."""
+    folder = config.models / config.name
+    if os.path.exists(folder / checkpoint.DESCRIPTION) or checkpoint.epochs_saved(folder):
+        return "a model"
+    others = [*checkpoint.run_files(folder), folder / "tensorboard", folder / config.log_file]
+    return next((path.name for path in others if os.path.isdir(path) or _size(path) > 0), "")
+
+
+def _size(path: Path) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def main() -> None:
-    """Run `python train.py`; an existing model is deleted with --overwrite only."""
+    """Run `python train.py`; the files of an earlier run are deleted with --overwrite only."""
     config, run = parse_options(sys.argv[1:])
     folder = config.models / config.name
-    if config.resume is None and not run.overwrite and holds_model(folder):
+    if config.resume is None and not run.overwrite and (earlier := find_earlier(config)):
         can_resume = any(os.path.exists(folder / name) for name in ("resume.pt", "resume-previous.pt"))
         resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
         raise InputError(
-            f"{folder} holds a model already; {resume}choose another --name, or delete it with --overwrite."
+            f"{folder} holds {earlier} already; {resume}choose another --name, or delete it with --overwrite."
         )
     train(config)
 

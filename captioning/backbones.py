@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -149,23 +149,53 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
     return backbone
 
 
-def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
+def stages_of(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
     """List the parameters of each of a backbone's stages, the stem first; a stage is fine-tuned as a whole."""
     if name == RESNET50:
         assert isinstance(backbone, nn.Sequential)
         return [list(part.parameters()) for part in (backbone[:4], *backbone[4:8])]
     from timm.models import group_parameters
+    from timm.models._manipulate import MATCH_PREV_GROUP
 
     if not hasattr(backbone, "group_matcher"):
         raise InputError(f"{name} cannot be used: timm does not divide it into stages; choose another --backbone.")
-    groups = group_parameters(backbone, backbone.group_matcher(coarse=True))  # pyright: ignore[reportCallIssue]
+    matcher: Any = backbone.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+    if isinstance(matcher, dict):  # what no stage claims belongs to the last one
+        matcher = {**matcher, "rest": [(".", MATCH_PREV_GROUP)]}
+    groups = group_parameters(backbone, matcher)
     return [[backbone.get_parameter(key) for key in groups[i]] for i in sorted(groups)]
+
+
+def last_stages(name: str, backbone: nn.Module, count: int) -> list[nn.Parameter]:
+    """List the parameters of a backbone's last `count` stages, without those that its features do not depend on."""
+    stages = stages_of(name, backbone)
+    unused = {id(backbone.get_parameter(key)) for key in _unused_parameters(name)} if count else set()
+    return [parameter for stage in stages[len(stages) - count :] for parameter in stage if id(parameter) not in unused]
+
+
+def _unused_parameters(name: str) -> list[str]:
+    """List the parameters that a timm model runs after its last feature map only, such as those of a head's norm."""
+    if name == RESNET50:
+        return []
+    size = preprocessing_of(name).image_size
+    with torch.device("meta"):
+        backbone: Any = build_backbone(name, "random").eval()
+        features = backbone.forward_features(torch.empty(1, 3, size, size))
+    features.sum().backward()
+    return [key for key, parameter in backbone.named_parameters() if parameter.grad is None]
+
+
+def rebuild(name: str, backbone: nn.Module) -> nn.Module:
+    """Build a backbone with the weights of one from the meta device, where timm's constructors compute no buffers."""
+    built = build_backbone(name, "random").requires_grad_(False)
+    built.load_state_dict(backbone.state_dict())
+    return built
 
 
 def count_stages(name: str) -> int:
     """Count the stages of a backbone."""
     with torch.device("meta"):
-        return len(stage_parameters(name, build_backbone(name, "random")))
+        return len(stages_of(name, build_backbone(name, "random")))
 
 
 @torch.no_grad()

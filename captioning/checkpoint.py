@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from captioning.backbones import RESNET50, Preprocessing, preprocessing_of
+from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
 from captioning.errors import InputError, printable, quoted
 from captioning.files import WEB_ADDRESS, decode_text, missing_file, read_bytes, require_new_folder, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
@@ -365,16 +365,16 @@ def load_encoder(encoder: EncoderCNN, state: dict[str, torch.Tensor], path: Path
     """Load an encoder's state dict, read from `path`; a published backbone may be absent from it."""
     optional = (f"{encoder.module_name}.",) if architecture.backbone_weights == "published" else ()
     load_weights(encoder, state, path, optional)
+    if any(buffer.is_meta for buffer in encoder.buffers()):
+        encoder.add_module(encoder.module_name, rebuild(architecture.backbone, encoder.network))
     encoder.network.to(memory_format=torch.channels_last)
 
 
-def remove_run(folder: Path) -> None:
-    """Delete a run's files, the description first: without it, the folder is not a model's."""
-    backbones = (f"backbone{suffix}" for suffix in WEIGHT_SUFFIXES)
-    for name in (DESCRIPTION, "resume.pt", "resume-previous.pt", *backbones):
-        (folder / name).unlink(missing_ok=True)
-    for epoch in epochs_saved(folder):
-        remove_epoch(folder, epoch)
+def run_files(folder: Path) -> list[Path]:
+    """List a run's files in a folder, in the order to delete them: without its description, it is not a model's."""
+    weights = ["backbone", *(f"{part}-{i}" for i in epochs_saved(folder) for part in ("encoder", "decoder"))]
+    names = [DESCRIPTION, "resume.pt", "resume-previous.pt", *(f"{x}{end}" for x in weights for end in WEIGHT_SUFFIXES)]
+    return [folder / name for name in names if os.path.lexists(folder / name)]
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from captioning.backbones import Preprocessing
 from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE, write_file
-from captioning.images import ImageDataset, build_pixel_transform, read_batches
+from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
@@ -92,8 +92,8 @@ def stored_features(
 ) -> Tensor:
     """Return the memory-mapped float16 features of all images: (images, views, C) or (images, views, cells, C).
 
-    Cached features are reused; each process of a run computes its share, and a concurrent run waits. If images cannot
-    be read, the other features are computed first; then an `InputError` lists the unreadable images.
+    Cached features are reused; each process of a run computes its share, and a concurrent run waits. If an image cannot
+    be read, the rest are checked without the backbone, and an `InputError` lists all that cannot be read.
     """
     state = this_process()
     assert state.device is not None
@@ -121,6 +121,10 @@ def stored_features(
         if not complete:
             failed = _fill(encoder, paths, preprocessing, views, dtype, partial, workers)
             if failed:
+                if state.is_main_process:
+                    failed = dict(sorted((find_unreadable(paths, workers, cache) | failed).items()))
+                    shutil.rmtree(partial)  # a repaired or missing image makes another store
+                failed = broadcast_object_list([failed])[0]
                 raise InputError(
                     f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
                     f"{summarize_errors(failed.values())}"
@@ -188,7 +192,10 @@ def _fill(
     folder: Path,
     workers: int,
 ) -> dict[int, InputError]:
-    """Compute this process's share of the missing features; returns the unreadable images of all processes."""
+    """Compute this process's share of the missing features, up to the first batch with an unreadable image.
+
+    Returns the unreadable images of all processes.
+    """
     state = this_process()
     features = np.load(folder / "features.npy", mmap_mode="r+")
     done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}
@@ -208,6 +215,8 @@ def _fill(
     with open(folder / f"done-{state.process_index}-{state.num_processes}", "ab") as log, progress:
         log.truncate(log.tell() // 8 * 8)  # a kill may have torn the last entry
         for indices, batch in results:
+            if failed:
+                break
             half = batch.half()
             if not half.isfinite().all():
                 raise InputError(
@@ -215,11 +224,9 @@ def _fill(
                     f"half precision; use other --weights, or fine-tune the backbone."
                 )
             features[indices] = half.cpu().numpy()
-            start = indices[0] // BATCH * BATCH
-            if not any(i // BATCH * BATCH == start for i in failed):
-                features.flush()
-                log.write(np.int64(start).astype("<i8").tobytes())
-                log.flush()
-                os.fsync(log.fileno())
+            features.flush()
+            log.write(np.int64(indices[0]).astype("<i8").tobytes())
+            log.flush()
+            os.fsync(log.fileno())
             progress.update(BATCH)
-    return dict(sorted(gather_object([*failed.items()])))
+    return dict(gather_object([*failed.items()]))

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from captioning import checkpoint
@@ -114,12 +115,16 @@ def _read_architecture(encoder: Path, decoder: Path, states: dict[Path, dict[str
             f"{encoder} gives {feature_size} numbers an image and {decoder} takes {embed_size}; "
             "take two files of the same run."
         )
-    return checkpoint.Architecture(
-        decoder="lstm",
-        embed_size=embed_size,
-        hidden_size=size(decoder, "linear.weight", 1),
-        num_layers=max(1, sum(key.startswith("lstm.weight_ih_l") for key in states[decoder])),
-        dropout=0.0,
-        backbone="resnet50",
-        backbone_weights="epoch",
-    )
+    try:
+        return checkpoint.Architecture(
+            decoder="lstm",
+            embed_size=embed_size,
+            hidden_size=size(decoder, "linear.weight", 1),
+            num_layers=max(1, sum(key.startswith("lstm.weight_ih_l") for key in states[decoder])),
+            dropout=0.0,
+            backbone="resnet50",
+            backbone_weights="epoch",
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{decoder} is too large for a model here: {first['loc'][0]}: {first['msg']}.") from None

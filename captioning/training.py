@@ -244,7 +244,8 @@ class Run:
     def begin(self, state: dict[str, Any] | None) -> None:
         """Save a new run, or one with a new objective or new trained stages, before its first step."""
         if self.is_main and state is None:
-            checkpoint.remove_run(self.folder)
+            for path in checkpoint.run_files(self.folder):
+                path.unlink()
             self.scalars.remove()
             self.save()
         elif self.is_main and state and self.resumed and state["optimizer"] is None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from captioning.backbones import PACKAGED, Preprocessing, preprocessing_of
 from captioning.captioner import Captioner
-from captioning.checkpoint import load_model, read_description
+from captioning.checkpoint import load_model, read_description, write_model
 from captioning.errors import InputError
 from captioning.images import build_transform, read_image
 from captioning.training import TrainingConfig, train
@@ -25,7 +26,7 @@ FAMILIES = {  # name: (input size, cells, channels, stages)
     "tf_efficientnet_lite0": (64, 4, 1280, 8),
     "test_vit": (160, 100, 64, None),
     "test_convnext": (64, 4, None, None),
-    "swin_tiny_patch4_window7_224": (224, 49, 768, 6),
+    "swin_tiny_patch4_window7_224": (224, 49, 768, 5),
 }
 
 
@@ -66,6 +67,40 @@ def test_only_the_last_stages_learn(name: str):
     assert whole.network.training
     with pytest.raises(InputError, match=rf"a number of {name}'s stages, 0 to {encoder.num_stages}, not"):
         EncoderCNN(8, name, weights="random", fine_tune=encoder.num_stages + 1)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"])
+def test_all_that_is_trained_gets_a_gradient(name: str):
+    size = preprocessing_of(name).image_size
+    with torch.device("meta"):
+        encoder = EncoderCNN(8, name, weights="random", fine_tune=1)
+        encoder(torch.empty(1, 3, size, size)).sum().backward()
+    learning = [p for p in encoder.network.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in learning) > 0.1 * sum(p.numel() for p in encoder.network.parameters()) / 13
+    assert all(p.grad is not None for p in learning)
+
+
+@pytest.mark.parametrize("name", ["volo_d1_224", "coat_lite_tiny", "vit_small_patch16_dinov3"])
+def test_no_class_token_counts_as_a_cell(name: str):
+    size = preprocessing_of(name).image_size
+    with torch.device("meta"):
+        cells = EncoderCNN(8, name, weights="random", grid=True)(torch.empty(1, 3, size, size)).shape[1]
+    assert math.isqrt(cells) ** 2 == cells
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"])
+def test_backbones_with_buffers_that_no_file_holds_are_loaded(name: str, trained: Path, tmp_path: Path):
+    _, decoder, _, description = load_model(trained)
+    parts = description.architecture.model_copy(update={"backbone": name, "backbone_weights": "shared"})
+    preprocessing = preprocessing_of(name)
+    encoder = EncoderCNN(parts.embed_size, name, weights="random", grid=decoder.attends).eval()
+    changes = {"architecture": parts, "preprocessing": preprocessing}
+    write_model(tmp_path / "model", 1, encoder, decoder, description.model_copy(update=changes))
+    images = torch.randn(1, 3, preprocessing.image_size, preprocessing.image_size)
+    with torch.no_grad():
+        loaded = load_model(tmp_path / "model", 1)[0]
+        torch.testing.assert_close(loaded(images), encoder(images))
+    assert not any(p.requires_grad for p in loaded.network.parameters())
 
 
 @pytest.mark.parametrize("name", PACKAGED)

@@ -150,7 +150,7 @@ def test_other_weights_sizes_views_or_images_never_find_a_store(
     assert count_computed(encoder, some, SIZE) == 2
 
 
-def test_unreadable_images_are_listed_after_the_whole_pass(
+def test_the_first_unreadable_image_ends_the_pass_and_all_are_listed(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "a.png").write_bytes(b"")
@@ -160,6 +160,7 @@ def test_unreadable_images_are_listed_after_the_whole_pass(
         InputError, match=r"2 of 26 photos cannot be read \(--skip-unreadable .*\): .*a\.png.*; .*b\.png"
     ):
         stored_features(encoder, some, SIZE, cache=tmp_path)
+    assert not list((tmp_path / "features").glob("*.partial"))
 
 
 def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):

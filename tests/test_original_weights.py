@@ -302,6 +302,15 @@ def test_weights_that_lack_a_part_are_refused(original, triple, tmp_path):
         import_weights(*triple, tmp_path / "model")
 
 
+def test_weights_of_more_layers_than_a_model_may_have_are_refused(original, triple, tmp_path):
+    encoder, decoder, vocab = triple
+    state = torch.load(decoder, weights_only=True)
+    state |= {f"lstm.weight_ih_l{i}": state["lstm.weight_ih_l0"].clone() for i in range(1, 17)}
+    torch.save(state, tmp_path / "decoder-9.pkl")
+    with pytest.raises(InputError, match=r"decoder-9\.pkl is too large for a model here: num_layers: "):
+        import_weights(encoder, tmp_path / "decoder-9.pkl", vocab, tmp_path / "out")
+
+
 def test_weights_without_numbers_are_refused(original, triple, tmp_path):
     state = {**original[1].state_dict(), "linear.weight": torch.zeros(len(WORDS), 0)}
     torch.save(state, triple[1])

@@ -212,6 +212,15 @@ def test_weights_without_a_description_are_not_deleted_either(small: Make, tmp_p
     assert len(list((tmp_path / "small").iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["backbone.safetensors", "resume.pt", "training_log.txt", "tensorboard"])
+def test_nothing_of_another_origin_is_deleted(tmp_path: Path, run_here: Callable, name: str):
+    (path := tmp_path / "small" / name).parent.mkdir()
+    path.mkdir() if name == "tensorboard" else path.write_text("precious")
+    done = run_here("train.py", train_module.main, "--models", tmp_path, "--name", "small", "--weights", "random")
+    assert (done[0], f"small holds {name} already" in done[2]) == (2, True)
+    assert path.exists()
+
+
 def test_an_option_that_is_on_already_can_be_named(tmp_path: Path):
     (tmp_path / "r.toml").write_text("tie_weights = true\nembed_size = 256\nhidden_size = 256")
     recipe = ["--config", str(tmp_path / "r.toml")]
