@@ -88,8 +88,8 @@ def _missing_image(row: Row, index: ImageIndex) -> InputError:
     near.sort(key=lambda key: key.casefold() != wanted)  # names that differ in case only come first
     there = f" (there is {near[0]})" if near else ""
     return InputError(
-        f"{row.where}: {row.image} is not under {index.folder}{there}; correct its name, remove the row, or name the "
-        "folder that holds it with --images."
+        f"{row.where}: {row.image:.200} is not under {index.folder}{there}; correct its name, remove the row, or name "
+        "the folder that holds it with --images."
     )
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, last_stages, preprocessing_of, stages_of
+from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, freeze, preprocessing_of
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -60,12 +60,7 @@ class EncoderCNN(nn.Module):
         self.add_module(self.module_name, build_backbone(backbone, weights))
         self.feature_size = 2048 if backbone == RESNET50 else self.network.num_features
         self.embed = nn.Linear(self.feature_size, embed_size)
-        self.num_stages = len(stages_of(backbone, self.network))
-        if not 0 <= fine_tune <= self.num_stages:
-            raise InputError(f"fine_tune is a number of {backbone}'s stages, 0 to {self.num_stages}, not {fine_tune}.")
-        self.network.requires_grad_(False)
-        for parameter in last_stages(backbone, self.network, fine_tune):
-            parameter.requires_grad_(True)
+        self.num_stages = freeze(backbone, self.network, fine_tune)
         self.network.to(memory_format=torch.channels_last)
         self.train()
 

@@ -390,7 +390,7 @@ def _parse_annotations(path: Path) -> Annotations:
     if image_of:
         _drop_images_without_captions(annotations, report)
     annotations.skipped += [f"{line}." for line in report.lines()]
-    if path.name.startswith("captions_train") and _lacks_spaces(annotations):
+    if path.name.startswith("captions_train") and lacks_spaces(annotations.words, np.bincount(annotations.tokens)):
         where = f"{path.name.removeprefix('captions_').removesuffix(INDEX)}*.tar: " * is_index
         annotations.skipped.append(
             f"{where}the captions have no spaces between words, so that each whole sentence is learned as one word; "
@@ -399,10 +399,12 @@ def _parse_annotations(path: Path) -> Annotations:
     return annotations
 
 
-def _lacks_spaces(annotations: Annotations) -> bool:
-    """Return whether captions in scripts without spaces, such as Chinese, seem not to be split into words."""
-    counts = np.bincount(annotations.tokens)
-    lengths = np.array([len(word) if _UNSPACED.search(word) else 0 for word in annotations.words])
+def lacks_spaces(words: Sequence[str], counts: np.ndarray) -> bool:
+    """Return whether captions in scripts without spaces, such as Chinese, seem not to be split into words.
+
+    counts: (words,) how often each of the words occurs.
+    """
+    lengths = np.array([len(word) if _UNSPACED.search(word) else 0 for word in words])
     unspaced = counts[lengths > 0].sum()
     return unspaced > 0.1 * counts.sum() and lengths @ counts > MEAN_WORD * unspaced
 

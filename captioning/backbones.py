@@ -149,7 +149,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
     return backbone
 
 
-def stages_of(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
+def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
     """List the parameters of each of a backbone's stages, the stem first; a stage is fine-tuned as a whole."""
     if name == RESNET50:
         assert isinstance(backbone, nn.Sequential)
@@ -166,11 +166,20 @@ def stages_of(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]:
     return [[backbone.get_parameter(key) for key in groups[i]] for i in sorted(groups)]
 
 
-def last_stages(name: str, backbone: nn.Module, count: int) -> list[nn.Parameter]:
-    """List the parameters of a backbone's last `count` stages, without those that its features do not depend on."""
-    stages = stages_of(name, backbone)
-    unused = {id(backbone.get_parameter(key)) for key in _unused_parameters(name)} if count else set()
-    return [parameter for stage in stages[len(stages) - count :] for parameter in stage if id(parameter) not in unused]
+def freeze(name: str, backbone: nn.Module, fine_tune: int) -> int:
+    """Freeze a backbone but for its last `fine_tune` stages; returns the number of its stages.
+
+    Parameters that its features do not depend on are frozen, too. Raises `InputError` for more stages than there are.
+    """
+    stages = stage_parameters(name, backbone)
+    if not 0 <= fine_tune <= len(stages):
+        raise InputError(f"fine_tune is a number of {name}'s stages, 0 to {len(stages)}, not {fine_tune}.")
+    unused = {id(backbone.get_parameter(key)) for key in _unused_parameters(name)} if fine_tune else set()
+    backbone.requires_grad_(False)
+    for stage in stages[len(stages) - fine_tune :]:
+        for parameter in stage:
+            parameter.requires_grad_(id(parameter) not in unused)
+    return len(stages)
 
 
 def _unused_parameters(name: str) -> list[str]:
@@ -195,7 +204,7 @@ def rebuild(name: str, backbone: nn.Module) -> nn.Module:
 def count_stages(name: str) -> int:
     """Count the stages of a backbone."""
     with torch.device("meta"):
-        return len(stages_of(name, build_backbone(name, "random")))
+        return len(stage_parameters(name, build_backbone(name, "random")))
 
 
 @torch.no_grad()

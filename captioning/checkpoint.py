@@ -319,9 +319,8 @@ def store_backbone(folder: Path, encoder: EncoderCNN) -> None:
 
 def remove_epoch(folder: Path, epoch: int) -> None:
     """Delete an epoch's weights."""
-    for suffix in WEIGHT_SUFFIXES:
-        for name in ("encoder", "decoder"):
-            (folder / f"{name}-{epoch}{suffix}").unlink(missing_ok=True)
+    for name in (f"{part}-{epoch}{suffix}" for part in ("encoder", "decoder") for suffix in WEIGHT_SUFFIXES):
+        (folder / name).unlink(missing_ok=True)
 
 
 def load_model(
@@ -375,6 +374,12 @@ def run_files(folder: Path) -> list[Path]:
     weights = ["backbone", *(f"{part}-{i}" for i in epochs_saved(folder) for part in ("encoder", "decoder"))]
     names = [DESCRIPTION, "resume.pt", "resume-previous.pt", *(f"{x}{end}" for x in weights for end in WEIGHT_SUFFIXES)]
     return [folder / name for name in names if os.path.lexists(folder / name)]
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run's files."""
+    for path in run_files(folder):
+        path.unlink()
 
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:

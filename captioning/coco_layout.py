@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ from captioning.image_files import open_image
 from captioning.tables import SPLIT_ALIASES
 
 SPLITS = ("train", "val", "test")
+COCO_PREFIX = re.compile("^COCO_[a-z]+[0-9]{4}_")
 ANNOTATION_FILE = re.compile(r"(captions|image_info)_([a-z]+)[0-9]*\.json")
 
 
@@ -38,6 +39,20 @@ def find_annotation_files(folder: Path, split: str) -> Iterator[Path]:
             names = ", ".join(path.name for path in files)
             raise InputError(f"{folder} holds several {several}: {names}; keep the one to use.")
         yield from files
+
+
+def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> list[Path]:
+    """List the images of `others` that have the name and file size of a training image.
+
+    COCO's names of 2014 and 2017 differ in a prefix only, which does not count.
+    """
+
+    def name_of(path: Path) -> str:
+        return COCO_PREFIX.sub("", path.name)
+
+    by_name = {name_of(path): path for path in training}
+    pairs = ((path, by_name.get(name_of(path))) for path in others)
+    return [path for path, other in pairs if other is not None and path.stat().st_size == other.stat().st_size]
 
 
 def find_unknown_files(folder: Path) -> list[Path]:

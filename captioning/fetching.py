@@ -72,9 +72,19 @@ class ConcurrentTasks:
 
 
 def connect() -> httpx.AsyncClient:
-    """Build a client that keeps its connections open and requests uncompressed bodies."""
+    """Build a client that keeps its connections open and requests uncompressed bodies.
+
+    Raises `InputError` for a proxy that cannot be used.
+    """
     headers = {"User-Agent": "image-captioning", "Accept-Encoding": "identity"}
-    return httpx.AsyncClient(headers=headers, timeout=TIMEOUT_SECONDS)
+    try:
+        return httpx.AsyncClient(headers=headers, timeout=TIMEOUT_SECONDS)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        reason = str(error).split(". ")[0].rstrip(".")
+        raise InputError(
+            f"the proxy that HTTPS_PROXY or ALL_PROXY names cannot be used ({reason}); name one with http://, or use "
+            "socks5:// after `pip install 'httpx[socks]'`."
+        ) from None
 
 
 def describe_error(error: BaseException) -> str:

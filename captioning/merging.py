@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from captioning.annotations import is_rejected, parse_image_id
-from captioning.coco_layout import SPLITS, SourceImage, find_annotation_files, find_unknown_files, write_dataset
+from captioning.coco_layout import (
+    SPLITS,
+    SourceImage,
+    find_annotation_files,
+    find_shared_images,
+    find_unknown_files,
+    write_dataset,
+)
 from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
 from captioning.image_index import find_in_other_form
@@ -147,11 +154,11 @@ def _make_ids_unique(images: list[SourceImage]) -> None:
 def _report_leaks(images: list[SourceImage], report: Report) -> None:
     """Count images of val and test that have the name and file size of a training image of another source."""
 
-    def key(image: SourceImage) -> tuple:
-        return image.path.name, image.path.stat().st_size
+    def is_of(image: SourceImage, source: str) -> bool:
+        return image.name.partition("/")[0] == source
 
-    trained_on = {key(image): image.name.partition("/")[0] for image in images if image.split == "train"}
-    for image in images:
-        prefix = image.name.partition("/")[0]
-        if image.split != "train" and trained_on.get(key(image), prefix) != prefix:
-            report.add("image{s} of val or test that another source seems to train on", str(image.path), "found")
+    for source in {image.name.partition("/")[0] for image in images}:
+        training = [image.path for image in images if image.split == "train" and not is_of(image, source)]
+        tested = [image.path for image in images if image.split != "train" and is_of(image, source)]
+        for path in find_shared_images(training, tested):
+            report.add("image{s} of val or test that another source seems to train on", str(path), "found")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from pycocoevalcap.meteor import meteor as meteor_package
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from captioning.annotations import parse_image_id, read_captions
+from captioning.annotations import lacks_spaces, parse_image_id, read_captions
 from captioning.errors import InputError, warn_once
 from captioning.files import require_regular
 from captioning.tables import parse_json
@@ -283,6 +284,13 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
     for image in hypotheses:
         if not references.get(image):
             raise InputError(f"{results_file}: image {image} has no caption in {references_file}; remove it.")
+    captions = chain(hypotheses.values(), *(references[image] for image in hypotheses))
+    words = Counter(word for caption in captions for word in tokenize_plain(caption))
+    if words and lacks_spaces(list(words), np.array(list(words.values()))):
+        warn_once(
+            f"{results_file}: captions have no spaces between words, so that each whole sentence counts as one word; "
+            "split results and references into words first (as jieba, MeCab and PyThaiNLP do)."
+        )
     return score(hypotheses, references, java=java)
 
 

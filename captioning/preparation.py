@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from captioning import checkpoint
 from captioning.checkpoint import Architecture, Description
+from captioning.coco_layout import find_shared_images
 from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
-from captioning.errors import InputError, summarize_errors
+from captioning.errors import InputError, summarize_errors, warn_once
 from captioning.files import hash_file
 from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
@@ -128,6 +129,18 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
         )
     for error in failed if process.is_main_process else ():
         tqdm.write(f"left out: {error}")
+
+
+def warn_of_shared_images(data: CaptionDataset, val: CaptionDataset) -> None:
+    """Warn of validation images that are trained on, as in a mix of COCO 2014 and 2017."""
+    if not this_process().is_main_process:
+        return
+    training, others = ([path for path in each.paths if isinstance(path, Path)] for each in (data, val))
+    if shared := find_shared_images(training, others):
+        warn_once(
+            f"{len(shared):,} of {len(val.paths):,} validation images seem to be trained on, too, for example "
+            f"{shared[0]}; their scores are too high."
+        )
 
 
 def describe(

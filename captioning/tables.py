@@ -171,7 +171,10 @@ def _image(record: dict[str, Any], where: str) -> str:
         raise InputError(f"{where}, must give the image's file name as text, each row in its own object.")
     if len(set(names.values())) > 1:
         raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
-    return next(iter(names.values())).strip()
+    name = next(iter(names.values())).strip()
+    if _is_structure(name):  # as a column of images becomes text
+        raise InputError(f"{where}, has an image that is not a file name: {name:.80}; save the images as files.")
+    return name
 
 
 def _captions(record: dict[str, Any], where: str) -> list[str]:

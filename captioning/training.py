@@ -39,6 +39,7 @@ from captioning.preparation import (
     require_unchanged,
     restart_from_best,
     synchronize_batch_norms,
+    warn_of_shared_images,
 )
 from captioning.self_critical import SelfCritical
 from captioning.training_log import Scalars, format_line, read_log
@@ -133,6 +134,7 @@ class Run:
             self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, **files)
             self.val = CaptionDataset(config.data, "val", None, self.data.vocab, **files)
             self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.resumed)
+        warn_of_shared_images(self.data, self.val)
         synchronize_batch_norms(self.encoder, self.accelerator)
         if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
@@ -244,8 +246,7 @@ class Run:
     def begin(self, state: dict[str, Any] | None) -> None:
         """Save a new run, or one with a new objective or new trained stages, before its first step."""
         if self.is_main and state is None:
-            for path in checkpoint.run_files(self.folder):
-                path.unlink()
+            checkpoint.remove_run(self.folder)
             self.scalars.remove()
             self.save()
         elif self.is_main and state and self.resumed and state["optimizer"] is None:

@@ -190,3 +190,11 @@ def test_without_a_network_it_says_so(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(InputError, match="cannot be downloaded: no network, or no server of this name;"):
         read("http://images.cocodataset.org/a.jpg")
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1080", "http://[::1"])
+def test_a_proxy_that_cannot_be_used_is_a_sentence(proxy: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("all_proxy", proxy)
+    with pytest.raises(InputError, match=r"^the proxy that HTTPS_PROXY or ALL_PROXY names cannot be used \(.*\); name"):
+        fetching.connect()

@@ -110,6 +110,18 @@ def test_images_that_one_set_trains_on_and_another_tests_on_are_counted(tmp_path
     assert error == f"found 1 image of val or test that another source seems to train on: {b}/images/val/0.jpg\n"
 
 
+def test_an_image_of_coco_2014_is_known_again_in_2017(tmp_path, capsys):
+    a = data_set(tmp_path / "a", "2014", splits={"val": [4]})
+    b = data_set(tmp_path / "b", "2017", splits={"train": [4]})
+    for folder, name in ((a, "COCO_val2014_000000000004.jpg"), (b, "000000000004.jpg")):
+        (annotations,) = (folder / "annotations").iterdir()
+        (image,) = (folder / "images").rglob("*.jpg")
+        change(annotations, images=[{"id": 4, "file_name": name}])
+        image.rename(image.with_name(name))
+    importers.merge((a, b), tmp_path / "out")
+    assert "found 1 image of val or test that another source seems to train on: " in capsys.readouterr().err
+
+
 def test_a_leak_is_found_without_sizes_too(tmp_path, capsys):
     a = data_set(tmp_path / "a", splits={"train": [1, 2]})
     b = data_set(tmp_path / "b", splits={"val": [1]})

@@ -15,7 +15,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captioning import metrics
 from captioning.cider import CiderD
-from captioning.errors import InputError
+from captioning.errors import InputError, warn_once
 from captioning.metrics import METRICS, diversity, format_table, score, score_results, tokenize_plain
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_val2017.json"
@@ -449,3 +449,16 @@ def test_cider_d_equals_the_score_of_coco_captions():
     scorer = CiderD({i: [tokenize_plain(caption) for caption in group] for i, group in references.items()})
     mine = scorer(list(hypotheses), [tokenize_plain(caption) for caption in hypotheses.values()])
     np.testing.assert_allclose(mine, [scores.per_caption[i]["CIDEr"] for i in hypotheses], rtol=0, atol=1e-9)
+
+
+def test_sentences_without_spaces_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
+    warn_once.cache_clear()
+    document = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "一只猫坐在桌子上"}]}
+    references, results = tmp_path / "captions.json", tmp_path / "results.json"
+    references.write_text(json.dumps(document), encoding="utf-8")
+    for caption, warned in (("一只猫坐在桌子旁", True), ("a cat", False)):
+        results.write_text(json.dumps([{"image_id": 1, "caption": caption}]), encoding="utf-8")
+        document["annotations"][0]["caption"] = "a cat on a table"
+        score_results(references, results, java=False)
+        assert ("captions have no spaces between words" in capsys.readouterr().err) == warned
+        references.write_text(json.dumps(document), encoding="utf-8")

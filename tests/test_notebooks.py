@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_the_first_cell_installs_in_colab_and_the_text_says_so(path: Path):
     assert "GPU" in source(cells[0])
     assert "google.colab" in source(cells[1])
     assert "git clone" in source(cells[1])
+
+
+@each
+def test_what_is_imported_exists(path: Path):
+    for node in (node for cell in code_cells(path) for node in ast.walk(parse(cell))):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @each

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -172,7 +173,7 @@ def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
     done = run_script("train.py", *options, "--num-epochs", 1, "--batch-size", 400, "--workers", 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "epoch 1: train loss" in done.stdout
-    assert done.stderr == ""  # no progress bar into a pipe
+    assert re.fullmatch(r"warning: 8 of 8 validation images .*\n", done.stderr)  # no progress bar into a pipe
     assert epochs_saved(tmp_path / "models" / "eight") == [1]
     done = run_script("train.py", "--resume=models/eight", "--num-epochs", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -323,3 +324,20 @@ def test_a_training_that_is_resumed_stays_in_its_folder(options: list[str], trai
     train_module.parse_options(["--resume", str(trained), "--name", trained.name, "--models", str(trained.parent)])
     with pytest.raises(InputError, match=f"{options[0]} has no effect on a resumed run, which stays in"):
         train_module.parse_options(["--resume", str(trained), *options])
+
+
+def test_validation_images_that_are_trained_on_are_warned_of(
+    small: Make, drawn: Path, tmp_path: Path, tiny_backbone: Callable, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(drawn, tmp_path / "mixed")
+    first = sorted((tmp_path / "mixed" / "images" / "val").iterdir())[0]
+    shutil.copy(first, tmp_path / "mixed" / "images" / "train" / first.name)
+    file = tmp_path / "mixed" / "annotations" / "captions_train.json"
+    document = json.loads(file.read_text())
+    document["images"].append({"id": 999, "file_name": first.name})
+    document["annotations"].append({"id": 999, "image_id": 999, "caption": "a scene"})
+    file.write_text(json.dumps(document))
+    train(small(data=drawn))
+    assert "seem to be trained on" not in capsys.readouterr().err
+    train(small(data=tmp_path / "mixed"))
+    assert f"1 of 8 validation images seem to be trained on, too, for example {first}" in capsys.readouterr().err
