@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, freeze, preprocessing_of
+from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, freeze, preprocessing_of, require_one_map
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -91,8 +91,7 @@ class EncoderCNN(nn.Module):
             if dtype == torch.bfloat16 and "BFloat16" in str(error):
                 raise InputError(f"{self.backbone_name} does not run in bfloat16; use --precision fp32.") from error
             raise
-        if not isinstance(features, Tensor):
-            raise InputError(f"{self.backbone_name} has more than one feature map; use another --backbone.")
+        require_one_map(self.backbone_name, features)
         cells = self._cells(features)  # (B, cells, C)
         return cells if self.grid else cells.mean(1)
 

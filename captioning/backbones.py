@@ -182,6 +182,12 @@ def freeze(name: str, backbone: nn.Module, fine_tune: int) -> int:
     return len(stages)
 
 
+def require_one_map(name: str, features: object) -> None:
+    """Raise `InputError` where a backbone's features are several maps."""
+    if not isinstance(features, Tensor):
+        raise InputError(f"{name} has more than one feature map; use another --backbone.")
+
+
 def _unused_parameters(name: str) -> list[str]:
     """List the parameters that a timm model runs after its last feature map only, such as those of a head's norm."""
     if name == RESNET50:
@@ -190,6 +196,7 @@ def _unused_parameters(name: str) -> list[str]:
     with torch.device("meta"):
         backbone: Any = build_backbone(name, "random").eval()
         features = backbone.forward_features(torch.empty(1, 3, size, size))
+    require_one_map(name, features)
     features.sum().backward()
     return [key for key, parameter in backbone.named_parameters() if parameter.grad is None]
 

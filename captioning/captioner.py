@@ -21,6 +21,7 @@ from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
 from captioning.image_files import Source
 from captioning.images import ImageDataset, build_pixel_transform
+from captioning.packing import pack_output_layer
 from model import EncoderCNN
 from vocabulary import DEFAULT_LENGTH, UNK, UNK_WORD, Vocabulary
 
@@ -189,6 +190,7 @@ class Captioner:
         else:
             self.encoder = encoder.for_inference(choose_dtype(self.device, self.precision)).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()
+        self.fast_decoder: Any = pack_output_layer(self.decoder)
         self.vocab, self.description = vocab, description
         self.transform = build_pixel_transform(description.preprocessing)
         self.folder: Path | None = None  # the folder and the epoch that were loaded, if any
@@ -268,7 +270,7 @@ class Captioner:
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
         for indices, features in self._embed(sources, batches, workers, unreadable):
-            decoded = decode(self.decoder, features, [positions[i] if positions else i for i in indices])
+            decoded = decode(self.fast_decoder, features, [positions[i] if positions else i for i in indices])
             for index, hypotheses in zip(indices, decoded, strict=True):
                 first, *others = [self._caption(hypothesis) for hypothesis in hypotheses]
                 first.alternatives = others
@@ -353,7 +355,7 @@ class Ensemble(Captioner):
         self.device, self.precision = described.device, described.precision
         self.vocab, self.description = described.vocab, described.description
         self.encoder, self.transform = described.encoder, described.transform
-        self.decoder = EnsembleDecoder([member.decoder for member in members])
+        self.decoder = self.fast_decoder = EnsembleDecoder([member.fast_decoder for member in members])
         self.folder = self.epoch = None
         self.members = list(members)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -41,18 +43,19 @@ def find_annotation_files(folder: Path, split: str) -> Iterator[Path]:
         yield from files
 
 
-def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> list[Path]:
-    """List the images of `others` that have the name and file size of a training image.
+def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> Iterator[Path]:
+    """Yield the images of `others` that have the name and content of a training image, once for each of those.
 
     COCO's names of 2014 and 2017 differ in a prefix only, which does not count.
     """
-
-    def name_of(path: Path) -> str:
-        return COCO_PREFIX.sub("", path.name)
-
-    by_name = {name_of(path): path for path in training}
-    pairs = ((path, by_name.get(name_of(path))) for path in others)
-    return [path for path, other in pairs if other is not None and path.stat().st_size == other.stat().st_size]
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for path in others:
+        by_name[COCO_PREFIX.sub("", path.name)].append(path)
+    for path in training:
+        for other in by_name.get(COCO_PREFIX.sub("", path.name), ()):
+            with suppress(OSError):  # a missing file
+                if filecmp.cmp(path, other, shallow=False):
+                    yield other
 
 
 def find_unknown_files(folder: Path) -> list[Path]:

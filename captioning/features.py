@@ -123,7 +123,8 @@ def stored_features(
             if failed:
                 if state.is_main_process:
                     failed = dict(sorted((find_unreadable(paths, workers, cache) | failed).items()))
-                    shutil.rmtree(partial)  # a repaired or missing image makes another store
+                    if all(_is_read(paths[i]) for i in failed):  # a repaired image makes another store
+                        shutil.rmtree(partial)
                 failed = broadcast_object_list([failed])[0]
                 raise InputError(
                     f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
@@ -136,6 +137,15 @@ def stored_features(
             return torch.from_numpy(np.load(store / "features.npy", mmap_mode="c"))
         except (ValueError, EOFError, FileNotFoundError) as error:
             raise InputError(f"{store} is damaged ({error}); delete it to compute it again.") from None
+
+
+def _is_read(path: Path | Member) -> bool:
+    """Return whether a file's bytes can be read, unlike those on a failing drive or of another user's file."""
+    try:
+        path.read() if isinstance(path, Member) else path.read_bytes()
+    except OSError:
+        return False
+    return True
 
 
 def _lock(path: Path) -> AbstractContextManager:

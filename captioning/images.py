@@ -29,6 +29,7 @@ from captioning.shards import Member, stamp
 
 __all__ = ["WORKERS", "ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
 
+NOT_RANDOM = {T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
 
 
@@ -75,18 +76,24 @@ class ImageDataset(Dataset):
         self.paths = paths
         self.transform = transform
         self.shorter_side = resized_side(transform)
+        self.is_deterministic = isinstance(transform, T.Compose) and set(map(type, transform.transforms)) <= NOT_RANDOM
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
         index, seed = key if isinstance(key, tuple) else (key, 0)
+        if self.is_deterministic:
+            return self._read(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]))
-            try:
-                return self.transform(read_image(self.paths[index], self.shorter_side))
-            except MemoryError:
-                raise InputError(f"{self.paths[index]} takes more memory than there is; make it smaller.") from None
+            return self._read(index)
+
+    def _read(self, index: int) -> Tensor:
+        try:
+            return self.transform(read_image(self.paths[index], self.shorter_side))
+        except MemoryError:
+            raise InputError(f"{self.paths[index]} takes more memory than there is; make it smaller.") from None
 
 
 def resized_side(transform: Callable) -> int | None:

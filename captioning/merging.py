@@ -31,7 +31,7 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
 
     An image's name begins with the name of its source's folder; its id changes only where an image of another source
     or split has the same. Captions stay as they are. Reports on standard error what is left out, and how many images of
-    the val and test splits have the name and file size of a training image of another source.
+    the val and test splits have the name and content of a training image of another source.
 
     Raises:
         InputError: There are fewer than two sources, one is given twice or not in COCO's layout, or
@@ -152,7 +152,7 @@ def _make_ids_unique(images: list[SourceImage]) -> None:
 
 
 def _report_leaks(images: list[SourceImage], report: Report) -> None:
-    """Count images of val and test that have the name and file size of a training image of another source."""
+    """Count images of val and test that have the name and content of a training image of another source."""
 
     def is_of(image: SourceImage, source: str) -> bool:
         return image.name.partition("/")[0] == source
@@ -160,5 +160,5 @@ def _report_leaks(images: list[SourceImage], report: Report) -> None:
     for source in {image.name.partition("/")[0] for image in images}:
         training = [image.path for image in images if image.split == "train" and not is_of(image, source)]
         tested = [image.path for image in images if image.split != "train" and is_of(image, source)]
-        for path in find_shared_images(training, tested):
+        for path in dict.fromkeys(find_shared_images(training, tested)):
             report.add("image{s} of val or test that another source seems to train on", str(path), "found")

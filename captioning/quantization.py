@@ -48,7 +48,8 @@ class QuantizedBackbone(nn.Module):
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
-        self.num_prefix_tokens = getattr(backbone, "num_prefix_tokens", 0)
+        if hasattr(backbone, "num_prefix_tokens"):
+            self.num_prefix_tokens = backbone.num_prefix_tokens
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalized images (B, 3, H, W) in float32 -> the backbone's last features, in float32."""

@@ -134,10 +134,10 @@ class Run:
             self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, **files)
             self.val = CaptionDataset(config.data, "val", None, self.data.vocab, **files)
             self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.resumed)
-        warn_of_shared_images(self.data, self.val)
         synchronize_batch_norms(self.encoder, self.accelerator)
         if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
+        warn_of_shared_images(self.data, self.val)
         self.description = describe(config, self.data, self.val, self.resumed)
         self.progress = TrainingProgress()
         self.scalars = Scalars(folder, config.tensorboard and self.is_main)

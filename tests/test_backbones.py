@@ -267,6 +267,8 @@ def test_a_description_of_format_1_is_read(trained: Path, tmp_path: Path, stored
 def test_a_network_of_another_kind_is_one_sentence(name: str, sentence: str):
     with pytest.raises(InputError, match=sentence), torch.device("meta"):
         EncoderCNN(8, name, weights="random")(torch.empty(1, 3, 240, 240))
+    with pytest.raises(InputError, match=sentence):
+        EncoderCNN(8, name, weights="random", fine_tune=1)
 
 
 def test_a_damaged_download_is_one_sentence_and_nothing_is_printed(

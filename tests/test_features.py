@@ -163,6 +163,17 @@ def test_the_first_unreadable_image_ends_the_pass_and_all_are_listed(
     assert not list((tmp_path / "features").glob("*.partial"))
 
 
+def test_features_are_kept_where_a_file_cannot_be_read_at_present(
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "b.png").write_bytes(b"")
+    monkeypatch.setattr(features, "_is_read", lambda _: False)
+    with pytest.raises(InputError, match=r"1 of 25 photos cannot be read"):
+        stored_features(encoder, [*paths, tmp_path / "b.png"], SIZE, cache=tmp_path)
+    (log,) = (tmp_path / "features").glob("*.partial/done-*")
+    assert log.stat().st_size == 8
+
+
 def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):
     some = [tmp_path / f"{i}.png" for i in range(12)]
     for path in some:

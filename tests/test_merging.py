@@ -122,6 +122,13 @@ def test_an_image_of_coco_2014_is_known_again_in_2017(tmp_path, capsys):
     assert "found 1 image of val or test that another source seems to train on: " in capsys.readouterr().err
 
 
+def test_a_leak_is_found_among_images_of_one_name(tmp_path, capsys):
+    a, b = (data_set(tmp_path / name, splits={"train": [1]}, width=width) for name, width in (("a", 8), ("b", 20)))
+    c = data_set(tmp_path / "c", splits={"val": [1]})
+    importers.merge((a, b, c), tmp_path / "out")
+    assert "found 1 image of val or test that another source seems to train on: " in capsys.readouterr().err
+
+
 def test_a_leak_is_found_without_sizes_too(tmp_path, capsys):
     a = data_set(tmp_path / "a", splits={"train": [1, 2]})
     b = data_set(tmp_path / "b", splits={"val": [1]})

@@ -173,7 +173,7 @@ def test_the_command_trains_and_goes_on(eight: Path, tmp_path: Path):
     done = run_script("train.py", *options, "--num-epochs", 1, "--batch-size", 400, "--workers", 0, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "epoch 1: train loss" in done.stdout
-    assert re.fullmatch(r"warning: 8 of 8 validation images .*\n", done.stderr)  # no progress bar into a pipe
+    assert re.fullmatch(r"warning: validation images such as .*\n", done.stderr)  # no progress bar into a pipe
     assert epochs_saved(tmp_path / "models" / "eight") == [1]
     done = run_script("train.py", "--resume=models/eight", "--num-epochs", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -338,6 +338,6 @@ def test_validation_images_that_are_trained_on_are_warned_of(
     document["annotations"].append({"id": 999, "image_id": 999, "caption": "a scene"})
     file.write_text(json.dumps(document))
     train(small(data=drawn))
-    assert "seem to be trained on" not in capsys.readouterr().err
+    assert "are trained on" not in capsys.readouterr().err
     train(small(data=tmp_path / "mixed"))
-    assert f"1 of 8 validation images seem to be trained on, too, for example {first}" in capsys.readouterr().err
+    assert f"validation images such as {first} are trained on, too" in capsys.readouterr().err

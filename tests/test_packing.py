@@ -1,0 +1,41 @@
+"""A packed output layer gives what the decoder gives."""
+
+import pytest
+import torch
+
+from captioning.decoding import greedy
+from captioning.packing import PackedLinear, pack_output_layer
+from model import DECODERS
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("rows", [1, 16, 50])
+@torch.no_grad()
+def test_logits_differ_in_rounding_only(name: str, rows: int):
+    torch.manual_seed(0)
+    decoder = DECODERS[name](24, 24, 1001, 2).eval()
+    decoder.linear.weight = decoder.embed.weight
+    images = torch.randn(rows, *((9,) if decoder.attends else ()), 24)
+    packed = pack_output_layer(decoder)
+    assert isinstance(packed.linear, PackedLinear)
+    tokens = torch.randint(4, 1001, (rows,))
+    expected, actual = (each.step(tokens, each.init_state(images))[0] for each in (decoder, packed))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert [caption.tokens for caption in greedy(packed, images)] == [c.tokens for c in greedy(decoder, images)]
+
+
+def test_the_decoder_itself_stays_as_it_is():
+    decoder = DECODERS["lstm"](8, 16, 50).eval()
+    names = list(decoder.state_dict())
+    pack_output_layer(decoder)
+    assert list(decoder.state_dict()) == names
+    assert isinstance(decoder.linear, torch.nn.Linear)
+
+
+def test_without_onednn_a_decoder_is_returned_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    decoder = DECODERS["lstm"](8, 16, 50).eval()
+    assert pack_output_layer(decoder) is decoder
