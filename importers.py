@@ -256,7 +256,7 @@ def import_folder(
     columns are photo (or image, file_name, filename), the image's path relative to the folder of images; caption (or
     text, or caption_1, caption_2 and so on); and optionally split: train, val or test. Instead of a table, each image
     may have a file of its own: for 0.jpg, 0.txt, 0.caption or 0.jpg.txt with one caption per line, or 0.json with
-    "caption" or "captions", or a list of captions.
+    "caption" or "captions".
 
     Splits come from the column split (or set), else from folders called train, val and test that hold all images;
     otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation split is missing, it

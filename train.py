@@ -49,7 +49,7 @@ class RunOptions:
 
     config: Path | None = None  # recipe to start from: a TOML file such as configs/scenes.toml
     resume: Path | None = None  # model folder of the run to resume
-    overwrite: bool = False  # replace a model of this name
+    overwrite: bool = False  # delete the files of an earlier run of this name
 
 
 @dataclass
@@ -130,7 +130,8 @@ def main() -> None:
     config, run = parse_options(sys.argv[1:])
     folder = config.models / config.name
     if config.resume is None and not run.overwrite and (earlier := find_earlier(config)):
-        can_resume = any(os.path.exists(folder / name) for name in ("resume.pt", "resume-previous.pt"))
+        states = [folder / name for name in ("resume.pt", "resume-previous.pt")]
+        can_resume = os.path.exists(folder / checkpoint.DESCRIPTION) and any(map(os.path.exists, states))
         resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
         raise InputError(
             f"{folder} holds {earlier} already; {resume}choose another --name, or delete it with --overwrite."

@@ -370,7 +370,7 @@ def load_encoder(encoder: EncoderCNN, state: dict[str, torch.Tensor], path: Path
 
 
 def run_files(folder: Path) -> list[Path]:
-    """List a run's files in a folder, in the order to delete them: without its description, it is not a model's."""
+    """List a run's files in a folder, the description first, since a folder without it is not a model's."""
     weights = ["backbone", *(f"{part}-{i}" for i in epochs_saved(folder) for part in ("encoder", "decoder"))]
     names = [DESCRIPTION, "resume.pt", "resume-previous.pt", *(f"{x}{end}" for x in weights for end in WEIGHT_SUFFIXES)]
     return [folder / name for name in names if os.path.lexists(folder / name)]

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,14 +48,16 @@ def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> Iter
 
     COCO's names of 2014 and 2017 differ in a prefix only, which does not count.
     """
-    by_name: dict[str, list[Path]] = defaultdict(list)
+    by_name: dict[str, dict[int, list[Path]]] = {}  # name -> size -> images
     for path in others:
-        by_name[COCO_PREFIX.sub("", path.name)].append(path)
+        with suppress(OSError):  # a missing file
+            sizes = by_name.setdefault(COCO_PREFIX.sub("", path.name), {})
+            sizes.setdefault(path.stat().st_size, []).append(path)
     for path in training:
-        for other in by_name.get(COCO_PREFIX.sub("", path.name), ()):
-            with suppress(OSError):  # a missing file
-                if filecmp.cmp(path, other, shallow=False):
-                    yield other
+        if sizes := by_name.get(COCO_PREFIX.sub("", path.name)):
+            with suppress(OSError):
+                same_size = sizes.get(path.stat().st_size, ())
+                yield from (other for other in same_size if filecmp.cmp(path, other, shallow=False))
 
 
 def find_unknown_files(folder: Path) -> list[Path]:

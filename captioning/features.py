@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from captioning.backbones import Preprocessing
 from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
-from captioning.files import CACHE, write_file
+from captioning.files import CACHE, HEIF_SUFFIXES, write_file
 from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
@@ -122,9 +122,10 @@ def stored_features(
             failed = _fill(encoder, paths, preprocessing, views, dtype, partial, workers)
             if failed:
                 if state.is_main_process:
-                    failed = dict(sorted((find_unreadable(paths, workers, cache) | failed).items()))
-                    if all(_is_read(paths[i]) for i in failed):  # a repaired image makes another store
-                        shutil.rmtree(partial)
+                    again = find_unreadable(paths, workers, cache)
+                    if failed.keys() <= again.keys() and all(_is_damaged(paths[i]) for i in failed):
+                        shutil.rmtree(partial)  # once it is repaired or left out, these features are of no use
+                    failed = dict(sorted((again | failed).items()))
                 failed = broadcast_object_list([failed])[0]
                 raise InputError(
                     f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
@@ -139,13 +140,20 @@ def stored_features(
             raise InputError(f"{store} is damaged ({error}); delete it to compute it again.") from None
 
 
-def _is_read(path: Path | Member) -> bool:
-    """Return whether a file's bytes can be read, unlike those on a failing drive or of another user's file."""
+def _is_damaged(path: Path | Member) -> bool:
+    """Return whether an unreadable image has to be changed to be read, unlike one that may not be read at present.
+
+    That is one on a failing drive, without permission, or a HEIC image without pillow-heif.
+    """
+    if isinstance(path, Member):
+        return True
     try:
-        path.read() if isinstance(path, Member) else path.read_bytes()
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
     except OSError:
         return False
-    return True
+    return path.suffix.lower() not in HEIF_SUFFIXES
 
 
 def _lock(path: Path) -> AbstractContextManager:

@@ -82,8 +82,8 @@ def connect() -> httpx.AsyncClient:
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         reason = str(error).split(". ")[0].rstrip(".")
         raise InputError(
-            f"the proxy that HTTPS_PROXY or ALL_PROXY names cannot be used ({reason}); name one with http://, or use "
-            "socks5:// after `pip install 'httpx[socks]'`."
+            f"the proxy settings (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY or the system's) cannot be used "
+            f"({reason}); name a proxy with http://, or with socks5:// after `pip install 'httpx[socks]'`."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""A decoder whose output layer is laid out for the multiplication by a CPU."""
+"""A decoder whose output layer is laid out for fast matrix products on a CPU."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PackedLinear(nn.Module):
 def pack_output_layer(decoder: DecoderModule) -> DecoderModule:
     """Return a decoder with the same weights that is faster on a CPU, where most of its time is the output layer's.
 
-    Its logits differ in rounding only. The other parts are shared, and later changes of the output layer are not
-    followed. A decoder on a GPU, or where PyTorch has no oneDNN, is returned as it is.
+    Its logits differ in rounding only. The other parts are shared; later changes to the output layer's weights have no
+    effect on the copy. A decoder on a GPU, or where PyTorch has no oneDNN, is returned as it is.
     """
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if decoder.linear.weight.device.type != "cpu" or not has_onednn:

@@ -261,8 +261,8 @@ def as_table(headers: list[str], rows: list[list[Any]]) -> dict[str, Any]:
 def attention_maps(view: Image.Image, caption: Caption) -> list[tuple[Image.Image, str]]:
     """Draw the attention of every word over the model's view of the image; the list is empty without attention.
 
-    Each call's maps hold a comment of their own, without which Gradio would write the maps of two requests with the
-    same photo to one file, the second ones while the first ones are being downloaded.
+    Each call's maps hold a comment of their own. Without it, Gradio would write the maps of two requests with the same
+    photo to the same files, overwriting the first request's while they are being downloaded.
     """
     if caption.attention is None:
         return []

@@ -28,8 +28,7 @@ def read_captions(
 ) -> tuple[File | None, list[tuple[str, str]]]:
     """Read an image's captions from its files, a dictionary by suffix.
 
-    Each line of .txt or .caption is a caption; .json is a list of captions, or has "captions" or, without any,
-    "caption". Returns the file that
+    Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption". Returns the file that
     is used, and its captions with their places: in one line each, "" for a missing one. `read` returns the bytes of a
     file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
@@ -56,7 +55,7 @@ def _read_files(
             raise InputError(f"{file} is not UTF-8 text (byte {error.start}); {advice}.") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is not JSON ({error}).") from None
-        return content if isinstance(content, dict) else {"captions": content} if isinstance(content, list) else {}
+        return content if isinstance(content, dict) else {}
 
     for suffix, file in ((suffix, files[suffix]) for suffix in SUFFIXES if suffix in files):
         if suffix == ".json":

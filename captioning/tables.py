@@ -172,7 +172,7 @@ def _image(record: dict[str, Any], where: str) -> str:
     if len(set(names.values())) > 1:
         raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
     name = next(iter(names.values())).strip()
-    if _is_structure(name):  # as a column of images becomes text
+    if _is_structure(name):  # as when a column of images is saved as text
         raise InputError(f"{where}, has an image that is not a file name: {name:.80}; save the images as files.")
     return name
 

@@ -155,23 +155,25 @@ def test_the_first_unreadable_image_ends_the_pass_and_all_are_listed(
 ):
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "b.png").write_bytes(paths[0].read_bytes()[:200])
-    some = [tmp_path / "a.png", *paths, tmp_path / "b.png"]
+    some = [tmp_path / "a.png", *paths * (1 + BATCH // 24), tmp_path / "b.png"]
+    computed = record_computed(monkeypatch)
     with pytest.raises(
-        InputError, match=r"2 of 26 photos cannot be read \(--skip-unreadable .*\): .*a\.png.*; .*b\.png"
+        InputError, match=r"2 of \d+ photos cannot be read \(--skip-unreadable .*\): .*a\.png.*; .*b\.png"
     ):
         stored_features(encoder, some, SIZE, cache=tmp_path)
+    assert computed == list(range(1, BATCH))
     assert not list((tmp_path / "features").glob("*.partial"))
 
 
 def test_features_are_kept_where_a_file_cannot_be_read_at_present(
-    encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: EncoderCNN, paths: list[Path], tmp_path: Path
 ):
-    (tmp_path / "b.png").write_bytes(b"")
-    monkeypatch.setattr(features, "_is_read", lambda _: False)
-    with pytest.raises(InputError, match=r"1 of 25 photos cannot be read"):
-        stored_features(encoder, [*paths, tmp_path / "b.png"], SIZE, cache=tmp_path)
+    (tmp_path / "b.heic").write_bytes(b"")
+    some = [*paths * (1 + BATCH // 24), tmp_path / "b.heic"]
+    with pytest.raises(InputError, match=r"1 of \d+ photos cannot be read"):
+        stored_features(encoder, some, SIZE, cache=tmp_path)
     (log,) = (tmp_path / "features").glob("*.partial/done-*")
-    assert log.stat().st_size == 8
+    assert log.stat().st_size == 8 * (len(some) // BATCH)
 
 
 def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tmp_path: Path):

@@ -657,10 +657,6 @@ def test_a_json_file_without_captions_is_told_what_it_lacks(tmp_path):
     source = six(tmp_path / "in", **{f"{i}__json": '{"text": "a ball"}' for i in range(6)})
     with pytest.raises(InputError, match=r'nor a \.json file with "caption" or "captions"'):
         importers.import_folder(source, tmp_path / "out")
-    for i in range(6):
-        text(source / f"{i}.json", '["a ball", "a red ball"]')
-    importers.import_folder(source, tmp_path / "out")
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a ball", "a red ball"] for i in range(6)}
 
 
 def test_an_image_that_exists_in_another_folder_is_told_apart(tmp_path):

@@ -452,11 +452,11 @@ def test_cider_d_equals_the_score_of_coco_captions():
 
 
 def test_sentences_without_spaces_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
-    warn_once.cache_clear()
     document = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "一只猫坐在桌子上"}]}
     references, results = tmp_path / "captions.json", tmp_path / "results.json"
     references.write_text(json.dumps(document), encoding="utf-8")
     for caption, warned in (("一只猫坐在桌子旁", True), ("a cat", False)):
+        warn_once.cache_clear()
         results.write_text(json.dumps([{"image_id": 1, "caption": caption}]), encoding="utf-8")
         document["annotations"][0]["caption"] = "a cat on a table"
         score_results(references, results, java=False)

@@ -353,7 +353,10 @@ def test_a_file_of_the_user_is_not_deleted_with_the_scenes(tmp_path, monkeypatch
         dataset.draw_dataset(folder, train=2, val=1, test=1)
     with pytest.raises(InputError, match=r"test/mine\.jpg is not a drawn scene and would be deleted; move it"):
         dataset.draw_dataset(folder, train=3, val=1, test=1)
-    (folder / "images" / "test" / "mine.jpg").unlink()
+    (folder / "images" / "test" / "mine.jpg").rename(folder / "annotations" / "captions_mine.json")
+    with pytest.raises(InputError, match=r"captions_mine\.json is not a drawn scene"):
+        dataset.draw_dataset(folder, train=3, val=1, test=1)
+    (folder / "annotations" / "captions_mine.json").unlink()
     dataset.draw_dataset(folder, train=3, val=1, test=1)
     assert len(list((folder / "images" / "train").iterdir())) == 3
 

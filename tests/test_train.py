@@ -218,7 +218,7 @@ def test_nothing_of_another_origin_is_deleted(tmp_path: Path, run_here: Callable
     (path := tmp_path / "small" / name).parent.mkdir()
     path.mkdir() if name == "tensorboard" else path.write_text("precious")
     done = run_here("train.py", train_module.main, "--models", tmp_path, "--name", "small", "--weights", "random")
-    assert (done[0], f"small holds {name} already" in done[2]) == (2, True)
+    assert (done[0], f"small holds {name} already; choose another --name" in done[2]) == (2, True)
     assert path.exists()
 
 

@@ -27,7 +27,9 @@ from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
 VERSION = "3"
-DRAWN_FILE = re.compile(r"images/(train|val|test)/[0-9]{12}\.jpg|annotations/(captions|image_info)_[a-z]+\.json")
+DRAWN_FILE = re.compile(
+    r"images/(train|val|test)/[0-9]{12}\.jpg|annotations/(captions_(train|val|test)|image_info_test)\.json"
+)
 MAX_PICTURES = 1_000_000  # maximum number of pictures in a split, and number of ids reserved for it
 MAX_SERIAL = 400  # maximum number of pictures that this process draws alone, as starting others takes longer
 
