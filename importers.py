@@ -299,9 +299,9 @@ def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: 
     Also returns what an image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
     """
     files = list(walk_files(folder))
-    sidecars = {*find_sidecars(folder, files, index)}
+    sidecars = find_sidecars(folder, files, index)
     tables = _find_tables(folder, files, TABLE_SUFFIXES, report)
-    rows = [] if tables else read_folder(folder, files, index, encoding, report)
+    rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
     if not any(row.captions[0] for row in rows):  # as in files of labels
         tables = tables or _find_tables(folder, [path for path in files if path not in sidecars], (".json",), report)
     if not rows and not tables:

@@ -93,9 +93,8 @@ def _read_images(
         if name in names:
             raise InputError(f"{where} lists {name} again, with another id; give all captions of an image one id.")
         names.add(name)
-        image = SourceImage(image_folder / name, f"{prefix}/{name}", split, id=image_id, size=size)
-        image.scene = entry.get("scene")
-        images[image_id] = image
+        about: dict[str, Any] = {"id": image_id, "size": size, "scene": entry.get("scene")}
+        images[image_id] = SourceImage(image_folder / name, f"{prefix}/{name}", split, **about)
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
         image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
         captions: list[Any] = caption or [None] if isinstance(caption, list) else [caption]
@@ -157,7 +156,7 @@ def _report_leaks(images: list[SourceImage], report: Report) -> None:
     def is_of(image: SourceImage, source: str) -> bool:
         return image.name.partition("/")[0] == source
 
-    for source in {image.name.partition("/")[0] for image in images}:
+    for source in dict.fromkeys(image.name.partition("/")[0] for image in images):
         training = [image.path for image in images if image.split == "train" and not is_of(image, source)]
         tested = [image.path for image in images if image.split != "train" and is_of(image, source)]
         for path in dict.fromkeys(find_shared_images(training, tested)):

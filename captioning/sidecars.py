@@ -82,15 +82,20 @@ def _split(text: str, file: object, whole: Any) -> Places:
     return lines or [(f"{file}, line 1", "")]
 
 
-def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> list[Path]:
-    """List the files of `folder` that have the name of an image of the index: of 0.jpg, 0.txt or 0.jpg.txt."""
+def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> set[Path]:
+    """Find the files of `folder` that have the name of an image of the index: of 0.jpg, 0.txt or 0.jpg.txt."""
     images = [folder / path.relative_to(index.folder) for path, *_ in index.paths.values()]
     names = {*images, *(image.with_suffix("") for image in images)}
-    return [path for path in files if path.suffix.lower() in SUFFIXES and path.with_suffix("") in names]
+    return {path for path in files if path.suffix.lower() in SUFFIXES and path.with_suffix("") in names}
 
 
-def read_folder(folder: Path, files: list[Path], index: ImageIndex, encoding: str | None, report: Report) -> list[Row]:
-    """Read the captions of all images of the index from the files of `folder`: of 0.jpg, from 0.txt or 0.jpg.txt."""
+def read_folder(
+    folder: Path, files: list[Path], sidecars: set[Path], index: ImageIndex, encoding: str | None, report: Report
+) -> list[Row]:
+    """Read the captions of all images of the index from those of the `files` of `folder` that are their `sidecars`.
+
+    Other files of captions are reported.
+    """
     by_name: dict[Path, dict[str, Path]] = defaultdict(dict)  # without the suffix
     for path in files:
         suffix = path.suffix.lower()
@@ -108,8 +113,7 @@ def read_folder(folder: Path, files: list[Path], index: ImageIndex, encoding: st
             raise InputError(f"{file} may be of {owners[file]} or of {path}; keep one of the two images.")
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
-        beside = {*find_sidecars(folder, files, index)}
-        for path in sorted(path for named in by_name.values() for path in named.values() if path not in beside):
+        for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
             if path.suffix.lower() != ".json":
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows

@@ -218,11 +218,12 @@ def _is_structure(value: str) -> bool:
     if value[:1] + value[-1:] not in ("{}", "[]", "()"):
         return False
     for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            try:
-                return isinstance(parse(value), dict | list | set | tuple)
-            except TypeError:  # a set of dicts, such as {{}}
-                return True
+        try:
+            return isinstance(parse(value), dict | list | set | tuple)
+        except TypeError:  # a set of dicts, such as {{}}
+            return True
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
     return False
 
 

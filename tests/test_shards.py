@@ -258,9 +258,8 @@ def test_a_tar_file_that_is_not_whole_is_an_error(tmp_path: Path, harm: str):
 def test_a_negative_size_in_a_tar_file_is_an_error(tmp_path: Path):
     first, second = tarfile.TarInfo("a.jpg"), tarfile.TarInfo("b.jpg")
     second.size = -512  # tarfile, which starts again at the same header, would never end
-    header = bytearray(second.tobuf(tarfile.GNU_FORMAT))
     shard = tmp_path / "a.tar"
-    shard.write_bytes(first.tobuf() + bytes(header) + bytes(1024))
+    shard.write_bytes(first.tobuf() + second.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(InputError, match=r"a\.tar cannot be read as a tar file \(.+\)\.$"):
         list(read_samples(shard, Report()))
 
