@@ -57,8 +57,8 @@ def main(
         model: folder, or user/name on the Hub; default: the newest trained on photos. Several make an ensemble.
         precision: of the backbone; auto is bf16 if supported, else fp32; int8, for CPUs, is fast and slightly inexact.
         recursive: also caption the images in subfolders.
-        json_: print a JSON list of objects with the keys photo, caption and log_probability.
-        output: write these objects to this JSON Lines file; run the same command again to resume.
+        json_: print a JSON list of objects with the keys photo, caption, log_probability and perhaps alternatives.
+        output: write these objects to this JSON Lines file (key error for an unreadable image); run again to resume.
         strict: stop at the first image that cannot be read.
         sheet: also draw a contact sheet of the images and captions to this PNG file.
         attention: also draw the first image's attention maps, one per word, to this PNG file.

@@ -278,7 +278,7 @@ class EpochSampler(Sampler):
 class LengthBatches(EpochSampler):
     """Batches of captions of equal length, every caption once per epoch.
 
-    Captions of equal length need no padding, which would cost decoder steps.
+    Captions of equal length need no padding, on which a transformer would compute as well.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0):

@@ -73,7 +73,7 @@ class ModelOptions:
     crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default center
     # pool the feature map to this many rows and columns (attention and transformer decoders)
     grid_size: int | None = None
-    views: int = 1  # crops cached per image for a frozen backbone: the evaluation's, and augmented ones
+    views: int = 1  # views of an image whose features are cached: the evaluation's crop and views - 1 random ones
     decoder: checkpoint.DecoderName = "lstm"  # decoder architecture
     embed_size: int = 256  # embedding dimension
     hidden_size: int = 512  # hidden dimension of the LSTM, or of the transformer's feed-forward layers

@@ -151,7 +151,7 @@ def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
         return None
     name, event = call.groups()
     if name not in {function.api_name for function in page.fns.values()}:
-        return PlainTextResponse(f"There is no API {name}; docs/web.md describes the one that there is, caption.", 404)
+        return PlainTextResponse(f"There is no API {name}; the only one is caption (docs/web.md).", 404)
     sessions = [session for session, events in queue.pending_event_ids_session.items() if event in events]
     if event and not any(session in queue.pending_messages_per_session for session in sessions):
         return PlainTextResponse("There is no such call, or its result was fetched before; send the photo again.", 404)
