@@ -40,7 +40,7 @@ from captioning.fetching import (
     read,
     require_space,
 )
-from captioning.files import require_new_folder, write_file
+from captioning.files import require_local, require_new_folder, write_file
 from captioning.image_files import MAX_SCANS
 
 COCO_SERVER = "http://images.cocodataset.org"  # its https certificate is for another host; SHA-256 protects
@@ -249,6 +249,7 @@ def coco(
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}.")
+    require_local(root)
     work = root / ".download"
     archives = [archive for archive in COCO_ARCHIVES if archive.endswith(f"{year}.zip")]
     names = [Path(m).name for archive in archives for m in _members(archive) if m.endswith(".json")]

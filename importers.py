@@ -12,12 +12,14 @@ be edited in place, and copies elsewhere.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import tyro
 
+from captioning.captions import clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, run_command
 from captioning.files import hash_file, read_text, require_new_folder
@@ -25,7 +27,7 @@ from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import find_sidecars, read_folder
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
-from captioning.tables import SPLIT_ALIASES, Row, clean_caption, read_json, read_table, read_token_file
+from captioning.tables import Row, parse_split, read_json, read_table, read_token_file
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -101,8 +103,8 @@ def import_flickr(
 ) -> None:
     """Convert Flickr8k or Flickr30k, in their own files or with a captions.txt or results.csv, to COCO's layout.
 
-    Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val.txt, test.txt), if any,
-    list the images of each split; other images are left out. Without them, images are divided about 90 : 5 : 5
+    Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val.txt, test.txt; also .csv), if
+    any, list the images of each split; other images are left out. Without them, images are divided about 90 : 5 : 5
     by a hash of their names. If only the validation split is missing, it takes 5% of the training images.
 
     Args:
@@ -115,15 +117,16 @@ def import_flickr(
     folder, report = _source_folder(source), Report()
     texts = [path for path in walk_files(folder) if path.suffix.lower() in (".txt", ".csv", ".token")]
     table = _flickr_captions(folder, texts) if source.is_dir() else source
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, list[str]] = {}  # by the name of the image in Unicode's composed form
     splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
-    is_token_file = ".token" in table.name
+    is_token_file = ".token" in table.name.lower()
     for row in read_token_file(table, encoding) if is_token_file else read_table(table, encoding, report):
+        row.image = unicodedata.normalize("NFC", row.image)
         captions.setdefault(row.image, []).extend(_captions(row, report))
         if row.split:
             set_split(splits, row.image, row.where, row.split)
     index = ImageIndex(_source_folder(images or folder))
-    split_files = [path for path in texts if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)]
+    split_files = [path for path in texts if path != table and SPLIT_FILE.search(path.stem)]
     read_split_files(split_files, captions, table, encoding, splits)
     rows: list[Row] = []
     for name, texts in captions.items():
@@ -160,7 +163,7 @@ def _name_images(rows: dict[str, Row], index: ImageIndex) -> list[SourceImage]:
 
 
 def _flickr_captions(folder: Path, texts: list[Path]) -> Path:
-    tables = [path for path in texts if ".token" in path.name and ".lemma" not in path.name]
+    tables = [path for path in texts if ".token" in path.name.lower() and ".lemma" not in path.name.lower()]
     tables += [path for path in texts if path.name.lower() in ("captions.txt", "captions.csv", "results.csv")]
     tables = list({hash_file(path): path for path in reversed(tables)}.values())
     if not tables:
@@ -229,11 +232,12 @@ def _karpathy_row(entry: Any, where: str) -> Row:
         raise InputError(f"{where}: {error} is missing.") from None
     except (TypeError, AttributeError):
         raise InputError(f"{where} is not an entry with filename, split and sentences as Karpathy has them.") from None
-    if not isinstance(name, str) or not isinstance(split, str) or split.lower() not in SPLIT_ALIASES:
+    known_split = parse_split(split) if isinstance(split, str) else None
+    if known_split is None or not isinstance(name, str):
         raise InputError(f"{where}: the split {split!r} is unknown, or the filename {name!r} is not text.")
     if image_id is not None and (type(image_id) is not int or abs(image_id) >= 1 << 63):
         raise InputError(f"{where}: the cocoid {image_id!r} is not a whole number of 64 bits.")
-    return Row(where, image, captions, SPLIT_ALIASES[split.lower()])
+    return Row(where, image, captions, known_split)
 
 
 def _karpathy_caption(sentence: dict[str, Any]) -> str:
@@ -270,11 +274,10 @@ def import_folder(
     """
     require_new_folder(destination)
     folder, report = _source_folder(source), Report()
+    rows, kind = ([], "") if source.is_dir() else (_read_tables([source], folder, encoding, report), "row")
     index = ImageIndex(_source_folder(images or folder))
     if source.is_dir():
         rows, kind = _folder_rows(folder, index, encoding, report)
-    else:
-        rows, kind = _read_tables([source], folder, encoding, report), "row"
     result: dict[str, SourceImage] = {}
     for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:
@@ -288,7 +291,7 @@ def import_folder(
     for path in index.unreadable:
         report.add("HEIC image{s} that `pip install pillow-heif` makes readable", str(path))
     if not any(image.split for image in result.values()):
-        for key, split in splits_by_folder(result).items():
+        for key, split in splits_by_folder(result, report).items():
             result[key].split = split
     _write(list(result.values()), source, destination, report)
 

@@ -20,11 +20,11 @@ from typing import Any, BinaryIO, overload
 import ijson
 import numpy as np
 
+from captioning.captions import MAX_CAPTION, is_missing, is_structure
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, LFS_POINTER, LFS_START, hash_file, is_within, require_regular, write_cache
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
-from captioning.tables import MAX_CAPTION, is_missing
 from vocabulary import tokenize
 
 MAX_DEPTH = 100  # maximum nesting of lists and objects in an annotation file
@@ -182,7 +182,7 @@ def _parse_caption(entry: Any) -> tuple[int, list[str] | None]:
     image_id, caption = parse_image_id(_field(entry, "image_id")), _field(entry, "caption")
     captions = caption or [None] if isinstance(caption, list) else [caption]
     captions = ["" if is_missing(text) else text for text in captions]
-    if not all(isinstance(text, str) for text in captions):
+    if not all(isinstance(text, str) and not is_structure(text) for text in captions):
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     if any(len(text) > MAX_CAPTION for text in captions):
         raise InputError(f"has a caption of more than {MAX_CAPTION:,} characters")

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from captioning.errors import InputError, printable
@@ -180,7 +181,9 @@ def _read_size(path: Path) -> tuple[int, int]:
         with open_image(path) as image:
             return image.size
     except Exception as error:  # a broken file makes Pillow raise nearly anything
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its content is not in an image format that can be read"
         raise InputError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from None
 
 

@@ -117,8 +117,15 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def require_local(folder: Path) -> None:
+    """Raise `InputError` for a web address, of which a folder of that name would be made."""
+    if WEB_ADDRESS.match(str(folder)):
+        raise InputError(f"{folder} is an address; name a folder of this computer.")
+
+
 def require_new_folder(folder: Path) -> None:
-    """Raise `InputError` unless `folder` does not exist yet, or is an empty folder."""
+    """Raise `InputError` unless `folder` does not exist yet, or is an empty folder; also for a web address."""
+    require_local(folder)
     try:
         if os.path.islink(folder) and not os.path.exists(folder):
             raise InputError(f"{folder} is a link that leads nowhere; delete it or name another folder.")

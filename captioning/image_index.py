@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import stat
 import unicodedata
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -115,8 +116,15 @@ class ImageIndex:
                 f"{where}: {name} may be {paths[0]} or {paths[1]}; name the folder of the right one with --images, "
                 "or give the image's path in the captions."
             )
-        if paths and not os.path.isfile(paths[0]):
-            raise InputError(f"{where}: {paths[0]} is a link that leads nowhere, or is not a regular file.")
+        for path in paths:
+            try:
+                is_regular = stat.S_ISREG(os.stat(path).st_mode)
+            except PermissionError:
+                raise InputError(f"{where}: {path} may not be accessed; change its folder's permissions.") from None
+            except OSError:
+                is_regular = False
+            if not is_regular:
+                raise InputError(f"{where}: {path} is a link that leads nowhere, or is not a regular file.")
         return keys[0] if keys else None
 
     def _matches(self, name: str, anywhere: bool) -> list[str]:
@@ -147,6 +155,8 @@ class ImageIndex:
             target = _normalize(os.path.relpath(os.path.realpath(file), os.path.realpath(self.folder)))
             if target in self.paths:
                 return [target]
+            if match := [key for key in self.paths if key.casefold() == target.casefold()]:
+                return match  # on a file system that ignores case
         wanted = _normalize(name.replace("\\", "/"))
         for path in self.unreadable:
             key = _normalize(path.relative_to(self.folder).as_posix())
@@ -157,6 +167,11 @@ class ImageIndex:
             if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(self.folder)):
                 raise InputError(
                     f"{where}: {file} is not in {self.folder}; name the folder that holds all images with --images."
+                )
+            if file.suffix and not file.name.startswith("."):
+                raise InputError(
+                    f"{where}: {file} is not taken for an image, because {file.suffix} is not the suffix of an image "
+                    "that can be read; rename it, or convert it to JPEG or PNG."
                 )
             raise InputError(
                 f"{where}: {file} is not taken for an image under {self.folder}, because it is hidden or lacks the "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.annotations import is_rejected, parse_image_id
+from captioning.captions import check_caption, is_missing
 from captioning.coco_layout import (
     SPLITS,
     SourceImage,
@@ -23,7 +24,7 @@ from captioning.errors import InputError
 from captioning.files import is_within, read_text, require_new_folder
 from captioning.image_index import find_in_other_form
 from captioning.reports import Report
-from captioning.tables import check_caption, is_missing, read_json
+from captioning.tables import read_json
 
 
 def merge_datasets(sources: list[Path], destination: Path) -> None:

@@ -27,6 +27,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captioning.annotations import lacks_spaces, parse_image_id, read_captions
+from captioning.captions import is_structure
 from captioning.errors import InputError, warn_once
 from captioning.files import require_regular
 from captioning.tables import parse_json
@@ -269,7 +270,7 @@ def _parse_result(entry: object) -> tuple[int, str]:
     captions = caption if isinstance(caption, list) else [caption]
     if len(captions) != 1:
         raise InputError(f"has {len(captions)} captions of image {image}; keep one caption per image")
-    if not isinstance(captions[0], str):
+    if not isinstance(captions[0], str) or is_structure(captions[0]):
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     return image, captions[0]
 

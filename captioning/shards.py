@@ -168,7 +168,7 @@ def read_captions_of(files: dict[str, Member], report: Report) -> list[str]:
 
     Raises `InputError` that names the file and the caption that cannot be used.
     """
-    _, captions = read_captions(files, _read, TEXT_ADVICE)
+    _, captions = read_captions(files, _read, TEXT_ADVICE, report)
     texts = [caption for _, caption in captions if caption]
     for where in (where for where, caption in captions if texts and not caption):
         report.add("empty caption{s}", repr(where))
@@ -201,7 +201,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'7' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'8' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path

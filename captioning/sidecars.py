@@ -5,17 +5,19 @@ The files are in a folder or, for `shards`, in a tar file.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from captioning.captions import clean_caption
 from captioning.errors import InputError
 from captioning.files import decode_text, read_bytes
 from captioning.image_index import ImageIndex
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, Row, clean_caption, parse_json
+from captioning.tables import ENCODING_ADVICE, Row, parse_json
 
 SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
 
@@ -24,21 +26,27 @@ Places = list[tuple[str, Any]]  # captions, each after its place as messages nam
 
 
 def read_captions(
-    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None = None
+    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, report: Report, encoding: str | None = None
 ) -> tuple[File | None, list[tuple[str, str]]]:
     """Read an image's captions from its files, a dictionary by suffix.
 
     Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption". Returns the file that
-    is used, and its captions with their places: in one line each, "" for a missing one. `read` returns the bytes of a
-    file, and `advice` is that of `decode_text`.
+    is used, and its captions with their places: in one line each, "" for a missing one. Another file with other
+    captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
     """
+    lists = _read_files(files, read, advice, encoding)
     used: tuple[File | None, list[tuple[str, str]]] = None, []
-    for file, captions in _read_files(files, read, advice, encoding):
+    for file, captions in lists:
         cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
-        if any(caption for _, caption in cleaned):
-            return file, cleaned
-        used = used if used[1] else (file, cleaned)
+        if not used[1] or any(caption for _, caption in cleaned):
+            used = file, cleaned
+        if texts := {caption for _, caption in cleaned if caption}:
+            with suppress(InputError):  # what is not used need not be readable
+                for other, captions in lists:
+                    if other is not file and not {clean_caption(*pair[::-1]) for pair in captions} - {""} <= texts:
+                        report.add("file{s} of captions, as another one of the image is used", str(other))
+            break
     return used
 
 
@@ -84,9 +92,14 @@ def _split(text: str, file: object, whole: Any) -> Places:
 
 def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> set[Path]:
     """Find the files of `folder` that have the name of an image of the index: of 0.jpg, 0.txt or 0.jpg.txt."""
-    images = [folder / path.relative_to(index.folder) for path, *_ in index.paths.values()]
+    images = [_compose(folder / key) for key in index.paths]
     names = {*images, *(image.with_suffix("") for image in images)}
-    return {path for path in files if path.suffix.lower() in SUFFIXES and path.with_suffix("") in names}
+    return {path for path in files if path.suffix.lower() in SUFFIXES and _compose(path.with_suffix("")) in names}
+
+
+def _compose(path: Path) -> Path:
+    """Return a path in Unicode's composed form; macOS writes names in the decomposed one."""
+    return Path(unicodedata.normalize("NFC", str(path)))
 
 
 def read_folder(
@@ -99,16 +112,17 @@ def read_folder(
     by_name: dict[Path, dict[str, Path]] = defaultdict(dict)  # without the suffix
     for path in files:
         suffix = path.suffix.lower()
-        if suffix in SUFFIXES and by_name[path.with_suffix("")].setdefault(suffix, path) is not path:
-            _refuse_two(by_name[path.with_suffix("")][suffix], path)
+        name = _compose(path.with_suffix(""))
+        if suffix in SUFFIXES and by_name[name].setdefault(suffix, path) is not path:
+            _refuse_two(by_name[name][suffix], path)
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():
-        image = folder / path.relative_to(index.folder)
+        image = _compose(folder / key)
         own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
         for suffix in (suffix for suffix in (".txt", ".caption") if suffix in own and suffix in others):
             _refuse_two(own[suffix], others[suffix])
-        file, captions = read_captions(others | own, read_bytes, ENCODING_ADVICE, encoding)
+        file, captions = read_captions(others | own, read_bytes, ENCODING_ADVICE, report, encoding)
         if file is not None and owners.setdefault(file, path) is not path:
             raise InputError(f"{file} may be of {owners[file]} or of {path}; keep one of the two images.")
         rows += [Row(where, key, [caption], "") for where, caption in captions]

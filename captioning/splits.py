@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from captioning.coco_layout import SourceImage
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES
+from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
-SPLIT_FILE = re.compile(r"(?:^|[_.\-])(train|dev|val|test)(?:images)?$", re.IGNORECASE)
+SPLIT_FILE = re.compile(rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)})[_-]?(?:images?|imgs?)?$", re.IGNORECASE)
 
 
 def _position(name: str) -> float:
@@ -60,13 +61,13 @@ def read_split_files(
     encoding: str | None,
     splits: dict[str, tuple[str, str]],
 ) -> None:
-    """Add the splits in the split files to `splits`."""
+    """Add the splits in the split files to `splits`; all names are in Unicode's composed form."""
     for path in paths:
         match = SPLIT_FILE.search(path.stem)
         assert match is not None
         split = SPLIT_ALIASES[match[1].lower()]
         for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
-            name, where = line.strip(), f"{path}, line {number}"
+            name, where = unicodedata.normalize("NFC", line.strip()), f"{path}, line {number}"
             if not name:
                 continue
             if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files omit the suffix
@@ -76,10 +77,16 @@ def read_split_files(
             set_split(splits, name, where, split)
 
 
-def splits_by_folder(names: Collection[str]) -> dict[str, str]:
-    """Return the images' splits by the outermost level of folders that are all named after splits, or an empty dict."""
-    folders = {name: name.lower().split("/")[:-1] for name in names}
+def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
+    """Return the images' splits by the outermost level of folders that are all named after splits, or an empty dict.
+
+    Images that only in part are in folders named after splits are reported.
+    """
+    folders = {name: [parse_split(parent) for parent in name.split("/")[:-1]] for name in names}
     for level in range(min(map(len, folders.values()), default=0)):
-        if {parents[level] for parents in folders.values()} <= SPLIT_ALIASES.keys():
-            return {name: SPLIT_ALIASES[parents[level]] for name, parents in folders.items()}
+        splits = {name: split for name, parents in folders.items() if (split := parents[level])}
+        if len(splits) == len(folders):
+            return splits
+    for name in (name for name, parents in folders.items() if any(parents)):
+        report.add("image{s}, since others are in none of that kind", name, "took no split from the folder of")
     return {}

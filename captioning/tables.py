@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import csv
-import io
 import json
 import re
-import tokenize
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from captioning.captions import clean_caption, is_structure, parse_captions
 from captioning.errors import InputError
 from captioning.files import image_suffixes, read_text
 from captioning.reports import Report
@@ -28,11 +25,6 @@ IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image
 SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"
-MISSING = {  # spellings of a cell without a value, and Excel's errors in English and German
-    *("nan", "none", "null", "n/a", "na", "<na>"),
-    *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!"),
-}
-MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 csv.field_size_limit(1 << 30)  # in characters; `check_caption` limits the length of captions
@@ -87,31 +79,10 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
         yield Row(where, name.strip(), [clean_caption(caption, where)], "")
 
 
-def clean_caption(caption: Any, where: str) -> str:
-    """Return the caption in one line with single spaces, or "" if it is missing; raises `InputError` if it is wrong."""
-    if is_missing(caption):
-        return ""
-    if not isinstance(caption, str):
-        raise InputError(f"{where}, has a caption that is not text: {caption!r:.80}; write text or a list of texts.")
-    check_caption(caption, where)
-    return " ".join(caption.split())
-
-
-def is_missing(caption: Any) -> bool:
-    """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter."""
-    if not isinstance(caption, str):
-        return caption is None or caption != caption
-    return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
-
-
-def check_caption(caption: str, where: str) -> None:
-    """Raise `InputError` for a caption that training would reject."""
-    if len(caption) > MAX_CAPTION:
-        raise InputError(f"{where}, has a caption of more than {MAX_CAPTION:,} characters; shorten it.")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}, has a caption with half of a surrogate pair; write the whole character.") from None
+def parse_split(name: str) -> str | None:
+    """Return the split that a name such as "train", "val2017", "testImages" or "dev_imgs" means, or None."""
+    stem = re.sub(r"([_ -]?(image|img|photo)s?)?([0-9]{4})?$", "", name.strip().lower())
+    return SPLIT_ALIASES.get(stem)
 
 
 def read_json(path: Path, text: str) -> Any:
@@ -172,7 +143,7 @@ def _image(record: dict[str, Any], where: str) -> str:
     if len(set(names.values())) > 1:
         raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
     name = next(iter(names.values())).strip()
-    if _is_structure(name):  # as when a column of images is saved as text
+    if is_structure(name):  # as when a column of images is saved as text
         raise InputError(f"{where}, has an image that is not a file name: {name:.80}; save the images as files.")
     return name
 
@@ -186,9 +157,7 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         value = record[column]
         if isinstance(value, dict):  # Label Studio's several texts
             value = value.get("text", value)
-        texts = value if isinstance(value, list) else _listed(value)
-        if isinstance(value, str) and texts == [value] and _is_structure(value):
-            raise InputError(f"{where}, has a caption that is not text: {value:.80}; write text or a list of texts.")
+        texts = value if isinstance(value, list) else parse_captions(value)
         captions[column] = [clean_caption(text, where) for text in texts]
     for column in columns:
         if others := captions.get(f"{column}s"):  # which repeat the caption in most tables that have both columns
@@ -196,55 +165,11 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
     return list(chain.from_iterable(captions.values())) or [""]
 
 
-def _listed(value: Any) -> list[Any]:
-    """Parse the captions of a cell, which in CSV files of Flickr30k and of pandas may be a list written as text."""
-    if isinstance(value, str) and value[:1] + value[-1:] == "{}":  # Label Studio's several texts
-        with suppress(ValueError, RecursionError):
-            texts = json.loads(value).get("text")
-            return texts if isinstance(texts, list) else [value]
-    if isinstance(value, str) and value[:1] + value[-1:] in ("[]", "()"):
-        for parse in (json.loads, _parse_texts):
-            try:
-                texts = parse(value)
-            except (ValueError, SyntaxError, RecursionError, tokenize.TokenError):
-                continue
-            if isinstance(texts, list) and all(_is_blank(text) or isinstance(text, str) for text in texts):
-                return texts
-    return [value]
-
-
-def _is_structure(value: str) -> bool:
-    """Return whether a text is an object or a list of Python's or of JSON's."""
-    if value[:1] + value[-1:] not in ("{}", "[]", "()"):
-        return False
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return isinstance(parse(value), dict | list | set | tuple)
-        except TypeError:  # a set of dicts, such as {{}}
-            return True
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return False
-
-
-def _parse_texts(value: str) -> list[Any]:
-    """Parse texts as Python prints them in a list, a tuple or a NumPy array, which has no commas between them."""
-    texts: list[Any] = []
-    for token in tokenize.generate_tokens(io.StringIO(value).readline):
-        if token.type == tokenize.STRING:
-            texts.append(ast.literal_eval(token.string))
-        elif token.string in ("None", "nan"):
-            texts.append(None)
-        elif token.string.strip() not in ("", "[", "]", "(", ")", ","):
-            raise ValueError(f"{token.string} is not text")
-    return texts
-
-
 def _split_column(records: list[dict[str, Any]]) -> str:
-    """Find the column of splits: "split", or the first other of `SPLIT_COLUMNS` whose values are all split names."""
+    """Find the column of splits: "split", or the first other of `SPLIT_COLUMNS` that names a split in some row."""
     for column in SPLIT_COLUMNS:
         values = [record[column] for record in records if not _is_blank(record.get(column))]
-        if values and (column == "split" or all(str(value).strip().lower() in SPLIT_ALIASES for value in values)):
+        if values and (column == "split" or any(parse_split(str(value)) for value in values)):
             return column
     return "split"
 
@@ -252,9 +177,10 @@ def _split_column(records: list[dict[str, Any]]) -> str:
 def _split(value: Any, where: str) -> str:
     if _is_blank(value):
         return ""
-    if str(value).strip().lower() not in SPLIT_ALIASES:
+    split = parse_split(str(value))
+    if split is None:
         raise InputError(f"{where}: the split {value!r} is not one of train, val and test.")
-    return SPLIT_ALIASES[str(value).strip().lower()]
+    return split
 
 
 # JSON
@@ -297,11 +223,15 @@ def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, di
     are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
     if lists and not are_images and (named or len(lists) < max(2, len(document))):
         first, *others = named or lists
+        split = parse_split(first)
+        others += [name for name in document if split and name != first and parse_split(name) and document[name]]
         if others:
             raise InputError(
                 f"{path} holds rows in {first!r:.80} and {others[0]!r:.80}; write one list, with a split in each row."
             )
-        yield from ((f"{path}, {first}[{row}]", record) for row, record in enumerate(document[first]))
+        for row, record in enumerate(document[first]):
+            given = not set(map(str.lower, record)).isdisjoint(SPLIT_COLUMNS)
+            yield f"{path}, {first}[{row}]", {"split": split, **record} if split and not given else record
         return
     for number, (name, value) in enumerate(document.items(), 1):
         rows = value if _is_list_of_rows(value) else [value if isinstance(value, dict) else {"caption": value}]
@@ -335,12 +265,14 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     start = next((at for at, line in enumerate(lines) if line.strip() and not re.fullmatch("sep=.", line)), 0)
     delimiter, columns = _read_header(path, start + 1, lines[start])
     image = next(index for index, name in enumerate(columns) if name in IMAGE_COLUMNS)
-    last_needed = max(image, min(map(columns.index, _caption_columns(columns))))
+    caption = min(map(columns.index, _caption_columns(columns)))
+    last_needed = max(image, caption)
+    nameless = [at for at in range(caption, len(columns)) if re.fullmatch(r"(unnamed: \d+)?(\.\d+)?", columns[at])]
     for number, cells in _read_cells(path, lines, start + 1, delimiter, columns):
         where = f"{path}, line {number}"
-        if any(cells[len(columns) :]):
+        if any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
             raise InputError(
-                f"{where}, has more columns than the header's {len(columns)}; "
+                f"{where}, has more columns than the header's {len(columns) - len(nameless)}; "
                 "put a caption that contains the separator in double quotes."
             )
         # One row of the Flickr30k CSV in circulation lacks the separator between its last two columns.

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,44 @@ def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, m
     text(source / "c.csv", csv_rows("image,caption") + ".hidden.jpg,a ball\n")
     with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not taken for an image .* hidden"):
         importers.import_folder(source, tmp_path / "out")
+    text(source / "logo.svg", "<svg/>")
+    text(source / "c.csv", csv_rows("image,caption") + "logo.svg,a ball\n")
+    with pytest.raises(InputError, match=r"\.svg is not the suffix of an image that can be read; .* JPEG or PNG"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+def test_a_file_system_that_ignores_case(tmp_path, monkeypatch):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption", "{}.JPG,a ball"))
+    isfile = os.path.isfile
+    with pytest.raises(InputError, match=r"0\.JPG is not under .* \(there is 0\.jpg\)"):
+        importers.import_folder(source, tmp_path / "out")
+    monkeypatch.setattr(os.path, "isfile", lambda path: isfile(str(path).replace(".JPG", ".jpg")))
+    importers.import_folder(source, tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 6
+
+
+def test_an_image_in_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    source, stat = six(tmp_path / "in", c__csv=csv_rows("image,caption")), os.stat
+
+    def refuse(path, *args, **keywords):
+        if str(path).endswith("3.jpg"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **keywords)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(InputError, match=r"3\.jpg may not be accessed"):
+        importers.import_folder(source, tmp_path / "other")
+
+
+def test_what_is_no_image_and_what_is_no_table_are_told_in_words(tmp_path):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    text(source / "3.jpg", "<html>")
+    with pytest.raises(InputError, match=r"3\.jpg cannot be read as an image \(its content is not in an image format"):
+        importers.import_folder(source, tmp_path / "out")
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "zip" / "mine.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"mine\.zip is a zip archive"):
+        importers.import_folder(tmp_path / "zip" / "mine.zip", tmp_path / "out")
 
 
 def test_images_behind_a_link_are_found_by_either_path(tmp_path):
@@ -638,6 +677,25 @@ def test_files_of_labels_are_no_captions(tmp_path, capsys):
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
 
 
+def test_a_second_file_of_captions_of_an_image_is_reported(tmp_path, capsys):
+    tags = {f"{i}__txt": "one, solo, red" for i in range(6)} | {f"{i}__caption": "a red ball" for i in range(6)}
+    same = {f"{i}__json": '{"caption": "one,  solo, red"}' for i in range(6)}
+    importers.import_folder(six(tmp_path / "in", **tags, **same), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["one, solo, red"] for i in range(6)}
+    error = capsys.readouterr().err
+    assert "left out 6 files of captions, as another one of the image is used, the first is" in error
+    assert error.count("\n") == 1
+    assert ".caption" in error
+
+
+def test_captions_next_to_images_of_another_unicode_form(tmp_path):
+    for i in range(3):
+        make_image(tmp_path / "in" / f"cafe\u0301{i}.jpg")
+        text(tmp_path / "in" / f"caf\u00e9{i}.txt", "a café")
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 3
+
+
 def test_captions_next_to_images_that_a_table_replaces_are_counted(tmp_path, capsys):
     source = six(tmp_path / "in", c__csv=csv_rows("image,caption"), **{f"{i}__txt": f"ball {i}" for i in range(6)})
     importers.import_folder(source, tmp_path / "out")
@@ -764,6 +822,56 @@ def test_flickr8k_with_one_split_file_only(flickr8k, tmp_path, capsys, split):
     importers.import_flickr(flickr8k, tmp_path / "out")
     assert len(all_captions(tmp_path / "out")) == {"trainImages": 2, "devImages": 1, "testImages": 1}[split]
     assert ("moved 1 image of train to val" in capsys.readouterr().err) == (split == "trainImages")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("training.txt", "validation.txt", "testing.txt"),
+        ("train_imgs.txt", "valid.txt", "test-images.txt"),
+        ("train.csv", "dev.csv", "Test.csv"),
+    ],
+)
+def test_split_files_of_other_names(tmp_path, names):
+    tables = {name: f"{2 * i}.jpg\n{2 * i + 1}.jpg\n" for i, name in enumerate(names)}
+    source = six(tmp_path / "in", captions__txt=csv_rows("image,caption"), **tables)
+    importers.import_flickr(source, tmp_path / "out")
+    assert set(captions(tmp_path / "out", "val")) == {"2.jpg", "3.jpg"}
+    assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+
+
+def test_a_file_of_captions_is_not_its_own_split_file(tmp_path):
+    source = six(tmp_path / "in", captions_train__txt=csv_rows("image,caption"))
+    importers.import_flickr(source / "captions_train.txt", tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 6
+
+
+def test_names_in_split_files_may_have_another_unicode_form(tmp_path):
+    names = [f"cafe\u0301{i}.jpg" for i in range(3)]
+    for name in names:
+        make_image(tmp_path / "in" / name)
+    text(tmp_path / "in" / "x.token", "".join(f"{name}#0\ta café\n" for name in names))
+    for name, split in zip(names, ("train", "val", "test"), strict=True):
+        text(tmp_path / "in" / f"{split}.txt", unicodedata.normalize("NFC", name))
+    importers.import_flickr(tmp_path / "in", tmp_path / "out")
+    assert set(captions(tmp_path / "out", "val")) == {"caf\u00e91.jpg"}
+
+
+@pytest.mark.parametrize("form", ["{}2017", "{}_images", "{}Images", "{}2014/more"])
+def test_folders_named_after_splits(tmp_path, form):
+    for split in ("train", "val", "test"):
+        six(tmp_path / "in" / form.format(split), **{f"{i}__txt": f"a {split}" for i in range(6)})
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert set(map(str, captions(tmp_path / "out", "val").values())) == {"['a val']"}
+    assert len(captions(tmp_path / "out", "test")) == 6
+
+
+def test_folders_named_after_splits_that_do_not_hold_all_images(tmp_path, capsys):
+    for folder in ("train", "val", "extra"):
+        six(tmp_path / "in" / folder, **{f"{i}__txt": "a ball" for i in range(6)})
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    line = "took no split from the folder of 12 images, since others are in none of that kind, the first is train/"
+    assert line in capsys.readouterr().err
 
 
 # Images of one name
@@ -937,6 +1045,15 @@ def test_a_name_that_is_not_text_is_one_sentence(tmp_path):
     text(tmp_path / "in" / os.fsdecode(b"caf\xe9.txt"), "a red ball")
     with pytest.raises(InputError, match="which a data set cannot hold; rename it"):
         importers.import_folder(six(tmp_path / "in", **{f"{i}__txt": "a" for i in range(6)}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "command", [("importers.py", "folder", "."), ("scenes.py",), ("download.py", "coco", "--root")]
+)
+def test_a_destination_that_is_an_address_is_refused(command):
+    done = run_script(*command, "s3://bucket/out")
+    assert done.returncode == 2
+    assert "is an address; name a folder of this computer." in done.stderr
 
 
 @pytest.mark.parametrize("destination", ["a" * 300, "file.txt/out", ".", "", "/proc/none/out"])

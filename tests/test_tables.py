@@ -1,6 +1,7 @@
 """Tables of captions in many forms, imported: images 0.jpg to 5.jpg, captioned "a red ball" unless a row says more."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,19 @@ FORMS = {
         ONE,
     ),
     "a caption of two lines first": ("c__csv", csv_rows("caption,image", '"a red\nball",{}.jpg'), ONE),
+    "a list of NumPy's texts": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg,\"[np.str_('a red ball'), np.str_('one ball')]\""),
+        TWO,
+    ),
+    "an array of NumPy": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg,\"array(['a red ball', 'one ball'], dtype='<U10')\""),
+        TWO,
+    ),
+    "a trailing separator": ("c__csv", csv_rows("image,caption,", "{}.jpg,a red ball,"), ONE),
+    "an empty column of pandas": ("c__csv", csv_rows("image,caption,Unnamed: 2", "{}.jpg,a red ball,"), ONE),
+    "an index of pandas": ("c__csv", csv_rows(",image,caption", "3,{}.jpg,a red ball"), ONE),
     "a caption that is among the captions": (
         "c__jsonl",
         lines(json_rows(image="{}.jpg", caption="a ball", captions=["a ball", "a kite"])),
@@ -180,6 +194,34 @@ def test_an_encoding_can_be_named(tmp_path):
 
 
 REFUSED = {
+    **{
+        f"a separator in a caption, {kind}": (
+            "c__csv",
+            csv_rows(header, row),
+            r"c\.csv, line 2, has more columns than the header's [23]; put a caption .* in double quotes",
+        )
+        for kind, header, row in (
+            ("unnamed last column", "image,caption,", "{}.jpg,a dog, brown"),
+            ("two unnamed columns", "image;caption;;", "{}.jpg;a dog; brown;"),
+            ("unnamed column of pandas", "image,caption,Unnamed: 2", "{}.jpg,a dog, brown"),
+            ("unnamed column in the middle", "image,caption,,source", "{}.jpg,a dog, brown,web"),
+        )
+    },
+    "a list with an open apostrophe in a cell": (
+        "c__csv",
+        csv_rows("image,caption", "{}.jpg,\"['a ball', 'it's one']\""),
+        r"line 2, has a caption that is not text: \['a ball', 'it's one'\]",
+    ),
+    "a list as text in a list": (
+        "c__jsonl",
+        lines(json_rows(image="{}.jpg", caption=["['a ball', 'b']"])),
+        r"line 1, has a caption that is not text: \['a ball', 'b'\]",
+    ),
+    "rows of one split beside the names of another": (
+        "c__json",
+        json.dumps({"train": ROWS[:4], "test": ["4.jpg", "5.jpg"]}),
+        "holds rows in 'train' and 'test'; write one list, with a split in each row",
+    ),
     "no header": ("c__csv", csv_rows("0.jpg,a red ball"), r"c\.csv, line 1, should name .* '0\.jpg,a red ball'"),
     "marks that join rows": (
         "c__csv",
@@ -381,9 +423,23 @@ def test_a_column_set_gives_splits_if_it_names_them(tmp_path):
     rows = "".join(f"{i}.jpg,a ball,{('train', 'train', 'train', 'val', 'test', 'test')[i]}\n" for i in range(6))
     importers.import_folder(six(tmp_path / "in", c__csv="image,caption,set\n" + rows), tmp_path / "out")
     assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
-    rows = rows.replace("val", "held out")
-    importers.import_folder(six(tmp_path / "in", c__csv="image,caption,set\n" + rows), tmp_path / "other")
+    source = six(tmp_path / "in", c__csv="image,caption,set\n" + rows.replace("val", "held out"))
+    with pytest.raises(InputError, match=r"line 5: the split 'held out' is not one of train, val and test"):
+        importers.import_folder(source, tmp_path / "other")
+    other = re.sub("train|val|test", "A", rows)
+    importers.import_folder(six(tmp_path / "in", c__csv="image,caption,set\n" + other), tmp_path / "other")
     assert len(captions(tmp_path / "other", "train")) == 4
+    years = rows.replace("train", "train2017").replace("val", "val_images")
+    importers.import_folder(six(tmp_path / "in", c__csv="image,caption,subset\n" + years), tmp_path / "years")
+    assert set(captions(tmp_path / "years", "val")) == {"3.jpg"}
+
+
+def test_the_name_of_the_only_list_may_be_a_split(tmp_path):
+    rows = {"train": ROWS, "test": [], "info": "drawn"}
+    importers.import_folder(six(tmp_path / "in", c__json=json.dumps(rows)), tmp_path / "out")
+    assert len(captions(tmp_path / "out", "train")) == 5
+    assert len(captions(tmp_path / "out", "val")) == 1
+    assert not (tmp_path / "out" / "annotations" / "captions_test.json").exists()
 
 
 def test_captions_in_two_places_are_refused(tmp_path):

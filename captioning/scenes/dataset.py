@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from captioning.coco_layout import SPLITS
 from captioning.errors import InputError, log
+from captioning.files import require_local
 from captioning.scenes.composition import paint_scene
 from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
@@ -98,6 +99,7 @@ def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: in
     for split, count in counts.items():
         if not 0 <= count <= MAX_PICTURES:
             raise InputError(f"--{split} {count}: choose a number from 0 to {MAX_PICTURES}.")
+    require_local(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder} is a file; name a folder for the data set.")
     partial_folder = folder / ".partial-scenes"

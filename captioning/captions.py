@@ -1,0 +1,96 @@
+"""What a caption may be: clean one, and parse several that a cell holds as text."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+from contextlib import suppress
+from typing import Any
+
+from captioning.errors import InputError
+
+MISSING = {  # spellings of a cell without a value, and Excel's errors in English and German
+    *("nan", "none", "null", "n/a", "na", "<na>"),
+    *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!"),
+}
+MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
+STRUCTURE = re.compile(r"""\[(['"]|np\.).*\]|\{['"].*\}|array\(.*\)""", re.DOTALL)  # one that need not be well-formed
+NUMPY = {"np", ".", "str_", "array"}  # what NumPy prints around texts
+
+
+def clean_caption(caption: Any, where: str) -> str:
+    """Return the caption in one line with single spaces, or "" if it is missing; raises `InputError` if it is wrong."""
+    if is_missing(caption) and not (isinstance(caption, str) and is_structure(caption)):
+        return ""
+    if not isinstance(caption, str):
+        raise InputError(f"{where}, has a caption that is not text: {caption!r:.80}; write text or a list of texts.")
+    check_caption(caption, where)
+    return " ".join(caption.split())
+
+
+def is_missing(caption: Any) -> bool:
+    """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter."""
+    if not isinstance(caption, str):
+        return caption is None or caption != caption
+    return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
+
+
+def check_caption(caption: str, where: str) -> None:
+    """Raise `InputError` for a caption that training would reject, or that is a list or an object saved as text."""
+    if is_structure(caption):
+        raise InputError(f"{where}, has a caption that is not text: {caption:.80}; write text or a list of texts.")
+    if len(caption) > MAX_CAPTION:
+        raise InputError(f"{where}, has a caption of more than {MAX_CAPTION:,} characters; shorten it.")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}, has a caption with half of a surrogate pair; write the whole character.") from None
+
+
+def parse_captions(value: Any) -> list[Any]:
+    """Parse the captions of a cell, which in CSV files of Flickr30k and of pandas may be a list written as text."""
+    if isinstance(value, str) and value[:1] + value[-1:] == "{}":  # Label Studio's several texts
+        with suppress(ValueError, RecursionError):
+            texts = json.loads(value).get("text")
+            return texts if isinstance(texts, list) else [value]
+    if isinstance(value, str) and (value[:1] + value[-1:] in ("[]", "()") or value.startswith("array(")):
+        for parse in (json.loads, _parse_texts):
+            try:
+                texts = parse(value)
+            except (ValueError, SyntaxError, RecursionError, tokenize.TokenError):
+                continue
+            if isinstance(texts, list) and all(isinstance(text, str) or is_missing(text) for text in texts):
+                return texts
+    return [value]
+
+
+def is_structure(value: str) -> bool:
+    """Return whether a text is an object or a list of Python's, of NumPy's or of JSON's."""
+    value = value.strip()
+    if value[:1] + value[-1:] not in ("{}", "[]", "()", "a)"):
+        return False
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return isinstance(parse(value), dict | list | set | tuple)
+        except TypeError:  # a set of dicts, such as {{}}
+            return True
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return STRUCTURE.fullmatch(value) is not None
+
+
+def _parse_texts(value: str) -> list[Any]:
+    """Parse texts as Python prints them in a list, a tuple or a NumPy array, which has no commas between them."""
+    texts: list[Any] = []
+    value = re.sub(r",\s*dtype=[^,()\[\]]*\)$", ")", value)
+    for token in tokenize.generate_tokens(io.StringIO(value).readline):
+        if token.type == tokenize.STRING:
+            texts.append(ast.literal_eval(token.string))
+        elif token.string in ("None", "nan"):
+            texts.append(None)
+        elif token.string.strip() not in ("", "[", "]", "(", ")", ",", *NUMPY):
+            raise ValueError(f"{token.string} is not text")
+    return texts
