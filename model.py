@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from captioning.backbones import RESNET50, build_backbone, fold_batch_norms, freeze, preprocessing_of, require_one_map
+from captioning import backbones
+from captioning.backbones import RESNET50, preprocessing_of
 from captioning.errors import InputError
 from vocabulary import END
 
@@ -57,11 +58,11 @@ class EncoderCNN(nn.Module):
         preprocessing = preprocessing_of(backbone)
         self.mean, self.std = preprocessing.mean, preprocessing.std
         self.module_name = "resnet" if backbone == RESNET50 else "backbone"  # as in the published weights
-        self.add_module(self.module_name, build_backbone(backbone, weights))
+        self.add_module(self.module_name, backbones.build_backbone(backbone, weights))
         self.feature_size = 2048 if backbone == RESNET50 else self.network.num_features
         self.embed = nn.Linear(self.feature_size, embed_size)
-        self.num_stages = freeze(backbone, self.network, fine_tune)
-        self.network.to(memory_format=torch.channels_last)
+        self.num_stages = backbones.freeze(backbone, self.network, fine_tune)
+        backbones.use_channels_last(self.network)
         self.train()
 
     @property
@@ -87,11 +88,11 @@ class EncoderCNN(nn.Module):
         images = images.to(dtype, memory_format=torch.channels_last)
         try:
             features = self.run_backbone(images)
-        except (RuntimeError, NotImplementedError) as error:
-            if dtype == torch.bfloat16 and "BFloat16" in str(error):
-                raise InputError(f"{self.backbone_name} does not run in bfloat16; use --precision fp32.") from error
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            if problem := backbones.explain_failure(self.backbone_name, images, error):
+                raise InputError(problem) from error
             raise
-        require_one_map(self.backbone_name, features)
+        backbones.require_one_map(self.backbone_name, features)
         cells = self._cells(features)  # (B, cells, C)
         return cells if self.grid else cells.mean(1)
 
@@ -132,8 +133,10 @@ class EncoderCNN(nn.Module):
     def for_inference(self, dtype: torch.dtype) -> EncoderCNN:
         """Return an inference-only copy: batch norms folded into the preceding convolutions, backbone in `dtype`."""
         folded = copy.deepcopy(self).eval().requires_grad_(False)
-        fold_batch_norms(folded.network)
-        folded.network.to(dtype=dtype, memory_format=torch.channels_last)
+        size = preprocessing_of(self.backbone_name).image_size
+        image = torch.zeros(1, 3, size, size, device=self.embed.weight.device)
+        backbones.fold_batch_norms(folded.network, lambda: folded.run_backbone(image))
+        folded.network.to(dtype=dtype)
         return folded
 
 
@@ -152,8 +155,9 @@ class DecoderModule(nn.Module):
     """
 
     attends: bool  # if so, the last tensor of a state is the attention over the cells
+    sums_attention = False  # if so, `unroll` returns the summed attention, which --attention-penalty weighs
     embed: nn.Embedding  # the word embedding
-    linear: nn.Linear  # the output layer
+    linear: nn.Linear  # the output layer, with a bias
 
     def unroll(
         self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, image_of_caption: Tensor | None = None
@@ -166,7 +170,8 @@ class DecoderModule(nn.Module):
             image_of_caption: (B,) index into `features` of each caption's image; None if caption i belongs to image i.
 
         Returns the output layer's inputs (tokens, H) in the order of `pack`, for all tokens or, if the decoder attends,
-        those after `<start>`; and the attention (B, cells) summed over each caption's tokens, longest first, or None.
+        those after `<start>`; and the attention (B, cells) summed over each caption's tokens, longest first, or None
+        without `sums_attention`.
         """
         raise NotImplementedError
 
@@ -249,7 +254,7 @@ class AttentionDecoder(DecoderModule):
     gated weighted mean (section 4.2.1) is input together with the word. The arguments are those of `DecoderRNN`.
     """
 
-    attends = True
+    attends = sums_attention = True
 
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
         super().__init__()

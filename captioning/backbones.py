@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
@@ -103,7 +104,8 @@ def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | N
         config = _timm_config(backbone)
         interpolation = config.interpolation if config.interpolation == "bilinear" else "bicubic"
         mean, std = (cast("tuple[float, float, float]", x) for x in (config.mean, config.std))
-        own = Preprocessing(config.input_size[-1], "center", config.crop_pct or 1.0, interpolation, mean, std)
+        crop_mode, share = ("squash" if config.crop_mode == "squash" else "center"), min(config.crop_pct or 1.0, 1.0)
+        own = Preprocessing(config.input_size[-1], crop_mode, share, interpolation, mean, std)
         fixed = config.fixed_input_size
     if fixed and image_size not in (None, own.image_size):
         raise InputError(f"{backbone} takes images of {own.image_size} pixels only, not of {image_size}.")
@@ -157,9 +159,11 @@ def stage_parameters(name: str, backbone: nn.Module) -> list[list[nn.Parameter]]
     from timm.models import group_parameters
     from timm.models._manipulate import MATCH_PREV_GROUP
 
-    if not hasattr(backbone, "group_matcher"):
-        raise InputError(f"{name} cannot be used: timm does not divide it into stages; choose another --backbone.")
-    matcher: Any = backbone.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+    try:
+        matcher: Any = backbone.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+    except (AttributeError, AssertionError):
+        problem = "timm does not divide it into stages; choose another --backbone"
+        raise InputError(f"{name} cannot be used: {problem}.") from None
     if isinstance(matcher, dict):  # what no stage claims belongs to the last one
         matcher = {**matcher, "rest": [(".", MATCH_PREV_GROUP)]}
     groups = group_parameters(backbone, matcher)
@@ -188,6 +192,17 @@ def require_one_map(name: str, features: object) -> None:
         raise InputError(f"{name} has more than one feature map; use another --backbone.")
 
 
+def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:
+    """Explain why a backbone failed on images (B, 3, H, W) if their type or size may be the reason, else None."""
+    side = images.shape[-1]
+    if images.dtype == torch.bfloat16 and "BFloat16" in str(error):
+        return f"{name} does not run in bfloat16; use --precision fp32."
+    if side % 32 and side != preprocessing_of(name).image_size:
+        reason = str(error).split("\n")[0]
+        return f"{name} does not take images of {side} pixels ({reason}); use an --image-size that 32 divides."
+    return None
+
+
 def _unused_parameters(name: str) -> list[str]:
     """List the parameters that a timm model runs after its last feature map only, such as those of a head's norm."""
     if name == RESNET50:
@@ -214,17 +229,46 @@ def count_stages(name: str) -> int:
         return len(stage_parameters(name, build_backbone(name, "random")))
 
 
+def use_channels_last(network: nn.Module) -> None:
+    """Lay the weights of 2D convolutions out as channels last."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
-def fold_batch_norms(network: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, for evaluation mode only."""
-    for module in list(network.modules()):
-        for (_, conv), (name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
+def fold_batch_norms(network: nn.Module, run: Callable[[], object]) -> None:
+    """Fold each batch norm into the convolution whose output it takes, for evaluation mode only.
+
+    `run` runs the network once: some networks list a convolution before a norm that takes the sum of several.
+    """
+    norms = {
+        norm: (conv, module, name)
+        for module in network.modules()
+        for (_, conv), (name, norm) in pairwise(module.named_children())
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    }
+    outputs: dict[nn.Module, Tensor] = {}
+    foldable = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if not isinstance(module, nn.BatchNorm2d):
+            outputs[module] = output
+        elif inputs[0] is outputs.pop(norms[module][0], None):
+            foldable.append(module)
+
+    hooks = [module.register_forward_hook(record) for norm in norms for module in (norm, norms[norm][0])]
+    run()
+    for hook in hooks:
+        hook.remove()
+    for norm in foldable:
+        conv, module, name = norms[norm]
+        assert isinstance(conv, nn.Conv2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        setattr(module, name, getattr(norm, "act", nn.Identity()))  # timm's norms hold an activation
 
 
 def _timm_config(name: str) -> PretrainedCfg:

@@ -195,7 +195,7 @@ def write_captions(
             images = stream_images(paths, recursive, log)
             stack.enter_context(exclusive_lock(output))
             file = stack.enter_context(open(output, "a+b"))
-            done, unreadable, last_batch = _read_rows(file, images)
+            done, unreadable, last_batch = _read_rows(file, images, log)
             failed = len(unreadable)
             earlier, first_index = done, done - len(last_batch)
             images = chain([image for image, _ in last_batch], images)  # so that batches are those of one run
@@ -241,7 +241,7 @@ def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str
         if "caption" in old and "caption" in new and not _agree(old, new):
             raise InputError(
                 f"{output} holds other captions than this model gives with these options, for example of "
-                f"{old['photo']}; resume with the first run's model and options, or name another file."
+                f"{old['photo']}; resume with the first run's model, options and images, or name another file."
             )
 
 
@@ -294,13 +294,14 @@ def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
 
 
 def _read_rows(
-    file: BinaryIO, images: Iterator[Path | Member]
+    file: BinaryIO, images: Iterator[Path | Member], log: Log | None
 ) -> tuple[int, dict[int, Path | Member], list[tuple[Path | Member, dict]]]:
     """Return the number of rows, the images that failed (by index), and the rows to verify with their images.
 
     The rows to verify are all from the last batch that contains a caption. Advances `images` past all rows, and
-    removes an incomplete last row.
+    removes an incomplete last row. `log` receives a line on images that have changed since.
     """
+    written, changed = os.fstat(file.fileno()).st_mtime, []
     done = end = start = 0
     unreadable: dict[int, Path | Member] = {}
     last: list[tuple[Path | Member, dict]] = []
@@ -326,9 +327,21 @@ def _read_rows(
         else:
             del last[:start]
             start = 0
+            if _is_newer(image, written):
+                changed.append(image)
         done, end = done + 1, end + len(line)
     file.truncate(end)
+    if changed and log is not None:
+        images_are = "1 image is" if len(changed) == 1 else f"{len(changed):,} images are"
+        log(f"{images_are} newer than {file.name}, such as {changed[0]}; delete the file to caption all images again")
     return done, unreadable, last
+
+
+def _is_newer(image: Path | Member, time: float) -> bool:
+    try:
+        return image.stat().st_mtime > time
+    except OSError:
+        return False
 
 
 def _caption_share(

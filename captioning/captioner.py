@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -71,7 +71,7 @@ class Decoding:
                 raise InputError(f"{name} is {value!r}, but it has to be a whole number.")
         for name in ("temperature", "top_p", "length_penalty", "diversity"):
             value = getattr(self, name)
-            if value is not None and not hasattr(value, "__float__"):
+            if value is not None and not isinstance(value, Real):
                 raise InputError(f"{name} is {value!r}, but it has to be a number.")
         decoding.check_lengths(self.max_length, self.min_length)
         _check_at_most("max_length", self.max_length, MAX_LENGTH)

@@ -134,6 +134,7 @@ GROUPS = (DataOptions, ModelOptions, OptimizationOptions, CheckpointOptions, Dev
 class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, ModelOptions, DataOptions):
     """All options of a training run; every field is an option of `python train.py`.
 
+    `dataclasses.replace` keeps the values that were derived from other fields: the name, fine_tune and learning rates.
     Raises `InputError` for a value that cannot be used.
     """
 
@@ -154,6 +155,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
         """Convert each value to its field's type."""
         types = get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            if getattr(self, field.name) == "" and types[field.name] is Path:
+                raise InputError(f'{field.name} is empty; name a folder or a file, such as "{field.default}".')
             try:
                 value = TypeAdapter(types[field.name]).validate_python(getattr(self, field.name))
             except ValidationError as error:
@@ -200,7 +203,7 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
     """Raise `InputError` if one of the given options has no effect with these values of the others."""
     without = {
         "grid_size": (DECODERS[config.decoder].attends, "a decoder that does not attend"),
-        "attention_penalty": (config.decoder == "attention", "this decoder"),
+        "attention_penalty": (DECODERS[config.decoder].sums_attention, "this decoder"),
         "vocab_file": (config.vocab_from_file, "a vocabulary of the captions; add --vocab-from-file"),
         "backbone_learning_rate": (config.fine_tune, "a frozen backbone; add --fine-tune"),
         "vocab_threshold": (not config.vocab_from_file, "a vocabulary from a file"),

@@ -18,12 +18,17 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.source = (linear,)  # in a tuple, as it is no part of this module
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self.bias = linear.bias.detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, in_features) -> (B, out_features)."""
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+    def __reduce__(self) -> tuple[type[PackedLinear], tuple[nn.Linear]]:
+        """Copy and pickle the layer that was packed, since tensors in oneDNN's layout cannot be."""
+        return PackedLinear, self.source
 
 
 def pack_output_layer(decoder: DecoderModule) -> DecoderModule:

@@ -96,6 +96,7 @@ class TrainingProgress:
     first_epoch: int = 1  # with this objective and these trained stages
     epoch_loss: float = 0.0  # summed over the epoch's steps
     epoch_tokens: int = 0
+    total_steps: int = 0  # over all epochs
 
 
 @dataclass
@@ -249,12 +250,12 @@ class Run:
             checkpoint.remove_run(self.folder)
             self.scalars.remove()
             self.save()
-        elif self.is_main and state and self.resumed and state["optimizer"] is None:
+        elif self.is_main and state and self.resumed:
             if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
-            # Before resume.pt, so that a run that is killed in between restarts with the new options.
-            checkpoint.write_description(self.folder, self.description)
-            self.save()
+            if state["optimizer"] is None or self.description.epochs != self.resumed.epochs:
+                checkpoint.write_description(self.folder, self.description)  # first, in case the run is killed here
+                self.save()
         self.log(
             f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "
             f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
@@ -304,7 +305,6 @@ class Run:
         global_batch: caption indices of all processes. has_share: False if this process's batch is a placeholder.
         """
         config, processes = self.config, self.accelerator.num_processes
-        assert config.learning_rate is not None
         done = (self.progress.epoch - self.progress.first_epoch) * len(self.batches) + step - 1
         # Dropout and sampling are reseeded at each step, so that the generator's state need not be saved.
         seed = (config.seed * 1_000_003 + done) * processes + self.accelerator.process_index
@@ -328,7 +328,7 @@ class Run:
         self.accelerator.clip_grad_norm_(self.trained_parameters, config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepLoss(step, loss.detach() * has_share, terms, config.learning_rate * factor)
+        return StepLoss(step, loss.detach() * has_share, terms, self.peak_rates[0] * factor)
 
     def must_read(self, step: int) -> bool:
         """Return whether to read the losses after this step; the same in all processes."""
@@ -366,8 +366,8 @@ class Run:
             progress.step = x.step
             progress.epoch_loss += value * x.terms
             progress.epoch_tokens += x.terms
-            step = (progress.epoch - 1) * len(self.batches) + x.step
-            self.scalars.add({"train/loss": value, "train/learning_rate": x.learning_rate}, step)
+            progress.total_steps += 1
+            self.scalars.add({"train/loss": value, "train/learning_rate": x.learning_rate}, progress.total_steps)
         if not bool(torch.stack([p.isfinite().all() for p in self.trained_parameters]).all()):
             raise InputError(
                 f"a weight is not a finite number after step {progress.step} of epoch {progress.epoch}; {hint}"
@@ -396,7 +396,7 @@ class Run:
         description.epochs.append(result)
         better = best is None or _rank(result) > _rank(description.epochs[best - 1])
         description.best_epoch = epoch if better else best
-        self.progress = TrainingProgress(epoch + 1, 0, self.progress.first_epoch)
+        self.progress = TrainingProgress(epoch + 1, 0, self.progress.first_epoch, total_steps=self.progress.total_steps)
         if self.is_main:
             if better or epoch % self.config.save_every == 0 or epoch == self.last_epoch:
                 checkpoint.save_epoch(self.folder, epoch, self.encoder, self.decoder, description)

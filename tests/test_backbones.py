@@ -55,6 +55,44 @@ def test_a_backbone_gives_cells_or_their_mean_and_the_same_with_batch_norms_fold
         torch.testing.assert_close(encoder.features(images), features.mean(1))
 
 
+def test_a_batch_norm_of_a_sum_is_not_folded_into_the_last_summand():
+    torch.manual_seed(0)
+    encoder = EncoderCNN(8, "repvit_m0_9", weights="random").eval()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.weight.data.uniform_(0.5, 1.5)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features, folded = encoder.features(images), encoder.for_inference(torch.float32)
+        torch.testing.assert_close(folded.features(images), features, rtol=1e-3, atol=1e-3 * features.abs().max())
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in each.modules()) for each in (encoder, folded)]
+    assert 0 < norms[1] < norms[0] / 2
+
+
+def test_weights_stay_channels_last_for_inference():
+    folded = EncoderCNN(8, "resnet18", weights="random").for_inference(torch.bfloat16)
+    weight = next(module.weight for module in folded.modules() if isinstance(module, torch.nn.Conv2d))
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_input_size_that_the_backbone_cannot_take_is_a_sentence():
+    encoder = EncoderCNN(8, "hrnet_w18_small", weights="random").eval()
+    with torch.no_grad(), pytest.raises(InputError, match=r"does not take images of 100 pixels .* that 32 divides"):
+        encoder(torch.zeros(1, 3, 100, 100))
+
+
+@pytest.mark.parametrize("name", ["lambda_resnet26t", "xception41p"])
+def test_backbones_of_unusual_modules_are_built_and_copied(name: str):
+    encoder = EncoderCNN(8, name, weights="random").eval()
+    images = torch.randn(1, 3, preprocessing_of(name).image_size, preprocessing_of(name).image_size)
+    with torch.no_grad():
+        features = encoder.features(images)
+        folded = encoder.for_inference(torch.float32).features(images)
+    torch.testing.assert_close(folded, features, rtol=1e-3, atol=1e-3 * features.abs().max())
+
+
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "tf_efficientnet_lite0"])
 def test_only_the_last_stages_learn(name: str):
     encoder = EncoderCNN(8, name, weights="random", fine_tune=1).train()
@@ -179,6 +217,8 @@ def test_the_preprocessing_is_the_backbone_s_own():
     assert preprocessing_of("tf_efficientnet_lite2", 128, "squash").image_size == 128
     clip = preprocessing_of("vit_base_patch16_clip_224.openai")
     assert (clip.image_size, clip.mean[0]) == (224, 0.48145466)
+    assert preprocessing_of("convnext_base.fb_in22k_ft_in1k_384").crop == "squash"
+    assert preprocessing_of("volo_d4_448").crop_pct == 1
     with pytest.raises(InputError, match="takes images of 224 pixels only, not of 256"):
         preprocessing_of("vit_base_patch16_clip_224.openai", 256)
     with pytest.raises(InputError, match="image_size must be from 32 to 2048"):
@@ -261,6 +301,7 @@ def test_a_description_of_format_1_is_read(trained: Path, tmp_path: Path, stored
     ("name", "sentence"),
     [
         ("caformer_s18", "caformer_s18 cannot be used: timm does not divide it into stages"),
+        ("rdnet_tiny", "rdnet_tiny cannot be used: timm does not divide it into stages"),
         ("crossvit_9_240", "crossvit_9_240 has more than one feature map"),
     ],
 )

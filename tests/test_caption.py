@@ -346,6 +346,22 @@ def test_a_sheet_and_a_map_of_one_name_are_refused(
     assert (code, "--sheet and --attention both name" in errors) == (2, True)
 
 
+def test_images_that_are_newer_than_their_captions_are_reported(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path
+):
+    folder, output = tmp_path / "photos", tmp_path / "captions.jsonl"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copyfile(image_path, folder / name)
+    command(folder, "--model", trained, "--output", output)
+    os.utime(folder / "b.png", (2e9, 2e9))
+    code, _, errors = command(folder, "--model", trained, "--output", output)
+    assert code == 0
+    assert (
+        f"1 image is newer than {output}, such as {folder / 'b.png'}; delete the file to caption all images" in errors
+    )
+
+
 @pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])
 def test_an_output_that_cannot_be_written_is_known_before_the_work(
     command: Callable, trained: Path, image_path: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch

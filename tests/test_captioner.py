@@ -393,6 +393,7 @@ def test_what_names_no_model_is_a_sentence(folder: object):
     [
         ({"beam_size": 3.0}, r"beam_size is 3\.0, but it has to be a whole number"),
         ({"temperature": "1"}, "temperature is '1', but it has to be a number"),
+        ({"temperature": np.ones(2)}, r"temperature is array\(\[1\., 1\.\]\), but it has to be a number"),
         ({"temperature": 1.0, "top_p": "1"}, "top_p is '1', but it has to be a number"),
         ({"beam_size": 3, "length_penalty": "a"}, "length_penalty is 'a', but it has to be a number"),
         ({"beam_size": 3, "groups": 3, "diversity": [1]}, r"diversity is \[1\], but it has to be a number"),

@@ -1,5 +1,9 @@
 """A packed output layer gives what the decoder gives."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -25,6 +29,14 @@ def test_logits_differ_in_rounding_only(name: str, rows: int):
     expected, actual = (each.step(tokens, each.init_state(images))[0] for each in (decoder, packed))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert [caption.tokens for caption in greedy(packed, images)] == [c.tokens for c in greedy(decoder, images)]
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))])
+@torch.no_grad()
+def test_a_packed_decoder_can_be_copied_and_pickled(copy_of: Callable):
+    packed = pack_output_layer(DECODERS["lstm"](8, 16, 50).eval())
+    inputs = torch.randn(3, 16)
+    torch.testing.assert_close(copy_of(packed).linear(inputs), packed.linear(inputs))
 
 
 def test_the_decoder_itself_stays_as_it_is():

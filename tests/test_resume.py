@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import math
 import multiprocessing
 import os
@@ -238,6 +239,25 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make, capsys: pytest.C
     train(resumed_config(folder))
     assert capsys.readouterr().out.endswith("all epochs are done; --num-epochs 3 trains one more\n")
     assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
+
+
+def test_a_run_killed_before_its_last_description_is_described(config: Make, monkeypatch: pytest.MonkeyPatch):
+    """The last epoch's resume.pt is written, captioner.json is not."""
+    folder = train(config())
+    about = (folder / "captioner.json").read_text()
+    (folder / "captioner.json").write_text(json.dumps(json.loads(about) | {"epochs": json.loads(about)["epochs"][:1]}))
+    train(resumed_config(folder))
+    assert (folder / "captioner.json").read_text() == about
+
+
+def test_a_resumed_run_appends_to_no_other_file(config: Make):
+    folder = train(config(num_epochs=1))
+    (folder / "notes.txt").write_text("precious")
+    resumed = resumed_config(folder)
+    resumed.num_epochs, resumed.log_file = 2, "notes.txt"
+    with pytest.raises(InputError, match=r"notes\.txt exists and is not the log of this run; name another --log-file"):
+        train(resumed)
+    assert (folder / "notes.txt").read_text() == "precious"
 
 
 def test_a_training_that_stopped_early_stays_stopped_when_resumed(config: Make, monkeypatch: pytest.MonkeyPatch):

@@ -306,6 +306,7 @@ def test_an_option_that_has_an_effect_beside_the_others_is_not(options: list[str
         ("grid_size = 7", "--grid-size has no effect on a decoder that does not attend"),
         ("batch-size = 64", r'sets "batch-size", which is not a training option; write batch_size'),
         ("views = true", "sets views to true, which is not a valid value"),
+        ('models = ""', 'models is empty; name a folder or a file, such as "models"'),
     ],
 )
 def test_a_recipe_is_checked_as_the_command_line_is(recipe: str, sentence: str, tmp_path: Path):

@@ -21,6 +21,7 @@ from captioning import training
 from captioning.batches import EpochBatches, place_features, prefetch
 from captioning.captioner import Captioner
 from captioning.checkpoint import epochs_saved, load_model, read_description, resolve_weights
+from captioning.config import resumed_config
 from captioning.errors import InputError
 from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
@@ -352,6 +353,12 @@ def test_tensorboard_gets_the_scalars_of_steps_and_epochs(small: Make, monkeypat
     assert [(value, step) for name, value, step in rows if name == "epoch/CIDEr"] == [
         (e["CIDEr"], e["epoch"]) for e in epochs
     ]
+    resumed = resumed_config(folder)
+    resumed.num_epochs, resumed.batch_size = 3, 2 * config.batch_size
+    train(resumed)
+    first, *rows, _ = Writer.scalars[folder / "tensorboard"]
+    assert first == len(log) + 1
+    assert next(step for name, _, step in rows if name == "train/loss") == first
 
 
 def test_the_log_of_a_running_training_lacks_its_torn_last_line(trained: Path, tmp_path: Path):
