@@ -194,12 +194,12 @@ def require_one_map(name: str, features: object) -> None:
 
 def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:
     """Explain why a backbone failed on images (B, 3, H, W) if their type or size may be the reason, else None."""
-    side = images.shape[-1]
+    side, own = images.shape[-1], preprocessing_of(name).image_size
     if images.dtype == torch.bfloat16 and "BFloat16" in str(error):
         return f"{name} does not run in bfloat16; use --precision fp32."
-    if side % 32 and side != preprocessing_of(name).image_size:
-        reason = str(error).split("\n")[0]
-        return f"{name} does not take images of {side} pixels ({reason}); use an --image-size that 32 divides."
+    if side != own and "memory" not in str(error):
+        reason = str(error).split("\n")[0] or type(error).__name__
+        return f"{name} does not take images of {side} pixels ({reason}); use its own --image-size {own}."
     return None
 
 
@@ -248,6 +248,8 @@ def fold_batch_norms(network: nn.Module, run: Callable[[], object]) -> None:
         for (_, conv), (name, norm) in pairwise(module.named_children())
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
     }
+    if not norms:
+        return
     outputs: dict[nn.Module, Tensor] = {}
     foldable = []
 

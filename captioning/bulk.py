@@ -330,7 +330,8 @@ def _read_rows(
             if _is_newer(image, written):
                 changed.append(image)
         done, end = done + 1, end + len(line)
-    file.truncate(end)
+    if end < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
+        file.truncate(end)
     if changed and log is not None:
         images_are = "1 image is" if len(changed) == 1 else f"{len(changed):,} images are"
         log(f"{images_are} newer than {file.name}, such as {changed[0]}; delete the file to caption all images again")

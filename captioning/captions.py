@@ -17,13 +17,16 @@ MISSING = {  # spellings of a cell without a value, and Excel's errors in Englis
     *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!"),
 }
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
-STRUCTURE = re.compile(r"""\[(['"]|np\.).*\]|\{['"].*\}|array\(.*\)""", re.DOTALL)  # one that need not be well-formed
+STRUCTURE = re.compile(  # one that need not be well-formed
+    r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
+    re.DOTALL,
+)
 NUMPY = {"np", ".", "str_", "array"}  # what NumPy prints around texts
 
 
 def clean_caption(caption: Any, where: str) -> str:
     """Return the caption in one line with single spaces, or "" if it is missing; raises `InputError` if it is wrong."""
-    if is_missing(caption) and not (isinstance(caption, str) and is_structure(caption)):
+    if is_missing(caption):
         return ""
     if not isinstance(caption, str):
         raise InputError(f"{where}, has a caption that is not text: {caption!r:.80}; write text or a list of texts.")
@@ -52,6 +55,7 @@ def check_caption(caption: str, where: str) -> None:
 
 def parse_captions(value: Any) -> list[Any]:
     """Parse the captions of a cell, which in CSV files of Flickr30k and of pandas may be a list written as text."""
+    value = value.strip() if isinstance(value, str) else value
     if isinstance(value, str) and value[:1] + value[-1:] == "{}":  # Label Studio's several texts
         with suppress(ValueError, RecursionError):
             texts = json.loads(value).get("text")

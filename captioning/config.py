@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from captioning import checkpoint
 from captioning.backbones import Preprocessing, count_stages, preprocessing_of
 from captioning.errors import InputError
-from captioning.files import CACHE, read_text
+from captioning.files import CACHE, read_text, require_local
 from captioning.images import WORKERS
 from model import DECODERS
 
@@ -70,7 +70,7 @@ class ModelOptions:
     backbone: str = "resnet50"  # image backbone: torchvision's ResNet-50, or the name of a timm model
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
     image_size: int | None = None  # input resolution in pixels; default: the backbone's own
-    crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default center
+    crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default: as the backbone
     # pool the feature map to this many rows and columns (attention and transformer decoders)
     grid_size: int | None = None
     views: int = 1  # views of an image whose features are cached: the evaluation's crop and views - 1 random ones
@@ -186,6 +186,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 raise InputError(f"{field} must be at least {least}, not {value}.")
             if value > most:
                 raise InputError(f"{field} must be at most {most}, not {value}.")
+        for folder in (self.models, self.cache):
+            require_local(folder)
         _ = self.preprocessing  # which checks the backbone and the image size
         if self.tie_weights and self.embed_size != self.hidden_size and self.decoder != "transformer":
             raise InputError(
@@ -238,8 +240,9 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
     Its fields may be changed before `train` is called with it. Raises `InputError` if the folder holds no run.
     """
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    saved = checkpoint.read_description(folder).training
-    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
+    description = checkpoint.read_description(folder)
+    saved = {RENAMED.get(name, name): value for name, value in description.training.items()}
+    saved["crop"] = saved.get("crop") or description.preprocessing.crop  # the default has changed for some backbones
     values = {name: saved[name] for name in names if name in saved}
     if objective is not None and objective != values.get("objective", "cross-entropy"):
         values["objective"] = objective

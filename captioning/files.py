@@ -48,7 +48,7 @@ BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV i
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
 # Formats that Pillow renders with another program, only identifies, or nests without bounds.
 NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "WMF"}
-WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs|file):/+", re.IGNORECASE)
+WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
 
 
 def hash_file(path: Path, prefix: bytes = b"") -> str:
@@ -120,7 +120,7 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
 def require_local(folder: Path) -> None:
     """Raise `InputError` for a web address, of which a folder of that name would be made."""
     if WEB_ADDRESS.match(str(folder)):
-        raise InputError(f"{folder} is an address; name a folder of this computer.")
+        raise InputError(f"{folder} is a web address; name a place on this computer.")
 
 
 def require_new_folder(folder: Path) -> None:
@@ -193,6 +193,7 @@ def check_output(path: Path) -> None:
 
     Raises `InputError` where `write_file` would.
     """
+    require_local(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} cannot be written: it is not a file; name another one.")
     try:

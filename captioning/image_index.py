@@ -84,6 +84,7 @@ class ImageIndex:
         self.unreadable: list[Path] = []  # HEIC images where pillow-heif is not installed
         self.by_name: dict[str, set[str]] = defaultdict(set)  # file name -> keys of `paths`
         self.by_stem: dict[str, set[str]] = defaultdict(set)  # file name without its suffix -> keys
+        self.by_casefold: dict[str, list[str]] = defaultdict(list)  # key without its case -> keys
         for path in walk_files(folder):
             if path.suffix.lower() in image_suffixes():
                 key = _normalize(path.relative_to(folder).as_posix())
@@ -91,6 +92,7 @@ class ImageIndex:
                 name = posixpath.basename(key)
                 self.by_name[name].add(key)
                 self.by_stem[posixpath.splitext(name)[0]].add(key)
+                self.by_casefold[key.casefold()].append(key)
             elif path.suffix.lower() in HEIF_SUFFIXES:
                 self.unreadable.append(path)
         if not self.paths:
@@ -155,8 +157,8 @@ class ImageIndex:
             target = _normalize(os.path.relpath(os.path.realpath(file), os.path.realpath(self.folder)))
             if target in self.paths:
                 return [target]
-            if match := [key for key in self.paths if key.casefold() == target.casefold()]:
-                return match  # on a file system that ignores case
+            if match := self.by_casefold.get(target.casefold()):  # on a file system that ignores case
+                return match
         wanted = _normalize(name.replace("\\", "/"))
         for path in self.unreadable:
             key = _normalize(path.relative_to(self.folder).as_posix())
@@ -168,14 +170,14 @@ class ImageIndex:
                 raise InputError(
                     f"{where}: {file} is not in {self.folder}; name the folder that holds all images with --images."
                 )
-            if file.suffix and not file.name.startswith("."):
+            if file.suffix and file.suffix.lower() not in image_suffixes():
                 raise InputError(
                     f"{where}: {file} is not taken for an image, because {file.suffix} is not the suffix of an image "
                     "that can be read; rename it, or convert it to JPEG or PNG."
                 )
             raise InputError(
-                f"{where}: {file} is not taken for an image under {self.folder}, because it is hidden or lacks the "
-                f"suffix of an image; rename it."
+                f"{where}: {file} is not taken for an image under {self.folder}, because it or its folder is hidden, "
+                f"or it lacks the suffix of an image; rename it."
             )
         return []
 

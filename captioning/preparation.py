@@ -38,7 +38,7 @@ FIXED = (  # options that are fixed for a resumed run
 
 
 def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
-    """Raise `InputError` if an option that is fixed for a resumed run was changed, or its data set is elsewhere."""
+    """Raise `InputError` if a resumed run has a fixed option changed, no data set, or another file as its log."""
     if not os.path.exists(config.data):
         raise InputError(f"{config.data}, the data set of {config.resume}, does not exist here; name it with --data.")
     previous, now = resumed.training | vars(resumed.preprocessing), settings_of(config) | vars(config.preprocessing)
@@ -47,7 +47,6 @@ def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
             raise InputError(
                 f"{config.resume} is trained with {name} {previous[name]}, which cannot change; start a new run."
             )
-
     log_file = config.resume / config.log_file if config.resume else None
     if log_file and previous.get("log_file", config.log_file) != config.log_file and os.path.lexists(log_file):
         raise InputError(f"{log_file} exists and is not the log of this run; name another --log-file.")

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -92,7 +93,8 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
         for member in _members(shard, report):
             folder, slash, name = member.name.rpartition("/")
             if not name.startswith("._"):  # macOS keeps a file's attributes in them
-                groups.setdefault(folder + slash + name.split(".", 1)[0], []).append(member)
+                key = unicodedata.normalize("NFC", folder + slash + name.split(".", 1)[0])
+                groups.setdefault(key, []).append(member)
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
         reason = _decompress(shard) or getattr(error, "strerror", None) or error
         raise InputError(f"{shard} cannot be read as a tar file ({reason}).") from None
@@ -100,7 +102,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
         images: dict[str, Member] = {}  # stem -> image
         texts: dict[str, dict[str, Member]] = {}  # stem -> suffix -> file
         for member in members:
-            path = PurePosixPath(member.name)
+            path = PurePosixPath(unicodedata.normalize("NFC", member.name))
             stem, suffix = str(path.with_suffix("")), path.suffix.lower()
             if suffix in SUFFIXES:
                 texts.setdefault(stem, {}).setdefault(suffix, member)
@@ -201,7 +203,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'8' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'9' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path

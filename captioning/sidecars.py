@@ -41,12 +41,16 @@ def read_captions(
         cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
         if not used[1] or any(caption for _, caption in cleaned):
             used = file, cleaned
-        if texts := {caption for _, caption in cleaned if caption}:
-            with suppress(InputError):  # what is not used need not be readable
-                for other, captions in lists:
-                    if other is not file and not {clean_caption(*pair[::-1]) for pair in captions} - {""} <= texts:
-                        report.add("file{s} of captions, as another one of the image is used", str(other))
+        if any(caption for _, caption in cleaned):
             break
+    others: dict[File, set[str]] = {}
+    with suppress(InputError):  # what is not used need not be readable
+        for file, captions in lists:
+            with suppress(InputError):
+                others.setdefault(file, {clean_caption(caption, where) for where, caption in captions})
+    for file, texts in others.items():
+        if file is not used[0] and not texts <= {"", *(caption for _, caption in used[1])}:
+            report.add("file{s} of captions, since another file of the same image is used", str(file))
     return used
 
 

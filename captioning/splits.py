@@ -12,10 +12,10 @@ from captioning.coco_layout import SourceImage
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, parse_split
+from captioning.tables import ENCODING_ADVICE, IMAGE_COLUMNS, SPLIT_ALIASES, SPLIT_END, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
-SPLIT_FILE = re.compile(rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)})[_-]?(?:images?|imgs?)?$", re.IGNORECASE)
+SPLIT_FILE = re.compile(rf"(?:^|[_.\-])(({'|'.join(SPLIT_ALIASES)}){SPLIT_END})$", re.IGNORECASE)
 
 
 def _position(name: str) -> float:
@@ -65,15 +65,18 @@ def read_split_files(
     for path in paths:
         match = SPLIT_FILE.search(path.stem)
         assert match is not None
-        split = SPLIT_ALIASES[match[1].lower()]
+        split = parse_split(match[1])
+        assert split is not None
         for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
             name, where = unicodedata.normalize("NFC", line.strip()), f"{path}, line {number}"
-            if not name:
-                continue
+            if path.suffix.lower() == ".csv":
+                name = name.split(",")[0].strip().strip('"')
             if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files omit the suffix
                 name += ".jpg"
+            if not name or (name.lower() in IMAGE_COLUMNS and number == 1):
+                continue
             if name not in captions:
-                raise InputError(f"{where}: {name} has no caption in {table}.")
+                raise InputError(f"{where}: {name} has no caption in {table}; correct the name or remove the line.")
             set_split(splits, name, where, split)
 
 
@@ -88,5 +91,5 @@ def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
         if len(splits) == len(folders):
             return splits
     for name in (name for name, parents in folders.items() if any(parents)):
-        report.add("image{s}, since others are in none of that kind", name, "took no split from the folder of")
+        report.add("image{s}, since other images are in no such folder", name, "ignored the split in the folder of")
     return {}

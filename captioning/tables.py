@@ -21,6 +21,7 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+SPLIT_END = "(?:[_ -]?(?:images?|imgs?|photos?|set|split))?(?:[_ -]?[0-9]{4})?(?:[_ -]?(?:images?|imgs?|photos?))?"
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
@@ -81,8 +82,7 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 def parse_split(name: str) -> str | None:
     """Return the split that a name such as "train", "val2017", "testImages" or "dev_imgs" means, or None."""
-    stem = re.sub(r"([_ -]?(image|img|photo)s?)?([0-9]{4})?$", "", name.strip().lower())
-    return SPLIT_ALIASES.get(stem)
+    return SPLIT_ALIASES.get(re.sub(f"{SPLIT_END}$", "", name.strip().lower()))
 
 
 def read_json(path: Path, text: str) -> Any:
@@ -158,6 +158,8 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         if isinstance(value, dict):  # Label Studio's several texts
             value = value.get("text", value)
         texts = value if isinstance(value, list) else parse_captions(value)
+        if isinstance(value, str) and texts == [value] and is_structure(value):
+            raise InputError(f"{where}, has a caption that is not text: {value:.80}; write text or a list of texts.")
         captions[column] = [clean_caption(text, where) for text in texts]
     for column in columns:
         if others := captions.get(f"{column}s"):  # which repeat the caption in most tables that have both columns
@@ -179,7 +181,9 @@ def _split(value: Any, where: str) -> str:
         return ""
     split = parse_split(str(value))
     if split is None:
-        raise InputError(f"{where}: the split {value!r} is not one of train, val and test.")
+        raise InputError(
+            f"{where}: the split {value!r} is not one of train, val and test; correct it, or rename its column."
+        )
     return split
 
 
@@ -224,14 +228,14 @@ def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, di
     if lists and not are_images and (named or len(lists) < max(2, len(document))):
         first, *others = named or lists
         split = parse_split(first)
-        others += [name for name in document if split and name != first and parse_split(name) and document[name]]
+        others += [name for name in document if name != first and parse_split(name) and _is_filled(document[name])]
         if others:
             raise InputError(
                 f"{path} holds rows in {first!r:.80} and {others[0]!r:.80}; write one list, with a split in each row."
             )
         for row, record in enumerate(document[first]):
-            given = not set(map(str.lower, record)).isdisjoint(SPLIT_COLUMNS)
-            yield f"{path}, {first}[{row}]", {"split": split, **record} if split and not given else record
+            given = any(name.lower() in SPLIT_COLUMNS and parse_split(str(record[name])) for name in record)
+            yield f"{path}, {first}[{row}]", record if given or not split else {**record, "split": split}
         return
     for number, (name, value) in enumerate(document.items(), 1):
         rows = value if _is_list_of_rows(value) else [value if isinstance(value, dict) else {"caption": value}]
@@ -244,6 +248,10 @@ def _names_image(record: dict[str, Any]) -> bool:
 
 def _is_list_of_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, list | dict) and bool(value)
 
 
 def _is_json_lines(path: Path, text: str) -> bool:
@@ -272,8 +280,8 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         if any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
             raise InputError(
-                f"{where}, has more columns than the header's {len(columns) - len(nameless)}; "
-                "put a caption that contains the separator in double quotes."
+                f"{where}, has more columns than the header's {len(columns) - len(nameless)}; put a caption that "
+                "contains the separator in double quotes, or name the column in the header."
             )
         # One row of the Flickr30k CSV in circulation lacks the separator between its last two columns.
         glued = re.fullmatch(r"(\d+)\s+(.+)", cells[-1]) if columns[-2:] == ["comment_number", "comment"] else None

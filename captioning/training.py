@@ -42,7 +42,7 @@ from captioning.preparation import (
     warn_of_shared_images,
 )
 from captioning.self_critical import SelfCritical
-from captioning.training_log import Scalars, format_line, read_log
+from captioning.training_log import Scalars, format_line, open_log, read_log
 from captioning.validation import validate
 from captioning.weights import load_weights
 from data_loader import CaptionDataset
@@ -148,7 +148,8 @@ class Run:
         state = self.restore() if self.resumed is not None else None
         self.extract_features()
         self.prepare(state)
-        with self.open_log(state) as self.log_file, closing(self.scalars):
+        log = self.folder / self.config.log_file if self.is_main else Path(os.devnull)
+        with open_log(log, None if state is None else state["log_bytes"]) as self.log_file, closing(self.scalars):
             self.begin(state)
             self.last_save = time.monotonic()
             while self.progress.epoch <= self.last_epoch and not self.is_out_of_patience():
@@ -234,15 +235,10 @@ class Run:
             self.progress.step = min(steps, len(self.batches))
         if self.progress.step > len(self.batches):
             raise InputError(f"{self.folder}/resume.pt belongs to another run; start a new one.")
+        if self.progress.total_steps == 0:  # in the state of an older version
+            self.progress.total_steps = (self.progress.epoch - 1) * len(self.batches) + self.progress.step
+        self.scalars.first = self.progress.total_steps + 1
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
-
-    def open_log(self, state: dict[str, Any] | None) -> Any:
-        """Open the log of every step, truncated to the step of the resumed state."""
-        path = self.folder / self.config.log_file if self.is_main else os.devnull
-        file = open(path, "ab" if state is not None else "wb")
-        if state is not None and self.is_main:
-            file.truncate(min(state["log_bytes"], file.tell()))
-        return file
 
     def begin(self, state: dict[str, Any] | None) -> None:
         """Save a new run, or one with a new objective or new trained stages, before its first step."""
@@ -253,8 +249,10 @@ class Run:
         elif self.is_main and state and self.resumed:
             if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
-            if state["optimizer"] is None or self.description.epochs != self.resumed.epochs:
-                checkpoint.write_description(self.folder, self.description)  # first, in case the run is killed here
+            new_log = self.resumed.training.get("log_file") != self.config.log_file
+            if state["optimizer"] is None or new_log or self.description.epochs != self.resumed.epochs:
+                # Before resume.pt, so that a run that is killed in between restarts with the new options.
+                checkpoint.write_description(self.folder, self.description)
                 self.save()
         self.log(
             f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +18,14 @@ LINE = re.compile(r"Epoch \[(\d+)/\d+\], Step \[(\d+)/\d+\], Loss: (-?[0-9.]+(?:
 def format_line(epoch: int, epochs: int, step: int, steps: int, loss: float, mean: str) -> str:
     """Format a step's line; `mean` is its loss as the objective formats it."""
     return f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, {mean}"
+
+
+def open_log(path: Path, size: int | None) -> BinaryIO:
+    """Open the log of a new run (`size` None), or that of a resumed one, of which the first `size` bytes are kept."""
+    file = open(path, "wb" if size is None else "ab")
+    if size is not None and path.is_file():
+        file.truncate(min(size, file.tell()))
+    return file
 
 
 def read_log(path: str | Path) -> np.ndarray:
@@ -41,8 +50,11 @@ def read_log(path: str | Path) -> np.ndarray:
 class Scalars:
     """TensorBoard scalars in the model's folder, or nothing unless `wanted`.
 
-    Raises `InputError` if tensorboard is not installed.
+    What an interrupted run wrote from the step `first` on is replaced. Raises `InputError` if tensorboard is not
+    installed.
     """
+
+    first = 1
 
     def __init__(self, folder: Path, wanted: bool):
         self.folder, self.make, self.writer = folder / "tensorboard", None, None
@@ -58,11 +70,11 @@ class Scalars:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Write values at a step; after a resume, they replace those from the same step on."""
+        """Write values at a step."""
         if self.make is None:
             return
         if self.writer is None:
-            self.writer = self.make(self.folder, purge_step=step)
+            self.writer = self.make(self.folder, purge_step=self.first)
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning.backbones import PACKAGED, Preprocessing, preprocessing_of
+from captioning.backbones import PACKAGED, Preprocessing, fold_batch_norms, preprocessing_of
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_model, read_description, write_model
 from captioning.errors import InputError
@@ -79,8 +79,23 @@ def test_weights_stay_channels_last_for_inference():
 
 def test_an_input_size_that_the_backbone_cannot_take_is_a_sentence():
     encoder = EncoderCNN(8, "hrnet_w18_small", weights="random").eval()
-    with torch.no_grad(), pytest.raises(InputError, match=r"does not take images of 100 pixels .* that 32 divides"):
+    with torch.no_grad(), pytest.raises(InputError, match=r"not take images of 100 pixels .* --image-size 224"):
         encoder(torch.zeros(1, 3, 100, 100))
+
+
+@pytest.mark.parametrize("size", [100, 224])
+def test_too_little_memory_is_not_blamed_on_the_input_size(size: int, monkeypatch: pytest.MonkeyPatch):
+    def run(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    encoder = EncoderCNN(8, "resnet18", weights="random").eval()
+    monkeypatch.setattr(encoder, "run_backbone", run)
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder(torch.zeros(1, 3, size, size))
+
+
+def test_without_batch_norms_nothing_is_run_to_fold_them():
+    fold_batch_norms(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.GELU()), lambda: pytest.fail("it was run"))
 
 
 @pytest.mark.parametrize("name", ["lambda_resnet26t", "xception41p"])

@@ -354,12 +354,21 @@ def test_images_that_are_newer_than_their_captions_are_reported(
     for name in ("a.png", "b.png"):
         shutil.copyfile(image_path, folder / name)
     command(folder, "--model", trained, "--output", output)
-    os.utime(folder / "b.png", (2e9, 2e9))
-    code, _, errors = command(folder, "--model", trained, "--output", output)
-    assert code == 0
-    assert (
-        f"1 image is newer than {output}, such as {folder / 'b.png'}; delete the file to caption all images" in errors
-    )
+    for path, time in ((output, 1e9), (folder / "a.png", 1e9), (folder / "b.png", 1e9 + 5)):
+        os.utime(path, (time, time))
+    for _ in range(2):
+        code, _, errors = command(folder, "--model", trained, "--output", output)
+        assert code == 0
+        assert f"1 image is newer than {output}, such as {folder / 'b.png'}; delete the file to caption all" in errors
+
+
+@pytest.mark.parametrize("option", ["--output", "--sheet", "--export"])
+def test_an_output_at_a_web_address_is_refused(command: Callable, trained: Path, image_path: Path, option: str):
+    images = [] if option == "--export" else [image_path]
+    code, _, errors = command(*images, "--model", trained, option, "s3://bucket/out.onnx")
+    assert code == 2
+    assert "is a web address; name a place on this computer" in errors
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("option", ["--sheet", "--attention", "--export", "--output"])

@@ -149,6 +149,11 @@ def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, m
     text(source / "c.csv", csv_rows("image,caption") + ".hidden.jpg,a ball\n")
     with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not taken for an image .* hidden"):
         importers.import_folder(source, tmp_path / "out")
+    (source / ".thumbs").mkdir()
+    make_image(source / ".thumbs" / "9.jpg")
+    text(source / "c.csv", csv_rows("image,caption") + ".thumbs/9.jpg,a ball\n")
+    with pytest.raises(InputError, match=r"line 8: .*9\.jpg is not taken for an image .* it or its folder is hidden"):
+        importers.import_folder(source, tmp_path / "out")
     text(source / "logo.svg", "<svg/>")
     text(source / "c.csv", csv_rows("image,caption") + "logo.svg,a ball\n")
     with pytest.raises(InputError, match=r"\.svg is not the suffix of an image that can be read; .* JPEG or PNG"):
@@ -683,9 +688,26 @@ def test_a_second_file_of_captions_of_an_image_is_reported(tmp_path, capsys):
     importers.import_folder(six(tmp_path / "in", **tags, **same), tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["one, solo, red"] for i in range(6)}
     error = capsys.readouterr().err
-    assert "left out 6 files of captions, as another one of the image is used, the first is" in error
+    assert "left out 6 files of captions, since another file of the same image is used, the first is" in error
     assert error.count("\n") == 1
     assert ".caption" in error
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "third", "reported"),
+    [
+        ("[]", "a red ball", None, 0),
+        ("a red ball", None, {"captions": ["a red ball"], "caption": "a kite"}, 0),
+        ("a red ball", "['a', 'b']", {"caption": "a kite"}, 6),
+        ("a red ball", None, {"caption": ["a kite"]}, 6),
+    ],
+)
+def test_which_file_of_captions_of_an_image_is_used(tmp_path, capsys, first, second, third, reported):
+    texts = {"txt": first, "caption": second, "json": third and json.dumps(third)}
+    files = {f"{i}__{suffix}": text for i in range(6) for suffix, text in texts.items() if text}
+    importers.import_folder(six(tmp_path / "in", **files), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
+    assert (f"left out {reported} files of captions" in capsys.readouterr().err) == bool(reported)
 
 
 def test_captions_next_to_images_of_another_unicode_form(tmp_path):
@@ -830,10 +852,13 @@ def test_flickr8k_with_one_split_file_only(flickr8k, tmp_path, capsys, split):
         ("training.txt", "validation.txt", "testing.txt"),
         ("train_imgs.txt", "valid.txt", "test-images.txt"),
         ("train.csv", "dev.csv", "Test.csv"),
+        ("trainset.txt", "val2017.txt", "test_photos.txt"),
     ],
 )
 def test_split_files_of_other_names(tmp_path, names):
     tables = {name: f"{2 * i}.jpg\n{2 * i + 1}.jpg\n" for i, name in enumerate(names)}
+    if names[0].endswith(".csv"):
+        tables[names[0]] = 'image,id\n"0.jpg",0\n1.jpg,1\n'
     source = six(tmp_path / "in", captions__txt=csv_rows("image,caption"), **tables)
     importers.import_flickr(source, tmp_path / "out")
     assert set(captions(tmp_path / "out", "val")) == {"2.jpg", "3.jpg"}
@@ -857,7 +882,7 @@ def test_names_in_split_files_may_have_another_unicode_form(tmp_path):
     assert set(captions(tmp_path / "out", "val")) == {"caf\u00e91.jpg"}
 
 
-@pytest.mark.parametrize("form", ["{}2017", "{}_images", "{}Images", "{}2014/more"])
+@pytest.mark.parametrize("form", ["{}2017", "{}_images", "{}Images", "{}2014/more", "{}_2017", "{}set", "{}2017_imgs"])
 def test_folders_named_after_splits(tmp_path, form):
     for split in ("train", "val", "test"):
         six(tmp_path / "in" / form.format(split), **{f"{i}__txt": f"a {split}" for i in range(6)})
@@ -870,7 +895,7 @@ def test_folders_named_after_splits_that_do_not_hold_all_images(tmp_path, capsys
     for folder in ("train", "val", "extra"):
         six(tmp_path / "in" / folder, **{f"{i}__txt": "a ball" for i in range(6)})
     importers.import_folder(tmp_path / "in", tmp_path / "out")
-    line = "took no split from the folder of 12 images, since others are in none of that kind, the first is train/"
+    line = "ignored the split in the folder of 12 images, since other images are in no such folder, the first is train/"
     assert line in capsys.readouterr().err
 
 
@@ -1053,7 +1078,7 @@ def test_a_name_that_is_not_text_is_one_sentence(tmp_path):
 def test_a_destination_that_is_an_address_is_refused(command):
     done = run_script(*command, "s3://bucket/out")
     assert done.returncode == 2
-    assert "is an address; name a folder of this computer." in done.stderr
+    assert "is a web address; name a place on this computer." in done.stderr
 
 
 @pytest.mark.parametrize("destination", ["a" * 300, "file.txt/out", ".", "", "/proc/none/out"])

@@ -8,7 +8,7 @@ import pytest
 from test_importers import captions, make_image, text
 
 import importers
-from captioning.annotations import MAX_CAPTION
+from captioning.captions import MAX_CAPTION
 from captioning.errors import InputError
 from captioning.scenes.dataset import draw_dataset
 from data_loader import CaptionDataset

@@ -250,6 +250,36 @@ def test_a_run_killed_before_its_last_description_is_described(config: Make, mon
     assert (folder / "captioner.json").read_text() == about
 
 
+def test_a_run_killed_before_its_first_save_knows_its_new_log(config: Make, monkeypatch: pytest.MonkeyPatch):
+    folder = train(config(num_epochs=1))
+    resumed = resumed_config(folder)
+    resumed.num_epochs, resumed.log_file = 2, "more.txt"
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(resumed)
+    assert (folder / "more.txt").exists()
+    train(resumed)
+    assert len(read_log(folder / "more.txt")) > 0
+
+
+def test_the_step_of_an_older_state_is_counted(stopped: Path):
+    state = load_resume(stopped, print)
+    steps = state.pop("total_steps")
+    torch.save(state, stopped / "resume.pt")
+    train(resumed_config(stopped))
+    log = read_log(stopped / "training_log.txt")
+    assert 0 < steps < len(log) == load_resume(stopped, print)["total_steps"]
+
+
+def test_a_run_keeps_its_crop_where_the_default_has_changed(stopped: Path):
+    about = json.loads((stopped / "captioner.json").read_text())
+    assert about["training"]["crop"] is None
+    about["preprocessing"]["crop"] = "squash"
+    (stopped / "captioner.json").write_text(json.dumps(about))
+    assert resumed_config(stopped).preprocessing.crop == "squash"
+
+
 def test_a_resumed_run_appends_to_no_other_file(config: Make):
     folder = train(config(num_epochs=1))
     (folder / "notes.txt").write_text("precious")

@@ -111,7 +111,7 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
         pytest.param(
             [("0.json", b'{"caption": "a cat"}'), ("0.txt", BALL)],
             ["a red ball"],
-            r"left out 1 file of captions, as another one of the image is used: .*train-0\.tar/0\.json",
+            r"left out 1 file of captions, since another file of the same image is used: .*train-0\.tar/0\.json",
             id="text before json",
         ),
         pytest.param([("0.json", b'{"caption": "a red ball"}'), ("0.txt", BALL)], ["a red ball"], "", id="both"),
@@ -234,6 +234,13 @@ def test_captions_that_cannot_be_read_are_named(tmp_path: Path, name: str, conte
     ((_, texts),) = read_samples(pack(tmp_path / "a.tar", [("0.png", PNG), (name, content)]), Report())
     with pytest.raises(InputError, match=message):
         read_captions_of(texts, Report())
+
+
+def test_names_of_another_unicode_form_are_of_one_sample(tmp_path: Path):
+    shard = pack(tmp_path / "a.tar", [("cafe\u0301.png", PNG), ("caf\u00e9.txt", BALL)])
+    ((image, texts),) = read_samples(shard, Report())
+    assert image is not None
+    assert read_captions_of(texts, Report()) == ["a red ball"]
 
 
 def test_links_in_a_tar_file_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -8,7 +8,7 @@ import pytest
 from test_importers import all_captions, captions, csv_rows, json_rows, lines, make_image, six
 
 import importers
-from captioning.annotations import MAX_CAPTION
+from captioning.captions import MAX_CAPTION, clean_caption
 from captioning.errors import InputError
 
 HUGGING_FACE = json_rows(file_name="{}.jpg", text="a red ball")
@@ -432,6 +432,34 @@ def test_a_column_set_gives_splits_if_it_names_them(tmp_path):
     years = rows.replace("train", "train2017").replace("val", "val_images")
     importers.import_folder(six(tmp_path / "in", c__csv="image,caption,subset\n" + years), tmp_path / "years")
     assert set(captions(tmp_path / "years", "val")) == {"3.jpg"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("[array(['a ball'], dtype='<U10')]", "[list(['a', 'b'])]", "[['it's a', 'b']]", "[None, 'it's one']"),
+        *("('a ball', 'it's one')", "[nan, 'a dog']", "(np.str_('a dog'), np.str_('b'))", "{'en': 'it's one'}"),
+    ],
+)
+def test_what_is_a_list_and_no_caption(value):
+    with pytest.raises(InputError, match=r"^0\.txt, has a caption that is not text: .*; write text or a list of texts"):
+        clean_caption(value, "0.txt")
+
+
+@pytest.mark.parametrize(
+    "value", ["[a red ball]", "[not None]", '("Stop" is on the sign)', "(a dog, a cat)", "a {ball}"]
+)
+def test_a_caption_in_brackets_is_a_caption(value):
+    assert clean_caption(value, "0.txt") == value
+
+
+def test_rows_beside_lists_of_splits_are_refused(tmp_path):
+    rows = {"data": ROWS, "train": ["0.jpg"], "test": ["5.jpg"]}
+    with pytest.raises(InputError, match="holds rows in 'data' and 'train'; write one list, with a split in each row"):
+        importers.import_folder(six(tmp_path / "in", c__json=json.dumps(rows)), tmp_path / "out")
+    counted = {"train": [{**row, "set": "A", "split": None} for row in ROWS], "val": 500}
+    importers.import_folder(six(tmp_path / "in", c__json=json.dumps(counted)), tmp_path / "out")
+    assert not (tmp_path / "out" / "annotations" / "captions_test.json").exists()
 
 
 def test_the_name_of_the_only_list_may_be_a_split(tmp_path):

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -355,10 +356,16 @@ def test_tensorboard_gets_the_scalars_of_steps_and_epochs(small: Make, monkeypat
     ]
     resumed = resumed_config(folder)
     resumed.num_epochs, resumed.batch_size = 3, 2 * config.batch_size
-    train(resumed)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "validate", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(resumed)
     first, *rows, _ = Writer.scalars[folder / "tensorboard"]
     assert first == len(log) + 1
     assert next(step for name, _, step in rows if name == "train/loss") == first
+    train(resumed_config(folder))
+    log = read_log(folder / "training_log.txt")
+    assert Writer.scalars[folder / "tensorboard"][0] == len(log) + 1  # and not 3, the step of the epoch's metrics
 
 
 def test_the_log_of_a_running_training_lacks_its_torn_last_line(trained: Path, tmp_path: Path):
