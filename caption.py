@@ -95,17 +95,19 @@ def main(
     for path in (sheet, attention):
         if path is not None:
             check_figure(path)
-    if sheet is not None and sheet == attention:
+    figures = [os.path.realpath(path) for path in (sheet, attention) if path is not None]
+    if len(set(figures)) < len(figures):
         raise InputError(f"--sheet and --attention both name {sheet}; name two files.")
-    sources = find_images(images, recursive, log)
+    found = find_images(images, recursive, log)
+    sources = [path for path in found if not isinstance(path, Path) or os.path.realpath(path) not in figures]
     captioner = Captioner.load(model or default_model(), precision=precision)
     if attention is not None and not captioner.decoder.attends:
         raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")
     captions, failed = print_captions(captioner, sources, decoding, workers, strict, json_)
-    if captions:
-        draw_figures(captioner, sources, captions, sheet, attention)
     for error in failed:
         log(f"error: {error}")
+    if captions:
+        draw_figures(captioner, sources, captions, sheet, attention)
     if failed:
         raise InputError(f"{len(failed)} of {len(sources)} images could not be read; {len(captions)} are captioned.")
 

@@ -98,11 +98,10 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
     """
     examples: dict[Path, str] = {}
     for captioner in captioners.values():
-        if captioner.folder is not None and (captioner.folder / "examples").is_dir():
-            images = [path for path in find_images([captioner.folder / "examples"]) if isinstance(path, Path)]
-        elif captioner.description.data.get("folder") != SAMPLE:
+        images = _own_examples(captioner)
+        if not images and captioner.description.data.get("folder") != SAMPLE:
             images = sorted(IMAGES.glob("*.jpg"))
-        else:
+        elif not images:
             images = [folder / f"scene-{i}.jpg" for i in range(1, 7)]
             for path in images:
                 image, _, (text, *_) = draw_scene(random.Random(f"page/{path.stem}"))
@@ -111,11 +110,23 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
                 image.convert("RGB").save(path, quality=90, exif=exif)
         for path in images:
             try:
+                str(path).encode()  # Gradio needs names that are text
                 with open_image(path) as image:
                     examples[path] = str(image.getexif().get(DESCRIPTION_TAG, path.stem))
             except Exception:  # a broken file makes Pillow raise nearly anything
-                warn_once(f"{path} cannot be read as an image and is not shown as an example.")
+                warn_once(f"{path} is not shown as an example: its name or its content cannot be read.")
     return list(examples.items())
+
+
+def _own_examples(captioner: Captioner) -> list[Path]:
+    """List the images in a model's folder `examples/`, if there are any."""
+    if captioner.folder is None or not (captioner.folder / "examples").is_dir():
+        return []
+    try:
+        return [path for path in find_images([captioner.folder / "examples"]) if isinstance(path, Path)]
+    except InputError as error:
+        warn_once(f"other examples are shown: {error}")
+        return []
 
 
 def describe_model(name: str, description: Description) -> str:
@@ -276,7 +287,11 @@ def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option],
     def save(upload: Upload | None, text: str, *values: Any) -> None:
         if upload is None or not text:
             raise gr.Error("There is no caption to save yet.", print_exception=False)
-        logger.flag([{"path": str(upload.path)}, text, *values])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            logger.flag([{"path": str(upload.path)}, text, *values])
+        except OSError as error:
+            raise gr.Error(f"It cannot be saved ({error.strerror or error}).", print_exception=False) from None
         gr.Info("Saved. Thank you.")
 
     button = gr.Button("Save this photo and caption")
@@ -317,8 +332,8 @@ def load_models(folders: tuple[Path, ...]) -> dict[str, Captioner]:
     """Load models; returns them by the names of their folders, or by their paths if two folders have the same name."""
     captioners: dict[str, Captioner] = {}
     for folder in folders:
-        name = folder.resolve().name
-        captioners[str(folder) if name in captioners else name] = Captioner.load(folder)
+        names = folder.resolve().name, str(folder), str(folder.resolve())
+        captioners[next((name for name in names if name not in captioners), names[-1])] = Captioner.load(folder)
     return captioners
 
 

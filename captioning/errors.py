@@ -26,6 +26,10 @@ OFFLINE = re.compile(
 )
 
 
+# Why standard output cannot be written.
+OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
+
+
 class InputError(ValueError):
     """A user's mistake; the message is one sentence that names the problem and the remedy."""
 
@@ -83,6 +87,8 @@ def run_command(main: Callable[[], object]) -> None:
 
     Of several processes that were launched together, the first one to fail prints its error, and the others exit.
     """
+    if sys.stderr is None:  # it is closed, and libraries write to it
+        sys.stderr = open(os.devnull, "w")
     if sys.stdout is not None:  # a file name may contain characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv[1:] = [HOME.sub(lambda match: match[1] + os.path.expanduser("~"), each) for each in sys.argv[1:]]
@@ -101,7 +107,7 @@ def run_command(main: Callable[[], object]) -> None:
             _end(f"error: {error.filename} is longer than a path may be; choose a shorter one.", 2)
         if isinstance(error, PermissionError) and error.filename is not None:
             _end(f"error: {error.filename} may not be accessed ({error.strerror}); change its permissions.", 2)
-        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+        if error.filename is not None or error.errno not in OUTPUT_ERRORS:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit does not fail as well
         if error.errno == errno.EPIPE:  # the reader, such as `head`, has closed the pipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Source
-from captioning.errors import InputError, log, printable
-from captioning.files import check_output
+from captioning.errors import InputError, log, printable, warn_once
+from captioning.files import check_output, write_file
 from captioning.image_files import read_image
 
 if TYPE_CHECKING:
@@ -46,13 +47,15 @@ def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int 
     if len(sources) > MAX_SHEET:
         raise InputError(f"a sheet shows at most {MAX_SHEET:,} images, not {len(sources):,}.")
     columns = columns or max(1, min(max(4, round(len(sources) ** 0.5)), len(sources)))
-    texts = [textwrap.wrap(printable(text), LINE_LENGTH) for text in captions]
+    font_file = str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+    font = ImageFont.truetype(font_file, FONT_SIZE)
+    _warn_of_missing_glyphs(captions, font_file)
+    texts = [_wrap(printable(text), font) for text in captions]
     rows = [range(i, min(i + columns, len(sources))) for i in range(0, len(sources), columns)]
     lines = [max(len(texts[i]) for i in row) for row in rows]
     height = len(rows) * (THUMBNAIL[1] + 3 * MARGIN) + sum(lines) * LINE_HEIGHT
     sheet = Image.new("RGB", (columns * CELL, height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), FONT_SIZE)
     bottom = 0
     for row, count in zip(rows, lines, strict=True):
         bottom += MARGIN + THUMBNAIL[1]  # of the row's thumbnails
@@ -64,6 +67,21 @@ def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int 
                 draw.text((middle, bottom + MARGIN + line * LINE_HEIGHT), text, "black", font, anchor="ma")
         bottom += count * LINE_HEIGHT + 2 * MARGIN
     return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break a caption into lines of at most `LINE_LENGTH` characters, or fewer if they are wide."""
+    widest = max((font.getlength(text[i : i + LINE_LENGTH]) for i in range(len(text))), default=0)
+    return textwrap.wrap(text, LINE_LENGTH if widest <= CELL else max(1, int(LINE_LENGTH * CELL / widest)))
+
+
+def _warn_of_missing_glyphs(captions: Sequence[str], font_file: str) -> None:
+    from matplotlib.ft2font import FT2Font
+
+    known = FT2Font(font_file).get_charmap()
+    missing = next((char for text in captions for char in text if ord(char) not in known and not char.isspace()), None)
+    if missing is not None:
+        warn_once(f"the sheet shows boxes for characters that its font lacks, such as {missing}.")
 
 
 def scale_attention(weights: Tensor) -> np.ndarray:
@@ -129,9 +147,9 @@ def save_figure(figure: Figure | Image.Image, path: Path) -> None:
         if isinstance(figure, Image.Image):
             description = PngInfo()
             description.add_text("Software", SOFTWARE)
-            figure.save(path, format="PNG", pnginfo=description)
+            write_file(path, partial(figure.save, format="PNG", pnginfo=description))
         else:
-            figure.savefig(path, format="png", dpi=100)
+            write_file(path, partial(figure.savefig, format="png", dpi=100))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
     log(f"drew {path}")

@@ -248,7 +248,8 @@ def _about_data(data: dict[str, Any]) -> str:
 
 def _table(head: list[str], rows: dict[str, str]) -> str:
     """Build a Markdown table of two columns."""
-    lines = [head, ["---", "---"], *rows.items()]
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows.items()]
+    lines = [head, ["---", "---"], *escaped]
     return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
 
 

@@ -97,6 +97,7 @@ def read_image(
     except Exception as raised:  # a broken file makes Pillow's decoders raise nearly anything
         error = raised.__cause__ or raised  # a decoder in C hides why its file could not be read
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        reason = "it is cut off" if isinstance(error, struct.error) else reason
     raise InputError(f"{name} cannot be read as a photo ({reason}).")
 
 

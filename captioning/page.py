@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import secrets
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 import gradio as gr
 import gradio.component_meta
@@ -33,6 +35,7 @@ from captioning.web import CaptionServer, Upload
 
 PER_WORD = "% per word"  # heading of the column of probabilities
 FILE_ROUTE = "/gradio_api/file="  # followed by its path, this is the address of an uploaded file
+QUEUE_ROUTE = "/gradio_api/queue/data"  # the answers to a session's requests
 CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
 VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
 INVALID = (KeyError, TypeError, FnIndexInferError)  # what Gradio raises for values that no page sends
@@ -58,7 +61,7 @@ def to_path(component: Component, url_or_path: str | Path | None) -> str | Path 
     _, is_here, path = str(url_or_path).partition(FILE_ROUTE)
     if not is_here:
         raise gr.Error("Upload the photo itself, not its address.")
-    return locate(component, FileData(path=path)).path
+    return locate(component, FileData(path=path if os.path.exists(path) else unquote(path))).path
 
 
 class ImageInput(gr.Image):
@@ -142,11 +145,14 @@ def explain_unusable(block: Component, value: object) -> str | None:
 
 
 def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
-    """Answer a request for an API or a call that does not exist; returns None for any other request.
+    """Answer a request for an API, a call or a session that does not exist; returns None for any other request.
 
     Gradio ends some of these requests with a traceback, and never ends others.
     """
     queue = page._queue
+    session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+    if scope["path"] == QUEUE_ROUTE and session not in queue.pending_messages_per_session:
+        return PlainTextResponse("There is no such session; load the page again.", 404)
     if (call := CALL.fullmatch(scope["path"])) is None:
         return None
     name, event = call.groups()

@@ -108,6 +108,7 @@ def _key(encoder: EncoderCNN, preprocessing: Preprocessing, version: str) -> str
 
 
 def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
+    from google.protobuf.message import DecodeError
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -134,9 +135,14 @@ def _quantize(encoder: EncoderCNN, preprocessing: Preprocessing) -> bytes:
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
+            return Path(small).read_bytes()
+        except (OSError, DecodeError, InputError) as error:
+            if isinstance(error, InputError) and not isinstance(error.__cause__, OSError):
+                raise
+            place = f"the temporary folder {tempfile.gettempdir()} does not hold the files of --precision int8"
+            raise InputError(f"{place}; set TMPDIR to one with 500 MB, or use --precision fp32.") from error
         finally:
             logging.disable(logging.NOTSET)
-        return Path(small).read_bytes()
 
 
 def calibration_files() -> list[Path]:

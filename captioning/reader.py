@@ -24,7 +24,7 @@ from PIL import Image
 
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
-from captioning.files import image_suffixes
+from captioning.files import HEIF_SUFFIXES, image_suffixes
 from captioning.images import build_transform, read_image, resized_side
 
 MAX_MEMORY = 2 << 30  # memory limit of a process's data, in bytes
@@ -161,15 +161,17 @@ def unpack_images(
     read, has more than `max_images` images, or more than `max_bytes` in all of them.
     """
     images: list[tuple[str, Path | InputError]] = []
+    if not path.exists():
+        raise InputError(f"{path.name} is no longer on the server; upload it again.")
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [PurePosixPath(info.filename) for info in archive.infolist()]
+            names = [PurePosixPath(_name_in_zip(info)) for info in archive.infolist()]
             files = [
                 (name, info)
                 for name, info in zip(names, archive.infolist(), strict=True)
                 if not info.is_dir() and not name.name.startswith(".") and "__MACOSX" not in name.parts
             ]
-            members = [(name, info) for name, info in files if name.suffix.lower() in image_suffixes()]
+            members = [(name, info) for name, info in files if name.suffix.lower() in image_suffixes() | HEIF_SUFFIXES]
             if len(members) > max_images:
                 raise InputError(f"{path.name} holds {len(members):,} photos; send at most {max_images} at once.")
             if sum(info.file_size for _, info in members) > max_bytes:  # no member is read beyond its size
@@ -186,3 +188,13 @@ def unpack_images(
     except Exception:
         raise InputError(f"{path.name} is not a zip file that can be read; create it again.") from None
     return images, len(files) - len(members)
+
+
+def _name_in_zip(info: zipfile.ZipInfo) -> str:
+    """Return a member's name, which some archivers write as UTF-8 without saying so."""
+    if info.flag_bits & 0x800:  # it is marked as UTF-8
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.filename

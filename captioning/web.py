@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import tempfile
 import threading
@@ -19,6 +20,7 @@ import uvicorn
 from PIL import Image
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -37,6 +39,7 @@ ZIP_SECONDS = 30  # time limit for unpacking a zip file, in seconds
 STOP_SECONDS = 2  # time limit for the last batch when the server stops, in seconds
 VIEW_SIZE = 224  # side of the model's view of a photo, which is drawn under attention maps, in pixels
 UPLOAD_ROUTE = "/gradio_api/upload"
+RANGE = re.compile(r"bytes=(\d+-\d*|-\d+)")
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -64,10 +67,11 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = MAX_UPLOADED if scope["path"] == UPLOAD_ROUTE else MAX_BODY
         sentence = self._refusal(scope["path"], Headers(scope=scope))
         app = PlainTextResponse(sentence, 403) if sentence else self.answer(scope) or self.app
-        await app(scope, _counted(receive, limit), send)
+        if not RANGE.fullmatch(Headers(scope=scope).get("range", "bytes=0-")):  # Gradio fails on others
+            scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
+        await app(scope, _counted(receive, scope["path"] == UPLOAD_ROUTE), send)
 
     def _refusal(self, path: str, headers: Headers) -> str | None:
         if "/file=http" in path or "/proxy=" in path:
@@ -79,20 +83,34 @@ class Gate:
             return "This request's Host or Origin is not a valid address."
         if self.hosts is not None and name not in self.hosts:
             return f"This server answers to {', '.join(sorted(self.hosts))} only; start it with --host to serve others."
-        if origin is not None and site not in {host, headers.get("x-forwarded-host"), *self.origins}:
+        forwarded = {each.strip() for each in headers.get("x-forwarded-host", "").split(",")} - {""}  # of each proxy
+        if origin is not None and site not in {host, *forwarded, *self.origins}:
             return "This server answers to its own pages and to programs, not to other websites."
         return None
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    total = 0
+class UploadError(HTTPException, MultiPartException):
+    """An upload that is too large or cut off; Gradio deletes what there is of it when it gets this error."""
+
+    def __init__(self, status: int, message: str):
+        HTTPException.__init__(self, status, message)
+        self.message = message
+
+
+def _counted(receive: Receive, is_upload: bool) -> Receive:
+    """Limit the size of a request's body."""
+    limit, total, is_complete = MAX_UPLOADED if is_upload else MAX_BODY, 0, False
 
     async def receive_counted() -> Message:
-        nonlocal total
+        nonlocal total, is_complete
         message = await receive()
         total += len(message.get("body", b""))
         if total > limit:
-            raise HTTPException(413, f"This request has more than {limit >> 20} MB, which is the limit.")
+            sentence = f"This request has more than {limit >> 20} MB, which is the maximum allowed size."
+            raise (UploadError if is_upload else HTTPException)(413, sentence)
+        if is_upload and not is_complete and message["type"] == "http.disconnect":
+            raise UploadError(400, "This upload was cut off.")
+        is_complete = is_complete or not message.get("more_body", False)
         return message
 
     return receive_counted

@@ -362,6 +362,24 @@ def test_images_that_are_newer_than_their_captions_are_reported(
         assert f"1 image is newer than {output}, such as {folder / 'b.png'}; delete the file to caption all" in errors
 
 
+def test_figures_in_the_folder_of_images_are_not_captioned(
+    command: Callable, attending: Path, image_path: Path, tmp_path: Path
+):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copyfile(image_path, folder / "a.png")
+    (folder / "bad.png").write_text("no image")
+    options = ("--sheet", folder / "sheet.png", "--attention", folder / "maps.png", "--json")
+    for _ in range(2):
+        code, output, errors = command(folder, "--model", attending, *options)
+        assert [Path(row["photo"]).name for row in json.loads(output)] == ["a.png"]
+        assert (code, "bad.png cannot be read" in errors) == (2, True)
+    (folder / "maps.png").unlink()
+    (folder / "maps.png").symlink_to("sheet.png")
+    code, _, errors = command(folder, "--model", attending, *options)
+    assert (code, "--sheet and --attention both name" in errors) == (2, True)
+
+
 @pytest.mark.parametrize("option", ["--output", "--sheet", "--export"])
 def test_an_output_at_a_web_address_is_refused(command: Callable, trained: Path, image_path: Path, option: str):
     images = [] if option == "--export" else [image_path]

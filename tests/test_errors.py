@@ -61,13 +61,38 @@ PRINTS = "from captioning.errors import run_command\nrun_command(lambda: print('
         ("| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", 1, ""),
         ("> /dev/full", 2, "error: standard output cannot be written (No space left on device).\n"),
         (">&-", 0, ""),
+        ("> out", 2, "error: standard output cannot be written (File too large).\n"),
     ],
-    ids=["a reader that has seen enough", "a full disk", "no standard output"],
+    ids=["a reader that has seen enough", "a full disk", "no standard output", "a limit on file sizes"],
 )
-def test_standard_output_that_fails_ends_no_command_in_a_traceback(redirection: str, code: int, sentence: str):
-    command = f'"{sys.executable}" -c "$0" {redirection}'
+def test_standard_output_that_fails_ends_no_command_in_a_traceback(
+    redirection: str, code: int, sentence: str, tmp_path: Path
+):
+    limit = f'cd "{tmp_path}"; ulimit -f 100;' if redirection == "> out" else ""
+    command = f'{limit} PYTHONPATH="{ROOT}" "{sys.executable}" -c "$0" {redirection}'
     done = subprocess.run(["bash", "-c", command, PRINTS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, sentence)
+
+
+def test_messages_to_a_closed_standard_error_do_not_reach_another_file(tmp_path: Path):
+    script = """from captioning.errors import log, run_command, warn_once
+def main():
+    file = open("out", "w")
+    log("a line")
+    warn_once("a warning")
+    print("a caption")
+run_command(main)"""
+    command = f'"{sys.executable}" -c "$0" 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", command, script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "a caption\n")
+    assert (tmp_path / "out").read_text() == ""
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Contact sheets and attention maps, looked at by their pixels."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption
-from captioning.errors import InputError
+from captioning.errors import InputError, warn_once
 from captioning.figures import (
     CELL,
     MARGIN,
@@ -38,6 +39,36 @@ def test_a_caption_stands_below_its_image(size: tuple[int, int]):
     assert dark[0].min() > rows.max() + MARGIN // 2
     assert dark[0].max() < len(sheet) - MARGIN // 2
     assert min(dark[1].min(), sheet.shape[1] - dark[1].max()) >= MARGIN // 2
+
+
+@pytest.mark.parametrize("text", ["W" * 84, "这是一只猫坐在桌子上的照片" * 6, "a cat " * 20])
+def test_captions_of_wide_characters_stay_in_their_column(text: str):
+    warn_once.cache_clear()
+    sheet = np.asarray(draw_sheet([Image.new("RGB", (300, 20), "red")] * 3, ["", text, ""], columns=3)).astype(int)
+    dark = np.where(sheet.sum(2) < 200)[1]
+    assert CELL <= dark.min() <= dark.max() < 2 * CELL
+
+
+def test_a_sheet_says_which_characters_its_font_lacks(capsys: pytest.CaptureFixture):
+    for text, warned in (("Çà, 1 «été»", False), ("это кошка", False), ("一只猫", True)):
+        warn_once.cache_clear()
+        draw_sheet([Image.new("RGB", (30, 20))], [text])
+        assert ("such as 一" in capsys.readouterr().err) == warned
+
+
+def test_a_full_disk_leaves_the_earlier_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(self: Image.Image, file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "sheet.png"
+    save_figure(draw_sheet([draw_noise(0)], ["a"]), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(InputError, match=r"sheet\.png cannot be written \(No space left on device\)"):
+        save_figure(Image.new("RGB", (3, 3)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (4, 4), (9, 4), (100, 10)])

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+from urllib.parse import quote
 
 import gradio_client
 import httpx
@@ -556,6 +557,41 @@ def test_what_is_larger_than_allowed_is_refused_and_takes_no_memory(page: Page):
     assert psutil.Process(page.process.pid).memory_info().rss < before + (64 << 20)
 
 
+def test_an_upload_that_is_cut_off_leaves_no_file(page: Page):
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1:{page.port}\r\nContent-Length: 50000000\r\n"
+    part = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+    uploads = next(page.temporary.glob("captions-*/uploads"))
+    before = set(uploads.rglob("*"))
+    with socket.create_connection(("127.0.0.1", page.port)) as connection:
+        head += f"Content-Type: multipart/form-data; boundary=x\r\n\r\n{part}"
+        connection.sendall(head.encode() + bytes(3 << 20))
+        end = time.monotonic() + WAIT
+        while set(uploads.rglob("*")) == before and time.monotonic() < end:
+            time.sleep(0.05)
+        assert set(uploads.rglob("*")) > before
+    while set(uploads.rglob("*")) != before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert set(uploads.rglob("*")) == before
+
+
+def test_requests_that_gradio_fails_on_are_answered(page: Page, scene: Image.Image):
+    reply = get(f"{page.api}/queue/data", params={"session_hash": "unknown"})
+    assert (reply.status_code, reply.text) == (404, "There is no such session; load the page again.")
+    address = f"{page.api}/file={page.upload(encoded(scene))}"
+    for value in ("bytes=0-1", "bytes=-5"):
+        assert get(address, headers={"Range": value}).status_code == 206
+    for value in ("bytes=0-1,3-4", "bytes=--1", "x"):
+        assert get(address, headers={"Range": value}).status_code == 200
+
+
+def test_the_address_of_an_upload_may_be_percent_encoded(page: Page, scene: Image.Image):
+    path = page.upload(encoded(scene), "my photo ü.jpg")
+    for form in (path, quote(path)):
+        image = {"path": f"{page.api}/file={form}", "meta": {"_type": "gradio.FileData"}}
+        event, answer = page.call(image, "beam", 3, 1)
+        assert event == "complete", answer
+
+
 def test_another_website_may_neither_ask_nor_upload(page: Page, scene: Image.Image):
     for path in ("upload", "call/caption", "info"):
         for headers in ({"Origin": "https://example.org"}, {"Host": "example.org"}):
@@ -835,7 +871,11 @@ def test_examples_are_the_models_own_or_of_its_kind(tmp_path: Path, image_path: 
     assert len(gradio_main.example_images({"a": real, "b": drawn}, tmp_path)) == len(images) + 6
     (tmp_path / "examples").mkdir()
     shutil.copy(image_path, tmp_path / "examples")
+    shutil.copy(image_path, tmp_path / "examples" / os.fsdecode(b"caf\xe9.png"))
     assert gradio_main.example_images({"a": real}, tmp_path) == [(tmp_path / "examples" / "photo.png", "photo")]
+    for path in (tmp_path / "examples").iterdir():
+        path.unlink()
+    assert len(gradio_main.example_images({"a": real}, tmp_path)) == len(images)
 
 
 def test_every_image_is_credited_and_they_are_small():
@@ -855,6 +895,17 @@ def test_models_of_one_name_are_told_apart(trained: Path, attending: Path):
     models = gradio_main.load_models((trained, attending))
     assert list(models) == ["small", str(attending)]
     assert models["small"].folder == trained
+
+
+def test_a_name_that_is_another_models_path_is_told_apart(trained: Path, tmp_path: Path, monkeypatch):
+    for folder in ("other/coco", "coco"):
+        shutil.copytree(trained, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    models = gradio_main.load_models((Path("other/coco"), Path("coco")))
+    assert {name: model.folder for name, model in models.items()} == {
+        "coco": Path("other/coco"),
+        str(tmp_path / "coco"): Path("coco"),
+    }
 
 
 def test_keeping_and_the_menu_of_models_are_there_where_asked_for(slow: SlowCaptioner, monkeypatch, tmp_path: Path):

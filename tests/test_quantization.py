@@ -139,6 +139,21 @@ def test_a_backbone_that_cannot_be_exported_is_a_sentence(monkeypatch: pytest.Mo
     assert not list(tmp_path.rglob("*.onnx"))
 
 
+@pytest.mark.parametrize("kind", ["OSError", "DecodeError"])
+def test_a_full_temporary_folder_is_a_sentence(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    message = pytest.importorskip("google.protobuf.message")
+    error = message.DecodeError("corrupt") if kind == "DecodeError" else OSError(28, "No space left on device")
+
+    def fail(*_: object, **_options: object) -> None:
+        raise error
+
+    where = "torch.onnx.export" if isinstance(error, OSError) else "captioning.quantization._export"
+    monkeypatch.setattr(where, fail)
+    encoder = EncoderCNN(8, LITE, weights="random").eval().for_inference(torch.float32)
+    with pytest.raises(InputError, match=r"^the temporary folder .* set TMPDIR to one with 500 MB"):
+        quantize(encoder, preprocessing_of(LITE), tmp_path)
+
+
 def test_a_gpu_does_not_compute_in_8_bit_integers():
     with pytest.raises(InputError, match="int8 is computed on CPUs only"):
         _choose_precision("int8", torch.device("cuda"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import time
 import zipfile
@@ -189,6 +190,23 @@ def test_an_encrypted_image_says_so(pack):
 def test_too_many_and_too_large_are_refused_before_they_are_unpacked(pack, members, limits, sentence):
     with pytest.raises(InputError, match=sentence):
         unpack(pack(members), *limits)
+
+
+def test_names_that_are_utf_8_without_saying_so(pack, tmp_path: Path):
+    path = pack({"München/Grüße.png": encoded(), "日本.png": encoded()})
+    data = bytearray(path.read_bytes())
+    for start, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # clears the flag in both headers
+        for match in re.finditer(re.escape(start), bytes(data)):
+            data[match.start() + at + 1] &= 0xF7
+    path.write_bytes(data)
+    assert [name for name, _ in unpack(path)[0]] == ["München/Grüße.png", "日本.png"]
+
+
+def test_heic_images_in_a_zip_file_are_photos_and_one_that_is_gone_is_not_broken(pack, tmp_path: Path):
+    unpacked, left_out = unpack(pack({"IMG_1.HEIC": b"x", "notes.txt": b"x"}))
+    assert ([name for name, _ in unpacked], left_out) == (["IMG_1.HEIC"], 1)
+    with pytest.raises(InputError, match=r"^gone\.zip is no longer on the server; upload it again\.$"):
+        unpack(tmp_path / "gone.zip")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no zip file at all", b"PK\x05\x06" + bytes(17)])

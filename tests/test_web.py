@@ -92,6 +92,7 @@ def test_another_websites_requests_are_refused_without_credentials(path: str, he
         {"Host": "[::1]:7860", "Origin": "http://[::1]:7860"},
         {"Host": "localhost:8000", "Origin": "http://localhost:8000"},  # through a forwarded port
         {"Origin": "https://captions.example", "X-Forwarded-Host": "captions.example"},  # through a proxy
+        {"Origin": "https://captions.example", "X-Forwarded-Host": "captions.example, inner"},  # through two
     ],
 )
 def test_the_pages_own_requests_and_programs_are_answered(headers: dict[str, str]):
