@@ -255,7 +255,7 @@ def test_a_run_killed_before_its_first_save_knows_its_new_log(config: Make, monk
     resumed = resumed_config(folder)
     resumed.num_epochs, resumed.log_file = 2, "more.txt"
     with monkeypatch.context() as patch:
-        at_step(patch, 0, lambda: 1 / 0)
+        at_step(patch, 13, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(resumed)
     assert (folder / "more.txt").exists()
