@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -195,9 +196,9 @@ def require_one_map(name: str, features: object) -> None:
 def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:
     """Explain why a backbone failed on images (B, 3, H, W) if their type or size may be the reason, else None."""
     side, own = images.shape[-1], preprocessing_of(name).image_size
-    if "BFloat16" in str(error):
+    if images.dtype == torch.bfloat16 and "BFloat16" in str(error):
         return f"{name} does not run in bfloat16; use --precision fp32."
-    if side != own and "memory" not in str(error):
+    if side != own and not re.search("memory|not implemented", str(error)):
         reason = str(error).split("\n")[0] or type(error).__name__
         return f"{name} does not take images of {side} pixels ({reason}); use its own --image-size {own}."
     return None
