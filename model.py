@@ -134,7 +134,7 @@ class EncoderCNN(nn.Module):
         """Return an inference-only copy: batch norms folded into the preceding convolutions, backbone in `dtype`."""
         folded = copy.deepcopy(self).eval().requires_grad_(False)
         size = preprocessing_of(self.backbone_name).image_size
-        image = torch.zeros(1, 3, size, size, device=self.embed.weight.device)
+        image = next(self.network.parameters(), self.embed.weight).new_zeros(1, 3, size, size)
         backbones.fold_batch_norms(folded.network, lambda: folded.run_backbone(image))
         folded.network.to(dtype=dtype)
         return folded

@@ -71,7 +71,7 @@ def test_a_batch_norm_of_a_sum_is_not_folded_into_the_last_summand():
 
 
 def test_weights_stay_channels_last_for_inference():
-    folded = EncoderCNN(8, "resnet18", weights="random").for_inference(torch.bfloat16)
+    folded = EncoderCNN(8, "resnet18", weights="random").bfloat16().for_inference(torch.bfloat16)
     weight = next(module.weight for module in folded.modules() if isinstance(module, torch.nn.Conv2d))
     assert weight.dtype == torch.bfloat16
     assert weight.is_contiguous(memory_format=torch.channels_last)
