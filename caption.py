@@ -98,8 +98,9 @@ def main(
     figures = [os.path.realpath(path) for path in (sheet, attention) if path is not None]
     if len(set(figures)) < len(figures):
         raise InputError(f"--sheet and --attention both name {sheet}; name two files.")
-    found = find_images(images, recursive, log)
-    sources = [path for path in found if not isinstance(path, Path) or os.path.realpath(path) not in figures]
+    sources = find_images(images, recursive, log)
+    if figures:
+        sources = [path for path in sources if not isinstance(path, Path) or os.path.realpath(path) not in figures]
     captioner = Captioner.load(model or default_model(), precision=precision)
     if attention is not None and not captioner.decoder.attends:
         raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")

@@ -25,7 +25,6 @@ OFFLINE = re.compile(
     r"|Network is unreachable"
 )
 
-
 # Why standard output cannot be written.
 OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
 

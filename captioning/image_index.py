@@ -118,16 +118,18 @@ class ImageIndex:
                 f"{where}: {name} may be {paths[0]} or {paths[1]}; name the folder of the right one with --images, "
                 "or give the image's path in the captions."
             )
-        for path in paths:
-            try:
-                is_regular = stat.S_ISREG(os.stat(path).st_mode)
-            except PermissionError:
-                raise InputError(f"{where}: {path} may not be accessed; change its folder's permissions.") from None
-            except OSError:
-                is_regular = False
-            if not is_regular:
-                raise InputError(f"{where}: {path} is a link that leads nowhere, or is not a regular file.")
-        return keys[0] if keys else None
+        if not keys:
+            return None
+        (path,) = paths
+        try:
+            is_regular = stat.S_ISREG(os.stat(path).st_mode)
+        except PermissionError:
+            raise InputError(f"{where}: {path} may not be accessed; change its folder's permissions.") from None
+        except OSError:
+            is_regular = False
+        if not is_regular:
+            raise InputError(f"{where}: {path} is a link that leads nowhere, or is not a regular file.")
+        return keys[0]
 
     def _matches(self, name: str, anywhere: bool) -> list[str]:
         for variant in (name, name.replace("\\", "/")):

@@ -39,9 +39,10 @@ def read_captions(
     used: tuple[File | None, list[tuple[str, str]]] = None, []
     for file, captions in lists:
         cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
-        if not used[1] or any(caption for _, caption in cleaned):
+        has_text = any(caption for _, caption in cleaned)
+        if has_text or not used[1]:
             used = file, cleaned
-        if any(caption for _, caption in cleaned):
+        if has_text:
             break
     others: dict[File, set[str]] = {}
     with suppress(InputError):  # what is not used need not be readable
