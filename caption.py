@@ -21,7 +21,7 @@ from typing import Annotated
 import tyro
 from tqdm.auto import tqdm
 
-from captioning.bulk import as_json, find_images, write_captions
+from captioning.bulk import as_json, write_captions
 from captioning.captioner import Caption, Captioner, Decoding, Precision, Source, choose_workers, other_captions
 from captioning.checkpoint import default_model
 from captioning.distributed import this_process
@@ -29,6 +29,8 @@ from captioning.errors import InputError, log, printable, run_command
 from captioning.figures import MAX_SHEET, check_figure, draw_attention, draw_sheet, save_figure
 from captioning.files import check_output
 from captioning.images import WORKERS
+from captioning.listing import find_images
+from captioning.shards import Member
 
 
 def main(
@@ -92,15 +94,7 @@ def main(
         raise InputError("standard output is closed, so captions cannot be printed; add --output captions.jsonl.")
     if this_process().num_processes > 1:
         raise InputError("several processes need a file for the captions; add --output captions.jsonl.")
-    for path in (sheet, attention):
-        if path is not None:
-            check_figure(path)
-    figures = [os.path.realpath(path) for path in (sheet, attention) if path is not None]
-    if len(set(figures)) < len(figures):
-        raise InputError(f"--sheet and --attention both name {sheet}; name two files.")
-    sources = find_images(images, recursive, log)
-    if figures:
-        sources = [path for path in sources if not isinstance(path, Path) or os.path.realpath(path) not in figures]
+    sources = find_sources(images, recursive, [path for path in (sheet, attention) if path is not None])
     captioner = Captioner.load(model or default_model(), precision=precision)
     if attention is not None and not captioner.decoder.attends:
         raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")
@@ -111,6 +105,19 @@ def main(
         draw_figures(captioner, sources, captions, sheet, attention)
     if failed:
         raise InputError(f"{len(failed)} of {len(sources)} images could not be read; {len(captions)} are captioned.")
+
+
+def find_sources(images: tuple[Path, ...], recursive: bool, figures: list[Path]) -> list[Path | Member]:
+    """List the images to caption, without the figures of an earlier run; raises `InputError` for unusable figures."""
+    for path in figures:
+        check_figure(path)
+    real_paths = {os.path.realpath(path) for path in figures}
+    if len(real_paths) < len(figures):
+        raise InputError(f"--sheet and --attention both name {figures[0]}; name two files.")
+    sources = find_images(images, recursive, log)
+    if figures:
+        sources = [path for path in sources if not isinstance(path, Path) or os.path.realpath(path) not in real_paths]
+    return sources
 
 
 def caption_to_file(

@@ -27,8 +27,8 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from captioning.annotations import ImageFiles, Names, read_annotations, read_captions, read_images
-from captioning.coco_layout import SPLITS, find_annotation_files
+from captioning.annotations import Annotations, ImageFiles, Names, read_annotations, read_captions, read_images
+from captioning.coco_layout import SPLITS, find_annotation_files, image_folder_of
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, WEB_ADDRESS, missing_file
 from captioning.image_index import find_in_other_form
@@ -54,13 +54,18 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
         raise _no_folder(folder)
     annotation_file = next(find_annotation_files(folder, mode), None)
     if annotation_file is not None:
-        return annotation_file, folder / "images" / annotation_file.stem.split("_")[-1]
+        return annotation_file, image_folder_of(annotation_file)
     try:
         shards = sorted(folder.glob(f"{mode}*{SUFFIX}"))
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
     if shards:
         return index_shards(shards, mode, cache), folder
+    raise _no_split(folder, mode)
+
+
+def _no_split(folder: Path, mode: str) -> InputError:
+    """Return the error for a folder that lacks a split."""
     advice = "a data set is in the layout of COCO or of WebDataset."
     if folder.name in ("annotations", "images") and next(find_annotation_files(folder.parent, mode), None):
         advice = f"name the data set's folder, {folder.parent}."
@@ -71,7 +76,7 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
-    raise InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{SUFFIX}; {advice}")
+    return InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{SUFFIX}; {advice}")
 
 
 def _no_folder(path: Path) -> InputError:
@@ -90,6 +95,11 @@ def _no_folder(path: Path) -> InputError:
         f"{path} is a file, and a data set is a folder; unpack an archive and name its folder, or convert a table of "
         "captions with `python importers.py folder`."
     )
+
+
+def _build_vocabulary(annotations: Annotations, threshold: int) -> Vocabulary:
+    counts = np.bincount(annotations.tokens, minlength=len(annotations.words)).tolist()
+    return Vocabulary.from_counts(dict(zip(annotations.words, counts, strict=True)), threshold)
 
 
 class CaptionDataset(Dataset):
@@ -118,34 +128,42 @@ class CaptionDataset(Dataset):
         if annotations.byte_ranges is None:
             self._find_images(must_exist)
         self.image_rows = annotations.image_rows  # (captions,) each caption's image, a row of image_ids
-        words, is_given = annotations.words, vocab is not None
-        if vocab is None:
-            counts = np.bincount(annotations.tokens, minlength=len(words))
-            vocab = Vocabulary.from_counts(dict(zip(words, counts.tolist(), strict=True)), vocab_threshold)
-        self.vocab = vocab
+        self.vocab = _build_vocabulary(annotations, vocab_threshold) if vocab is None else vocab
+        self._encode_captions(annotations)
+        if mode == "train":
+            self._check_captions("lower --vocab-threshold" if vocab is None else "use another --vocab-file, or none")
+        self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
+
+    def _encode_captions(self, annotations: Annotations) -> None:
+        """Store all captions as indices of the vocabulary, one after the other, each from `<start>` to `<end>`."""
         self.lengths = np.diff(annotations.offsets) + 2  # (captions,) with <start> and <end>
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.tokens = np.empty(self.offsets[-1], np.int32)
-        is_word = np.ones(len(self.tokens), bool)  # all but <start> and <end>
-        is_word[self.offsets[:-1]] = is_word[self.offsets[1:] - 1] = False
-        self.tokens[self.offsets[:-1]], self.tokens[self.offsets[1:] - 1] = START, END
-        self.tokens[is_word] = np.array([vocab[word] for word in words], np.int32)[annotations.tokens]
-        unknown = np.mean(self.tokens[is_word] == UNK) if is_word.any() else 0
-        if mode == "train" and unknown > UNKNOWN_SHARE:
-            advice = "use another --vocab-file, or none" if is_given else "lower --vocab-threshold"
-            if unknown == 1:
-                raise InputError(f"none of the words in {self.annotation_file} is in the vocabulary; {advice}.")
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])  # caption i is tokens[offsets[i]:offsets[i + 1]]
+        starts, ends = self.offsets[:-1], self.offsets[1:] - 1
+        is_word = np.ones(self.offsets[-1], bool)
+        is_word[starts] = is_word[ends] = False
+        self.tokens = np.empty(len(is_word), np.int32)
+        self.tokens[starts], self.tokens[ends] = START, END
+        index = np.array([self.vocab[word] for word in annotations.words], np.int32)
+        self.tokens[is_word] = index[annotations.tokens]
+
+    def _check_captions(self, advice: str) -> None:
+        """Warn of many unknown words, with advice, and of many long captions; raises `InputError` if none is known."""
+        words = len(self.tokens) - 2 * len(self.lengths)
+        unknown = np.sum(self.tokens == UNK) / max(1, words)
+        if unknown == 1:
+            raise InputError(f"none of the words in {self.annotation_file} is in the vocabulary; {advice}.")
+        if unknown > UNKNOWN_SHARE:
             warn_once(
                 f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
                 f"{advice}."
             )
-        if mode == "train" and len(self.lengths) and (long := np.mean(self.lengths - 1 > DEFAULT_LENGTH)) > LONG_SHARE:
+        long = np.sum(self.lengths - 1 > DEFAULT_LENGTH) / max(1, len(self.lengths))
+        if long > LONG_SHARE:
             warn_once(
                 f"{long:.0%} of the captions in {self.annotation_file} have more than {DEFAULT_LENGTH - 1} tokens, at "
                 "which validation and self-critical training cut captions; shorten them, and caption with a higher "
                 "--max-length."
             )
-        self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
     def _find_images(self, must_exist: bool) -> None:
         """Find images whose files are named in another Unicode form, and raise `InputError` for missing ones.

@@ -28,6 +28,7 @@ import httpx
 import tyro
 from PIL import Image
 
+from captioning.coco_layout import image_folder_of
 from captioning.errors import InputError, run_command
 from captioning.fetching import (
     TIMEOUT_SECONDS,
@@ -142,8 +143,9 @@ async def _fetch_archives(archives: list[str], root: Path, work: Path) -> None:
         await tasks.run([partial(fetch_one, client, archive) for archive in wanted], len(wanted))
 
 
-def _require_images(folder: Path, annotations: Path) -> None:
-    """Raise `InputError` where the folder holds fewer images than the annotation file lists."""
+def _require_images(annotations: Path) -> None:
+    """Raise `InputError` where there are fewer images than the annotation file lists."""
+    folder = image_folder_of(annotations)
     expected, present = len(_read_json(annotations).get("images", ())), sum(1 for _ in os.scandir(folder))
     if present < expected:
         raise InputError(
@@ -205,7 +207,7 @@ def _fetch_first_images(documents: dict[str, dict[str, Any]], limit: int, root: 
     """Write the first `limit` images of each split, then their annotations; returns what is missing, and why."""
     waiting: list[tuple[dict[str, Any], Path]] = []
     for name, document in documents.items():
-        folder = work / "images" / name.split("_")[-1].removesuffix(".json")
+        folder = image_folder_of(work / "annotations" / name)
         folder.mkdir(parents=True, exist_ok=True)
         document["images"] = document["images"][:limit]
         for image in document["images"]:
@@ -271,9 +273,7 @@ def coco(
         if limit is None:
             asyncio.run(_fetch_archives(archives, root, work))
             for name in names:
-                _require_images(
-                    root / "images" / name.split("_")[-1].removesuffix(".json"), root / "annotations" / name
-                )
+                _require_images(root / "annotations" / name)
         elif not all((root / "annotations" / name).exists() for name in names):
             require_space(root, len(names) * limit * IMAGE_BYTES)
             asyncio.run(_fetch_archives([a for a in archives if a.startswith("annotations/")], work, work))

@@ -29,12 +29,14 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.themes import Soft
 from gradio.utils import get_upload_folder
 from PIL import Image
+from PIL.ExifTags import Base
 
-from captioning.bulk import find_images
+from captioning.backbones import TITLES
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, describe_network_error, run_command, warn_once
 from captioning.image_files import open_image
+from captioning.listing import find_images
 from captioning.page import (
     FILE_ROUTE,
     INVALID,
@@ -63,13 +65,8 @@ UPLOAD_LIFETIME = (600, 3600)  # interval between deletions of uploads, and mini
 MAX_WAITING = 128  # queued requests; further ones are refused
 HANDLED_AT_ONCE = 32  # requests that are handled concurrently; most of them wait for their batch
 IMAGES = Path(__file__).with_name("images")
-DESCRIPTION_TAG = 0x010E  # EXIF tag ImageDescription
 SOURCES: list[Literal["upload", "webcam", "clipboard"]] = ["upload", "webcam", "clipboard"]
 METHODS = [("Beam search", "beam"), ("Greedy", "greedy"), ("Sampling", "sampling")]
-BACKBONE_NAMES = {
-    "resnet50": "ResNet-50",
-    "tf_efficientnet_lite2": "EfficientNet-Lite2",
-}
 DECODER_NAMES = {"lstm": "an LSTM", "attention": "an LSTM with attention", "transformer": "a transformer"}
 OTHER_MODELS = """`python gradio_main.py --model FOLDER` serves another model.
 Give `--model` several times to choose among models on this page. `make demo` trains `models/scenes`."""
@@ -106,13 +103,13 @@ def example_images(captioners: dict[str, Captioner], folder: Path) -> list[tuple
             for path in images:
                 image, _, (text, *_) = draw_scene(random.Random(f"page/{path.stem}"))
                 exif = Image.Exif()
-                exif[DESCRIPTION_TAG] = text
+                exif[Base.ImageDescription] = text
                 image.convert("RGB").save(path, quality=90, exif=exif)
         for path in images:
             try:
                 str(path).encode()  # Gradio needs names that are text
                 with open_image(path) as image:
-                    examples[path] = str(image.getexif().get(DESCRIPTION_TAG, path.stem))
+                    examples[path] = str(image.getexif().get(Base.ImageDescription, path.stem))
             except Exception:  # a broken file makes Pillow raise nearly anything
                 warn_once(f"{path} is not shown as an example: its name or its content cannot be read.")
     return list(examples.items())
@@ -132,7 +129,7 @@ def _own_examples(captioner: Captioner) -> list[Path]:
 def describe_model(name: str, description: Description) -> str:
     """Describe a model and its training data, as Markdown."""
     architecture, data = description.architecture, description.data
-    backbone = BACKBONE_NAMES.get(architecture.backbone, architecture.backbone)
+    backbone = TITLES.get(architecture.backbone, architecture.backbone)
     decoder = DECODER_NAMES.get(architecture.decoder, architecture.decoder)
     text = f"**Model `{name}`**: {backbone} and {decoder}, {len(description.vocabulary):,} words"
     images, captions = data.get("train_photos"), data.get("train_captions")

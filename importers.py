@@ -398,7 +398,7 @@ def average(
         folder: The model to write; it must not exist yet, or be empty.
         epochs: Two or more epochs that were saved, such as the best by cross-entropy and the best by CIDEr-D.
     """
-    from captioning.checkpoint import average_epochs  # imports torch, which takes seconds
+    from captioning.averaging import average_epochs  # imports torch, which takes seconds
 
     average_epochs(model, epochs, folder)
 

@@ -20,7 +20,7 @@ from captioning.backbones import preprocessing_of
 from captioning.captioner import Captioner, Decoding
 from captioning.distributed import fast_dtype
 from captioning.features import BATCH
-from captioning.images import ImageDataset, build_pixel_transform, read_batches
+from captioning.images import ImageDataset, build_pixel_transform, read_batches, split_batches
 from model import EncoderCNN
 
 RESNET, LITE = "resnet50", "tf_efficientnet_lite2"
@@ -119,7 +119,7 @@ def backbone_turns(model: Model, material: Material) -> dict[str, Callable[[], i
     images = images.to(dtype, memory_format=torch.channels_last)
     pixels = (images.float() * 40 + 128).clamp(0, 255).byte().cpu()
     pixels = pixels.pin_memory() if GPU else pixels
-    batches = [list(range(i, min(i + BATCH, len(paths)))) for i in range(0, len(paths), BATCH)]
+    batches = split_batches(len(paths), BATCH)
 
     @torch.inference_mode()
     def forward() -> int:

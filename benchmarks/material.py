@@ -11,9 +11,9 @@ from torchvision.models import resnet50
 
 from benchmarks import drawn
 from benchmarks.timing import GPU
-from captioning.bulk import find_images
 from captioning.errors import InputError
 from captioning.images import WORKERS, ImageDataset, build_transform
+from captioning.listing import find_images
 from captioning.training import TrainingConfig
 from vocabulary import Vocabulary
 

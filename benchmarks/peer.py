@@ -22,7 +22,7 @@ from benchmarks.timing import DEVICE, best_rates, log
 from benchmarks.training_speed import RECIPE_BATCH, WARM_UP
 from captioning.distributed import autocast, fast_dtype
 from captioning.features import BATCH
-from captioning.images import ImageDataset, build_transform, read_batches
+from captioning.images import ImageDataset, build_transform, read_batches, split_batches
 from captioning.shards import Member
 from data_loader import CaptionDataset
 from vocabulary import END, START
@@ -73,7 +73,7 @@ def build_peer(words: int, image_size: int) -> Any:
 
 
 def read_pixels(
-    material: Material, paths: Sequence[Path | Member], batches: Iterable[list[int]], train: bool
+    material: Material, paths: Sequence[Path | Member], batches: Iterable[Sequence[int]], train: bool
 ) -> Iterator[Tensor]:
     """Yield batches of images for the ViT, (B, 3, H, W) from -1 to 1."""
     images = ImageDataset(paths, build_transform(train, material.settings.image_size, normalize=False))
@@ -105,7 +105,7 @@ def train_peer(peer: Any, material: Material) -> Iterator[int]:
 @torch.inference_mode()
 def caption_with_peer(peer: Any, material: Material, paths: Sequence[Path]) -> list[str]:
     """Caption images greedily, in batches."""
-    batches = [list(range(i, min(i + BATCH, len(paths)))) for i in range(0, len(paths), BATCH)]
+    batches = split_batches(len(paths), BATCH)
     options = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "num_beams": 1, "do_sample": False}
     tokens = {"decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": END}
     texts = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.figure
 
-NAMES = {"resnet50": "ResNet-50", "tf_efficientnet_lite2": "EfficientNet-Lite2"}
+from captioning.backbones import TITLES
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ def _against_the_recipe(results: dict[str, Any]) -> list[tuple[str, str, str, st
     recipe_captions, captions = training["recipe_captions_per_second"], training["captions_per_second"]
     rows = [("training, captions/s over 3 epochs", f"{recipe_captions:.1f}", f"{captions:.0f}", training["ratio"])]
     for backbone, one in captioning["backbones"].items():
-        name, rate, seconds = NAMES[backbone], one["photos_per_second"], one["seconds_for_one"]
+        name, rate, seconds = TITLES[backbone], one["photos_per_second"], one["seconds_for_one"]
         rows.append((f"captioning with {name}, images/s", f"{recipe_images:.1f}", f"{rate:.1f}", one["ratio"]))
         if int8 := one.get("int8_photos_per_second"):
             values = f"{recipe_images:.1f}", f"{int8:.1f}", one["int8_ratio"]
@@ -85,7 +85,7 @@ def _against_the_recipe(results: dict[str, Any]) -> list[tuple[str, str, str, st
 def _against_the_backbone(captioning: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
-            f"{NAMES[backbone]}, {one['image_size']} pixels",
+            f"{TITLES[backbone]}, {one['image_size']} pixels",
             f"{one['photos_per_second']:.1f}",
             f"{one['bare_forward_photos_per_second']:.1f}",
             f"{one['share_of_bare_forward']:.0%}",

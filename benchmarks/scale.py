@@ -32,8 +32,8 @@ from accelerate.utils import gather_object
 
 from benchmarks import drawn
 from captioning import checkpoint, training
-from captioning.bulk import stream_images
 from captioning.distributed import this_process
+from captioning.listing import stream_images
 from data_loader import CaptionDataset, LengthBatches
 
 CAPTIONS_PER_IMAGE = 5

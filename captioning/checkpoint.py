@@ -18,7 +18,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -31,8 +31,8 @@ import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
-from captioning.errors import InputError, printable, quoted
-from captioning.files import WEB_ADDRESS, decode_text, missing_file, read_bytes, require_new_folder, write_file
+from captioning.errors import InputError, quoted
+from captioning.files import WEB_ADDRESS, decode_text, missing_file, read_bytes, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
@@ -80,6 +80,15 @@ class Architecture(BaseModel):
     grid_size: int | None = Field(default=None, strict=True, ge=1, le=64)  # rows and columns, after averaging
     # Where its weights are: published under its name, in backbone.pkl for all epochs, or in every encoder-<i>.pkl.
     backbone_weights: Literal["published", "shared", "epoch"]
+
+    def build_encoder(self, weights: str, fine_tune: int = 0) -> EncoderCNN:
+        """Build the encoder; the arguments are those of `EncoderCNN`."""
+        attends = DECODERS[self.decoder].attends
+        return EncoderCNN(self.embed_size, self.backbone, weights, fine_tune, attends, self.grid_size)
+
+    def build_decoder(self, words: int) -> DecoderModule:
+        """Build the decoder for a vocabulary of this size."""
+        return DECODERS[self.decoder](self.embed_size, self.hidden_size, words, self.num_layers, self.dropout)
 
 
 class Description(BaseModel):
@@ -279,30 +288,6 @@ def write_model(folder: Path, epoch: int, encoder: EncoderCNN, decoder: nn.Modul
         raise
 
 
-def average_epochs(model: Path, epochs: Sequence[int], folder: Path) -> None:
-    """Average these epochs' weights (arXiv 2203.05482) into a new model, saved under the last epoch's number.
-
-    The scores in captioner.json stay those of the single epochs. Raises `InputError` if an epoch was not saved, or if
-    `folder` holds something already or cannot be written.
-    """
-    require_new_folder(folder)
-    chosen = sorted(set(epochs))
-    if len(chosen) < 2:
-        raise InputError("an average takes two epochs or more; name them with --epochs.")
-    models = [load_model(model, epoch) for epoch in chosen]
-    encoder, decoder, _, description = models[-1]
-    for states in ([m[0].state_dict() for m in models], [m[1].state_dict() for m in models]):
-        for key, weight in states[-1].items():
-            if weight.is_floating_point():
-                weight.copy_(torch.stack([state[key] for state in states]).mean(0))
-    if description.training.get("tie_weights"):
-        decoder.linear.weight = decoder.embed.weight  # loading untied them
-    training = {**description.training, "averaged_epochs": chosen}
-    changed = description.model_copy(update={"best_epoch": chosen[-1], "training": training})
-    write_model(folder, chosen[-1], encoder, decoder, changed)
-    print(printable(f"{folder}: the mean of epochs {', '.join(map(str, chosen))}; evaluate.py scores it"))
-
-
 def name_weights(description: Description, epoch: int | None) -> str:
     """Name the epoch, or the epochs whose mean the weights are."""
     averaged = description.training.get("averaged_epochs")
@@ -344,15 +329,14 @@ def load_model(
     except InputError as error:
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
-    decoder_class = DECODERS[parts.decoder]
     published = parts.backbone_weights == "published"
     with torch.device("meta"):  # nothing is allocated before the sizes are known to agree
-        decoder = decoder_class(parts.embed_size, parts.hidden_size, len(vocabulary), parts.num_layers, parts.dropout)
+        decoder = parts.build_decoder(len(vocabulary))
         if not published:
-            encoder = EncoderCNN(parts.embed_size, parts.backbone, "random", 0, decoder_class.attends, parts.grid_size)
+            encoder = parts.build_encoder("random")
     load_weights(decoder, decoder_state, decoder_file)
     if published:
-        encoder = EncoderCNN(parts.embed_size, parts.backbone, "pretrained", 0, decoder_class.attends, parts.grid_size)
+        encoder = parts.build_encoder("pretrained")
     if parts.backbone_weights == "shared":
         encoder_state = {**read_state_dict(weight_file(folder, "backbone")), **encoder_state}
     load_encoder(encoder, encoder_state, encoder_file, parts)

@@ -44,6 +44,11 @@ def find_annotation_files(folder: Path, split: str) -> Iterator[Path]:
         yield from files
 
 
+def image_folder_of(annotation_file: Path) -> Path:
+    """Return the folder of an annotation file's images: images/val2017 for annotations/captions_val2017.json."""
+    return annotation_file.parents[1] / "images" / annotation_file.stem.split("_")[-1]
+
+
 def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> Iterator[Path]:
     """Yield the images of `others` that have the name and content of a training image, once for each of those.
 
@@ -88,7 +93,7 @@ class SourceImage:
     """An image of a data set to write.
 
     path: its present path. name: its path below images/<split>/. id: None for any unused one. size: its width and
-    height, None to read them from the file. scene: what a drawn image shows, for `scenes.check`, if it is known.
+    height, None to read them from the file. scene: what a drawn image shows, for `scenes.checking.check`.
     """
 
     path: Path

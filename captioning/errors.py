@@ -64,11 +64,11 @@ def describe_network_error(error: BaseException) -> str:
     return (str(getattr(error, "reason", error)).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def summarize_errors(errors: Iterable[InputError], at_most: int = 10) -> str:
-    """Join the first errors into one sentence and count the others."""
+def summarize_errors(errors: Iterable[InputError]) -> str:
+    """Join the first ten errors into one sentence and count the others."""
     errors = list(errors)
-    more = f"; and {len(errors) - at_most} more" if len(errors) > at_most else ""
-    return "; ".join(map(str, errors[:at_most])) + more
+    more = f"; and {len(errors) - 10} more" if len(errors) > 10 else ""
+    return "; ".join(map(str, errors[:10])) + more
 
 
 def quoted(path: object) -> str:
@@ -117,20 +117,20 @@ def run_command(main: Callable[[], object]) -> None:
             _end("error: there is too little memory; end what else uses it, or use smaller batches or images.", 2)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             _end("error: the GPU has too little free memory; end what else uses it, or set CUDA_VISIBLE_DEVICES=-1.", 2)
-        if not _ended(0):  # else it was raised while waiting for a process that has exited
+        if not _count_ended(0):  # else it was raised while waiting for a process that has exited
             raise
         sys.exit(2)
 
 
 def _end(message: str, code: int) -> None:
     """Exit with a code; the first process to end prints the message."""
-    if _ended(1) <= 1:
+    if _count_ended(1) <= 1:
         print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _ended(more: int) -> int:
-    """Add `more` to the number of launched processes that ended early, and return it; 0 for a single process.
+def _count_ended(more: int) -> int:
+    """Add `more` to the number of launched processes that ended early, and return the sum; 0 for a single process.
 
     The number is kept in the rendezvous store, which belongs to the launcher.
     """

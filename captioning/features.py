@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 from captioning.backbones import Preprocessing
 from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
-from captioning.files import CACHE, HEIF_SUFFIXES, write_file
-from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
+from captioning.files import CACHE, write_file
+from captioning.image_formats import HEIF_SUFFIXES
+from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches, split_batches
 from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
@@ -99,17 +100,11 @@ def stored_features(
     assert state.device is not None
     dtype = choose_dtype(state.device, precision)
     with ExitStack() as stack:
-        location: list = [None, None, None]
+        location: list[Any] = [None, None, None]
         if state.is_main_process:
             store = cache / "features" / _key(encoder, paths, preprocessing, views, dtype)
             partial = store.with_name(f"{store.name}.{BATCH}.partial")
-            try:
-                store.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock(store.with_name(f"{store.name}.lock")))
-            except OSError as error:
-                raise InputError(
-                    f"{error.filename or cache} cannot be written ({error.strerror}); name another folder with --cache."
-                ) from None
+            stack.enter_context(_lock(store))
             if not store.exists():
                 partial.mkdir(exist_ok=True)
                 with torch.no_grad():
@@ -119,18 +114,8 @@ def stored_features(
             location = [store, partial, store.exists()]
         store, partial, complete = broadcast_object_list(location)
         if not complete:
-            failed = _fill(encoder, paths, preprocessing, views, dtype, partial, workers)
-            if failed:
-                if state.is_main_process:
-                    again = find_unreadable(paths, workers, cache)
-                    if failed.keys() <= again.keys() and all(_is_damaged(paths[i]) for i in failed):
-                        shutil.rmtree(partial)  # once it is repaired or left out, these features are of no use
-                    failed = dict(sorted((again | failed).items()))
-                failed = broadcast_object_list([failed])[0]
-                raise InputError(
-                    f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
-                    f"{summarize_errors(failed.values())}"
-                )
+            if failed := _fill(encoder, paths, preprocessing, views, dtype, partial, workers):
+                raise _unreadable(failed, paths, partial, workers, cache)
             if state.is_main_process:
                 os.replace(partial, store)
             state.wait_for_everyone()
@@ -138,6 +123,25 @@ def stored_features(
             return torch.from_numpy(np.load(store / "features.npy", mmap_mode="c"))
         except (ValueError, EOFError, FileNotFoundError) as error:
             raise InputError(f"{store} is damaged ({error}); delete it to compute it again.") from None
+
+
+def _unreadable(
+    failed: dict[int, InputError], paths: Sequence[Path | Member], partial: Path, workers: int, cache: Path
+) -> InputError:
+    """Read the rest of the images, too, and return the error that lists all that cannot be read.
+
+    The features that were computed are deleted if all of `failed` have to be changed to be read.
+    """
+    if this_process().is_main_process:
+        again = find_unreadable(paths, workers, cache)
+        if failed.keys() <= again.keys() and all(_is_damaged(paths[i]) for i in failed):
+            shutil.rmtree(partial)  # once an image is repaired or left out, these features are of no use
+        failed = dict(sorted((again | failed).items()))
+    failed = broadcast_object_list([failed])[0]
+    return InputError(
+        f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
+        f"{summarize_errors(failed.values())}"
+    )
 
 
 def _is_damaged(path: Path | Member) -> bool:
@@ -156,13 +160,19 @@ def _is_damaged(path: Path | Member) -> bool:
     return path.suffix.lower() not in HEIF_SUFFIXES
 
 
-def _lock(path: Path) -> AbstractContextManager:
-    lock = filelock.FileLock(path, timeout=2)
+def _lock(store: Path) -> AbstractContextManager:
+    """Lock the features against other runs; waits for a run that computes them."""
+    lock = filelock.FileLock(store.with_name(f"{store.name}.lock"), timeout=2)
     try:
-        return lock.acquire()
-    except filelock.Timeout:
-        tqdm.write("waiting for another run that computes the same features")
-        return lock.acquire(timeout=-1)
+        store.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock.acquire()
+        except filelock.Timeout:
+            tqdm.write("waiting for another run that computes the same features")
+            return lock.acquire(timeout=-1)
+    except OSError as error:
+        place = error.filename or store.parent
+        raise InputError(f"{place} cannot be written ({error.strerror}); name another folder with --cache.") from None
 
 
 def _key(
@@ -218,9 +228,8 @@ def _fill(
     features = np.load(folder / "features.npy", mmap_mode="r+")
     done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}
     state.wait_for_everyone()  # no process writes to what another still reads
-    starts = [start for start in range(0, len(paths), BATCH) if start not in done]
-    mine = starts[state.process_index :: state.num_processes]
-    batches = [range(start, min(start + BATCH, len(paths))) for start in mine]
+    batches = [batch for batch in split_batches(len(paths), BATCH) if batch[0] not in done]
+    batches = batches[state.process_index :: state.num_processes]
     failed: dict[int, InputError] = {}
     fast = encoder.for_inference(dtype).to(state.device)
     results = encode(fast, ImageDataset(paths, Views(preprocessing, views)), batches, workers, failed.__setitem__)

@@ -36,17 +36,17 @@ SOFTWARE = "image captioning"  # the PNG text "Software" of a sheet; Matplotlib 
 DARKEST = 0.2  # share of the image's brightness where the attention is lowest
 
 
-def draw_sheet(sources: Sequence[Source], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+def draw_sheet(sources: Sequence[Source], captions: Sequence[str]) -> Image.Image:
     """Draw a contact sheet: thumbnails of the images in rows, each above its caption.
 
-    `columns` defaults to 4 for up to 16 images, and to the square root of their number for more. Raises `InputError`
+    A row has 4 images for up to 16, and the square root of their number for more. Raises `InputError`
     for more than `MAX_SHEET` images, and for one that cannot be read.
     """
     from matplotlib import get_data_path
 
     if len(sources) > MAX_SHEET:
         raise InputError(f"a sheet shows at most {MAX_SHEET:,} images, not {len(sources):,}.")
-    columns = columns or max(1, min(max(4, round(len(sources) ** 0.5)), len(sources)))
+    columns = max(1, min(max(4, round(len(sources) ** 0.5)), len(sources)))
     font_file = str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
     font = ImageFont.truetype(font_file, FONT_SIZE)
     _warn_of_missing_glyphs(captions, font_file)

@@ -1,4 +1,4 @@
-"""Atomic writes, hashes, decoding of text, checks of paths, and the suffixes of image files."""
+"""Atomic writes, hashes, decoding of text and checks of paths."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
-
-from PIL import Image
 
 from captioning.errors import InputError, warn_once
 
@@ -34,20 +30,7 @@ BINARY_FILES = {
     b"\x1f\x8b": "a gzip archive",
 }
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
-NOT_IMAGES = {  # first bytes of files that are mistaken for images -> what to tell the user
-    LFS_START: f"it {LFS_POINTER}",
-    b"PK\3\4": "it is a zip archive; unpack it first",
-    b"\x1f\x8b": "it is a gzip archive; unpack it first",
-    b"BZh": "it is a bzip2 archive; unpack it first",
-    b"\xfd7zXZ\0": "it is an xz archive; unpack it first",
-    b"7z\xbc\xaf\x27\x1c": "it is a 7z archive; unpack it first",
-    b"Rar!\x1a\7": "it is a RAR archive; unpack it first",
-    b"%PDF": "it is a PDF; save its pages as images",
-}
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
-HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
-# Formats that Pillow renders with another program, only identifies, or nests without bounds.
-NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "WMF"}
 WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
 
 
@@ -215,32 +198,3 @@ def missing_file(path: object) -> InputError:
     if scheme.lower() == "file":
         return InputError(f"{scheme}:///{rest} is an address; name the path itself, without {scheme}://.")
     return InputError(f"{scheme}://{rest} is a web address, and nothing is fetched; download the file and name it.")
-
-
-def describe_content(start: bytes) -> str | None:
-    """Describe a file that is not an image by its first bytes, with a remedy; None if they are not recognized."""
-    return next((what for beginning, what in NOT_IMAGES.items() if start.startswith(beginning)), None)
-
-
-def image_formats() -> list[str]:
-    """List the formats that Pillow decodes itself with bounded memory."""
-    Image.init()
-    return [name for name in Image.OPEN if name not in NOT_DECODED]
-
-
-def register_heif() -> bool:
-    """Register pillow-heif with Pillow; returns whether it is installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """List the suffixes of image files, in lower case."""
-    formats = set(image_formats())
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-    return frozenset(suffixes | HEIF_SUFFIXES if find_spec("pillow_heif") else suffixes - HEIF_SUFFIXES)

@@ -17,17 +17,19 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngStream
 
 from captioning.errors import InputError
-from captioning.files import describe_content, image_formats, missing_file, register_heif
+from captioning.files import missing_file
+from captioning.image_formats import describe_content, image_formats, register_heif
+from captioning.metadata import limit_metadata
 from captioning.pixels import join_bytes, upright_rgb
 from captioning.shards import Member, is_shard, list_images
 
@@ -39,7 +41,6 @@ MAX_SCANNED_PIXELS = 4_000_000_000  # maximum number of pixels in all scans of a
 BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # measured memory of the decoders
 DEFAULT_BYTES_PER_PIXEL = 8  # 4 for Pillow's image and 4 for the decoder or the RGB copy
 RLE_ROWS = 255  # maximum number of rows that one code of a run-length encoded BMP can add below the image
-BITS_PER_SAMPLE, PLANAR_CONFIGURATION = 258, 284
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 # A JPEG marker followed by a length, or the end of the image; FF 00 and FF D0 to FF D7 occur within a scan's data.
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
@@ -49,23 +50,19 @@ JPEG_START = b"\xff\xd8\xff"
 DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 DARK = 15  # highest upper byte of levels that use 12 of 16 bits
-PNG_TEXT, PNG_METADATA = ("tEXt", "zTXt", "iTXt"), ("iCCP", "eXIf", "gAMA", "cHRM", "sRGB", "pHYs")  # kinds of chunks
-MAX_CHUNK, MAX_TEXT = 1 << 20, 8 << 20  # size limits of such a chunk, in bytes, and of all text, in characters
+
+limit_metadata()
 
 Source = str | os.PathLike | Member | Image.Image  # what an image is read from
 
 
-def read_image(
-    source: Source,
-    shorter_side: int | None = None,
-    formats: Collection[str] | None = None,
-) -> Image.Image:
+def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
     """Read an image as people see it: upright, in 8-bit RGB, transparency over white, only its first frame.
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter side still has at least twice
     `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
     than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
-    middle. `formats` are Pillow's names of the formats to accept, by default all that Pillow decodes.
+    middle.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
@@ -80,7 +77,7 @@ def read_image(
             if isinstance(source, Image.Image):
                 return upright_rgb(source)
             with _open_file(source) as file:
-                image = _open_image(file, formats)
+                image = _open_image(file)
                 _draft(image, shorter_side)
                 _check_size(image)
                 _load(image, file)
@@ -108,7 +105,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore")
         is_jpeg = file.read(len(JPEG_START)) == JPEG_START
         file.seek(0)
-        yield JpegImageFile(file) if is_jpeg else _open_image(file, None)
+        yield JpegImageFile(file) if is_jpeg else _open_image(file)
 
 
 class _TimedFile(io.BufferedReader):
@@ -146,22 +143,22 @@ def _open_file(source: str | os.PathLike | Member) -> _TimedFile:
     return _TimedFile(io.BytesIO(source.read()) if isinstance(source, Member) else io.FileIO(source))
 
 
-def _open_image(file: _TimedFile, formats: Collection[str] | None) -> Image.Image:
+def _open_image(file: _TimedFile) -> Image.Image:
     start = file.read(64)
     file.seek(0)
-    if start.startswith(JPEG_START) and (formats is None or "JPEG" in formats):
+    if start.startswith(JPEG_START):
         scans = _count_scans(file.read())
         file.seek(0)
         image = JpegImageFile(file)  # unlike Image.open, this sets no limit to the size before `_draft`
         _check_scans(image, scans)
         return image
     try:
-        image = Image.open(file, formats=image_formats() if formats is None else list(formats))
+        image = Image.open(file, formats=image_formats())
         return _correct_tiff(image, file) if image.format == "TIFF" else image
     except UnidentifiedImageError:
         if content := describe_content(start):
             raise ValueError(content) from None
-        if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS or formats is not None:
+        if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS:
             raise
     if not register_heif():
         raise ValueError("it is a HEIC image; `pip install pillow-heif` makes them readable")
@@ -219,7 +216,7 @@ def _load(image: Any, file: _TimedFile) -> None:
         if isinstance(colour := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(level >> 8 for level in colour)
         return
-    if getattr(image, "tag_v2", {}).get(PLANAR_CONFIGURATION) == 2:
+    if getattr(image, "tag_v2", {}).get(Base.PlanarConfiguration) == 2:
         raise ValueError("it uses fewer than 13 of its 16 bits per channel; save it with 8 bits")
     _check_size(image, besides=4)
     file.seek(0)
@@ -243,7 +240,7 @@ def _with_raw_mode(tile: Any, mode: str) -> Any:
 def _correct_tiff(image: Any, file: _TimedFile) -> Image.Image:
     """Correct what Pillow takes for samples of 8 bits, or for a wrong order of bytes, in some TIFFs."""
     tags, uncompressed = image.tag_v2, bool(image.tile) and image.tile[0].codec_name == "raw"
-    if uncompressed and tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:
+    if uncompressed and tags.get(Base.PlanarConfiguration) == 2 and max(tags.get(Base.BitsPerSample, (1,))) > 8:
         TiffImagePlugin.READ_LIBTIFF = True
         try:
             file.seek(0)
@@ -266,62 +263,5 @@ def _check_size(image: Image.Image, besides: int = 0) -> None:
 def _bytes_per_pixel(image: Any) -> int:
     """Return the bytes that decoding takes for each pixel."""
     if image.format == "TIFF":  # a decoder holds all samples of a strip, which may be the whole image
-        return max(DEFAULT_BYTES_PER_PIXEL, 4 + -(-sum(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) // 8))
+        return max(DEFAULT_BYTES_PER_PIXEL, 4 + -(-sum(image.tag_v2.get(Base.BitsPerSample, (8,))) // 8))
     return BYTES_PER_PIXEL.get(str(image.format), DEFAULT_BYTES_PER_PIXEL)
-
-
-def _bound_tags(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Wrap Pillow's reader of TIFF and EXIF tags so that it reads a limited number of bytes.
-
-    It reads the data of every tag, and thousands of tags may refer to the same megabyte.
-    """
-
-    class Bounded:
-        def __init__(self, file: Any):
-            self.file, self.seek, self.tell = file, file.seek, file.tell
-            at = file.tell()
-            file.seek(0, os.SEEK_END)
-            self.left = file.tell() + (1 << 16)
-            file.seek(at)
-
-        def read(self, size: int = -1) -> bytes:
-            content = self.file.read(size)
-            self.left -= len(content)
-            if self.left < 0:
-                raise ValueError("its tags refer to the same bytes again and again")
-            return content
-
-    return lambda directory, file: load(directory, Bounded(file))
-
-
-TiffImagePlugin.ImageFileDirectory_v2.load = _bound_tags(TiffImagePlugin.ImageFileDirectory_v2.load)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _ignore_errors(kind: str, read: Callable[[Any, int, int], bytes]) -> Callable[[Any, int, int], bytes]:
-    """Wrap Pillow's reader of a kind of PNG chunk so that it ignores what it cannot read or what is too large."""
-
-    def read_or_skip(stream: Any, position: int, length: int) -> bytes:
-        if length <= MAX_CHUNK and (kind not in PNG_TEXT or stream.text_memory < MAX_TEXT):
-            try:
-                return read(stream, position, length)
-            except (ValueError, SyntaxError, IndexError, struct.error):
-                stream.fp.seek(position)
-        return ImageFile._safe_read(stream.fp, length)
-
-    return read_or_skip
-
-
-for kind in PNG_TEXT + PNG_METADATA:
-    setattr(PngStream, f"chunk_{kind}", _ignore_errors(kind, getattr(PngStream, f"chunk_{kind}")))
-
-
-def _read_segment(image: JpegImageFile, marker: int) -> None:
-    """Read a segment of a JPEG's metadata, and ignore it if it is too short."""
-    with suppress(struct.error):
-        JpegImagePlugin.APP(image, marker)
-
-
-JpegImagePlugin.MARKER |= {
-    marker: (name, about, _read_segment if read is JpegImagePlugin.APP else read)
-    for marker, (name, about, read) in JpegImagePlugin.MARKER.items()
-}

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from captioning.errors import InputError
-from captioning.files import HEIF_SUFFIXES, image_suffixes
+from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
 
 
 def walk_files(folder: Path) -> Iterator[Path]:

@@ -27,7 +27,15 @@ from captioning.files import CACHE, write_cache
 from captioning.image_files import Source, read_image
 from captioning.shards import Member, stamp
 
-__all__ = ["WORKERS", "ImageDataset", "build_transform", "find_unreadable", "read_batches", "read_image"]
+__all__ = [
+    "WORKERS",
+    "ImageDataset",
+    "build_transform",
+    "find_unreadable",
+    "read_batches",
+    "read_image",
+    "split_batches",
+]
 
 NOT_RANDOM = {T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
@@ -126,6 +134,11 @@ def _ignore_signals(_: int) -> None:
     """Make a worker ignore signals; it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def split_batches(count: int, size: int) -> list[range]:
+    """Split the indices 0 to `count` - 1 into batches of `size`, the last of which may be smaller."""
+    return [range(count)[i : i + size] for i in range(0, count, size)]
 
 
 def read_batches(

@@ -16,7 +16,7 @@ from data_loader import CaptionDataset, EpochSampler, ImageBatches, LengthBatche
 from model import DecoderModule, EncoderCNN, pack
 
 # Maximum number of float32 logits at a time; on a CPU they stay in its cache.
-CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS = {"cpu": 1 << 20}, 1 << 26
+CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26
 
 
 @dataclass
@@ -167,7 +167,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Compute the loss, and the gradients that `backward` multiplies."""
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         logits = hidden @ weight.T  # (tokens, V), without the bias
-        rows = max(1, CHUNK_LOGITS.get(logits.device.type, DEFAULT_CHUNK_LOGITS) // logits.shape[1])
+        rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[1])
         loss, bias_gradient = torch.zeros((), device=logits.device), torch.zeros_like(bias, dtype=torch.float32)
         for i in range(0, len(logits), rows):
             chunk, target = logits[i : i + rows], targets[i : i + rows, None]

@@ -6,7 +6,6 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from captioning.coco_layout import (
     find_annotation_files,
     find_shared_images,
     find_unknown_files,
+    image_folder_of,
     write_dataset,
 )
 from captioning.errors import InputError
@@ -59,7 +59,7 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         has_info = any(path.name.startswith("image_info") for _, path in files)  # it lists those of captions_test, too
         for split, path in files:
             uncaptioned = Report() if split == "test" and has_info else report
-            new = [x for x in _read_images(path, folder, prefix, split, report, uncaptioned) if x.path not in listed]
+            new = [x for x in _read_images(path, prefix, split, report, uncaptioned) if x.path not in listed]
             listed.update(image.path for image in new)
             images += new
         if not files:
@@ -73,13 +73,11 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     report.print()
 
 
-def _read_images(
-    path: Path, folder: Path, prefix: str, split: str, report: Report, uncaptioned: Report
-) -> Iterator[SourceImage]:
+def _read_images(path: Path, prefix: str, split: str, report: Report, uncaptioned: Report) -> Iterator[SourceImage]:
     """Yield the images of an annotation file, with their captions if it has any; reports what is left out."""
     document = read_json(path, read_text(path))
     has_captions = path.name.startswith("captions")
-    image_folder = folder / "images" / path.stem.split("_")[-1]
+    image_folder = image_folder_of(path)
     images: dict[int, SourceImage] = {}
     names: set[str] = set()
     for where, entry in _entries(path, document, "images"):
@@ -94,8 +92,9 @@ def _read_images(
         if name in names:
             raise InputError(f"{where} lists {name} again, with another id; give all captions of an image one id.")
         names.add(name)
-        about: dict[str, Any] = {"id": image_id, "size": size, "scene": entry.get("scene")}
-        images[image_id] = SourceImage(image_folder / name, f"{prefix}/{name}", split, **about)
+        images[image_id] = SourceImage(
+            image_folder / name, f"{prefix}/{name}", split, id=image_id, size=size, scene=entry.get("scene")
+        )
     for where, entry in _entries(path, document, "annotations") if has_captions else ():
         image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
         captions: list[Any] = caption or [None] if isinstance(caption, list) else [caption]
@@ -142,12 +141,11 @@ def _parse_id(value: Any, where: str) -> int:
 
 
 def _make_ids_unique(images: list[SourceImage]) -> None:
-    taken = {image.id for image in images}
-    free_ids = (number for number in count(1) if number not in taken)
+    """Remove ids that an earlier image has, for which `write_dataset` chooses unused ones."""
     used: set[int | None] = set()
     for image in images:
         if image.id in used:
-            image.id = next(free_ids)
+            image.id = None
         used.add(image.id)
 
 

@@ -17,7 +17,6 @@ from captioning.backbones import Preprocessing
 from captioning.errors import InputError, printable
 from captioning.files import read_bytes, require_new_folder
 from captioning.weights import load_weights, read_state_dict
-from model import DecoderRNN, EncoderCNN
 
 MAX_PICKLE_BYTES = 8 << 20  # the published vocabulary has 273,174; unpickled, a hostile one may take 70 times its size
 
@@ -81,10 +80,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
             "take the vocab.pkl of the same run."
         )
     with torch.device("meta"):
-        modules = (
-            EncoderCNN(parts.embed_size, weights="random"),
-            DecoderRNN(parts.embed_size, parts.hidden_size, vocabulary_size, parts.num_layers),
-        )
+        modules = parts.build_encoder("random"), parts.build_decoder(vocabulary_size)
     for module, path in zip(modules, (encoder, decoder), strict=True):
         load_weights(module, states[path], path)
 

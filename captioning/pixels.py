@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 
 MAX_ASPECT = 32  # maximum ratio of an image's longer side to its shorter one; a longer image is cropped to its middle
 BAND_PIXELS = 1 << 20  # number of pixels converted at a time
@@ -27,7 +28,6 @@ TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the ima
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLE_FORMAT = 0x0112, 258, 262, 339
 # Mode, bits and SampleFormat of TIFFs -> the type of their levels, where the mode has another type.
 STORED_TYPES: dict[tuple[str, int, int], type[np.integer]] = {
     ("I", 32, 1): np.uint32,
@@ -48,11 +48,11 @@ def upright_rgb(image: Any) -> Image.Image:
     image.load()  # Pillow applies a TIFF's orientation on load
     transpose = None
     with suppress(Exception):  # ignore the orientation if the EXIF data is invalid
-        transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(ORIENTATION, 1))
+        transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(Base.Orientation, 1))
     tags = getattr(image, "tag_v2", {})
-    stored = STORED_TYPES.get((image.mode, tags.get(BITS_PER_SAMPLE, (0,))[0], tags.get(SAMPLE_FORMAT, (1,))[0]))
+    stored = STORED_TYPES.get((image.mode, tags.get(Base.BitsPerSample, (0,))[0], tags.get(Base.SampleFormat, (1,))[0]))
     upright = _to_rgb(_cut_long(image), stored)
-    if image.mode.startswith(("I", "F")) and tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
+    if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:
         upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
     upright.info.clear()  # its orientation and transparency no longer apply
     return upright if transpose is None else upright.transpose(transpose)

@@ -28,7 +28,7 @@ from captioning.files import hash_file
 from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
-from model import DECODERS, DecoderModule, EncoderCNN
+from model import DecoderModule, EncoderCNN
 
 FIRST_IMAGES = 256  # number of images on which the encoder's `embed` is standardized
 FIXED = (  # options that are fixed for a resumed run
@@ -53,7 +53,7 @@ def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Create the folder and hold its lock, so that no other run writes to it."""
     lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
     if this_process().is_main_process:
@@ -84,12 +84,10 @@ def build_networks(config: TrainingConfig, words: int, resumed: Description | No
         weights = "pretrained"
     else:
         weights = "random"  # resume.pt holds the real ones
-    decoder_class = DECODERS[config.decoder]
-    encoder = EncoderCNN(
-        config.embed_size, config.backbone, weights, config.fine_tune or 0, decoder_class.attends, config.grid_size
-    )
-    dropout = 0.0 if config.objective == "cider" else config.dropout
-    return encoder, decoder_class(config.embed_size, config.hidden_size, words, config.num_layers, dropout)
+    architecture = describe_architecture(config, resumed)
+    if config.objective == "cider":
+        architecture.dropout = 0.0
+    return architecture.build_encoder(weights, config.fine_tune or 0), architecture.build_decoder(words)
 
 
 def synchronize_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> None:

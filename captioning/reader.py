@@ -24,7 +24,7 @@ from PIL import Image
 
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
-from captioning.files import HEIF_SUFFIXES, image_suffixes
+from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
 from captioning.images import build_transform, read_image, resized_side
 
 MAX_MEMORY = 2 << 30  # memory limit of a process's data, in bytes

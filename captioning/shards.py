@@ -25,9 +25,10 @@ from tempfile import TemporaryFile, mkdtemp
 from typing import BinaryIO
 
 from captioning.errors import InputError, warn_once
-from captioning.files import image_suffixes, is_within, require_regular, write_cache, write_file
+from captioning.files import is_within, require_regular, write_cache, write_file
+from captioning.image_formats import image_suffixes
 from captioning.reports import Report
-from captioning.sidecars import SUFFIXES, read_captions
+from captioning.sidecars import SUFFIXES, read_caption_files
 
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # end of an index's name
@@ -170,7 +171,7 @@ def read_captions_of(files: dict[str, Member], report: Report) -> list[str]:
 
     Raises `InputError` that names the file and the caption that cannot be used.
     """
-    _, captions = read_captions(files, _read, TEXT_ADVICE, report)
+    _, captions = read_caption_files(files, _read, TEXT_ADVICE, report)
     texts = [caption for _, caption in captions if caption]
     for where in (where for where, caption in captions if texts and not caption):
         report.add("empty caption{s}", repr(where))

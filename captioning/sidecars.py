@@ -25,7 +25,7 @@ File = TypeVar("File")
 Places = list[tuple[str, Any]]  # captions, each after its place as messages name it
 
 
-def read_captions(
+def read_caption_files(
     files: Mapping[str, File], read: Callable[[File], bytes], advice: str, report: Report, encoding: str | None = None
 ) -> tuple[File | None, list[tuple[str, str]]]:
     """Read an image's captions from its files, a dictionary by suffix.
@@ -127,7 +127,7 @@ def read_folder(
         own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
         for suffix in (suffix for suffix in (".txt", ".caption") if suffix in own and suffix in others):
             _refuse_two(own[suffix], others[suffix])
-        file, captions = read_captions(others | own, read_bytes, ENCODING_ADVICE, report, encoding)
+        file, captions = read_caption_files(others | own, read_bytes, ENCODING_ADVICE, report, encoding)
         if file is not None and owners.setdefault(file, path) is not path:
             raise InputError(f"{file} may be of {owners[file]} or of {path}; keep one of the two images.")
         rows += [Row(where, key, [caption], "") for where, caption in captions]

@@ -34,15 +34,22 @@ def assign_splits(images: list[SourceImage], source: Path, report: Report) -> No
         raise InputError(f"{source} gives some images a split and others none; give a split to all of them or to none.")
     if without and len(images) < 3:
         raise InputError(f"{source} has too few captioned images to split ({len(images)}); at least three are needed.")
+    if not without and any(image.split == "val" for image in images):
+        return
     by_name = {image.name: image for image in images if image.split in ("", "train")}
     order = sorted(by_name, key=_position)
-    val, test = (max(1, sum(low <= _position(name) < low + HELD_OUT for name in order)) for low in (0, HELD_OUT))
+    val = max(1, sum(_position(name) < HELD_OUT for name in order))
+    test = max(1, sum(HELD_OUT <= _position(name) < 2 * HELD_OUT for name in order))
     if val + test >= len(order):
         val = test = 1
     if without:
-        for rank, name in enumerate(order):
-            by_name[name].split = "val" if rank < val else "test" if rank < val + test else "train"
-    elif len(order) > 1 and not any(image.split == "val" for image in images):
+        for name in order:
+            by_name[name].split = "train"
+        for name in order[:val]:
+            by_name[name].split = "val"
+        for name in order[val : val + test]:
+            by_name[name].split = "test"
+    elif len(order) > 1:
         for name in order[:val]:
             by_name[name].split = "val"
             report.add("image{s} of train to val, since there was no validation split", name, "moved")

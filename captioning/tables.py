@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 
 from captioning.captions import clean_caption, is_structure, parse_captions
 from captioning.errors import InputError
-from captioning.files import image_suffixes, read_text
+from captioning.files import read_text
+from captioning.image_formats import image_suffixes
 from captioning.reports import Report
 
 SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
@@ -351,10 +352,9 @@ def _split_line(line: str, delimiter: str) -> list[str]:
 
 
 def _unquote(cell: str) -> str:
-    inner = cell[1:-1].replace('""', "")
-    return (
-        cell[1:-1].replace('""', '"') if cell[:1] == cell[-1:] == '"' and len(cell) > 1 and '"' not in inner else cell
-    )
+    """Remove the quotation marks around a cell, in which those of the text are doubled."""
+    quoted = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
+    return quoted[1].replace('""', '"') if quoted else cell
 
 
 def _holds_rows(cell: str, delimiter: str, has_suffixes: bool) -> bool:

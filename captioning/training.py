@@ -33,9 +33,9 @@ from captioning.preparation import (
     build_networks,
     check_images,
     describe,
-    exclusive_lock,
     first_features,
     load_optimizer,
+    lock_run,
     require_unchanged,
     restart_from_best,
     synchronize_batch_norms,
@@ -69,7 +69,7 @@ def train(config: TrainingConfig) -> Path:
         require_writable(folder)
     try:
         run = Run(config, folder)
-        with exclusive_lock(folder), Interruption() as run.interruption:
+        with lock_run(folder), Interruption() as run.interruption:
             run.execute()
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
@@ -286,9 +286,9 @@ class Run:
                 unread.append(self.train_step(step, global_batch, has_share, batch))
                 bar.update()
                 if self.must_read(step):
-                    line, stopped = self.read_losses(unread)
+                    line, loss, stopped = self.read_losses(unread)
                     unread = []
-                    bar.set_postfix(loss=line.split("Loss: ")[1].split(",")[0], refresh=False)
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     if step % self.config.print_every == 0 or step == steps:
                         self.log(line)
                     if stopped or self.is_save_due():
@@ -340,11 +340,11 @@ class Run:
         """Return whether the last save is `save_minutes` old."""
         return time.monotonic() - self.last_save > 60 * self.config.save_minutes
 
-    def read_losses(self, unread: list[StepLoss]) -> tuple[str, bool]:
+    def read_losses(self, unread: list[StepLoss]) -> tuple[str, float, bool]:
         """Read losses from the device into the log and the progress.
 
-        Returns the last one's line, and whether a process has been told to stop. Raises `InputError` if a loss or a
-        weight is not a finite number, so that none is ever saved.
+        Returns the last step's line and loss, and whether a process has been told to stop. Raises `InputError` if a
+        loss or a weight is not a finite number, so that none is ever saved.
         """
         progress, resume = self.progress, f"`python train.py --resume {quoted(self.folder)}`"
         hint = f"resume from the last good state with {resume} and half the --learning-rate or a smaller --clip-norm."
@@ -370,7 +370,7 @@ class Run:
             raise InputError(
                 f"a weight is not a finite number after step {progress.step} of epoch {progress.epoch}; {hint}"
             )
-        return line, signals > 0
+        return line, value, signals > 0
 
     def stop(self) -> None:
         """End the run after a signal; it is saved."""

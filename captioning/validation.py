@@ -15,7 +15,7 @@ from captioning.config import TrainingConfig
 from captioning.decoding import greedy
 from captioning.distributed import autocast, choose_dtype
 from captioning.features import BATCH, encode
-from captioning.images import ImageDataset, build_pixel_transform
+from captioning.images import ImageDataset, build_pixel_transform, split_batches
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
 from captioning.metrics import score
 from data_loader import CaptionDataset
@@ -41,21 +41,20 @@ def validate(
     encoder, decoder, cross_entropy = model.eval().encoder, model.decoder, CrossEntropy()
     images = min(len(val.paths), config.val_images)
     size = BATCH if features is None else FEATURE_BATCH
-    batches = [list(range(i, min(i + size, images))) for i in range(0, images, size)]
-    local = batches[accelerator.process_index :: accelerator.num_processes]
+    local = split_batches(images, size)[accelerator.process_index :: accelerator.num_processes]
     if features is not None:
-        chunks = ((indices, features[indices]) for indices in local)
+        chunks = ((indices, features[indices[0] : indices[-1] + 1]) for indices in local)
     else:
         dataset = ImageDataset(val.paths, build_pixel_transform(config.preprocessing))
         dtype = choose_dtype(accelerator.device, config.precision)
         chunks = encode(encoder.for_inference(dtype), dataset, local, config.workers)
-    order = np.argsort(val.image_rows, kind="stable")  # image i's captions are order[ends[i - 1]:ends[i]]
-    ends = np.concatenate([[0], np.cumsum(np.bincount(val.image_rows, minlength=len(val.paths)))])
+    order = np.argsort(val.image_rows, kind="stable")  # image i's captions are order[offsets[i]:offsets[i + 1]]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(val.image_rows, minlength=len(val.paths)))])
     loss, tokens, hypotheses = 0.0, 0, {}
     for indices, chunk in chunks:
         inputs = chunk.to(accelerator.device).float()
         first, last = indices[0], indices[-1]  # a batch's images are consecutive
-        which = order[ends[first] : ends[last + 1]]
+        which = order[offsets[first] : offsets[last + 1]]
         batch = Batch(inputs, torch.from_numpy(val.image_rows[which].astype(np.int64) - first), *val.captions(which))
         with autocast(accelerator.device, config.precision):
             summed, _ = cross_entropy(encoder, decoder, batch.to(accelerator.device))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from captioning.errors import InputError
-from captioning.files import describe_content
+from captioning.image_formats import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
 MAX_ENTRIES = 50_000  # maximum number of entries in a zip, one per tensor

@@ -19,7 +19,6 @@ import caption as caption_module
 from caption import main
 from captioning import bulk, export
 from captioning.backbones import Preprocessing
-from captioning.bulk import find_images
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
@@ -27,6 +26,7 @@ from captioning.errors import InputError
 from captioning.features import BATCH
 from captioning.figures import draw_attention
 from captioning.images import ImageDataset, build_transform
+from captioning.listing import find_images
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torchvision
 import model
 from captioning import checkpoint
 from captioning.checkpoint import (
-    average_epochs,
     default_model,
     epochs_saved,
     load_model,
@@ -25,7 +24,7 @@ from captioning.checkpoint import (
 from captioning.errors import InputError
 from captioning.files import require_writable, write_file
 from captioning.hub import find_model
-from captioning.training import TrainingConfig, train
+from captioning.training import train
 from captioning.weights import read_state_dict
 from train import resumed_config
 
@@ -270,43 +269,6 @@ def test_a_damaged_state_is_named_and_the_one_before_it_resumed(
         InputError, match=r"cannot be resumed: .*resume\.pt .* and .*resume-previous\.pt .*; start a new"
     ):
         load_resume(folder, print)
-
-
-# The average of several epochs
-
-
-@pytest.fixture(params=["lstm", "attention"])
-def epochs(request: pytest.FixtureRequest, small: Callable[..., TrainingConfig], tiny_backbone: Callable) -> Path:
-    """A model of three epochs, with a backbone that learns, and batch norms that count, and tied weights."""
-    options = {"num_epochs": 3, "fine_tune": 5, "tie_weights": True, "embed_size": 32, "hidden_size": 32}
-    return train(small(decoder=request.param, **options))
-
-
-@pytest.mark.slow
-def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_path: Path, capsys):
-    average_epochs(epochs, (3, 1), tmp_path / "average")
-    assert capsys.readouterr().out == f"{tmp_path}/average: the mean of epochs 1, 3; evaluate.py scores it\n"
-    encoder, decoder, _, description = load_model(tmp_path / "average")
-    first, third = load_model(epochs, 1), load_model(epochs, 3)
-    for module, one, other in zip((encoder, decoder), first, third, strict=False):
-        for key, weight in module.state_dict().items():
-            a, b = one.state_dict()[key], other.state_dict()[key]
-            assert torch.equal(weight, (a + b) / 2 if weight.is_floating_point() else b), key
-    assert not torch.equal(first[1].embed.weight, third[1].embed.weight)
-    assert description.best_epoch == 3
-    assert description.training["averaged_epochs"] == [1, 3]
-    for name in ("encoder-3.pkl", "decoder-3.pkl"):  # tied weights are stored once
-        assert (tmp_path / "average" / name).stat().st_size == (epochs / name).stat().st_size
-
-
-def test_an_average_that_cannot_be_made_is_one_sentence(trained: Path, tmp_path: Path):
-    with pytest.raises(InputError, match=r"has no weights of epoch 9; it has those of 1, "):
-        average_epochs(trained, (1, 9), tmp_path / "average")
-    with pytest.raises(InputError, match="two epochs or more"):
-        average_epochs(trained, (1, 1), tmp_path / "average")
-    with pytest.raises(InputError, match="exists and is not empty"):
-        average_epochs(trained, (1, 2), trained)
-    assert not (tmp_path / "average").exists()
 
 
 # A model's folder that is not whole

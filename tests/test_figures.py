@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (1600, 900), (640, 20), (3, 3)], ids=str)
 def test_a_caption_stands_below_its_image(size: tuple[int, int]):
     text = "Çà et là, a very long caption of a red dog that runs, jumps and swims"
-    sheet = np.asarray(draw_sheet([Image.new("RGB", size, "red")], [text], columns=1)).astype(int)
+    sheet = np.asarray(draw_sheet([Image.new("RGB", size, "red")], [text])).astype(int)
     rows, columns = np.where(np.abs(sheet - (255, 0, 0)).sum(2) < 30)
     thumbnail = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     assert np.abs(thumbnail - (255, 0, 0)).max() < 30  # nothing is drawn over it
@@ -44,7 +44,7 @@ def test_a_caption_stands_below_its_image(size: tuple[int, int]):
 @pytest.mark.parametrize("text", ["W" * 84, "这是一只猫坐在桌子上的照片" * 6, "a cat " * 20])
 def test_captions_of_wide_characters_stay_in_their_column(text: str):
     warn_once.cache_clear()
-    sheet = np.asarray(draw_sheet([Image.new("RGB", (300, 20), "red")] * 3, ["", text, ""], columns=3)).astype(int)
+    sheet = np.asarray(draw_sheet([Image.new("RGB", (300, 20), "red")] * 3, ["", text, ""])).astype(int)
     dark = np.where(sheet.sum(2) < 200)[1]
     assert CELL <= dark.min() <= dark.max() < 2 * CELL
 

@@ -46,7 +46,7 @@ def test_the_loss_is_the_cross_entropy_of_as_many_tokens_as_are_counted(tiny_bac
 def test_the_cross_entropy_of_the_output_layer_and_its_gradients_are_torch_s(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scaled: bool, banned: tuple[int, ...]
 ):
-    monkeypatch.setitem(losses.CHUNK_LOGITS, "cpu", 7 * 50)  # rows that do not divide the tokens
+    monkeypatch.setattr(losses, "CPU_CHUNK", 7 * 50)  # rows that do not divide the tokens
     torch.manual_seed(0)
     linear, hidden = torch.nn.Linear(16, 50), torch.randn(40, 16, requires_grad=True)
     targets, scale = torch.randint(3, 50, (40,)), torch.randn(40) if scaled else None

@@ -23,13 +23,13 @@ from PIL import Image, ImageCms, ImageOps
 from captioning import images
 from captioning.annotations import read_annotations
 from captioning.backbones import Preprocessing
-from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_model, load_resume, read_description
 from captioning.errors import InputError
 from captioning.features import stored_features
 from captioning.fetching import extract
 from captioning.images import find_unreadable, read_image
+from captioning.listing import find_images
 from captioning.metrics import score_results
 from captioning.original_weights import read_vocab_pickle
 from captioning.training import TrainingConfig, train

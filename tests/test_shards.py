@@ -12,11 +12,11 @@ import pytest
 import webdataset
 from conftest import EIGHT, draw_noise, write_split
 
-from captioning.bulk import find_images
 from captioning.captioner import Captioner
 from captioning.captions import MAX_CAPTION
 from captioning.errors import InputError, warn_once
 from captioning.images import find_unreadable, read_image
+from captioning.listing import find_images
 from captioning.reports import Report
 from captioning.shards import index_shards, list_images, read_captions_of, read_samples
 from captioning.training import TrainingConfig, train

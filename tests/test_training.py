@@ -273,7 +273,7 @@ def test_features_stay_mapped_from_the_disk_without_a_gpu():
 def test_losses_are_read_from_the_device_every_print_every_steps(small: Make, monkeypatch: pytest.MonkeyPatch):
     read, steps = training.Run.read_losses, []
 
-    def counting(run: training.Run, unread: list) -> tuple[str, bool]:
+    def counting(run: training.Run, unread: list) -> tuple[str, float, bool]:
         steps.append([x.step for x in unread])
         return read(run, unread)
 

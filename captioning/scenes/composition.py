@@ -28,76 +28,110 @@ class Placed:
     scale: float
     flip: bool = False
 
+    @property
+    def width(self) -> float:
+        """Width in shorter sides of the image."""
+        return self.scale * KINDS[self.kind].extent[0]
+
+    @property
+    def height(self) -> float:
+        """Height in shorter sides of the image."""
+        return self.scale * KINDS[self.kind].extent[1]
+
 
 def arrange(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
     """Place the things; returns the farthest first and the main ones last."""
-    name, colour, action, count = scene["kind"], scene["colour"], scene["action"], scene["count"]
-    kind, q = KINDS[name], HALF_SQUARE
-    other = scene["others"][0] if scene["others"] else None
-    relation = other["relation"] if other else None
-    aloft = action in SKY_ACTIONS
-    size = rng.uniform(*kind.main_size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.94 if other else 1)
+    mains = place_mains(rng, scene, horizon)
+    if scene["others"]:  # then there is one main thing
+        return [place_other(rng, scene, mains[0], horizon), *mains]
+    return sorted(mains, key=lambda thing: -thing.y)
+
+
+def place_mains(rng: random.Random, scene: dict, horizon: float) -> list[Placed]:
+    """Place the one to three main things within the square, in the air or on the ground."""
+    kind, action, count = KINDS[scene["kind"]], scene["action"], scene["count"]
+    size = rng.uniform(*kind.main_size) * {1: 1, 2: 0.85, 3: 0.75}[count] * (0.94 if scene["others"] else 1)
     scale = size / max(kind.extent)
     if count > 1:
-        scale = min(scale, 2 * q / (count - OVERLAP * (count - 1)) / kind.extent[0])
-    wide, high = (scale * side for side in kind.extent)
-    low, top = -q, min(horizon - 0.12, q - high)
+        scale = min(scale, 2 * HALF_SQUARE / (count - OVERLAP * (count - 1)) / kind.extent[0])
+    width, height = (scale * side for side in kind.extent)
+    highest = HALF_SQUARE - height
+    aloft = action in SKY_ACTIONS
     if aloft:
-        low, top = min(horizon, q - high), q - high
+        y = rng.uniform(min(horizon, highest), highest)
     elif action == "bouncing":
-        low, top = -0.3, -0.2
-    y = rng.uniform(low, top)
-    room = (2 * q - wide) / max(1, count - 1)  # distance between the left edges of neighbours
+        y = rng.uniform(-0.3, -0.2)
+    else:
+        y = rng.uniform(-HALF_SQUARE, min(horizon - 0.12, highest))
+    step = (2 * HALF_SQUARE - width) / max(1, count - 1)  # between the left edges of neighbours
     flip = rng.random() < 0.5
-    xs = [wide / 2 - q + (i - (i > 0) * rng.uniform(0, max(0, 1 - wide / room)) / 2) * room for i in range(count)]
+    slack = max(0, 1 - width / step)  # share of a step by which neighbours are apart
+    left = width / 2 - HALF_SQUARE  # the middle of a thing at the left edge
+    xs = [left + (i - (i > 0) * rng.uniform(0, slack) / 2) * step for i in range(count)]
     if count == 1:
-        xs = [rng.uniform(wide / 2 - q, q - wide / 2)]
+        xs = [rng.uniform(left, -left)]
     sway = 0.12 if aloft else 0.04
-    ys = [min(max(y + (rng.uniform(-sway, sway) if i else 0), -q), q - high) for i in range(count)]
-    placed = []
-    if other:
-        company = KINDS[other["kind"]]
-        unit = company.company_size * rng.uniform(0.92, 1.08) / max(company.extent)
-        w, h = (unit * side for side in company.extent)
-        side = -1 if other["side"] == "left" else 1  # where the other thing is
-        if relation == "next to":
-            shrink = min(1, (2 * q + 0.06) / (wide + w))
-            scale, unit, wide, w = scale * shrink, unit * shrink, wide * shrink, w * shrink
-            slack = 2 * q - wide - w + 0.06
-            x = -q + wide / 2 + rng.uniform(0, slack)
-            ox, oy = x + wide / 2 + w / 2 - 0.06, min(ys[0] + rng.uniform(0, 0.06), horizon - 0.06)
-            xs, ox = [side * x], side * ox
-        elif relation == "in front of":
-            xs = [-side * rng.uniform(0, max(0, min(0.12, q - wide / 2)))]
-            ox = min(max(xs[0] + side * (wide * 0.3 + w * 0.4), w / 2 - q), q - w / 2)
-            oy = max(ys[0] + 0.12, horizon - 0.06)
-        elif relation == "holding":
-            flip = side < 0
-            xs = [min(max(xs[0], wide / 2 - q + 0.1), q - wide / 2 - 0.1)]
-            hand = 0.6 * scale
-            ox, oy = xs[0] + side * 0.34 * scale, ys[0] + hand
+    ys = [clamp(y + (rng.uniform(-sway, sway) if i else 0), -HALF_SQUARE, highest) for i in range(count)]
+    return [Placed(scene["kind"], scene["colour"], action, *xy, scale, flip) for xy in zip(xs, ys, strict=True)]
+
+
+def place_other(rng: random.Random, scene: dict, main: Placed, horizon: float) -> Placed:
+    """Place the other thing by its relation to the main one, which is moved, and shrunk where both need the room."""
+    plan = scene["others"][0]
+    kind, relation, side = KINDS[plan["kind"]], plan["relation"], -1 if plan["side"] == "left" else 1
+    scale = kind.company_size * rng.uniform(0.92, 1.08) / max(kind.extent)
+    other = Placed(plan["kind"], plan["colour"], _pose(plan, scene["setting"]), 0, 0, scale)
+    if relation == "next to":
+        shrink_to_fit(main, other, (2 * HALF_SQUARE + 0.06) / (main.width + other.width))
+        slack = 2 * HALF_SQUARE - main.width - other.width + 0.06
+        x = main.width / 2 - HALF_SQUARE + rng.uniform(0, slack)  # as if the other thing were on the right
+        other.y = min(main.y + rng.uniform(0, 0.06), horizon - 0.06)
+        main.x, other.x = side * x, side * (x + main.width / 2 + other.width / 2 - 0.06)
+    elif relation == "in front of":
+        main.x = -side * rng.uniform(0, clamp(HALF_SQUARE - main.width / 2, 0, 0.12))
+        other.x = within_square(main.x + side * (main.width * 0.3 + other.width * 0.4), other.width)
+        other.y = max(main.y + 0.12, horizon - 0.06)
+    elif relation == "holding":
+        main.flip = side < 0
+        main.x = clamp(main.x, main.width / 2 - HALF_SQUARE + 0.1, HALF_SQUARE - main.width / 2 - 0.1)
+        other.x, other.y = main.x + side * 0.34 * main.scale, main.y + 0.6 * main.scale  # the hand
+    else:  # above or under
+        shrink_to_fit(main, other, (2 * HALF_SQUARE - 0.03) / (main.height + other.height))
+        other.x = within_square(main.x + side * rng.uniform(0.02, 0.2), other.width)
+        slack = 2 * HALF_SQUARE - main.height - other.height - 0.02
+        if relation == "under":
+            main.y = -HALF_SQUARE + rng.uniform(0, min(slack, 0.12))
+            other.y = rng.uniform(main.y + main.height + 0.02, HALF_SQUARE - other.height)
         else:
-            shrink = min(1, (2 * q - 0.03) / (high + h))
-            scale, unit, high, w, h = (length * shrink for length in (scale, unit, high, w, h))
-            ox = min(max(xs[0] + side * rng.uniform(0.02, 0.2), w / 2 - q), q - w / 2)
-            slack = 2 * q - high - h - 0.02
-            if relation == "under":
-                ys = [-q + rng.uniform(0, min(slack, 0.12))]
-                oy = rng.uniform(ys[0] + high + 0.02, q - h)
-            else:
-                oy = -q + rng.uniform(0, min(slack, 0.04))
-                ys = [max(ys[0], oy + h + 0.02)]
-        pose = scene["setting"] if other["kind"] == "tree" else _pose(other, relation, scene["setting"])
-        placed.append(Placed(other["kind"], other["colour"], pose, ox, oy, unit, rng.random() < 0.5))
-    mains = [Placed(name, colour, action, x, y, scale, flip) for x, y in zip(xs, ys, strict=True)]
-    return placed + sorted(mains, key=lambda thing: -thing.y)
+            other.y = -HALF_SQUARE + rng.uniform(0, min(slack, 0.04))
+            main.y = max(main.y, other.y + other.height + 0.02)
+    other.flip = rng.random() < 0.5
+    return other
 
 
-def _pose(other: dict, relation: str | None, setting: str) -> str:
-    """Return what the other thing does."""
+def shrink_to_fit(main: Placed, other: Placed, share: float) -> None:
+    """Scale both things by the share, if it is below 1."""
+    main.scale *= min(1, share)
+    other.scale *= min(1, share)
+
+
+def clamp(value: float, low: float, high: float) -> float:
+    """Return the number nearest to `value` from `low` to `high`."""
+    return min(max(value, low), high)
+
+
+def within_square(x: float, width: float) -> float:
+    """Return the nearest x at which a thing of this width is within the square."""
+    return clamp(x, width / 2 - HALF_SQUARE, HALF_SQUARE - width / 2)
+
+
+def _pose(other: dict, setting: str) -> str:
+    """Return what the other thing does or, for a tree, the setting that it stands in."""
+    if other["kind"] == "tree":
+        return setting
     if other["kind"] == "boat":
         return "sailing" if setting == "sea" else "lying"
-    return "flying" if relation == "under" else "standing"
+    return "flying" if other["relation"] == "under" else "standing"
 
 
 def draw_thing(image: Image.Image, thing: Placed, scene: dict, paint: Paint, horizon: float) -> None:

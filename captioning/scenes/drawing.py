@@ -32,12 +32,12 @@ def at(text: str) -> list[Point]:
 
 
 @cache
-def smooth(text: str, steps: int = 5) -> list[Point]:
+def smooth(text: str) -> list[Point]:
     """Return the closed Catmull-Rom curve through the points of `at`, as a polygon."""
     points, curve = at(text), []
     for i in range(len(points)):
         corners = [points[(i + k) % len(points)] for k in (-1, 0, 1, 2)]
-        for t in (step / steps for step in range(steps)):
+        for t in (0, 0.2, 0.4, 0.6, 0.8):
             x, y = (
                 b + t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - a - 3 * c + d))) / 2
                 for a, b, c, d in zip(*corners, strict=True)
@@ -132,12 +132,11 @@ class Pen:
         if not self.outline:
             self.draw.polygon(self.place(points), fill)
 
-    def glow(self, x: float, y: float, rx: float, ry: float, fill: Colour, strength: float = 1.0) -> None:
+    def glow(self, x: float, y: float, rx: float, ry: float, fill: Colour, strength: float) -> None:
         """Draw a soft spot around (x, y): sunlight, a lamp, a shadow."""
         (px, py), rx, ry = self.place([(x, y)])[0], round(rx * self.scale), round(ry * self.scale)
         mask = glow_mask().resize((2 * rx, 2 * ry), Image.Resampling.BILINEAR)
-        if strength < 1:
-            mask = mask.point([round(v * strength) for v in range(256)])
+        mask = mask.point([round(v * strength) for v in range(256)])
         self.image.paste(fill, (round(px) - rx, round(py) - ry), mask)
 
     def bands(self, left: float, top: float, right: float, bottom: float, colours: list[Colour]) -> None:

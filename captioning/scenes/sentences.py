@@ -46,33 +46,33 @@ def _noun(rng: random.Random, name: str, colour: str | None, count: int) -> str:
     return f"{noun} {wearing} {colour} {plural(garment)}"
 
 
-# {a}: the thing with its article or count, {n}: after "the", {bare}: without an article, {v}: participle of what it
-# does, {f}: finite verb, {be}: is or are, {r}: its relation to the other thing, {p}: the place, {l}: the light
+# "A red car is parked next to a tree on the street at dusk." has the thing "a red car" (without its article, the noun
+# "red car"), what it is doing "parked", or does "is parked", the relation " next to a tree", the place and the light.
 TEMPLATES = {
-    "{a} {v}{r} {p}": 10,
-    "{a} {be} {v}{r} {p}": 6,
-    "{a} {v}{r} {p} {l}": 4,
-    "{a} {f}{r} {p}": 2,
-    "there {be} {a} {v}{r} {p}": 3,
-    "the {n} {be} {v}{r} {p} {l}": 2,
-    "the {n} {f}{r} {p}": 1,
-    "a photo of {a} {v}{r} {p}": 2,
-    "photo of {a} {v}{r} {p}": 1,
-    "{p}, {a} {be} {v}{r}": 1,
-    "{l}, {a} {f}{r} {p}": 1,
-    "{bare} {v}{r} {p}": 1,
-    "a view of {a} {v}{r} {p} {l}": 1,
+    "{thing} {doing}{relation} {place}": 10,
+    "{thing} {is} {doing}{relation} {place}": 6,
+    "{thing} {doing}{relation} {place} {light}": 4,
+    "{thing} {does}{relation} {place}": 2,
+    "there {is} {thing} {doing}{relation} {place}": 3,
+    "the {noun} {is} {doing}{relation} {place} {light}": 2,
+    "the {noun} {does}{relation} {place}": 1,
+    "a photo of {thing} {doing}{relation} {place}": 2,
+    "photo of {thing} {doing}{relation} {place}": 1,
+    "{place}, {thing} {is} {doing}{relation}": 1,
+    "{light}, {thing} {does}{relation} {place}": 1,
+    "{noun} {doing}{relation} {place}": 1,
+    "a view of {thing} {doing}{relation} {place} {light}": 1,
 }
 GREY_TEMPLATES = {
-    "a black and white photo of {a} {v}{r} {p}": 8,
-    "black and white photo of {a} {v}{r} {p}": 2,
-    "a black and white photo shows {a} {v}{r} {p}": 2,
-    "{a} {v}{r} {p} in a black and white photo": 2,
-    "there {be} {a} {v}{r} {p} in this black and white photo": 1,
-    "this black and white photo shows {a} {v}{r} {p}": 1,
-    "an old black and white photo of {a} {v}{r} {p}": 1,
+    "a black and white photo of {thing} {doing}{relation} {place}": 8,
+    "black and white photo of {thing} {doing}{relation} {place}": 2,
+    "a black and white photo shows {thing} {doing}{relation} {place}": 2,
+    "{thing} {doing}{relation} {place} in a black and white photo": 2,
+    "there {is} {thing} {doing}{relation} {place} in this black and white photo": 1,
+    "this black and white photo shows {thing} {doing}{relation} {place}": 1,
+    "an old black and white photo of {thing} {doing}{relation} {place}": 1,
 }
-NO_PLACE_TEMPLATE = "a close up of {a} {v}{r} {l}"
+NO_PLACE_TEMPLATE = "a close up of {thing} {doing}{relation} {light}"
 MAX_WORDS = 18  # maximum length of a caption
 
 
@@ -103,22 +103,21 @@ def _caption(rng: random.Random, scene: dict, form: str, colour: str | None) -> 
         relation, after = _relation(rng, scene, scene["others"][0])
     aloft = scene["action"] in SKY_ACTIONS and not (relation and not after)
     place = weighted(rng, setting.air if aloft else setting.ground)
-    if after:
-        form = form.replace("{r}", "").replace("{p}", "{p}{r}") if "{p}," not in form else form
+    if after and not form.startswith("{place}"):
+        form = form.replace("{relation}", "").replace("{place}", "{place}{relation}")
     parts = {
-        "a": f"{number} {noun}" if number else article(noun),
-        "n": f"{COUNT_WORDS[count][0]} {noun}" if number else noun,
-        "bare": f"{COUNT_WORDS[count][0]} {noun}" if number else noun,
-        "v": participle,
-        "f": of_one if count == 1 else of_several,
-        "be": "is" if count == 1 else "are",
-        "r": relation,
-        "p": place,
-        "l": rng.choice(LIGHTS[scene["light"]]),
+        "thing": f"{number} {noun}" if number else article(noun),
+        "noun": f"{COUNT_WORDS[count][0]} {noun}" if number else noun,
+        "doing": participle,
+        "does": of_one if count == 1 else of_several,
+        "is": "is" if count == 1 else "are",
+        "relation": relation,
+        "place": place,
+        "light": rng.choice(LIGHTS[scene["light"]]),
     }
     caption = form.format(**parts)
-    if len(caption.split()) > MAX_WORDS and form.endswith(" {l}"):
-        caption = form[: -len(" {l}")].format(**parts)
+    if len(caption.split()) > MAX_WORDS and form.endswith(" {light}"):
+        caption = form[: -len(" {light}")].format(**parts)
     return caption[0].upper() + caption[1:] + "."
 
 
@@ -132,7 +131,7 @@ def describe(rng: random.Random, scene: dict) -> list[str]:
     while len(captions) < 5:
         form = weighted(rng, left)
         colour = scene["colour"]
-        if len(captions) == without_colour and "bare" not in form:
+        if len(captions) == without_colour and not form.startswith("{noun}"):
             colour = None
         if len(captions) == without_place:
             form = NO_PLACE_TEMPLATE

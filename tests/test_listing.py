@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import draw_noise
 
-from captioning import bulk
-from captioning.bulk import find_images, stream_images
+from captioning import listing
 from captioning.errors import InputError
 from captioning.images import find_unreadable
+from captioning.listing import find_images, stream_images
 
 
 @pytest.fixture(autouse=True)
 def _without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "image_suffixes", lambda: frozenset({".jpg", ".png"}))
+    monkeypatch.setattr(listing, "image_suffixes", lambda: frozenset({".jpg", ".png"}))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_folders_in_folders_come_in_name_order(album: Path):
 
 
 def test_a_large_folder_is_counted_once(album: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bulk, "NAMES_PER_SCAN", 1)
+    monkeypatch.setattr(listing, "NAMES_PER_SCAN", 1)
     messages: list[str] = []
     find_images([album], True, messages.append)
     assert "2 .heic files" in messages[0]
