@@ -152,7 +152,7 @@ def main(
         references: run no model; score the captions in --results against this COCO captions file.
         skip_unreadable: leave out images that are missing or cannot be read, and report how many.
         workers: processes that read images.
-        precision: of the backbone; auto: bf16 if supported, else fp32; int8 needs a CPU, onnx, onnxruntime, onnxscript.
+        precision: the backbone's; auto: bf16 if supported, else fp32; int8 needs a CPU, onnx, onnxruntime, onnxscript.
     """
     if references is not None:
         ignored = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from captioning.backbones import TITLES
 
@@ -118,7 +119,11 @@ def draw(results: dict[str, Any]) -> matplotlib.figure.Figure:
     """Draw the plain recipe and the project as bars, each panel in its own unit."""
     training, captioning, start = results["training"], results["captioning"], results["start_up"]
     backbones = list(captioning["backbones"].values())
-    per_backbone = ["recipe", "ResNet-50", "Lite2"]
+    rates = {"recipe": captioning["recipe_photos_per_second"]}
+    for name, one in zip(("ResNet-50", "Lite2"), backbones, strict=True):
+        rates[name] = one["photos_per_second"]
+        if int8 := one.get("int8_photos_per_second"):
+            rates[f"{name}\nint8"] = int8
     panels: list[tuple[str, str, list[str], list[float]]] = [
         (
             "training",
@@ -129,32 +134,33 @@ def draw(results: dict[str, Any]) -> matplotlib.figure.Figure:
         (
             "captioning",
             "images/s, more is better",
-            per_backbone,
-            [captioning["recipe_photos_per_second"], *(one["photos_per_second"] for one in backbones)],
+            list(rates),
+            list(rates.values()),
         ),
         (
             "captioning one image",
             "ms, less is better",
-            per_backbone,
+            ["recipe", "ResNet-50", "Lite2"],
             [1000 * s for s in (captioning["recipe_seconds_for_one"], *(one["seconds_for_one"] for one in backbones))],
         ),
         (
-            f"ready for {start['captions']:,} captions",
+            "preparing COCO's captions",
             "s, less is better",
-            ["recipe", "project", "next time"],
+            ["recipe", "project", "cached"],
             [start["recipe_seconds"], start["cold_seconds"], start["warm_seconds"]],
         ),
     ]
-    figure = matplotlib.figure.Figure(figsize=(11, 3.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(12, 3.2), layout=ConstrainedLayoutEngine(w_pad=0.15))
     figure.suptitle(f"The plain recipe and this project on {results['device']}", fontsize=11)
-    for axes, (title, unit, names, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    widths = [len(names) for _, _, names, _ in panels]
+    for axes, (title, unit, names, values) in zip(
+        figure.subplots(1, len(panels), width_ratios=widths), panels, strict=True
+    ):
         bars = axes.bar(names, values, color=["#b8bcc6", *["#2f7fb8"] * (len(values) - 1)], width=0.65)
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
         axes.set_title(title, fontsize=11)
         axes.set_ylabel(unit)
+        axes.tick_params("x", labelsize=8)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    limit = captioning["backbones"]["resnet50"]["bare_forward_photos_per_second"]
-    figure.axes[1].axhline(limit, color="#555555", linestyle=":", linewidth=1)
-    figure.axes[1].text(-0.4, limit, "ResNet-50 alone", fontsize=8, va="bottom", color="#555555")
     return figure
