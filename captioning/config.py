@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "dropout": (0, 0.99),
     "learning_rate": (0, 10),
     "backbone_learning_rate": (0, 10),
+    "embed_weight_decay": (0, 1e3),
     "clip_norm": (0, 1e9),
     "attention_penalty": (0, 1e6),
     "warmup_steps": (0, math.inf),
@@ -97,6 +98,7 @@ class OptimizationOptions:
     learning_rate: float | None = None  # peak learning rate; default 1e-3, or 5e-4 for cider
     backbone_learning_rate: float | None = None  # for fine-tuned stages; default 1e-3, or 1e-5 for cider
     warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
+    embed_weight_decay: float = 0.0  # decoupled weight decay (arXiv 1711.05101) of the layer on the image features
     clip_norm: float = 5.0  # gradients are clipped to this norm
     attention_penalty: float = 1.0  # weight of the doubly stochastic regularization (arXiv 1502.03044)
     patience: int = 3  # stop after this many epochs without a better CIDEr

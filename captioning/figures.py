@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -33,7 +33,7 @@ LINE_HEIGHT = 18
 LINE_LENGTH = 42  # characters
 FONT_SIZE = 13
 SOFTWARE = "image captioning"  # the PNG text "Software" of a sheet; Matplotlib writes its own name
-DARKEST = 0.2  # share of the image's brightness where the attention is lowest
+VEIL, VEIL_SHARE = (128, 128, 128), 0.8  # the colour over the image where the attention is lowest, and its share
 
 
 def draw_sheet(sources: Sequence[Source], captions: Sequence[str]) -> Image.Image:
@@ -97,11 +97,11 @@ def scale_attention(weights: Tensor) -> np.ndarray:
 
 
 def overlay_attention(view: Image.Image, weights: Tensor) -> Image.Image:
-    """Draw the encoder's view of an image, bright where the decoder looked for one word and dark elsewhere."""
+    """Draw the encoder's view of an image, clear where the decoder looked for one word and grey elsewhere."""
     mask = Image.fromarray((255 * scale_attention(weights)).astype(np.uint8)).resize(
         view.size, Image.Resampling.BICUBIC
     )
-    return Image.composite(view, ImageEnhance.Brightness(view).enhance(DARKEST), mask)
+    return Image.composite(view, Image.blend(view, Image.new("RGB", view.size, VEIL), VEIL_SHARE), mask)
 
 
 def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessing) -> Figure:

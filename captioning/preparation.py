@@ -30,6 +30,9 @@ from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DecoderModule, EncoderCNN
 
+# Adam moves every weight by a similar amount, and `embed` sums thousands of non-negative features: at the full
+# rate, an image's embedding would oscillate between steps, and the decoder could not learn to use it.
+EMBED_LR_FACTOR = 0.05
 FIRST_IMAGES = 256  # number of images on which the encoder's `embed` is standardized
 FIXED = (  # options that are fixed for a resumed run
     *("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights"),
@@ -205,6 +208,21 @@ def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> di
         "decoder": decoder,
         "optimizer": None,
     }
+
+
+def build_optimizer(
+    encoder: EncoderCNN, decoder: DecoderModule, backbone: list[nn.Parameter], config: TrainingConfig
+) -> torch.optim.Optimizer:
+    """Build Adam for the decoder, the encoder's `embed` and the parameters of the backbone that are trained."""
+    assert config.learning_rate is not None
+    embed_rate = config.learning_rate * EMBED_LR_FACTOR
+    groups = [
+        {"params": list(decoder.parameters()), "lr": config.learning_rate},
+        {"params": list(encoder.embed.parameters()), "lr": embed_rate, "weight_decay": config.embed_weight_decay},
+    ]
+    if backbone:
+        groups.append({"params": backbone, "lr": config.backbone_learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=0, fused=True)  # without weight decay, it is Adam
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:

@@ -31,6 +31,7 @@ from captioning.interruption import Interruption
 from captioning.losses import Batch, CaptioningModel, CrossEntropy
 from captioning.preparation import (
     build_networks,
+    build_optimizer,
     check_images,
     describe,
     first_features,
@@ -49,10 +50,6 @@ from data_loader import CaptionDataset
 from vocabulary import Vocabulary
 
 __all__ = ["Run", "TrainingConfig", "learning_rate_factor", "read_log", "train"]
-
-# Adam moves every weight by a similar amount, and `embed` sums thousands of non-negative features: at the full
-# rate, an image's embedding would oscillate between steps, and the decoder could not learn to use it.
-EMBED_LR_FACTOR = 0.05
 
 SHARED_STEPS = 10  # steps between exchanges of losses and signals by several processes
 
@@ -203,22 +200,15 @@ class Run:
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Build the optimizer and the batches, and initialize the networks of a new run (`state` None)."""
         config, encoder, decoder = self.config, self.encoder, self.decoder
-        assert config.learning_rate is not None
         if state is None:
             encoder.standardize(first_features(self.data, encoder, self.features, config))
         if config.tie_weights:
             if state is None:
                 decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
             decoder.linear.weight = decoder.embed.weight
-        groups = [
-            {"params": list(decoder.parameters()), "lr": config.learning_rate},
-            {"params": list(encoder.embed.parameters()), "lr": config.learning_rate * EMBED_LR_FACTOR},
-        ]
-        if backbone := self.backbone_parameters():
-            groups.append({"params": backbone, "lr": config.backbone_learning_rate})
-        self.peak_rates = [group["lr"] for group in groups]
-        self.trained_parameters = [parameter for group in groups for parameter in group["params"]]
-        optimizer = torch.optim.Adam(groups, fused=True)
+        optimizer = build_optimizer(encoder, decoder, self.backbone_parameters(), config)
+        self.peak_rates = [group["lr"] for group in optimizer.param_groups]
+        self.trained_parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.objective = SelfCritical(self.data) if config.objective == "cider" else CrossEntropy()
         model = CaptioningModel(encoder, decoder, self.objective)
         with warnings.catch_warnings():  # torch 2.14 renames `broadcast_buffers`

@@ -26,11 +26,12 @@ from captioning.config import resumed_config
 from captioning.errors import InputError
 from captioning.images import ImageDataset, build_transform
 from captioning.losses import Batch, CaptioningModel, CrossEntropy, loss_tokens
+from captioning.preparation import EMBED_LR_FACTOR, build_optimizer
 from captioning.training import TrainingConfig, learning_rate_factor, read_log, train
 from captioning.validation import validate
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
-from model import DECODERS, EncoderCNN
+from model import DECODERS, DecoderRNN, EncoderCNN
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
@@ -438,3 +439,17 @@ def test_a_spoilt_line_within_the_log_is_a_sentence(line: str, tmp_path: Path):
         read_log(tmp_path / "log.txt")
     with pytest.raises(InputError, match=r"none\.txt cannot be read"):
         read_log(tmp_path / "none.txt")
+
+
+def test_weight_decay_is_of_the_layer_on_the_image_features_alone():
+    config = TrainingConfig(embed_weight_decay=100, learning_rate=0.01)
+    encoder, decoder = EncoderCNN(8, weights="random"), DecoderRNN(8, 8, 10)
+    optimizer = build_optimizer(encoder, decoder, [], config)
+    before = {name: p.detach().clone() for module in (encoder.embed, decoder) for name, p in module.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    rate = 0.01 * EMBED_LR_FACTOR
+    torch.testing.assert_close(encoder.embed.weight.detach(), before["weight"] * (1 - 100 * rate))
+    assert all(torch.equal(p, before[name]) for name, p in decoder.named_parameters())
