@@ -1,6 +1,6 @@
 """Draw the sample data set: scenes with five captions each, in COCO's layout.
 
-python scenes.py data/scenes --train 4000 --val 500 --test 500 --seed 0
+python scenes.py data/scenes --train 6000 --val 500 --test 500 --seed 0
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from captioning.scenes.dataset import draw_dataset
 
 def main(
     out: Annotated[Path, tyro.conf.Positional],
-    train: int = 4000,
+    train: int = 6000,
     val: int = 500,
     test: int = 500,
     seed: int = 0,

@@ -27,7 +27,7 @@ from captioning.scenes.composition import paint_scene
 from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
-VERSION = "3"
+VERSION = "4"
 DRAWN_FILE = re.compile(
     r"images/(train|val|test)/[0-9]{12}\.jpg|annotations/(captions_(train|val|test)|image_info_test)\.json"
 )
@@ -85,7 +85,7 @@ def _drawn(folder: Path) -> list[dict | None]:
     return infos
 
 
-def draw_dataset(folder: str | Path, train: int = 4000, val: int = 500, test: int = 500, seed: int = 0) -> Path:
+def draw_dataset(folder: str | Path, train: int = 6000, val: int = 500, test: int = 500, seed: int = 0) -> Path:
     """Draw the sample data set into a folder, in COCO's layout; returns the folder.
 
     A folder that already holds the same data set is left unchanged; other drawn scenes are replaced. The folder is

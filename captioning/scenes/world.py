@@ -15,7 +15,6 @@ COLOURS: dict[str, Colour] = {
     "yellow": (255, 224, 40),
     "green": (22, 148, 62),
     "blue": (30, 88, 226),
-    "purple": (146, 54, 190),
     "white": (250, 250, 252),
     "black": (30, 30, 36),
 }
