@@ -50,9 +50,9 @@ def read_table(path: Path, encoding: str | None = None, report: Report | None = 
 
     One column of `IMAGE_COLUMNS` names the image. The captions, text or a list of texts, are in all columns of the
     first kind in `CAPTION_COLUMNS` that the table has (caption, captions, caption_1, caption2); the split is optional.
-    A JSON object may also hold the rows in one list, or map the names of images to their captions. Rows with an "error"
-    in place of a caption, as `caption.py --output` writes them, are left out and counted in `report`. Raises
-    `InputError` with the file and the line where the table cannot be read.
+    A JSON object may also hold the rows in one list, or map the names of images to their captions, or numbers to rows.
+    Rows with an "error" in place of a caption, as `caption.py --output` writes them, are left out and counted in
+    `report`. Raises `InputError` with the file and the line where the table cannot be read.
     """
     text = read_text(path, encoding, ENCODING_ADVICE)
     read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
@@ -222,7 +222,7 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of an object that holds them in one list, or that maps images to captions or to their rows."""
+    """Yield the rows of an object that holds them in one list, or that maps images or numbers to rows or captions."""
     lists = [name for name, value in document.items() if _is_list_of_rows(value)]
     named = [name for name in lists if _names_image(document[name][0])]
     are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
@@ -240,7 +240,12 @@ def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, di
         return
     for number, (name, value) in enumerate(document.items(), 1):
         rows = value if _is_list_of_rows(value) else [value if isinstance(value, dict) else {"caption": value}]
-        yield from ((f"{path}, entry {number}", {**row, "image": name}) for row in rows)
+        for row in rows:  # one of a numbered row names its image itself
+            yield f"{path}, entry {number}", row if _has_image(row) else {**row, "image": name}
+
+
+def _has_image(record: dict[str, Any]) -> bool:
+    return any(name.lower() in IMAGE_COLUMNS and not _is_blank(record[name]) for name in record)
 
 
 def _names_image(record: dict[str, Any]) -> bool:

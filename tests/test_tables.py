@@ -45,6 +45,11 @@ FORMS = {
         json.dumps({f"{i}": [{"text": "a red ball"}] for i in range(6)}),
         ONE,
     ),
+    "JSON object from numbers to rows": (
+        "c__json",
+        json.dumps({str(5 - i): row for i, row in enumerate(json_rows(image="{}.jpg", caption="ball {}"))}),
+        ["ball {}"],
+    ),
     "JSON object with a list of rows": (
         "c__json",
         json.dumps({"version": 1, "tags": ["a"], "licenses": [{"id": 1}], "data": ROWS}),
@@ -168,7 +173,7 @@ for mark in "\u2028\u2029\x85\x0b\x0c\x1c":
 @pytest.mark.parametrize(("name", "content", "expected"), FORMS.values(), ids=FORMS)
 def test_tables_of_many_forms_are_read(tmp_path, capsys, name, content, expected):
     importers.import_folder(six(tmp_path / "in", **{name: content}), tmp_path / "out")
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": expected for i in range(6)}
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": [text.format(i) for text in expected] for i in range(6)}
     assert capsys.readouterr().err == ""
 
 
