@@ -33,6 +33,11 @@ from captioning.sidecars import SUFFIXES, read_caption_files
 SUFFIX = ".tar"
 INDEX = ".shards.json"  # end of an index's name
 MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
+LONG_HEADERS = (  # types of those that tarfile reads into memory
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+MAX_HEADER_BYTES = 1 << 20  # size limit for these
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -137,10 +142,19 @@ def _decompress(shard: Path) -> str:
     return f"it is compressed; unpack it with {program} first" if program else ""
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar file; one of `LONG_HEADERS` that is larger than `MAX_HEADER_BYTES` is refused."""
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size > MAX_HEADER_BYTES and self.type in LONG_HEADERS:
+            raise tarfile.ReadError(f"the header of {self.name!r} has {self.size:,} bytes")
+        return super()._proc_member(tarfile_)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _members(shard: Path, report: Report) -> Iterator[Member]:
     """Yield the files of a tar file; raises `tarfile.ReadError` where it is cut off or damaged."""
     size = os.stat(shard).st_size
-    with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as tar:
+    with tarfile.open(shard, "r:", tarinfo=_Header, encoding="utf-8", errors="backslashreplace") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  otherwise tarfile keeps every header
             if info.size < 0:
@@ -154,6 +168,8 @@ def _members(shard: Path, report: Report) -> Iterator[Member]:
                 report.add("link{s} or special file{s}", where)
             elif not is_within(info.name) or "\n" in info.name or "\0" in info.name:
                 report.add("file{s} whose name leads out of the tar file or has a line break", where)
+            elif not PurePosixPath(info.name).name:
+                report.add("file{s} without a name", where)
             else:
                 yield Member(shard, str(PurePosixPath(info.name)), info.offset_data, info.size)
         end = tar.offset

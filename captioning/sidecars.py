@@ -125,8 +125,13 @@ def read_folder(
     for key, (path, *_) in index.paths.items():
         image = _compose(folder / key)
         own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
-        for suffix in (suffix for suffix in (".txt", ".caption") if suffix in own and suffix in others):
-            _refuse_two(own[suffix], others[suffix])
+        for suffix in (suffix for suffix in SUFFIXES if suffix in own and suffix in others):
+            pair = own[suffix], others[suffix]
+            used = [path for path in pair if suffix != ".json" or _has_captions(path, encoding)]
+            if len(used) > 1:
+                _refuse_two(*used)
+            if used:
+                own = {**own, suffix: used[0]}
         file, captions = read_caption_files(others | own, read_bytes, ENCODING_ADVICE, report, encoding)
         if file is not None and owners.setdefault(file, path) is not path:
             raise InputError(f"{file} may be of {owners[file]} or of {path}; keep one of the two images.")
@@ -136,6 +141,13 @@ def read_folder(
             if path.suffix.lower() != ".json":
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows
+
+
+def _has_captions(path: Path, encoding: str | None) -> bool:
+    """Return whether a .json file has "captions" or "caption"."""
+    with suppress(InputError):
+        return any(True for _ in _read_files({".json": path}, read_bytes, ENCODING_ADVICE, encoding))
+    return False
 
 
 def _refuse_two(one: Path, other: Path) -> None:

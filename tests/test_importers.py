@@ -652,6 +652,18 @@ def test_txt_files_may_have_the_whole_name_of_the_image(tmp_path):
         importers.import_folder(source, tmp_path / "out2")
 
 
+def test_two_json_files_of_an_image_are_refused_if_both_hold_captions(tmp_path):
+    source = six(tmp_path / "in", **{f"{i}__json": json.dumps({"caption": f"ball {i}"}) for i in range(6)})
+    (source / "1.json").rename(source / "1.jpg.json")
+    for other in ("0.jpg.json", "1.json", "2.jpg.json"):
+        text(source / other, "broken" if other == "2.jpg.json" else '{"shapes": []}')
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": [f"ball {i}"] for i in range(6)}
+    text(source / "0.jpg.json", '{"captions": ["a kite"]}')
+    with pytest.raises(InputError, match=r"/0\.json and .*/0\.jpg\.json are for one image; keep one of the two"):
+        importers.import_folder(source, tmp_path / "out2")
+
+
 def test_captions_in_other_files_next_to_the_images(tmp_path, capsys):
     source = six(tmp_path / "in", **{f"{i}__json": json.dumps({"captions": ["a ball", "3"]}) for i in range(3)})
     text(source / "3.json", '{"captions": null, "caption": "a kite"}')

@@ -139,6 +139,12 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
         pytest.param([("._0.png", b"Mac"), ("0.txt", BALL)], ["a red ball"], "", id="macOS"),
         pytest.param([("../b.png", PNG), ("0.txt", BALL)], ["a red ball"], r"leads out .*\.\./b\.png", id="parent"),
         pytest.param([("/b.png", PNG), ("0.txt", BALL)], ["a red ball"], r"leads out .*/b\.png", id="absolute"),
+        pytest.param(
+            [(".", PNG), ("0.txt", BALL)], ["a red ball"], r"left out 1 file without a name: .*/\.'", id="dot"
+        ),
+        pytest.param(
+            [("", PNG), ("0.txt", BALL)], ["a red ball"], r"left out 1 file without a name: .*/'", id="no name"
+        ),
         pytest.param([("b\n.png", PNG), ("0.txt", BALL)], ["a red ball"], r"line break: .*/b\\n\.png", id="line break"),
     ],
 )
@@ -275,6 +281,17 @@ def test_a_negative_size_in_a_tar_file_is_an_error(tmp_path: Path):
     shard = tmp_path / "a.tar"
     shard.write_bytes(first.tobuf() + second.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(InputError, match=r"a\.tar cannot be read as a tar file \(.+\)\.$"):
+        list(read_samples(shard, Report()))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_in_a_tar_file_that_would_fill_the_memory_is_an_error(tmp_path: Path, kind: bytes):
+    header, shard = tarfile.TarInfo("a"), tmp_path / "a.tar"
+    header.type, header.size = kind, 2 << 30
+    with open(shard, "wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(3 << 30)
+    with pytest.raises(InputError, match=r"a\.tar cannot be read as a tar file \(the header of 'a' has 2,147,483,648"):
         list(read_samples(shard, Report()))
 
 
