@@ -23,13 +23,11 @@ from captioning.captions import clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, run_command
 from captioning.files import hash_file, read_text, require_new_folder
+from captioning.folder_captions import read_captions, read_tables
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
-from captioning.sidecars import find_sidecars, read_folder
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
 from captioning.tables import Row, parse_split, read_json, read_table, read_token_file
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
@@ -262,23 +260,23 @@ def import_folder(
     may have a file of its own: for 0.jpg, 0.txt, 0.caption or 0.jpg.txt with one caption per line, or 0.json with
     "caption" or "captions".
 
-    Splits come from the column split (or set or subset), from the name of a JSON file's only list of rows, or from
-    folders called train, val and test (also val2017 or test_images) that hold all images; otherwise images are divided
-    about 90 : 5 : 5 by a hash of their names. If only the validation split is missing, it takes 5% of the training
-    images.
+    Splits come from the column split (or set or subset), from the name of a JSON file's only list of rows, from the
+    name of a table (train.csv), or from folders called train, val and test (also val2017 or test_images) that hold all
+    images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation split is
+    missing, it takes 5% of the training images.
 
     Args:
-        source: The table, or a folder with one table, with metadata files or with a file per image.
+        source: The table, or a folder with one table, one per split, metadata files or a file per image.
         destination: The data set to write; it must not exist yet, or be empty.
         images: Folder with the images, when it is not the one that holds the captions.
         encoding: Encoding of the captions, such as cp1252, when it is neither UTF-8 nor marked as UTF-16.
     """
     require_new_folder(destination)
     folder, report = _source_folder(source), Report()
-    rows, kind = ([], "") if source.is_dir() else (_read_tables([source], folder, encoding, report), "row")
+    rows, kind = ([], "") if source.is_dir() else (read_tables([source], folder, encoding, report), "row")
     index = ImageIndex(_source_folder(images or folder))
     if source.is_dir():
-        rows, kind = _folder_rows(folder, index, encoding, report)
+        rows, kind = read_captions(folder, index, encoding, report)
     result: dict[str, SourceImage] = {}
     for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:
@@ -295,58 +293,6 @@ def import_folder(
         for key, split in splits_by_folder(result, report).items():
             result[key].split = split
     _write(list(result.values()), source, destination, report)
-
-
-def _folder_rows(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
-    """Read the captions of a folder's tables, else of the files next to its images, else of its .json file.
-
-    Also returns what an image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
-    """
-    files = list(walk_files(folder))
-    sidecars = find_sidecars(folder, files, index)
-    tables = _find_tables(folder, files, TABLE_SUFFIXES, report)
-    rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
-    if not any(row.captions[0] for row in rows):  # as in files of labels
-        tables = tables or _find_tables(folder, [path for path in files if path not in sidecars], (".json",), report)
-    if not rows and not tables:
-        raise InputError(
-            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
-            'or .caption file, nor a .json file with "caption" or "captions".'
-        )
-    if not tables:
-        return rows, "caption in a .txt, .caption or .json file"
-    for path in sorted(sidecars):
-        report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
-    return _read_tables(tables, folder, encoding, report), "row"
-
-
-def _find_tables(folder: Path, files: list[Path], suffixes: tuple[str, ...], report: Report) -> list[Path]:
-    """Find Hugging Face's metadata files, at most one per folder, or the only table directly in `folder`."""
-    tables = [path for path in files if path.name.lower() in ("metadata.csv", "metadata.jsonl")]
-    others = [path for path in files if path.parent == folder and path.suffix.lower() in suffixes]
-    if any(path.parent == folder for path in tables):
-        for path in (path for path in others if path not in tables):
-            report.add("table{s} next to a metadata file, which holds the captions", str(path))
-    else:
-        if tables and others:
-            raise InputError(f"{tables[0]} and {others[0]} may both hold the captions; name the one that does.")
-        tables = tables or others
-    by_folder: dict[Path, Path] = {}
-    for path in tables:
-        if by_folder.setdefault(path.parent, path) is not path:
-            raise InputError(f"{by_folder[path.parent]} and {path} may both hold the captions; name the one that does.")
-    return tables
-
-
-def _read_tables(tables: list[Path], folder: Path, encoding: str | None, report: Report) -> list[Row]:
-    """Read the rows of all tables, with the images' paths relative to `folder`."""
-    rows = []
-    for table in tables:
-        parent = table.parent.relative_to(folder).as_posix()
-        for row in read_table(table, encoding, report):
-            row.image = row.image if parent == "." else os.path.join(parent, row.image)
-            rows.append(row)
-    return rows
 
 
 # Merging, and the original recipe's weights

@@ -105,6 +105,10 @@ class ImageIndex:
         """Return whether one of the names is an image's path relative to the folder."""
         return any(self._matches(name, anywhere=False) for name in names)
 
+    def has_name(self, path: str) -> bool:
+        """Return whether an image in any folder has the file name of a path, suffix included."""
+        return posixpath.basename(_normalize(path.replace("\\", "/"))) in self.by_name
+
     def find(self, name: str, where: str, anywhere: bool = False) -> str | None:
         """Return the key in `paths` of the image that row `where` calls `name`, or None if there is none.
 

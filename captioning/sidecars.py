@@ -127,7 +127,7 @@ def read_folder(
         own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
         for suffix in (suffix for suffix in SUFFIXES if suffix in own and suffix in others):
             pair = own[suffix], others[suffix]
-            used = [path for path in pair if suffix != ".json" or _has_captions(path, encoding)]
+            used = [path for path in pair if suffix != ".json" or has_captions(path, encoding)]
             if len(used) > 1:
                 _refuse_two(*used)
             if used:
@@ -143,10 +143,11 @@ def read_folder(
     return rows
 
 
-def _has_captions(path: Path, encoding: str | None) -> bool:
-    """Return whether a .json file has "captions" or "caption"."""
+def has_captions(path: Path, encoding: str | None) -> bool:
+    """Return whether a file that may be an image's holds a caption."""
     with suppress(InputError):
-        return any(True for _ in _read_files({".json": path}, read_bytes, ENCODING_ADVICE, encoding))
+        _, captions = read_caption_files({path.suffix.lower(): path}, read_bytes, ENCODING_ADVICE, Report(), encoding)
+        return any(caption for _, caption in captions)
     return False
 
 

@@ -61,6 +61,12 @@ def set_split(splits: dict[str, tuple[str, str]], name: str, where: str, split: 
         raise InputError(f"{where}: {name} is in the {splits[name][1]} split already.")
 
 
+def split_of_file(path: Path) -> str:
+    """Return the split after which a file such as captions_val2017.json is named, or ""."""
+    match = SPLIT_FILE.search(path.stem)
+    return (parse_split(match[1]) or "") if match else ""
+
+
 def read_split_files(
     paths: list[Path],
     captions: dict[str, list[str]],
@@ -70,10 +76,7 @@ def read_split_files(
 ) -> None:
     """Add the splits in the split files to `splits`; all names are in Unicode's composed form."""
     for path in paths:
-        match = SPLIT_FILE.search(path.stem)
-        assert match is not None
-        split = parse_split(match[1])
-        assert split is not None
+        split = split_of_file(path)
         for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
             name, where = unicodedata.normalize("NFC", line.strip()), f"{path}, line {number}"
             if path.suffix.lower() == ".csv":

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -54,9 +55,7 @@ def read_table(path: Path, encoding: str | None = None, report: Report | None = 
     Rows with an "error" in place of a caption, as `caption.py --output` writes them, are left out and counted in
     `report`. Raises `InputError` with the file and the line where the table cannot be read.
     """
-    text = read_text(path, encoding, ENCODING_ADVICE)
-    read_records = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
-    records = [(where, _lower_names(record, where)) for where, record in read_records(path, text)]
+    records = [(where, _lower_names(record, where)) for where, record in _read_records(path, encoding)]
     split_column = _split_column([record for _, record in records])
     for where, record in records:
         has_caption = not all(_is_blank(record[column]) for column in _caption_columns(list(record)))
@@ -66,6 +65,17 @@ def read_table(path: Path, encoding: str | None = None, report: Report | None = 
         elif not all(map(_is_blank, record.values())):
             split = _split(record.get(split_column), where)
             yield Row(where, _image(record, where), _captions(record, where), split)
+
+
+def find_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
+    """Yield the rows with an image and a caption of a file that may be a table; what cannot be read is left out."""
+    with suppress(InputError):
+        for where, record in _read_records(path, encoding):
+            with suppress(InputError):
+                record = _lower_names(record, where)
+                row = Row(where, _image(record, where), _captions(record, where), "")
+                if any(row.captions):
+                    yield row
 
 
 def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
@@ -79,6 +89,12 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
         if not tab or not hash_sign:
             raise InputError(f"{where}, is not of the form NAME.jpg#0<tab>CAPTION.")
         yield Row(where, name.strip(), [clean_caption(caption, where)], "")
+
+
+def _read_records(path: Path, encoding: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = read_text(path, encoding, ENCODING_ADVICE)
+    read = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
+    return read(path, text)
 
 
 def parse_split(name: str) -> str | None:

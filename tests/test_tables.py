@@ -475,6 +475,87 @@ def test_the_name_of_the_only_list_may_be_a_split(tmp_path):
     assert not (tmp_path / "out" / "annotations" / "captions_test.json").exists()
 
 
+def test_a_table_named_after_a_split_gives_it(tmp_path, capsys):
+    rows = csv_rows("image,caption").splitlines(True)
+    parts = {"train": rows[1:4], "val": rows[4:5], "test": rows[5:]}
+    source = six(tmp_path / "in", **{f"my_{split}__csv": rows[0] + "".join(part) for split, part in parts.items()})
+    importers.import_folder(source, tmp_path / "out")
+    assert set(captions(tmp_path / "out", "val")) == {"3.jpg"}
+    assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+    assert f"read 1 table as the test split, after its name: {source}/my_test.csv\n" in capsys.readouterr().err
+    importers.import_folder(source / "my_test.csv", tmp_path / "test")
+    assert set(all_captions(tmp_path / "test")) == set(captions(tmp_path / "test", "test")) == {"4.jpg", "5.jpg"}
+    importers.import_folder(source / "my_train.csv", tmp_path / "train")
+    assert [len(captions(tmp_path / "train", split)) for split in ("train", "val")] == [2, 1]
+    (source / "my_test.csv").rename(source / "validation.csv")
+    with pytest.raises(InputError, match=r"my_train\.csv and .*my_val\.csv may both hold the captions"):
+        importers.import_folder(source, tmp_path / "both")
+
+
+def test_json_tables_named_after_splits(tmp_path):
+    parts = {"train": ROWS[:4], "val": ROWS[4:5], "test": ROWS[5:]}
+    tables = {f"coco_karpathy_{split}__json": json.dumps(rows) for split, rows in parts.items()}
+    importers.import_folder(six(tmp_path / "in", **tables), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"5.jpg"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [("captions__json", json.dumps({f"{i}.jpg": "a red ball" for i in range(6)})), ("c__csv", FORMS["filename"][1])],
+)
+def test_a_table_is_used_before_files_next_to_the_images_and_before_other_tables(tmp_path, capsys, table):
+    others = {
+        "00000_stats__json": '{"count": 6, "status_dict": {"success": 6}}',
+        "labels__json": '{"0.jpg": 3}',
+        "id2label__json": '{"0": "ball"}',
+        "broken__json": "{",
+        "urls__csv": "url,width\nx,3\n",
+    }
+    source = six(tmp_path / "in", **others, **{f"{i}__txt": f"ball {i}" for i in range(6)})
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": [f"ball {i}"] for i in range(6)}
+    unrelated = "left out 1 table in which no row with an image and a caption can be read"
+    assert capsys.readouterr().err == f"{unrelated}: {source}/urls.csv\n"
+    importers.import_folder(six(source, **dict([table])), tmp_path / "table")
+    assert all_captions(tmp_path / "table")["0.jpg"] in (ONE, TWO)
+    error = capsys.readouterr().err
+    assert error.startswith(f"{unrelated}: {source}/urls.csv\nleft out 6 .txt files next to an image, as a table holds")
+    assert error.count("\n") == 2
+
+
+def test_an_unrelated_metadata_file_is_left_out(tmp_path, capsys):
+    source = six(tmp_path / "in", metadata__csv="id,license\n0,MIT\n", captions__csv=csv_rows("image,caption"))
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    assert "left out 1 table in which no row with an image and a caption can be read" in capsys.readouterr().err
+    (source / "captions.csv").unlink()
+    with pytest.raises(InputError, match=r"metadata\.csv, line 1, should name a column"):
+        importers.import_folder(source, tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("captions.txt", csv_rows("image,caption"), r"; name .*/captions\.txt itself if it holds the captions"),
+        ("train/c.csv", csv_rows("image,caption"), r"; name .*/train/c\.csv itself if it holds the captions"),
+        ("captions.xlsx", "PK", r"; save .*/captions\.xlsx as CSV"),
+        ("train/metadata.parquet", "PAR1", r"; save .*/train/metadata\.parquet as CSV"),
+        (
+            "captions/train/0.txt",
+            "a ball",
+            r"; for captions such as .*/0\.txt, name .*/captions with --images .*/images",
+        ),
+        ("labels/train/0.txt", "0 0.5", ""),
+    ],
+)
+def test_where_else_captions_may_be_is_said(tmp_path, name, content, advice):
+    source = six(tmp_path / "in" / "images" / "train").parents[1]
+    (source / name).parent.mkdir(parents=True, exist_ok=True)
+    (source / name).write_text(content)
+    with pytest.raises(InputError, match=rf'holds no table of captions .* "captions"{advice}\.$'):
+        importers.import_folder(source, tmp_path / "out")
+
+
 def test_captions_in_two_places_are_refused(tmp_path):
     source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
     make_image(source / "more" / "9.jpg")

@@ -1,0 +1,113 @@
+"""Find and read the captions of a folder of images: those of its tables, or of the files next to its images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from captioning.errors import InputError
+from captioning.image_index import ImageIndex, walk_files
+from captioning.reports import Report
+from captioning.sidecars import SUFFIXES, find_sidecars, has_captions, read_folder
+from captioning.splits import split_of_file
+from captioning.tables import Row, find_rows, read_table
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather")
+
+
+def read_captions(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
+    """Read the captions of a folder's tables, else of the files next to its images.
+
+    A .json file is a table if it names images with a suffix, or if nothing else holds captions. Also returns what an
+    image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
+    """
+    files = list(walk_files(folder))
+    sidecars = find_sidecars(folder, files, index)
+    here = [path for path in files if path.parent == folder and path not in sidecars]
+    tables = [path for path in files if path.name.lower() in METADATA]
+    tables += [path for path in here if path.suffix.lower() in TABLE_SUFFIXES and path not in tables]
+    json_files = [path for path in here if path.suffix.lower() == ".json"]
+    unrelated = []
+    if len(tables) > 1 or sidecars or json_files:
+        unrelated = [path for path in tables if not any(find_rows(path, encoding))]
+    tables = [path for path in tables if path not in unrelated] or [
+        path for path in json_files if any(index.has_name(row.image) for row in find_rows(path, encoding))
+    ]
+    rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
+    if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
+        tables, unrelated = unrelated or json_files, []
+    if not rows and not tables:
+        advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
+        raise InputError(
+            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
+            f'or .caption file, nor a .json file with "caption" or "captions"{advice}.'
+        )
+    for path in unrelated:
+        report.add("table{s} in which no row with an image and a caption can be read", str(path))
+    if not tables:
+        return rows, "caption in a .txt, .caption or .json file"
+    tables = _choose_tables(folder, tables, report)
+    for path in sorted(sidecars):
+        report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
+    return read_tables(tables, folder, encoding, report), "row"
+
+
+def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -> str:
+    """Return what to do with a file where nothing else holds captions; "" if it holds none either."""
+    suffix = path.suffix.lower()
+    if suffix in SPREADSHEETS and (path.parent == folder or path.stem == "metadata"):
+        return f"; save {path} as CSV"
+    if suffix in (*TABLE_SUFFIXES, ".txt") and any(find_rows(path, encoding)):
+        return f"; name {path} itself if it holds the captions"
+    images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
+    if suffix in SUFFIXES and images and has_captions(path, encoding):
+        captions, near = path.parent, (index.folder / min(images)).parent
+        while captions.name == near.name != "":  # as in captions/train and images/train
+            captions, near = captions.parent, near.parent
+        return f"; for captions such as {path}, name {captions} with --images {near}"
+    return ""
+
+
+def _choose_tables(folder: Path, tables: list[Path], report: Report) -> list[Path]:
+    """Choose Hugging Face's metadata files, at most one per folder, or the tables of the splits, or the only table."""
+    metadata = [path for path in tables if path.name.lower() in METADATA]
+    others = [path for path in tables if path not in metadata]
+    if any(path.parent == folder for path in metadata):
+        for path in others:
+            report.add("table{s} next to a metadata file, which holds the captions", str(path))
+        others = []
+    splits = {split_of_file(path) for path in others}
+    if not metadata and "" not in splits and len(splits) == len(others):
+        return others
+    if metadata and others:
+        raise _refuse_two(metadata[0], others[0])
+    by_folder: dict[Path, Path] = {}
+    for path in metadata or others:
+        if by_folder.setdefault(path.parent, path) is not path:
+            raise _refuse_two(by_folder[path.parent], path)
+    return metadata or others
+
+
+def _refuse_two(one: Path, other: Path) -> InputError:
+    return InputError(f"{one} and {other} may both hold the captions; name the one that does.")
+
+
+def read_tables(tables: list[Path], folder: Path, encoding: str | None, report: Report) -> list[Row]:
+    """Read the rows of all tables, with the images' paths relative to `folder`.
+
+    The rows of a table without splits are of the split that its name gives, if it gives one.
+    """
+    rows = []
+    for table in tables:
+        parent, split = table.parent.relative_to(folder).as_posix(), split_of_file(table)
+        added = list(read_table(table, encoding, report))
+        if split and added and not any(row.split for row in added):
+            report.add(f"table{{s}} as the {split} split, after its name", str(table), "read")
+            for row in added:
+                row.split = split
+        for row in added:
+            row.image = row.image if parent == "." else os.path.join(parent, row.image)
+        rows += added
+    return rows
