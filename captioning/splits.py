@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 import unicodedata
@@ -15,7 +16,9 @@ from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, IMAGE_COLUMNS, SPLIT_ALIASES, SPLIT_END, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
-SPLIT_FILE = re.compile(rf"(?:^|[_.\-])(({'|'.join(SPLIT_ALIASES)}){SPLIT_END})$", re.IGNORECASE)
+SPLIT_FILE = re.compile(
+    rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
+)
 
 
 def _position(name: str) -> float:
@@ -62,9 +65,9 @@ def set_split(splits: dict[str, tuple[str, str]], name: str, where: str, split: 
 
 
 def split_of_file(path: Path) -> str:
-    """Return the split after which a file such as captions_val2017.json is named, or ""."""
+    """Return the split after which a file such as captions_val2017.json or train_list.txt is named, or ""."""
     match = SPLIT_FILE.search(path.stem)
-    return (parse_split(match[1]) or "") if match else ""
+    return SPLIT_ALIASES[match[1].lower()] if match else ""
 
 
 def read_split_files(
@@ -74,13 +77,23 @@ def read_split_files(
     encoding: str | None,
     splits: dict[str, tuple[str, str]],
 ) -> None:
-    """Add the splits in the split files to `splits`; all names are in Unicode's composed form."""
+    """Add the splits in the split files to `splits`; all names are in Unicode's composed form.
+
+    A .csv file has the names in its first column, or in the one that its first line calls one of `IMAGE_COLUMNS`.
+    """
     for path in paths:
-        split = split_of_file(path)
-        for number, line in enumerate(read_text(path, encoding, ENCODING_ADVICE).split("\n"), 1):
+        split, column = split_of_file(path), 0
+        try:
+            text = read_text(path)
+        except InputError:  # as of names in the encoding of the captions
+            text = read_text(path, encoding, ENCODING_ADVICE)
+        for number, line in enumerate(text.split("\n"), 1):
             name, where = unicodedata.normalize("NFC", line.strip()), f"{path}, line {number}"
             if path.suffix.lower() == ".csv":
-                name = name.split(",")[0].strip().strip('"')
+                cells = [cell.strip() for cell in next(csv.reader([name]), [])]
+                if number == 1:
+                    column = next((at for at, cell in enumerate(cells) if cell.lower() in IMAGE_COLUMNS), 0)
+                name = cells[column] if len(cells) > column else ""
             if name not in captions and f"{name}.jpg" in captions:  # Flickr30k's files omit the suffix
                 name += ".jpg"
             if not name or (name.lower() in IMAGE_COLUMNS and number == 1):

@@ -102,6 +102,18 @@ def test_without_split_files_the_oddity_of_flickr8k_is_left_out(flickr8k, tmp_pa
     assert [len(part) for part in parts] == [3, 1, 1]
     assert set().union(*parts) == {"1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg", "5_e.jpg"}
     assert "2258277193_586949ec62.jpg.1" in capsys.readouterr().err
+    make_image(flickr8k / "Flicker8k_Dataset" / "6_f.jpg")
+    importers.import_flickr(flickr8k, tmp_path / "more")
+    assert f"left out 1 image without a caption: {flickr8k}/Flicker8k_Dataset/6_f.jpg" in capsys.readouterr().err
+
+
+def test_flickr8k_in_folders_named_after_splits(tmp_path):
+    for folder, name in zip(("train", "train", "val", "test"), "0123", strict=True):
+        make_image(tmp_path / "in" / "images" / folder / f"{name}.jpg")
+    text(tmp_path / "in" / "captions.txt", "".join(csv_rows("image,caption").splitlines(True)[:5]))
+    importers.import_flickr(tmp_path / "in", tmp_path / "out")
+    assert set(captions(tmp_path / "out", "val")) == {"2.jpg"}
+    assert set(captions(tmp_path / "out", "test")) == {"3.jpg"}
 
 
 def test_a_tables_splits_are_those_of_flickr30k_too(tmp_path):
@@ -865,16 +877,27 @@ def test_flickr8k_with_one_split_file_only(flickr8k, tmp_path, capsys, split):
         ("train_imgs.txt", "valid.txt", "test-images.txt"),
         ("train.csv", "dev.csv", "Test.csv"),
         ("trainset.txt", "val2017.txt", "test_photos.txt"),
+        ("train_list.txt", "val_ids.txt", "test_names.csv"),
+        ("train.csv", "val_file.csv", "test_files.txt"),
     ],
 )
 def test_split_files_of_other_names(tmp_path, names):
     tables = {name: f"{2 * i}.jpg\n{2 * i + 1}.jpg\n" for i, name in enumerate(names)}
     if names[0].endswith(".csv"):
         tables[names[0]] = 'image,id\n"0.jpg",0\n1.jpg,1\n'
+    if names[1].endswith(".csv"):  # as pandas writes it
+        tables[names[1]] = ",Image\n0,2.jpg\n1,3.jpg\n"
     source = six(tmp_path / "in", captions__txt=csv_rows("image,caption"), **tables)
     importers.import_flickr(source, tmp_path / "out")
     assert set(captions(tmp_path / "out", "val")) == {"2.jpg", "3.jpg"}
     assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+
+
+def test_the_encoding_of_the_captions_need_not_be_that_of_split_files(tmp_path):
+    source = six(tmp_path / "in", captions__txt=csv_rows("image,caption", "{}.jpg,a café").encode("utf-16-le"))
+    six(source, train__txt="0.jpg\n1.jpg\n", test__txt="5.jpg\n".encode("utf-16-le"))
+    importers.import_flickr(source, tmp_path / "out", encoding="utf-16-le")
+    assert captions(tmp_path / "out", "test") == {"5.jpg": ["a café"]}
 
 
 def test_a_file_of_captions_is_not_its_own_split_file(tmp_path):
