@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import posixpath
 import re
 import unicodedata
 from collections.abc import Collection
@@ -19,6 +20,8 @@ HELD_OUT = 0.05  # share of the images in each of val and test
 SPLIT_FILE = re.compile(
     rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
 )
+
+SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPLIT_ALIASES)})(?![a-z])", re.IGNORECASE)
 
 
 def _position(name: str) -> float:
@@ -106,13 +109,16 @@ def read_split_files(
 def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
     """Return the images' splits by the outermost level of folders that are all named after splits, or an empty dict.
 
-    Images that only in part are in folders named after splits are reported.
+    Images are reported if only a part of them is in such folders, or if the names of their folders say more.
     """
     folders = {name: [parse_split(parent) for parent in name.split("/")[:-1]] for name in names}
     for level in range(min(map(len, folders.values()), default=0)):
         splits = {name: split for name, parents in folders.items() if (split := parents[level])}
         if len(splits) == len(folders):
             return splits
-    for name in (name for name, parents in folders.items() if any(parents)):
-        report.add("image{s}, since other images are in no such folder", name, "ignored the split in the folder of")
+    for name, parents in folders.items():
+        if any(parents):
+            report.add("image{s}, since other images are in no such folder", name, "ignored the split in the folder of")
+        elif SPLIT_WORD.search(posixpath.dirname(name)):
+            report.add("image{s}, since its name says more than a split's", name, "ignored the split in the folder of")
     return {}

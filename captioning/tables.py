@@ -20,10 +20,12 @@ from captioning.reports import Report
 
 SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("train", "training", "restval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SPLIT_END = "(?:[_ -]?(?:images?|imgs?|photos?|set|split))?(?:[_ -]?[0-9]{4})?(?:[_ -]?(?:images?|imgs?|photos?))?"
+IMAGES = "images?|imgs?|photos?|pictures?|pics?|frames?"
+SPLIT_END = f"(?:[_ -]?(?:{IMAGES}|set|split|data|small|resized?|[0-9]{{4}})|[_ -][0-9]{{3}}(?:x[0-9]{{3}})?)*"
+SPLIT_NAME = re.compile(rf"(?:(?:{IMAGES})[_ -])?({'|'.join(SPLIT_ALIASES)}){SPLIT_END}", re.IGNORECASE)
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
@@ -98,8 +100,9 @@ def _read_records(path: Path, encoding: str | None) -> Iterator[tuple[str, dict[
 
 
 def parse_split(name: str) -> str | None:
-    """Return the split that a name such as "train", "val2017", "testImages" or "dev_imgs" means, or None."""
-    return SPLIT_ALIASES.get(re.sub(f"{SPLIT_END}$", "", name.strip().lower()))
+    """Return the split that a name such as "train", "val2017", "images_test" or "dev_small" means, or None."""
+    match = SPLIT_NAME.fullmatch(name.strip())
+    return SPLIT_ALIASES[match[1].lower()] if match else None
 
 
 def read_json(path: Path, text: str) -> Any:

@@ -826,7 +826,7 @@ def test_several_tables_are_refused_with_their_names(tmp_path):
 
 
 def test_names_of_splits(tmp_path):
-    names = ("training", "Train", "TEST", "valid", "eval", "validation")
+    names = ("training", "Train", "TEST", "valid", "Evaluation", "validate")
     table = "image,caption,split\n" + "".join(f"{i}.jpg,a red ball,{name}\n" for i, name in enumerate(names))
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
     assert set(captions(tmp_path / "out", "train")) == {"0.jpg", "1.jpg"}
@@ -917,13 +917,27 @@ def test_names_in_split_files_may_have_another_unicode_form(tmp_path):
     assert set(captions(tmp_path / "out", "val")) == {"caf\u00e91.jpg"}
 
 
-@pytest.mark.parametrize("form", ["{}2017", "{}_images", "{}Images", "{}2014/more", "{}_2017", "{}set", "{}2017_imgs"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("{}2017", "{}_images", "{}Images", "{}2014/more", "{}_2017", "{}set", "{}2017_imgs", "{} Data", "{}_dataset"),
+        *("{}_resized", "{}_256", "{}-224x224", "{}_small", "{}2014_resized", "images_{}", "img-{}"),
+    ],
+)
 def test_folders_named_after_splits(tmp_path, form):
     for split in ("train", "val", "test"):
         six(tmp_path / "in" / form.format(split), **{f"{i}__txt": f"a {split}" for i in range(6)})
     importers.import_folder(tmp_path / "in", tmp_path / "out")
     assert set(map(str, captions(tmp_path / "out", "val").values())) == {"['a val']"}
     assert len(captions(tmp_path / "out", "test")) == 6
+
+
+def test_folders_whose_names_say_more_than_a_split(tmp_path, capsys):
+    for folder in ("flickr_train", "flickr_test"):
+        six(tmp_path / "in" / folder, **{f"{i}__txt": "a ball" for i in range(6)})
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    line = "ignored the split in the folder of 12 images, since its name says more than a split's, the first is flickr_"
+    assert line in capsys.readouterr().err
 
 
 def test_folders_named_after_splits_that_do_not_hold_all_images(tmp_path, capsys):
