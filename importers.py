@@ -267,10 +267,10 @@ def import_folder(
     may have a file of its own: for 0.jpg, 0.txt, 0.caption or 0.jpg.txt with one caption per line, or 0.json with
     "caption" or "captions".
 
-    Splits come from the column split (or set or subset), from the name of a JSON file's only list of rows, from the
-    name of a table (train.csv), or from folders called train, val and test (also val2017 or test_images) that hold all
-    images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the validation split is
-    missing, it takes 5% of the training images.
+    Splits come from the column split (or set, subset or another that names a split in every row), from the name of a
+    JSON file's only list of rows, from the name of a table (train.csv), or from folders called train, val and test
+    (also val2017 or test_images) that hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their
+    names. If only the validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The table, or a folder with one table, one per split, metadata files or a file per image.

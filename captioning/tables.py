@@ -59,6 +59,8 @@ def read_table(path: Path, encoding: str | None = None, report: Report | None = 
     """
     records = [(where, _lower_names(record, where)) for where, record in _read_records(path, encoding)]
     split_column = _split_column([record for _, record in records])
+    if report is not None and split_column not in SPLIT_COLUMNS:
+        report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
     for where, record in records:
         has_caption = not all(_is_blank(record[column]) for column in _caption_columns(list(record)))
         if not has_caption and not _is_blank(record.get("error")):
@@ -188,12 +190,21 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
 
 
 def _split_column(records: list[dict[str, Any]]) -> str:
-    """Find the column of splits: "split", or the first other of `SPLIT_COLUMNS` that names a split in some row."""
+    """Find the column of splits: "split", or the first other of `SPLIT_COLUMNS` that names a split in some row.
+
+    Where a table has none of these, it is the only column of which every row names a split, and not all the same.
+    """
     for column in SPLIT_COLUMNS:
         values = [record[column] for record in records if not _is_blank(record.get(column))]
         if values and (column == "split" or any(parse_split(str(value)) for value in values)):
             return column
-    return "split"
+    names = set(chain.from_iterable(records))
+    records = [record for record in records if not all(map(_is_blank, record.values()))]
+    if not names.isdisjoint(SPLIT_COLUMNS):
+        return "split"
+    columns = [name for name in names if all(parse_split(str(record.get(name))) for record in records)]
+    columns = [name for name in columns if len({parse_split(str(record[name])) for record in records}) > 1]
+    return columns[0] if len(columns) == 1 else "split"
 
 
 def _split(value: Any, where: str) -> str:

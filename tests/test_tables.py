@@ -439,6 +439,18 @@ def test_a_column_set_gives_splits_if_it_names_them(tmp_path):
     assert set(captions(tmp_path / "years", "val")) == {"3.jpg"}
 
 
+def test_another_column_gives_splits_if_all_its_rows_name_them(tmp_path, capsys):
+    splits = ("train", "train", "Training", "val", "test", "test")
+    table = "image,caption,usage,kind\n" + "".join(f"{i}.jpg,a ball,{split},test\n" for i, split in enumerate(splits))
+    importers.import_folder(six(tmp_path / "in", c__csv=table + ",,,\n"), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+    assert capsys.readouterr().err == f"read 1 column as the split of its rows: {tmp_path}/in/c.csv, usage\n"
+    for number, other in enumerate((table.replace("Training", "Public"), table.replace(",test\n", ",val\n", 1))):
+        importers.import_folder(six(tmp_path / "in", c__csv=other), tmp_path / f"out{number}")
+        assert len(captions(tmp_path / f"out{number}", "train")) == 4
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "value",
     [
