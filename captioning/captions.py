@@ -14,7 +14,7 @@ from captioning.errors import InputError
 
 MISSING = {  # spellings of a cell without a value, and Excel's errors in English and German
     *("nan", "none", "null", "n/a", "na", "<na>"),
-    *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!"),
+    *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!", "#div/0!", "#null!", "#num!", "#zahl!"),
 }
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
@@ -31,7 +31,7 @@ def clean_caption(caption: Any, where: str) -> str:
     if not isinstance(caption, str):
         raise InputError(f"{where}, has a caption that is not text: {caption!r:.80}; write text or a list of texts.")
     check_caption(caption, where)
-    return " ".join(caption.split())
+    return " ".join(caption.replace("_x000D_", " ").split())  # a line's end in Excel's files
 
 
 def is_missing(caption: Any) -> bool:

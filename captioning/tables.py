@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from captioning.captions import clean_caption, is_structure, parse_captions
+from captioning.captions import clean_caption, is_missing, is_structure, parse_captions
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_formats import image_suffixes
@@ -48,25 +48,28 @@ class Row:
     split: str
 
 
-def read_table(path: Path, encoding: str | None = None, report: Report | None = None) -> Iterator[Row]:
+def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row]:
     """Read a table of captions; files other than .json, .jsonl and .ndjson are CSV with a header.
 
     One column of `IMAGE_COLUMNS` names the image. The captions, text or a list of texts, are in all columns of the
     first kind in `CAPTION_COLUMNS` that the table has (caption, captions, caption_1, caption2); the split is optional.
     A JSON object may also hold the rows in one list, or map the names of images to their captions, or numbers to rows.
     Rows with an "error" in place of a caption, as `caption.py --output` writes them, are left out and counted in
-    `report`. Raises `InputError` with the file and the line where the table cannot be read.
+    `report`, and so are texts in other columns called like captions. Raises `InputError` with the file and the line
+    where the table cannot be read.
     """
     records = [(where, _lower_names(record, where)) for where, record in _read_records(path, encoding)]
     split_column = _split_column([record for _, record in records])
-    if report is not None and split_column not in SPLIT_COLUMNS:
+    if split_column not in SPLIT_COLUMNS:
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
     for where, record in records:
-        has_caption = not all(_is_blank(record[column]) for column in _caption_columns(list(record)))
-        if not has_caption and not _is_blank(record.get("error")):
-            if report is not None:
-                report.add("row{s} with an error in place of a caption", where)
+        columns = _caption_columns(list(record))
+        if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
+            report.add("row{s} with an error in place of a caption", where)
         elif not all(map(_is_blank, record.values())):
+            for column, value in record.items():
+                if column.startswith("caption") and column not in columns and _is_text(value):
+                    report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
             yield Row(where, _image(record, where), _captions(record, where), split)
 
@@ -147,6 +150,10 @@ def _is_blank(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and not is_missing(value))
+
+
 def _caption_columns(columns: list[str]) -> list[str]:
     """List all columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
     for kind in CAPTION_COLUMNS:
@@ -157,7 +164,8 @@ def _caption_columns(columns: list[str]) -> list[str]:
 
 
 def _image(record: dict[str, Any], where: str) -> str:
-    names = {column: record[column] for column in IMAGE_COLUMNS if not _is_blank(record.get(column))}
+    columns = [column for column in record if re.sub(r"\.\d+$", "", column) in IMAGE_COLUMNS]  # also a repeated one
+    names = {column: record[column] for column in columns if not _is_blank(record[column])}
     if not names:
         raise InputError(f"{where}, has no image (a column called {', '.join(IMAGE_COLUMNS[:-1])} or image_path).")
     if not all(isinstance(name, str) for name in names.values()):
@@ -242,6 +250,10 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{path} is an annotation file of COCO or Karpathy; lay it out as annotations/captions_train.json "
             "next to images/train/, or use `importers.py karpathy`."
         )
+    if isinstance(document, dict) and all(
+        isinstance(document.get(name), list) for name in ("columns", "index", "data")
+    ):
+        raise InputError(f"{path} holds its rows apart from the columns; in pandas, write it with orient='records'.")
     if isinstance(document, dict) and not _names_image(document):
         yield from _read_object(path, document)
         return
@@ -258,15 +270,18 @@ def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, di
     are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
     if lists and not are_images and (named or len(lists) < max(2, len(document))):
         first, *others = named or lists
+        rows = [(f"{path}, {name}[{at}]", row) for name in named or lists[:1] for at, row in enumerate(document[name])]
+        if named and all(_names_image(row) and _gives_split(row) for _, row in rows):
+            yield from rows  # as in NWPU-Captions, which has a list for every kind of scene
+            return
         split = parse_split(first)
         others += [name for name in document if name != first and parse_split(name) and _is_filled(document[name])]
+        others += [name for name, value in document.items() if _holds_splits(value)]
         if others:
             raise InputError(
                 f"{path} holds rows in {first!r:.80} and {others[0]!r:.80}; write one list, with a split in each row."
             )
-        for row, record in enumerate(document[first]):
-            given = any(name.lower() in SPLIT_COLUMNS and parse_split(str(record[name])) for name in record)
-            yield f"{path}, {first}[{row}]", record if given or not split else {**record, "split": split}
+        yield from ((where, {**row, "split": split} if split and not _gives_split(row) else row) for where, row in rows)
         return
     for number, (name, value) in enumerate(document.items(), 1):
         rows = value if _is_list_of_rows(value) else [value if isinstance(value, dict) else {"caption": value}]
@@ -284,6 +299,15 @@ def _names_image(record: dict[str, Any]) -> bool:
 
 def _is_list_of_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _gives_split(record: dict[str, Any]) -> bool:
+    return any(name.lower() in SPLIT_COLUMNS and parse_split(str(record[name])) for name in record)
+
+
+def _holds_splits(value: Any) -> bool:
+    """Return whether a value is an object that maps names of splits to lists or objects."""
+    return isinstance(value, dict) and sum(bool(parse_split(name)) and _is_filled(value[name]) for name in value) > 1
 
 
 def _is_filled(value: Any) -> bool:

@@ -50,6 +50,16 @@ FORMS = {
         json.dumps({str(5 - i): row for i, row in enumerate(json_rows(image="{}.jpg", caption="ball {}"))}),
         ["ball {}"],
     ),
+    "JSON object with a list of rows for every kind of scene, as NWPU-Captions": (
+        "c__json",
+        json.dumps({str(i): [{"filename": f"{i}.jpg", "raw": "a red ball", "split": "val"}] for i in range(6)}),
+        ONE,
+    ),
+    "JSON object with a list of rows and the splits that they name": (
+        "c__json",
+        json.dumps({"data": [{**row, "split": "val"} for row in ROWS], "splits": {"train": ["x"], "val": ["0.jpg"]}}),
+        ONE,
+    ),
     "JSON object with a list of rows": (
         "c__json",
         json.dumps({"version": 1, "tags": ["a"], "licenses": [{"id": 1}], "data": ROWS}),
@@ -141,6 +151,13 @@ FORMS = {
     ),
     "a trailing separator": ("c__csv", csv_rows("image,caption,", "{}.jpg,a red ball,"), ONE),
     "an empty column of pandas": ("c__csv", csv_rows("image,caption,Unnamed: 2", "{}.jpg,a red ball,"), ONE),
+    "a repeated image column": ("c__csv", csv_rows("image,caption,image", "{0}.jpg,a red ball,{0}.jpg"), ONE),
+    "a line's end of Excel": ("c__csv", csv_rows("image,caption", "{}.jpg,a red_x000D_ ball_x000D_"), ONE),
+    "columns about captions": (
+        "c__jsonl",
+        lines(json_rows(image="{}.jpg", caption="a red ball", caption_id=3, caption_date="2024", captioned=None)),
+        ONE,
+    ),
     "an index of pandas": ("c__csv", csv_rows(",image,caption", "3,{}.jpg,a red ball"), ONE),
     "a caption that is among the captions": (
         "c__jsonl",
@@ -289,6 +306,21 @@ REFUSED = {
         csv_rows("image,file_name,text", "{}.jpg,1.jpg,a"),
         r"line 2, names different images",
     ),
+    "two images in columns of one name": (
+        "c__csv",
+        csv_rows("image,caption,image", "{}.jpg,a,1.jpg"),
+        r"line 2, names different images in image and image\.2; keep one of these columns",
+    ),
+    "rows beside an object of splits": (
+        "c__json",
+        json.dumps({"annotations": ROWS, "splits": {"train": ["0.jpg"], "test": ["5.jpg"]}}),
+        r"c\.json holds rows in 'annotations' and 'splits'; write one list, with a split in each row",
+    ),
+    "rows apart from the columns": (
+        "c__json",
+        json.dumps({"columns": ["image", "caption"], "index": [0], "data": [["0.jpg", "a ball"]]}),
+        r"c\.json holds its rows apart from the columns; in pandas, write it with orient='records'",
+    ),
     "no such image": ("c__csv", csv_rows("image,caption") + "7.jpg,a ball\n", r"line 8: 7\.jpg is not under"),
     "an image as a number": (
         "c__json",
@@ -374,7 +406,7 @@ def test_tables_that_cannot_be_used_are_refused_with_file_and_entry(tmp_path, na
 
 
 @pytest.mark.parametrize(
-    "empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600", "#NV", "#NAME?", "42", "0 0.5 0.1"]
+    "empty", ["", " ", "nan", "NaN", "None", "null", "...", "\U0001f600", "#NV", "#NAME?", "#DIV/0!", "42", "0 0.5 0.1"]
 )
 def test_empty_captions_are_left_out_and_counted(tmp_path, capsys, empty):
     table = csv_rows("image,caption") + f"3.jpg,{empty}\n4.jpg,{empty}\n"
@@ -400,6 +432,14 @@ def test_an_empty_caption_of_a_list_in_a_cell_is_counted(tmp_path, capsys, cell)
     )
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
     assert "left out 6 empty captions" in capsys.readouterr().err
+
+
+def test_columns_called_like_captions_that_are_not_used_are_reported(tmp_path, capsys):
+    table = csv_rows("image,text,caption_a,caption_b", "{}.jpg,a red ball,ein roter Ball,")
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    expected = f"left out 6 texts in the column 'caption_a', the first is {tmp_path}/in/c.csv, line 2\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_rows_with_an_error_in_place_of_a_caption_are_left_out_and_counted(tmp_path, capsys):
