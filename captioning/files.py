@@ -27,7 +27,15 @@ BINARY_FILES = {
     b"PK\3\4": "a zip archive or an Excel workbook",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow file",  # of the streaming format
     b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!\x1a": "a RAR archive",
+    b"%PDF-": "a PDF file",
 }
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
@@ -82,6 +90,7 @@ def read_text(path: Path, encoding: str | None = None, advice: str = "save it as
 def decode_text(data: bytes, path: object, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
     """Decode the bytes of a file as `read_text` does; `path` names the file in the message of an `InputError`."""
     kind = next((kind for start, kind in BINARY_FILES.items() if data.startswith(start)), None)
+    kind = "a tar archive" if data[257:262] == b"ustar" else kind
     if kind is not None:
         raise InputError(f"{path} is {kind}, not a text file; {BINARY_ADVICE}.")
     if data.startswith(LFS_START):

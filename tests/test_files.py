@@ -1,5 +1,8 @@
 """Files that are written atomically."""
 
+import bz2
+import lzma
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,26 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path):
     for read in (read_text, Vocabulary.load, lambda path: read_annotations(path, tmp_path)):
         with pytest.raises(InputError, match=r"a\.json is a Git LFS pointer; `git lfs pull` fetches the file itself"):
             read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (tarfile.TarInfo("a").tobuf() + bytes(1024), "a tar archive"),
+        (bz2.compress(b"a"), "a bzip2 archive"),
+        (lzma.compress(b"a"), "an xz archive"),
+        (b"ARROW1\0\0", "an Arrow file"),
+        (b"\xff\xff\xff\xff\x78\0", "an Arrow file"),
+        (b"(\xb5/\xfd", "a zstd archive"),
+        (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+        (b"Rar!\x1a\x07", "a RAR archive"),
+        (b"%PDF-1.7\n", "a PDF file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, kind: str):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(InputError, match=rf"a\.csv is {kind}, not a text file; unpack an archive and name its folder"):
+        read_text(tmp_path / "a.csv")
 
 
 def test_checking_an_output_touches_no_file(tmp_path: Path):
