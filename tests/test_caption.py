@@ -243,6 +243,10 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_
         ([image_path, "", "--model", trained], "an argument is empty"),
         ([image_path, "--model", trained, "--sheet", tmp_path / "s.jpg"], "s.jpg does not end in .png, but figures"),
         ([image_path, "--model", trained, "--attention", tmp_path / "s"], "name it s.png."),
+        (
+            [image_path, "--model", trained, "--output", tmp_path / "c.CSV"],
+            "c.CSV would hold JSON Lines, not .CSV; name a",
+        ),
     ):
         code, _, errors = command(*arguments)
         assert code == 2
