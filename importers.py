@@ -101,10 +101,10 @@ def import_flickr(
 ) -> None:
     """Convert Flickr8k or Flickr30k, in their own files or with a captions.txt or results.csv, to COCO's layout.
 
-    Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val_list.txt, test_ids.txt; also
-    .csv), if any, list the images of each split; other images are left out. Without them, splits come from folders
-    called train, val and test that hold all images, or images are divided about 90 : 5 : 5 by a hash of their names.
-    If only the validation split is missing, it takes 5% of the training images.
+    Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val_list.txt, test_ids.csv), if any,
+    list the images of each split; other images are left out. Without them, splits come from folders called train, val
+    and test that hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the
+    validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The folder that the data set was unpacked into, subfolders included, or its file of captions.

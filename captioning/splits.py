@@ -20,7 +20,6 @@ HELD_OUT = 0.05  # share of the images in each of val and test
 SPLIT_FILE = re.compile(
     rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
 )
-
 SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPLIT_ALIASES)})(?![a-z])", re.IGNORECASE)
 
 
