@@ -182,7 +182,8 @@ def default_model(models: Path | None = None, data: str | None = None) -> Path:
 
     It is the newest one trained on a data set whose folder is called `data`; else the newest trained on photos, that
     is, on anything but the drawn sample; else the newest. The model that comes with the project counts as the
-    oldest, whatever its date. Raises `InputError` if there is none.
+    oldest, whatever its date, and one without the weights of any epoch is chosen only if no other has them. Raises
+    `InputError` if there is none.
     """
     if models is None:
         models = MODELS if any(MODELS.glob(f"*/{DESCRIPTION}")) else Path(__file__).parents[1] / MODELS
@@ -193,7 +194,9 @@ def default_model(models: Path | None = None, data: str | None = None) -> Path:
             f"there is no trained model in {models}/; make one with `make demo`, fetch one with "
             f"`python download.py weights`, or name one with --model."
         )
-    trained_on = {path.parent: _trained_on(path.parent) for path in descriptions}
+    folders = [path.parent for path in descriptions]
+    trained = [folder for folder in folders if epochs_saved(folder)]  # one in its first epoch has no weights yet
+    trained_on = {folder: _trained_on(folder) for folder in trained or folders}
     same = [folder for folder, name in trained_on.items() if name == data and data is not None]
     photos = [folder for folder, name in trained_on.items() if name != SAMPLE]
     return (same or photos or list(trained_on))[-1]

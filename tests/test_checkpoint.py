@@ -154,6 +154,12 @@ def test_the_default_is_the_model_trained_last_on_the_kind_of_picture(tmp_path: 
     assert default_model(tmp_path) == tmp_path / "photos"
     shutil.rmtree(tmp_path / "photos")
     assert default_model(tmp_path) == tmp_path / "d"
+    (tmp_path / "e").mkdir()  # a run in its first epoch
+    write_description(tmp_path / "e", description)
+    assert default_model(tmp_path) == tmp_path / "e"
+    for part in ("encoder", "decoder"):
+        (tmp_path / "d" / f"{part}-1.pkl").touch()
+    assert default_model(tmp_path) == tmp_path / "d"
 
 
 # Files
