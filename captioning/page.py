@@ -10,6 +10,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from urllib.parse import parse_qs, unquote
 
 import gradio as gr
 import gradio.component_meta
+import gradio.route_utils
 from gradio.components import Component
 from gradio.data_classes import FileData
-from gradio.route_utils import FnIndexInferError
+from gradio.route_utils import FnIndexInferError, GradioMultiPartParser
 from gradio.utils import sanitize_value_for_csv
 from gradio_client import handle_file
 from PIL import Image
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Scope
@@ -31,14 +35,15 @@ from captioning.bulk import as_json
 from captioning.captioner import DEFAULT_DECODING, Caption, Decoding, other_captions
 from captioning.errors import InputError
 from captioning.figures import overlay_attention
-from captioning.web import CaptionServer, Upload
+from captioning.web import UPLOAD_ROUTE, CaptionServer, Upload
 
 PER_WORD = "% per word"  # heading of the column of probabilities
 FILE_ROUTE = "/gradio_api/file="  # followed by its path, this is the address of an uploaded file
 QUEUE_ROUTE = "/gradio_api/queue/data"  # the answers to a session's requests
 CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
 VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
-INVALID = (KeyError, TypeError, FnIndexInferError)  # what Gradio raises for values that no page sends
+# What Gradio raises for values and forms that no page sends.
+INVALID = (KeyError, TypeError, AttributeError, FnIndexInferError, FormParserError)
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
 
@@ -144,6 +149,28 @@ def explain_unusable(block: Component, value: object) -> str | None:
 # Requests
 
 
+class UploadParser(GradioMultiPartParser):
+    """Gradio's parser of uploads, but it fails on a form without files, and deletes what there is of one that fails."""
+
+    async def parse(self) -> FormData:
+        """Return the form; raises one of `INVALID` unless its field "files" holds files only."""
+        try:
+            form = await super().parse()
+            files = form.getlist("files")
+            if not files or any(isinstance(file, str) for file in files):
+                raise TypeError("this form holds no files")
+        except BaseException:
+            for file in self._files_to_close_on_error:
+                with suppress(OSError):  # of a full disk, or of a file that Gradio has deleted
+                    file.close()
+                Path(file.name).unlink(missing_ok=True)
+            raise
+        return form
+
+
+gradio.route_utils.GradioMultiPartParser = UploadParser
+
+
 def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
     """Answer a request for an API, a call or a session that does not exist; returns None for any other request.
 
@@ -166,6 +193,8 @@ def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
 
 def answer_invalid(request: Request, error: Exception) -> Response:
     """Answer a request whose values are not those of an API, for which Gradio raises one of `INVALID`."""
+    if request.url.path == UPLOAD_ROUTE:
+        return PlainTextResponse("Send each photo as a file, as `curl -F files=@photo.jpg` does.", 422)
     if not request.url.path.startswith(VALUES_ROUTES):
         raise error
     return PlainTextResponse("These values are not the ones of this API; see Use via API on the page.", 422)

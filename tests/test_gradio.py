@@ -626,6 +626,31 @@ def test_what_the_api_has_not_is_a_sentence(page: Page, method: str, path: str, 
     assert log.read_text() == before
 
 
+PART = '--{0}\r\nContent-Disposition: form-data; name="{1}"{2}\r\n\r\nphoto.jpg\r\n'
+FILE = '; filename="a.jpg"'
+
+
+@pytest.mark.parametrize(
+    ("query", "boundary", "parts"),
+    [
+        ("", "x", [("files", "")]),  # the @ is forgotten
+        ("", "x", [("files", FILE), ("files", "")]),
+        ("", "x", [("file", FILE)]),
+        ("", "x", []),
+        ("?upload_id=1", "x", [("files", FILE), ("note", "")]),
+        ("", "x" * 300, [("files", FILE)]),
+    ],
+)
+def test_a_form_without_photos_says_how_to_send_them_and_leaves_no_file(page: Page, query: str, boundary: str, parts):
+    uploads, log = next(page.temporary.glob("captions-*/uploads")), page.temporary.parent / "log"
+    before = set(uploads.rglob("*")), log.read_text()
+    body = "".join(PART.format(boundary, *part) for part in parts) + f"--{boundary}--\r\n"
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    reply = page.client.post(f"{page.api}/upload{query}", content=body.encode(), headers=headers)
+    assert (reply.status_code, "`curl -F files=@photo.jpg`" in reply.text) == (422, True)
+    assert (set(uploads.rglob("*")), log.read_text()) == before
+
+
 def test_a_result_can_be_fetched_once(page: Page, scene: Image.Image):
     image = {**UPLOADED, "path": page.upload(encoded(scene))}
     event = page.client.post(f"{page.api}/call/caption", json={"data": [image]}).json()["event_id"]
