@@ -45,6 +45,7 @@ from captioning.page import (
     Handlers,
     ImageInput,
     Page,
+    answer_full,
     answer_invalid,
     answer_missing,
 )
@@ -359,6 +360,7 @@ def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket
     inner: Any = app.routes[-1].app  # pyright: ignore[reportAttributeAccessIssue]  Gradio's
     for invalid in INVALID:
         inner.add_exception_handler(invalid, answer_invalid)
+    inner.add_exception_handler(OSError, answer_full)
     gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK, partial(answer_missing, page))
     public = _open_tunnel(host, port) if share else None
     if public is not None:

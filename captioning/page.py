@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -44,6 +45,7 @@ CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API'
 VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
 # What Gradio raises for values and forms that no page sends.
 INVALID = (KeyError, TypeError, AttributeError, FnIndexInferError, FormParserError)
+FULL = "The server's disk is full; try again later."
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
 
@@ -103,7 +105,16 @@ class Files(gr.File):
 
 
 class Page(gr.Blocks):
-    """Gradio's page; a request with invalid values is answered with one sentence."""
+    """Gradio's page; a request with invalid values is answered with one sentence, and so is one on a full disk."""
+
+    async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Handle an event: convert its values, call its function, save what that returns."""
+        try:
+            return await super().process_api(*arguments, **options)
+        except Exception as error:
+            if is_full(error):
+                raise gr.Error(FULL, print_exception=False) from None
+            raise
 
     async def preprocess_data(self, block_fn: Any, inputs: list, *arguments: Any, **options: Any) -> list:
         """Check and convert a request's values; missing ones are the page's initial values."""
@@ -119,10 +130,18 @@ class Page(gr.Blocks):
         except gr.Error as error:
             error.print_exception = False
             raise
-        except Exception:  # Gradio raises many types for values that no page sends
+        except Exception as error:  # Gradio raises many types for values that no page sends
+            if is_full(error):
+                raise
             raise gr.Error(
                 "Upload the photo first, and send what the upload returned.", print_exception=False
             ) from None
+
+
+def is_full(error: Exception) -> bool:
+    """Return whether an error, or the cause of Gradio's, is a full disk or that of a user who may not write more."""
+    reason = error.__cause__ or error
+    return isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain_unusable(block: Component, value: object) -> str | None:
@@ -198,6 +217,13 @@ def answer_invalid(request: Request, error: Exception) -> Response:
     if not request.url.path.startswith(VALUES_ROUTES):
         raise error
     return PlainTextResponse("These values are not the ones of this API; see Use via API on the page.", 422)
+
+
+def answer_full(_: Request, error: Exception) -> Response:
+    """Answer a request, such as an upload, for which the disk is full."""
+    if not is_full(error):
+        raise error
+    return PlainTextResponse(FULL, 507)
 
 
 # Handlers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -42,7 +44,7 @@ from captioning.errors import InputError
 from captioning.figures import overlay_attention
 from captioning.page import Handlers, as_table, attention_maps, per_word, write_tables
 from captioning.scenes.dataset import draw_scene
-from captioning.web import MAX_BODY, MAX_UPLOADED, CaptionServer, Upload
+from captioning.web import MAX_BODY, MAX_UPLOADED, CaptionServer, Gate, Upload
 
 pytestmark = pytest.mark.slow
 
@@ -809,6 +811,49 @@ def test_a_full_queue_says_so(slow: SlowCaptioner, scene: Image.Image, monkeypat
         assert {reply.status_code for reply in replies} == {200, 503}
         assert "Queue is full" in replies[-1].text
         assert get(api.removesuffix("gradio_api")).status_code == 200  # it answers meanwhile
+
+
+def fail_on_a_full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_a_sentence(slow: SlowCaptioner, image_path: Path, monkeypatch, tmp_path: Path, capfd):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    slow.go.set()
+    with served(slow, [], tmp_path) as api:
+        path = post(f"{api}/upload", files={"files": ("a.png", image_path.read_bytes())}).json()[0]
+        body = {"data": [{**UPLOADED, "path": path}]}
+        for function in (
+            "gradio.processing_utils.async_move_files_to_cache",
+            "captioning.page.attention_maps",
+            "gradio.Gallery.postprocess",
+        ):
+            with patch(function, fail_on_a_full_disk):
+                event = post(f"{api}/call/caption", json=body).json()["event_id"]
+                answer = get(f"{api}/call/caption/{event}").text
+            assert "The server's disk is full; try again later." in answer
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_upload_onto_a_full_disk_leaves_no_file(slow: SlowCaptioner, monkeypatch, tmp_path: Path, capfd):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    gates: list[Gate] = []
+    monkeypatch.setattr(gradio_main.StoppableServer, "run", lambda self, **_: gates.append(self.config.app))
+    server = CaptionServer({"slow": slow})
+    page, image = gradio_main.build_page(server, [], tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gradio_main.serve(page, image, server, listener, share=False)
+    server.close()
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gates[0]), base_url="http://127.0.0.1") as client:
+            return await client.post("/gradio_api/upload", files={"files": ("a.jpg", bytes(100))})
+
+    monkeypatch.setattr("gradio.route_utils.GradioUploadFile.write", fail_on_a_full_disk)
+    reply = asyncio.run(send())
+    assert (reply.status_code, reply.text) == (507, "The server's disk is full; try again later.")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_uploads_are_deleted_and_examples_stay(slow: SlowCaptioner, image_path: Path, monkeypatch, tmp_path: Path):
