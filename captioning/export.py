@@ -23,6 +23,7 @@ from torch import Tensor
 # takes up to thirty times as long to export, and runs at a quarter of the speed or less.
 from torch._higher_order_ops import while_loop
 
+from captioning.captioner import Decoding
 from captioning.checkpoint import load_model
 from captioning.errors import InputError
 from captioning.files import check_output, write_file
@@ -112,7 +113,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_L
     side, or both lengths), `interpolation` ("bilinear" or "bicubic") and `image_size`, the side of the center crop.
 
     model: a model's folder or its name on the Hub. Raises `InputError` if the model cannot be read or exported,
-    onnxscript is missing, or the file cannot be written.
+    max_length is out of range, onnxscript is missing, or the file cannot be written.
     """
     try:
         import onnx
@@ -120,8 +121,7 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_L
         from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
     except ImportError as error:
         raise InputError(f"--export needs {error.name}, which is missing: pip install onnxscript") from None
-    if max_length < 1:
-        raise InputError(f"max_length is {max_length}, but it has to be at least 1.")
+    Decoding(max_length=max_length).check()
     path = Path(path)
     check_output(path)
     encoder, decoder, vocabulary, description = load_model(find_model(model))

@@ -126,8 +126,9 @@ def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, image_
     for option in ({"json_": True}, {"recursive": True}, {"strict": True}, {"sheet": path}, {"output": path}):
         with pytest.raises(InputError, match="no other option"):
             caption.main((), Decoding(), model=(model,), export=path, **option)
-    with pytest.raises(InputError, match="max_length is 0"):
-        export_onnx(model, path, max_length=0)
+    for max_length in (0, 10**9):
+        with pytest.raises(InputError, match=f"max_length is {max_length}"):
+            export_onnx(model, path, max_length=max_length)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/model.onnx cannot be written"):
         export_onnx(model, tmp_path / "file" / "model.onnx")
