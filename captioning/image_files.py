@@ -89,6 +89,8 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
         if not isinstance(source, Member) and is_shard(Path(name)):
             deque(list_images(Path(name)), maxlen=0)  # says what is wrong with a tar file
         reason = "its content is not in an image format that can be read"
+    except Image.DecompressionBombError:  # Pillow's own limit is higher, and is not told
+        reason = f"it has more than {MAX_BYTES // DEFAULT_BYTES_PER_PIXEL // 10**6} million pixels; save it smaller"
     except MemoryError:
         reason = "it takes more memory than there is"
     except Exception as raised:  # a broken file makes Pillow's decoders raise nearly anything

@@ -10,8 +10,8 @@ from PIL import Image
 from captioning.files import LFS_POINTER, LFS_START
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
-# Formats that Pillow renders with another program, only identifies, or nests without bounds.
-NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "WMF"}
+# Formats that Pillow renders with another program, only identifies, or nests or expands without bounds.
+NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "MSP", "WMF", "XPM"}
 NOT_IMAGES = {  # first bytes of files that are mistaken for images -> what to tell the user
     LFS_START: f"it {LFS_POINTER}",
     b"PK\3\4": "it is a zip archive; unpack it first",

@@ -174,12 +174,15 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, 
     "tags of a WebP": (lambda: encode(RED, "WEBP", exif=EXIF), "(64, 64)"),
     "pixels of a grey PNG": (lambda: png_header(13000, 12000, 0), "more than 125 million"),
     "pixels of an RGBA PNG": (lambda: png_header(13000, 12000, 6), "more than 125 million"),
+    "pixels that Pillow refuses": (lambda: png_header(20000, 10000, 0), "it has more than 125 million pixels"),
     "pixels of a GIF": (lambda: plain(13000, 12000, "GIF", "P"), "more than 125 million"),
     "pixels of a WebP": (lambda: plain(9000, 8000, "WEBP", lossless=True, method=0), "more than 62 million"),
     "rows of a run-length encoded BMP": (lambda: bmp_delta(16_000_000), "16000000 x 1 pixels"),
     "pixels of a deep TIFF": (lambda: deep_tiff(9500), "more than 83 million"),
     "a FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "not in an image format"),
     "an ICNS": (lambda: b"icns\0\0\x10\0ic10\0\0\x0f\xf8" + plain(64, 64, "JPEG2000"), "not in an image format"),
+    "an MSP": (lambda: encode(Image.new("1", (64, 64)), "MSP"), "not in an image format"),
+    "an XPM": (lambda: b'/* XPM */\n"1 1 1 1",\n"a c #ffffff",\n"a"', "not in an image format"),
     "pixels of a JPEG 2000": (lambda: plain(8000, 7000, "JPEG2000", "L"), "more than 33 million"),
 }
 
@@ -409,7 +412,7 @@ def test_heic_without_pillow_heif_is_a_sentence_that_names_it(tmp_path: Path, mo
     assert {".heic", ".jpg"} <= image_formats.image_suffixes.__wrapped__()
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".pdf", ".grib"])
+@pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".msp", ".xpm", ".pdf", ".grib"])
 def test_files_that_are_no_images_are_not_taken_for_such(suffix: str):
     assert suffix not in image_formats.image_suffixes()
 
