@@ -140,6 +140,20 @@ def deep_tiff(side: int) -> bytes:
     return b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4) + struct.pack("<4H", *4 * [16]) + strip
 
 
+def tile_tiff(side: int) -> bytes:
+    """A grey TIFF of 100 x 100 pixels, in a tile of side x side."""
+    tile = zlib.compress(bytes(side * side), 1)
+    tags = [(256, 4, 1, 100), (257, 4, 1, 100), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    tags += [(322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8 + 2 + 12 * 10 + 4), (325, 4, 1, len(tile))]
+    entries = b"".join(struct.pack("<HHLL", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4) + tile
+
+
+def with_segments(jpeg: bytes, number: int) -> bytes:
+    """A JPEG with further segments, which are empty."""
+    return jpeg[:2] + b"\xff\xe5\0\2" * number + jpeg[2:]
+
+
 def with_chunks(png: bytes, *chunks: tuple[str, bytes], after: bool = False) -> bytes:
     """A PNG with further chunks, before or after its pixels."""
     at = len(png) - 12 if after else 33
@@ -179,6 +193,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {  # the content of a file, 
     "pixels of a WebP": (lambda: plain(9000, 8000, "WEBP", lossless=True, method=0), "more than 62 million"),
     "rows of a run-length encoded BMP": (lambda: bmp_delta(16_000_000), "16000000 x 1 pixels"),
     "pixels of a deep TIFF": (lambda: deep_tiff(9500), "more than 83 million"),
+    "a tile of a TIFF": (lambda: tile_tiff(12000), "12000 x 12000 pixels, more than 125 million"),
+    "a smaller tile of a TIFF": (lambda: tile_tiff(4000), "(100, 100)"),
+    "segments of a JPEG": (lambda: with_segments(encode(RED, "JPEG"), 1_000_000), "more than 10,000 segments"),
+    "fewer segments of a JPEG": (lambda: with_segments(encode(RED, "JPEG"), 9_000), "(64, 64)"),
     "a FITS": (lambda: b"SIMPLE  =                    T".ljust(2880), "not in an image format"),
     "an ICNS": (lambda: b"icns\0\0\x10\0ic10\0\0\x0f\xf8" + plain(64, 64, "JPEG2000"), "not in an image format"),
     "an MSP": (lambda: encode(Image.new("1", (64, 64)), "MSP"), "not in an image format"),
