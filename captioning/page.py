@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, unquote
 import gradio as gr
 import gradio.component_meta
 import gradio.route_utils
+from fastapi.exceptions import RequestValidationError
 from gradio.components import Component
 from gradio.data_classes import FileData
 from gradio.route_utils import FnIndexInferError, GradioMultiPartParser
@@ -43,8 +44,8 @@ FILE_ROUTE = "/gradio_api/file="  # followed by its path, this is the address of
 QUEUE_ROUTE = "/gradio_api/queue/data"  # the answers to a session's requests
 CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
 VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
-# What Gradio raises for values and forms that no page sends.
-INVALID = (KeyError, TypeError, AttributeError, FnIndexInferError, FormParserError)
+# What Gradio and FastAPI raise for values and forms that no page sends.
+INVALID = (KeyError, TypeError, AttributeError, FnIndexInferError, FormParserError, RequestValidationError)
 FULL = "The server's disk is full; try again later."
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
@@ -211,10 +212,10 @@ def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
 
 
 def answer_invalid(request: Request, error: Exception) -> Response:
-    """Answer a request whose values are not those of an API, for which Gradio raises one of `INVALID`."""
+    """Answer a request whose values are not those of an API, for which one of `INVALID` is raised."""
     if request.url.path == UPLOAD_ROUTE:
         return PlainTextResponse("Send each photo as a file, as `curl -F files=@photo.jpg` does.", 422)
-    if not request.url.path.startswith(VALUES_ROUTES):
+    if not isinstance(error, RequestValidationError) and not request.url.path.startswith(VALUES_ROUTES):
         raise error
     return PlainTextResponse("These values are not the ones of this API; see Use via API on the page.", 422)
 

@@ -16,6 +16,7 @@ from traceback import print_exception
 from types import FrameType
 from urllib.parse import urlsplit
 
+import httpx
 import uvicorn
 from PIL import Image
 from starlette.datastructures import Headers
@@ -40,6 +41,7 @@ STOP_SECONDS = 2  # time limit for the last batch when the server stops, in seco
 VIEW_SIZE = 224  # side of the model's view of a photo, which is drawn under attention maps, in pixels
 UPLOAD_ROUTE = "/gradio_api/upload"
 RANGE = re.compile(r"bytes=(\d+-\d*|-\d+)")
+ADDRESSES = {b"x-forwarded-host": "http://", b"x-gradio-server": ""}  # headers, and what Gradio puts before them
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -67,10 +69,9 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = {**scope, "headers": [header for header in scope["headers"] if _is_valid(*header)]}
         sentence = self._refusal(scope["path"], Headers(scope=scope))
         app = PlainTextResponse(sentence, 403) if sentence else self.answer(scope) or self.app
-        if not RANGE.fullmatch(Headers(scope=scope).get("range", "bytes=0-")):  # Gradio fails on others
-            scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         await app(scope, _counted(receive, scope["path"] == UPLOAD_ROUTE), send)
 
     def _refusal(self, path: str, headers: Headers) -> str | None:
@@ -87,6 +88,17 @@ class Gate:
         if origin is not None and site not in {host, *forwarded, *self.origins}:
             return "This server answers to its own pages and to programs, not to other websites."
         return None
+
+
+def _is_valid(name: bytes, value: bytes) -> bool:
+    """Return whether a header is one that Gradio can use; it fails on other ranges and on what is no address."""
+    text = value.decode("latin-1")
+    if name in ADDRESSES:
+        try:
+            httpx.URL(ADDRESSES[name] + text.split(",")[0].strip())
+        except httpx.InvalidURL:
+            return False
+    return name != b"range" or RANGE.fullmatch(text) is not None
 
 
 class UploadError(HTTPException, MultiPartException):

@@ -8,6 +8,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import random
 import re
@@ -584,6 +585,9 @@ def test_requests_that_gradio_fails_on_are_answered(page: Page, scene: Image.Ima
         assert get(address, headers={"Range": value}).status_code == 206
     for value in ("bytes=0-1,3-4", "bytes=--1", "x"):
         assert get(address, headers={"Range": value}).status_code == 200
+    for name, value in (("X-Forwarded-Host", "a:b"), ("X-Forwarded-Host", "[::"), ("X-Gradio-Server", "http://a:b")):
+        assert get(page.url, headers={name: value}).status_code == 200
+    assert "http://captions.example" in get(page.url, headers={"X-Forwarded-Host": "captions.example , b:c"}).text
 
 
 def test_the_address_of_an_upload_may_be_percent_encoded(page: Page, scene: Image.Image):
@@ -618,12 +622,17 @@ VALUES = {"data": [], "session_hash": "x", "fn_index": 999}
         ("POST", "run/predict", VALUES, 422, "These values are not the ones of this API"),
         ("POST", "call/v2/caption", {"nope": 3}, 422, "These values are not the ones of this API"),
         ("POST", "queue/join", VALUES, 422, "These values are not the ones of this API"),
+        ("POST", "reset", {"event_id": math.nan}, 422, "These values are not the ones of this API"),
+        ("POST", "cancel", {"event_id": math.nan}, 422, "These values are not the ones of this API"),
+        ("POST", "call/caption", {"data": math.inf}, 422, "These values are not the ones of this API"),
     ],
 )
 def test_what_the_api_has_not_is_a_sentence(page: Page, method: str, path: str, body, code: int, sentence: str):
     log = page.temporary.parent / "log"
     before = log.read_text()
-    reply = page.client.request(method, f"{page.api}/{path}", json=body)
+    content = None if body is None else json.dumps(body)
+    headers = {"Content-Type": "application/json"}
+    reply = page.client.request(method, f"{page.api}/{path}", content=content, headers=headers)
     assert (reply.status_code, sentence in reply.text) == (code, True)
     assert log.read_text() == before
 
