@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from captioning import checkpoint
-from captioning.backbones import RESNET50, Preprocessing, count_stages, preprocessing_of
+from captioning.backbones import Preprocessing, count_stages, preprocessing_of
 from captioning.errors import InputError
 from captioning.files import CACHE, read_text, require_local
 from captioning.images import WORKERS
@@ -245,7 +245,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
     description = checkpoint.read_description(folder)
     saved = {RENAMED.get(name, name): value for name, value in description.training.items()}
     crop = description.preprocessing.crop
-    if saved.get("crop") is None and crop != preprocessing_of(saved.get("backbone", RESNET50)).crop:
+    if saved.get("crop") is None and crop != preprocessing_of(description.architecture.backbone).crop:
         saved["crop"] = crop  # the default has changed for some backbones
     values = {name: saved[name] for name in names if name in saved}
     if objective is not None and objective != values.get("objective", "cross-entropy"):

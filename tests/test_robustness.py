@@ -659,6 +659,10 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
         lambda k: train(resumed_config(k.model())),
         r"resume\.pt is missing and .*resume-previous\.pt is missing; start a new run",
     ),
+    "training: a backbone of another shape": (
+        lambda k: resumed_config(k.model(training={"backbone": 5})),
+        r"captioner\.json does not hold valid options of a training run: backbone: Input should be a valid string",
+    ),
     "training: options of another shape": (
         lambda k: resumed_config(k.model(training={"batch_size": "many"})),
         r"captioner\.json does not hold valid options of a training run: batch_size",
