@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,7 +118,8 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
 
 def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings, also nested ones, with every path shortened to its last part."""
-    short = {name: Path(value).name if isinstance(value, str) else value for name, value in settings.items()}
+    # PureWindowsPath splits at both separators, so that a model that was trained on Windows can be shared from Linux.
+    short = {name: PureWindowsPath(x).name if isinstance(x, str) else x for name, x in settings.items()}
     return {name: _without_folders(value) if isinstance(value, dict) else value for name, value in short.items()}
 
 

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 import caption
 from captioning import hub
 from captioning.captioner import Captioner, Decoding
-from captioning.checkpoint import load_model, read_description
+from captioning.checkpoint import load_model, read_description, write_description
 from captioning.errors import InputError
 from captioning.training import TrainingConfig, train
 from captioning.weights import read_state_dict
@@ -232,6 +232,20 @@ def test_no_folder_of_the_sharers_computer_goes_along(served, trained):
     assert "/" in training["models"]
     for name in ("captioner.json", "README.md"):
         assert str(Path(training["models"])) not in (repository / name).read_text()
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"], ids=["Linux", "Windows"])
+def test_paths_of_either_system_are_shortened(trained, tmp_path, separator):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    folder = Path(shutil.copytree(trained, tmp_path / "model"))
+    description = read_description(folder)
+    path = separator.join(["C:", "Users", "me", "coco"])
+    description.training |= {"data": path, "before": {"data": path}}
+    write_description(folder, description)
+    hub.write_shared(folder, shared, "me/mine", "mit")
+    training = read_description(shared).training
+    assert (training["data"], training["before"]) == ("coco", {"data": "coco"})
 
 
 def test_the_card_says_data_metrics_licence_and_use(served, trained):
