@@ -32,12 +32,13 @@ from captioning.config import (
     OptimizationOptions,
     ResumedConfig,
     TrainingConfig,
+    explain_ineffective,
     load_config,
     read_recipe,
     require_effect,
     resumed_config,
 )
-from captioning.errors import InputError, quoted, run_command
+from captioning.errors import InputError, quoted, run_command, warn_once
 from captioning.training import train
 
 __all__ = ["TrainingConfig", "main", "resumed_config", "train"]
@@ -81,7 +82,11 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     else:
         config = TrainingConfig(**fields)
     flags = (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
-    require_effect(config, {flag.removeprefix("--").replace("-", "_") for flag in flags})
+    given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    require_effect(config, given)
+    if options.run.config is not None:  # what the command line takes the effect away from is told, and not refused
+        for sentence in explain_ineffective(config, read_recipe(options.run.config).keys() - given):
+            warn_once(f"{options.run.config}: {sentence}")
     return config, options.run
 
 

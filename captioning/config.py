@@ -203,8 +203,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
 
 
-def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
-    """Raise `InputError` if one of the given options has no effect with these values of the others."""
+def explain_ineffective(config: TrainingConfig, given: Collection[str]) -> list[str]:
+    """Explain, each in a sentence, which of the given options have no effect with these values of the others."""
     without = {
         "grid_size": (DECODERS[config.decoder].attends, "a decoder that does not attend"),
         "attention_penalty": (DECODERS[config.decoder].sums_attention, "this decoder"),
@@ -218,9 +218,17 @@ def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
         is_same_folder = (config.models / config.name).resolve() == config.resume.resolve()
         stays = f"a resumed run, which stays in {config.resume}; copy the folder to keep it as it is"
         without |= {"overwrite": (False, stays), **dict.fromkeys(("name", "models"), (is_same_folder, stays))}
-    for name, (has_effect, what) in without.items():
-        if name in given and not has_effect:
-            raise InputError(f"--{name.replace('_', '-')} has no effect on {what}.")
+    return [
+        f"--{name.replace('_', '-')} has no effect on {what}."
+        for name, (has_effect, what) in without.items()
+        if name in given and not has_effect
+    ]
+
+
+def require_effect(config: TrainingConfig, given: Collection[str]) -> None:
+    """Raise `InputError` if one of the given options has no effect with these values of the others."""
+    if sentences := explain_ineffective(config, given):
+        raise InputError(sentences[0])
 
 
 @dataclass

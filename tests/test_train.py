@@ -315,6 +315,25 @@ def test_a_recipe_is_checked_as_the_command_line_is(recipe: str, sentence: str, 
         train_module.parse_options(["--config", str(tmp_path / "r.toml")])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options", "sentence"),
+    [
+        ("views = 3", ["--fine-tune", "1"], "--views has no effect on a backbone that is fine-tuned"),
+        ('decoder = "attention"\ngrid_size = 5', ["--decoder=lstm"], "--grid-size has no effect on a decoder"),
+        ("views = 3", ["--views", "1"], ""),
+    ],
+)
+def test_what_the_command_line_takes_the_effect_from_is_told(
+    recipe: str, options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    path = tmp_path / "r.toml"
+    path.write_text(recipe)
+    train_module.parse_options(["--config", str(path), *options])
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {path}: {sentence}" if sentence else "")
+    assert told.count("\n") == bool(sentence)
+
+
 def test_dropout_has_no_effect_on_self_critical_training(trained: Path):
     with pytest.raises(InputError, match="--dropout has no effect on self-critical training"):
         train_module.parse_options(["--resume", str(trained), "--objective", "cider", "--dropout", "0.3"])
