@@ -53,7 +53,7 @@ RESUME_TYPES = {  # types of the values in resume.pt
     "epoch": int,
     "step": int,
     "epoch_loss": (int, float),
-    **dict.fromkeys(("epoch_tokens", "total_steps"), int),
+    **dict.fromkeys(("epoch_tokens", "total_steps", "batch_size"), int),
     "epochs": list,
     "best_epoch": (int, NoneType),
     "log_bytes": int,
@@ -392,7 +392,7 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
         try:
             state = read_saved(path)
             if isinstance(state, dict):  # older versions lack these keys
-                state = {"objective": "cross-entropy", "first_epoch": 1, "total_steps": 0, **state}
+                state = {"objective": "cross-entropy", "first_epoch": 1, "total_steps": 0, "batch_size": 0, **state}
             if not _is_resume_state(state):
                 raise InputError(f"{path} is not the state of a training run.")
             for part in ("encoder", "decoder"):
@@ -418,7 +418,7 @@ def _is_resume_state(state: object) -> bool:
         and _is_json(state["epochs"])
         and (state["best_epoch"] is None) == (not state["epochs"])
         and 1 <= (state["best_epoch"] or 1) <= max(1, len(state["epochs"]))
-        and all(0 <= state[key] < 1 << 63 for key in ("step", "epoch_tokens", "total_steps", "log_bytes"))
+        and all(0 <= state[key] < 1 << 63 for key in ("step", "epoch_tokens", "total_steps", "batch_size", "log_bytes"))
         and _is_finite(state["epoch_loss"])
         and isinstance(groups := state["optimizer"].get("param_groups", []), list)
         and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)

@@ -164,6 +164,7 @@ class Run:
                     f"{split.annotation_file} is not the one that {folder} was begun with; start a new run."
                 )
         state = checkpoint.load_resume(folder, self.log)
+        state["batch_size"] = state["batch_size"] or resumed_config(folder).batch_size  # 0 from an older version
         trained_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
         if (state["objective"], trained_before) != (self.config.objective, len(self.backbone_parameters())):
             state = restart_from_best(folder, state, self.config.objective)
@@ -219,9 +220,8 @@ class Run:
         sampler = self.objective.build_sampler(self.data, config.batch_size, config.seed, self.features is not None)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
-        saved_batch_size = resumed_config(self.folder).batch_size if self.resumed else config.batch_size
-        if saved_batch_size != config.batch_size:
-            steps = self.progress.step * saved_batch_size // config.batch_size
+        if state is not None and state["batch_size"] != config.batch_size:
+            steps = self.progress.step * state["batch_size"] // config.batch_size
             self.progress.step = min(steps, len(self.batches))
         if self.progress.step > len(self.batches):
             raise InputError(f"{self.folder}/resume.pt belongs to another run; start a new one.")
@@ -411,6 +411,7 @@ class Run:
             "format": 2,
             "objective": self.config.objective,
             **vars(self.progress),
+            "batch_size": self.config.batch_size,
             "encoder": encoder,
             "decoder": self.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),

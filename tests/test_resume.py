@@ -416,12 +416,22 @@ def test_what_a_training_cannot_change_is_refused(stopped: Path, option: str, va
         train(resumed)
 
 
-@pytest.mark.parametrize("batch_size", [32, 8])
-def test_an_epoch_goes_on_with_another_batch_size(stopped: Path, batch_size: int):
-    step = load_resume(stopped, print)["step"]
+@pytest.mark.parametrize(
+    ("batch_size", "state"), [(32, "new"), (8, "new"), (32, "older"), (32, "older than the description")]
+)
+def test_an_epoch_goes_on_with_another_batch_size(stopped: Path, batch_size: int, state: str):
+    saved = load_resume(stopped, print)
+    step = saved["step"]
+    if state == "older":  # of a version that saved no batch size
+        del saved["batch_size"]
+        torch.save(saved, stopped / "resume.pt")
+    elif state == "older than the description":  # killed in between, or another process is faster
+        description = read_description(stopped)
+        description.training["batch_size"] = batch_size
+        checkpoint.write_description(stopped, description)
     folder = train(dataclasses.replace(resumed_config(stopped), batch_size=batch_size))
     log = read_log(folder / "training_log.txt")
-    assert step * 16 // batch_size + 1 in log[:, 1]
+    assert log[13 + step, 1] == step * 16 // batch_size + 1  # after the first epoch's 13 steps
     assert read_description(folder).epochs[-1]["epoch"] == 2
 
 
