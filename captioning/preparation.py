@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,14 +192,20 @@ def describe_architecture(config: TrainingConfig, resumed: Description | None) -
     )
 
 
-def restart_from_best(folder: Path, state: dict[str, Any], objective: str) -> dict[str, Any]:
-    """Build the state to continue with another objective or other stages: the best epoch's weights, no optimizer."""
+def restart_from_best(
+    folder: Path, state: dict[str, Any], objective: str, log: Callable[[str], object]
+) -> dict[str, Any]:
+    """Build the state to continue with another objective or other stages: the best epoch's weights, no optimizer.
+
+    It is reported to `log`, since the run of an older version, which trained other layers of a stage, is one of these.
+    """
     best, first = state["best_epoch"], len(state["epochs"]) + 1
     if best is None:
         raise InputError(f"{folder} has no completed epoch; train it for one with --objective {state['objective']}.")
     encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
     if checkpoint.read_description(folder).architecture.backbone_weights == "shared":
         encoder |= read_state_dict(checkpoint.weight_file(folder, "backbone"))
+    log(f"{folder}/resume.pt has another objective or other trained layers; starting from the best epoch, {best}")
     return {
         **state,
         **{"epoch": first, "step": 0, "first_epoch": first, "epoch_loss": 0.0, "epoch_tokens": 0},

@@ -167,7 +167,7 @@ class Run:
         state["batch_size"] = state["batch_size"] or resumed_config(folder).batch_size  # 0 from an older version
         trained_before = sum(len(group["params"]) for group in state["optimizer"].get("param_groups", ())[2:])
         if (state["objective"], trained_before) != (self.config.objective, len(self.backbone_parameters())):
-            state = restart_from_best(folder, state, self.config.objective)
+            state = restart_from_best(folder, state, self.config.objective, self.log)
         self.description.epochs, self.description.best_epoch = state["epochs"], state["best_epoch"]
         self.progress = TrainingProgress(**{name: state[name] for name in vars(self.progress)})
         checkpoint.load_encoder(self.encoder, state["encoder"], folder / "resume.pt", resumed.architecture)

@@ -95,7 +95,7 @@ def test_a_signal_saves_and_leaves_and_the_resumed_run_ends_the_same(
 
 
 def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
-    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     folder = train(config())
     best, epochs = read_description(folder).best_epoch, len(read_description(folder).epochs)
@@ -104,6 +104,8 @@ def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
         return train(dataclasses.replace(resumed_config(folder), fine_tune=2, num_epochs=1))
 
     undisturbed = go_on(shutil.copytree(folder, tmp_path / "undisturbed"))
+    reason = "resume.pt has another objective or other trained layers; starting from the best epoch"
+    assert f"{undisturbed}/{reason}, {best}" in capsys.readouterr().out.splitlines()
     before, after = (read_state_dict(undisturbed / f"encoder-{i}.pkl") for i in (best, epochs + 1))
     moved = {key.split(".")[1] for key in before if key.startswith("resnet.") and not before[key].equal(after[key])}
     assert moved == {"6", "7"}
@@ -114,7 +116,9 @@ def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             go_on(folder)
+    capsys.readouterr()
     train(resumed_config(folder))
+    assert "the best epoch" not in capsys.readouterr().out
     assert_same_model(folder, undisturbed)
 
 
