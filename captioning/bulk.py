@@ -127,9 +127,11 @@ def lock_output(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        # While it is held: afterwards, another run may hold it, and a third one would lock a new file. Windows deletes
+        # no open file; there, the release deletes it.
         with suppress(OSError):
             os.unlink(lock.lock_file)
+        lock.release()
 
 
 def _retry(

@@ -355,6 +355,20 @@ def test_captions_are_written_by_one_run_at_a_time(album: Path, tiny: Path, tmp_
         caption.write_captions(caption.Captioner.load(tiny), [album], caption.Decoding(), output)
 
 
+def test_the_lock_of_a_file_is_deleted_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found: list[bool] = []
+    release = filelock.FileLock.release
+
+    def note(lock: filelock.FileLock, force: bool = False) -> None:
+        found.append(os.path.exists(lock.lock_file))
+        release(lock, force)
+
+    monkeypatch.setattr(filelock.FileLock, "release", note)
+    with bulk.lock_output(tmp_path / "captions.jsonl"):
+        assert os.listdir(tmp_path) == ["captions.jsonl.lock"]
+    assert found[0] is False
+
+
 def test_several_processes_need_a_file_and_a_drawing_its_seed(album: Path, tiny: Path, launch: Callable):
     for arguments, sentence in (
         ((), "add --output"),
