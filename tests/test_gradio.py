@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import csv
 import errno
@@ -36,6 +35,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
 import gradio_main
 from captioning import checkpoint
@@ -853,13 +853,9 @@ def test_an_upload_onto_a_full_disk_leaves_no_file(slow: SlowCaptioner, monkeypa
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gradio_main.serve(page, image, server, listener, share=False)
     server.close()
-
-    async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(gates[0]), base_url="http://127.0.0.1") as client:
-            return await client.post("/gradio_api/upload", files={"files": ("a.jpg", bytes(100))})
-
     monkeypatch.setattr("gradio.route_utils.GradioUploadFile.write", fail_on_a_full_disk)
-    reply = asyncio.run(send())
+    client = TestClient(gates[0], "http://127.0.0.1")
+    reply = client.post("/gradio_api/upload", files={"files": ("a.jpg", bytes(100))})
     assert (reply.status_code, reply.text) == (507, "The server's disk is full; try again later.")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert "Traceback" not in capfd.readouterr().err
