@@ -21,7 +21,7 @@ import tyro
 
 from captioning.captions import clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_new_folder
 from captioning.folder_captions import read_captions, read_tables
 from captioning.image_index import ImageIndex, walk_files
@@ -50,6 +50,8 @@ def _write(images: list[SourceImage], source: Path, destination: Path, report: R
         about = "; ".join(report.lines())
         raise InputError(f"{source} has no image with a caption{f' ({about})' * bool(about)}; nothing was written.")
     assign_splits(captioned, source, report)
+    if not any(image.split == "train" for image in captioned):
+        log(f"all images of {source} are of other splits; there is none to train on")
     write_dataset(captioned, destination)
     report.print()
 
@@ -102,9 +104,9 @@ def import_flickr(
     """Convert Flickr8k or Flickr30k, in their own files or with a captions.txt or results.csv, to COCO's layout.
 
     Split files (*trainImages.txt, *devImages.txt, *testImages.txt, or train.txt, val_list.txt, test_ids.csv), if any,
-    list the images of each split; other images are left out. Without them, splits come from folders called train, val
-    and test that hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their names. If only the
-    validation split is missing, it takes 5% of the training images.
+    list the images of each split; other images are left out. Without them, splits come from a column of the captions or
+    from folders called train, val and test that hold all images; otherwise images are divided about 90 : 5 : 5 by a
+    hash of their names. If only the validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The folder that the data set was unpacked into, subfolders included, or its file of captions.
@@ -267,10 +269,10 @@ def import_folder(
     may have a file of its own: for 0.jpg, 0.txt, 0.caption or 0.jpg.txt with one caption per line, or 0.json with
     "caption" or "captions".
 
-    Splits come from the column split (or set, subset or another that names a split in every row), from the name of a
-    JSON file's only list of rows, from the name of a table (train.csv), or from folders called train, val and test
-    (also val2017 or test_images) that hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of their
-    names. If only the validation split is missing, it takes 5% of the training images.
+    Splits come from the column split (or set, subset or the only other that names a split in every row), from the
+    name of a JSON file's only list of rows, from the name of a table (train.csv), or from folders called train, val and
+    test (also val2017 or test_images) that hold all images; otherwise images are divided about 90 : 5 : 5 by a hash of
+    their names. If only the validation split is missing, it takes 5% of the training images.
 
     Args:
         source: The table, or a folder with one table, one per split, metadata files or a file per image.

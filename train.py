@@ -84,7 +84,7 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     flags = (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
     given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
     require_effect(config, given)
-    if options.run.config is not None:  # what the command line takes the effect away from is told, and not refused
+    if options.run.config is not None:  # an option of the recipe may be made ineffective
         for sentence in explain_ineffective(config, read_recipe(options.run.config).keys() - given):
             warn_once(f"{options.run.config}: {sentence}")
     return config, options.run

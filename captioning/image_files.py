@@ -37,7 +37,6 @@ MAX_BYTES = 1_000_000_000  # memory limit for decoding one image, in bytes
 MAX_FILE_BYTES = 512 << 20
 MAX_SECONDS = 60  # time limit for reading one file
 MAX_SCANS = 100  # maximum number of scans in a JPEG; encoders write about 10
-MAX_SEGMENTS = 10_000  # maximum number of segments in a JPEG, all of which Pillow keeps
 MAX_SCANNED_PIXELS = 4_000_000_000  # maximum number of pixels in all scans of a JPEG, which take some 3 seconds
 BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # measured memory of the decoders
 DEFAULT_BYTES_PER_PIXEL = 8  # 4 for Pillow's image and 4 for the decoder or the RGB copy
@@ -170,19 +169,12 @@ def _open_image(file: _TimedFile) -> Image.Image:
 
 
 def _count_scans(jpeg: bytes) -> int:
-    """Count the scans of a JPEG's first image, without those of thumbnails, other images and trailing video.
-
-    Raises `ValueError` for more than `MAX_SEGMENTS`.
-    """
-    scans, segments, at = 0, 0, 2
-    most = jpeg.count(b"\xff\xda")
+    """Count the scans of a JPEG's first image, without those of thumbnails, other images and trailing video."""
+    scans, at = 0, 2
+    if jpeg.count(b"\xff\xda") == 1:
+        return 1
     while (marker := JPEG_MARKER.search(jpeg, at)) and marker[1][0] != END_OF_IMAGE:
-        segments += 1
-        if segments > MAX_SEGMENTS:
-            raise ValueError(f"it has more than {MAX_SEGMENTS:,} segments; save it again")
         scans += marker[1][0] == START_OF_SCAN
-        if scans == most == 1:  # so that the whole image need not be searched
-            return 1
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
     return scans
 
@@ -265,12 +257,13 @@ def _correct_tiff(image: Any, file: _TimedFile) -> Image.Image:
 def _check_size(image: Image.Image, besides: int = 0) -> None:
     """Raise `ValueError` if decoding takes too much memory; `besides` are further bytes that each pixel needs."""
     width, height = image.size
-    if image.format == "TIFF":  # a tile may be larger than the image
-        tags = getattr(image, "tag_v2", {})
-        width, height = max(width, tags.get(Base.TileWidth, 0)), max(height, tags.get(Base.TileLength, 0))
     most = MAX_BYTES // (_bytes_per_pixel(image) + besides)
     if width * (height + RLE_ROWS * ("bmp_rle" in str(getattr(image, "tile", "")))) > most:
         raise ValueError(f"it has {width} x {height} pixels, more than {most // 10**6} million; save it smaller")
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    width, height = tags.get(Base.TileWidth, 0), tags.get(Base.TileLength, 0)  # a tile may be larger than the image
+    if width * height > most:
+        raise ValueError(f"its tiles have {width} x {height} pixels, more than {most // 10**6} million; save it again")
 
 
 def _bytes_per_pixel(image: Any) -> int:

@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 from PIL import ImageFile, JpegImagePlugin, TiffImagePlugin
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngStream
 
 PNG_TEXT, PNG_METADATA = ("tEXt", "zTXt", "iTXt"), ("iCCP", "eXIf", "gAMA", "cHRM", "sRGB", "pHYs")  # kinds of chunks
 MAX_CHUNK, MAX_TEXT = 1 << 20, 8 << 20  # size limits of such a chunk, in bytes, and of all text, in characters
+MAX_SEGMENTS = 10_000  # maximum number of segments of metadata in a JPEG, all of which Pillow keeps
 
 
 def limit_metadata() -> None:
@@ -22,8 +22,9 @@ def limit_metadata() -> None:
     tags.load = _bound_tags(tags.load)  # pyright: ignore[reportAttributeAccessIssue]
     for kind in PNG_TEXT + PNG_METADATA:
         setattr(PngStream, f"chunk_{kind}", _ignore_errors(kind, getattr(PngStream, f"chunk_{kind}")))
+    kept = (JpegImagePlugin.APP, JpegImagePlugin.COM)
     JpegImagePlugin.MARKER |= {
-        marker: (name, about, _read_segment if read is JpegImagePlugin.APP else read)
+        marker: (name, about, _bound_segments(read) if read in kept else read)
         for marker, (name, about, read) in JpegImagePlugin.MARKER.items()
     }
 
@@ -66,7 +67,13 @@ def _ignore_errors(kind: str, read: Callable[[Any, int, int], bytes]) -> Callabl
     return read_or_skip
 
 
-def _read_segment(image: JpegImageFile, marker: int) -> None:
-    """Read a segment of a JPEG's metadata, and ignore it if it is too short."""
-    with suppress(struct.error):
-        JpegImagePlugin.APP(image, marker)
+def _bound_segments(read: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """Wrap Pillow's reader of a JPEG's metadata that ignores a segment that is too short and refuses too many."""
+
+    def read_or_skip(image: Any, marker: int) -> None:
+        if len(image.applist) >= MAX_SEGMENTS:
+            raise ValueError(f"it has more than {MAX_SEGMENTS:,} segments of metadata; save it again")
+        with suppress(struct.error):
+            read(image, marker)
+
+    return read_or_skip

@@ -106,7 +106,7 @@ class Files(gr.File):
 
 
 class Page(gr.Blocks):
-    """Gradio's page; a request with invalid values is answered with one sentence, and so is one on a full disk."""
+    """Gradio's page; a request with invalid values, or on a full disk, is answered with one sentence."""
 
     async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Handle an event: convert its values, call its function, save what that returns."""
@@ -170,7 +170,7 @@ def explain_unusable(block: Component, value: object) -> str | None:
 
 
 class UploadParser(GradioMultiPartParser):
-    """Gradio's parser of uploads, but it fails on a form without files, and deletes what there is of one that fails."""
+    """Gradio's parser of uploads, which also refuses a form without files, and deletes the files of one that fails."""
 
     async def parse(self) -> FormData:
         """Return the form; raises one of `INVALID` unless its field "files" holds files only."""

@@ -197,7 +197,7 @@ def restart_from_best(
 ) -> dict[str, Any]:
     """Build the state to continue with another objective or other stages: the best epoch's weights, no optimizer.
 
-    It is reported to `log`, since the run of an older version, which trained other layers of a stage, is one of these.
+    `log` is told, as runs of an older version, which trained other layers of a stage, start again unasked.
     """
     best, first = state["best_epoch"], len(state["epochs"]) + 1
     if best is None:
@@ -205,7 +205,8 @@ def restart_from_best(
     encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
     if checkpoint.read_description(folder).architecture.backbone_weights == "shared":
         encoder |= read_state_dict(checkpoint.weight_file(folder, "backbone"))
-    log(f"{folder}/resume.pt has another objective or other trained layers; starting from the best epoch, {best}")
+    other = "another objective" if state["objective"] != objective else "other trained layers"
+    log(f"{folder}/resume.pt has {other}; starting from the best epoch, {best}")
     return {
         **state,
         **{"epoch": first, "step": 0, "first_epoch": first, "epoch_loss": 0.0, "epoch_tokens": 0},

@@ -108,7 +108,7 @@ def read_split_files(
 def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
     """Return the images' splits by the outermost level of folders that are all named after splits, or an empty dict.
 
-    Images are reported if only a part of them is in such folders, or if the names of their folders say more.
+    Images are reported if only a part of them is in such folders, or if the names of their folders contain a split's.
     """
     folders = {name: [parse_split(parent) for parent in name.split("/")[:-1]] for name in names}
     for level in range(min(map(len, folders.values()), default=0)):
@@ -119,5 +119,5 @@ def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
         if any(parents):
             report.add("image{s}, since other images are in no such folder", name, "ignored the split in the folder of")
         elif SPLIT_WORD.search(posixpath.dirname(name)):
-            report.add("image{s}, since its name says more than a split's", name, "ignored the split in the folder of")
+            report.add("image{s}, whose folder's name is not just train, val or test", name, "took no split from")
     return {}

@@ -23,9 +23,9 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-IMAGES = "images?|imgs?|photos?|pictures?|pics?|frames?"
-SPLIT_END = f"(?:[_ -]?(?:{IMAGES}|set|split|data|small|resized?|[0-9]{{4}})|[_ -][0-9]{{3}}(?:x[0-9]{{3}})?)*"
-SPLIT_NAME = re.compile(rf"(?:(?:{IMAGES})[_ -])?({'|'.join(SPLIT_ALIASES)}){SPLIT_END}", re.IGNORECASE)
+IMAGE_WORDS = "images?|imgs?|photos?|pictures?|pics?|frames?"
+SPLIT_END = f"(?:[_ -]?(?:{IMAGE_WORDS}|set|split|data|small|resized?|[0-9]{{4}})|[_ -][0-9]{{3}}(?:x[0-9]{{3}})?)*"
+SPLIT_NAME = re.compile(rf"(?:(?:{IMAGE_WORDS})[_ -])?({'|'.join(SPLIT_ALIASES)}){SPLIT_END}", re.IGNORECASE)
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 SPLIT_COLUMNS = ("split", "set", "subset")
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
@@ -151,7 +151,8 @@ def _is_blank(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and not is_missing(value))
+    """Return whether a cell may hold captions rather than, say, their language."""
+    return isinstance(value, list) or (isinstance(value, str) and " " in value.strip() and not is_missing(value))
 
 
 def _caption_columns(columns: list[str]) -> list[str]:
@@ -206,7 +207,8 @@ def _split_column(records: list[dict[str, Any]]) -> str:
         values = [record[column] for record in records if not _is_blank(record.get(column))]
         if values and (column == "split" or any(parse_split(str(value)) for value in values)):
             return column
-    names = set(chain.from_iterable(records))
+    names = set(chain.from_iterable(records)).difference(IMAGE_COLUMNS)
+    names.difference_update(_caption_columns(list(names)))
     records = [record for record in records if not all(map(_is_blank, record.values()))]
     if not names.isdisjoint(SPLIT_COLUMNS):
         return "split"
@@ -271,12 +273,13 @@ def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, di
     if lists and not are_images and (named or len(lists) < max(2, len(document))):
         first, *others = named or lists
         rows = [(f"{path}, {name}[{at}]", row) for name in named or lists[:1] for at, row in enumerate(document[name])]
-        if named and all(_names_image(row) and _gives_split(row) for _, row in rows):
-            yield from rows  # as in NWPU-Captions, which has a list for every kind of scene
-            return
+        all_give_splits = all(_names_image(row) and _gives_split(row) for _, row in rows)
+        if all_give_splits:  # as in NWPU-Captions, which has a list for every kind of scene
+            others = []
         split = parse_split(first)
-        others += [name for name in document if name != first and parse_split(name) and _is_filled(document[name])]
-        others += [name for name, value in document.items() if _holds_splits(value)]
+        unread = [name for name in document if name not in (first, *named)]
+        others += [name for name in unread if parse_split(name) and _is_filled(document[name])]
+        others += [name for name, value in document.items() if _holds_splits(value) and not all_give_splits]
         if others:
             raise InputError(
                 f"{path} holds rows in {first!r:.80} and {others[0]!r:.80}; write one list, with a split in each row."

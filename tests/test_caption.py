@@ -17,7 +17,7 @@ from PIL import Image
 
 import caption as caption_module
 from caption import main
-from captioning import bulk, export
+from captioning import bulk, export, listing
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Captioner, Decoding
 from captioning.checkpoint import load_model
@@ -127,7 +127,7 @@ def test_a_folder_stands_for_its_images_in_name_order(tmp_path: Path, monkeypatc
     (tmp_path / "deeper.jpg").mkdir()
     expected = [tmp_path / "a.PNG", tmp_path / "b.jpg", tmp_path / "x.jpg"]
     assert find_images([tmp_path, tmp_path / "x.jpg"]) == expected
-    monkeypatch.setattr(bulk, "NAMES_PER_SCAN", 1)  # scanned again for every name
+    monkeypatch.setattr(listing, "NAMES_PER_SCAN", 1)  # scanned again for every name
     assert find_images([tmp_path, tmp_path / "x.jpg"]) == expected
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty holds no images"):

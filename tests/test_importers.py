@@ -936,7 +936,7 @@ def test_folders_whose_names_say_more_than_a_split(tmp_path, capsys):
     for folder in ("flickr_train", "flickr_test"):
         six(tmp_path / "in" / folder, **{f"{i}__txt": "a ball" for i in range(6)})
     importers.import_folder(tmp_path / "in", tmp_path / "out")
-    line = "ignored the split in the folder of 12 images, since its name says more than a split's, the first is flickr_"
+    line = "took no split from 12 images, whose folder's name is not just train, val or test, the first is flickr_"
     assert line in capsys.readouterr().err
 
 
@@ -1150,3 +1150,26 @@ def test_a_read_only_destination_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match="out cannot be written: Permission denied"):
         importers.import_folder(source, tmp_path / "out")
+
+
+def test_a_table_that_cannot_be_decoded_is_not_left_out(tmp_path):
+    six(tmp_path / "in", **{f"{i}__txt": "label 1" for i in range(6)})
+    (tmp_path / "in" / "captions.csv").write_bytes("image,caption\n0.jpg,a café\n".encode("cp1252"))
+    with pytest.raises(InputError, match=r"captions\.csv, line 2, is not UTF-8 text.*--encoding"):
+        importers.import_folder(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_data_set_without_training_images_is_reported(tmp_path, capsys):
+    six(tmp_path / "in", test__csv="image,caption\n" + "".join(f"{i}.jpg,a ball\n" for i in range(6)))
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert "there is none to train on" in capsys.readouterr().err
+
+
+def test_json_labels_of_a_few_images_are_no_table(tmp_path):
+    six(
+        tmp_path / "in",
+        **{f"{i}__txt": "a big dog" for i in range(6)},
+        examples__json='{"1.jpg": "dog", "2.jpg": "dog"}',
+    )
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert {tuple(x) for x in captions(tmp_path / "out", "train").values()} == {("a big dog",)}
