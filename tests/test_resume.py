@@ -104,7 +104,7 @@ def test_the_backbone_s_last_parts_learn_once_the_decoder_has_settled(
         return train(dataclasses.replace(resumed_config(folder), fine_tune=2, num_epochs=1))
 
     undisturbed = go_on(shutil.copytree(folder, tmp_path / "undisturbed"))
-    reason = "resume.pt has another objective or other trained layers; starting from the best epoch"
+    reason = "resume.pt has other trained layers; starting from the best epoch"
     assert f"{undisturbed}/{reason}, {best}" in capsys.readouterr().out.splitlines()
     before, after = (read_state_dict(undisturbed / f"encoder-{i}.pkl") for i in (best, epochs + 1))
     moved = {key.split(".")[1] for key in before if key.startswith("resnet.") and not before[key].equal(after[key])}
@@ -516,10 +516,10 @@ def test_a_loss_that_is_no_number_stops_with_step_and_rate(config: Make, monkeyp
 def test_weights_that_are_no_numbers_are_never_saved(config: Make, monkeypatch: pytest.MonkeyPatch):
     settings = config()
     with monkeypatch.context() as patch:
-        step = torch.optim.Adam.step
-        at_step(patch, 15, lambda: patch.setattr(torch.optim.Adam, "step", spoil))
+        step = torch.optim.AdamW.step
+        at_step(patch, 15, lambda: patch.setattr(torch.optim.AdamW, "step", spoil))
 
-        def spoil(optimizer: torch.optim.Adam, *arguments: object) -> None:
+        def spoil(optimizer: torch.optim.AdamW, *arguments: object) -> None:
             step(optimizer, *arguments)
             optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
 
@@ -534,14 +534,14 @@ def test_weights_that_are_no_numbers_are_never_saved(config: Make, monkeypatch: 
 def test_weights_that_are_no_numbers_are_noticed_before_the_save_within_an_epoch(
     config: Make, monkeypatch: pytest.MonkeyPatch
 ):
-    settings, step = config(save_minutes=0), torch.optim.Adam.step
+    settings, step = config(save_minutes=0), torch.optim.AdamW.step
 
-    def spoil(optimizer: torch.optim.Adam, *arguments: object) -> None:
+    def spoil(optimizer: torch.optim.AdamW, *arguments: object) -> None:
         step(optimizer, *arguments)
         optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
 
     with monkeypatch.context() as patch:
-        at_step(patch, 15, lambda: patch.setattr(torch.optim.Adam, "step", spoil))
+        at_step(patch, 15, lambda: patch.setattr(torch.optim.AdamW, "step", spoil))
         with pytest.raises(InputError, match="a weight is not a finite number after step 3 of epoch 2; resume from"):
             train(settings)
     folder = settings.models / settings.name

@@ -58,7 +58,7 @@ def test_scenes_are_varied(pairs):
     assert len(world.MAIN_KINDS) >= 12
     assert {scene["setting"] for scene in plans} == set(world.SETTINGS)
     assert {scene["colour"] for scene in plans} == {*world.COLOURS, None}
-    assert len(world.COLOURS) >= 7
+    assert len(world.COLOURS) >= 6
     assert {scene["count"] for scene in plans} == {1, 2, 3}
     assert {scene["light"] for scene in plans} == {"day", "cloudy", "dusk", "night"}
     assert {other["relation"] for scene in plans for other in scene["others"]} == set(world.RELATIONS)
