@@ -23,7 +23,7 @@ from captioning.captions import clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_new_folder
-from captioning.folder_captions import read_captions, read_tables
+from captioning.folder_captions import read_captions_of_folder, read_tables
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
@@ -285,7 +285,7 @@ def import_folder(
     rows, kind = ([], "") if source.is_dir() else (read_tables([source], folder, encoding, report), "row")
     index = ImageIndex(_source_folder(images or folder))
     if source.is_dir():
-        rows, kind = read_captions(folder, index, encoding, report)
+        rows, kind = read_captions_of_folder(folder, index, encoding, report)
     result: dict[str, SourceImage] = {}
     for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:

@@ -18,7 +18,9 @@ METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather")
 
 
-def read_captions(folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> tuple[list[Row], str]:
+def read_captions_of_folder(
+    folder: Path, index: ImageIndex, encoding: str | None, report: Report
+) -> tuple[list[Row], str]:
     """Read the captions of a folder's tables, else of the files next to its images.
 
     A .json file is a table if it names half of the images, with their suffixes, or if nothing else holds captions. Also
