@@ -194,7 +194,7 @@ def is_rejected(entry: dict[str, Any]) -> bool:
     return entry.get("is_rejected") is True or entry.get("is_precanned") is True
 
 
-_PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "skipped": str}
+_PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "warnings": str}
 
 
 def _read_entries(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
@@ -297,7 +297,7 @@ class Annotations:
     offsets: np.ndarray  # (captions + 1,) int64
     image_rows: np.ndarray  # (captions,) int32
     byte_ranges: np.ndarray | None  # (images, 2) int64 offset and size, where the images are in tar files
-    skipped: list[str]  # one sentence for each kind of entry that was left out, and each other warning
+    warnings: list[str]  # sentences: one for each kind of entry that was left out, and others
 
 
 def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
@@ -307,20 +307,20 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
     or empty.
     """
-    name = f"captions/{hash_file(path, b'7' + os.fsencode(path.name))[:32]}.npz"
+    name = f"captions/{hash_file(path, b'8' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)
         write_cache(cache, name, lambda file: _save(annotations, file))
     where = "" if path.name.endswith(INDEX) else f"{path}: "  # an index names the tar files itself
-    for sentence in annotations.skipped:
+    for sentence in annotations.warnings:
         warn_once(where + sentence)
     return annotations
 
 
 def _save(annotations: Annotations, file: BinaryIO) -> None:
     arrays = {**vars(annotations), "file_names": annotations.file_names.block}
-    for key in ("words", "skipped"):
+    for key in ("words", "warnings"):
         arrays[key] = np.frombuffer("\n".join(arrays[key]).encode(), np.uint8)
     np.savez(file, **{key: array for key, array in arrays.items() if array is not None})
 
@@ -331,7 +331,7 @@ def _load(path: Path) -> Annotations | None:
         with np.load(path) as file:
             arrays: dict[str, Any] = {"byte_ranges": None, **file}
         arrays["file_names"] = Names(arrays["file_names"])
-        for key in ("words", "skipped"):
+        for key in ("words", "warnings"):
             text = arrays[key].tobytes().decode()
             arrays[key] = text.split("\n") if text else []
         return Annotations(**arrays)
@@ -346,7 +346,7 @@ def _parse_annotations(path: Path) -> Annotations:
     if path.name.startswith("captions"):
         lists.append("annotations")
     if is_index:
-        lists.append("skipped")
+        lists.append("warnings")
     image_ids, names, byte_ranges = array("q"), bytearray(), array("q")
     tokens, offsets, image_of = array("i"), array("q", [0]), array("q")
     index: dict[str, int] = {}
@@ -389,10 +389,10 @@ def _parse_annotations(path: Path) -> Annotations:
     )
     if image_of:
         _drop_images_without_captions(annotations, report)
-    annotations.skipped += [f"{line}." for line in report.lines()]
+    annotations.warnings += [f"{line}." for line in report.lines()]
     if path.name.startswith("captions_train") and lacks_spaces(annotations.words, np.bincount(annotations.tokens)):
         where = f"{path.name.removeprefix('captions_').removesuffix(INDEX)}*.tar: " * is_index
-        annotations.skipped.append(
+        annotations.warnings.append(
             f"{where}the captions have no spaces between words, so that each whole sentence is learned as one word; "
             "split them into words first, with spaces between (as jieba, MeCab and PyThaiNLP do)."
         )

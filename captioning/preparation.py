@@ -79,17 +79,36 @@ def lock_run(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def build_networks(config: TrainingConfig, words: int, resumed: Description | None) -> tuple[EncoderCNN, DecoderModule]:
-    """Build the encoder and the decoder of a run; `resumed` describes the run that is resumed, if any."""
+def describe_architecture(config: TrainingConfig, resumed: Description | None) -> tuple[Architecture, str]:
+    """Describe a run's networks; `resumed` describes the run that is resumed, if any.
+
+    Also returns the backbone's first weights, as `EncoderCNN` takes them.
+    """
     if resumed is None:
         weights = checkpoint.resolve_weights(config.weights, config.backbone)
-    elif resumed.architecture.backbone_weights == "published":
-        weights = "pretrained"
+        where = "published" if weights == "pretrained" else "shared"
     else:
-        weights = "random"  # resume.pt holds the real ones
-    architecture = describe_architecture(config, resumed)
+        where = resumed.architecture.backbone_weights
+        weights = "pretrained" if where == "published" else "random"  # resume.pt holds the real ones
+    architecture = Architecture(
+        decoder=config.decoder,
+        embed_size=config.embed_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        dropout=config.dropout,
+        backbone=config.backbone,
+        grid_size=config.grid_size,
+        backbone_weights="epoch" if config.fine_tune else where,
+    )
+    return architecture, weights
+
+
+def build_networks(
+    architecture: Architecture, weights: str, config: TrainingConfig, words: int
+) -> tuple[EncoderCNN, DecoderModule]:
+    """Build the encoder and the decoder of a run."""
     if config.objective == "cider":
-        architecture.dropout = 0.0
+        architecture = architecture.model_copy(update={"dropout": 0.0})
     return architecture.build_encoder(weights, config.fine_tune or 0), architecture.build_decoder(words)
 
 
@@ -144,7 +163,11 @@ def warn_of_shared_images(data: CaptionDataset, val: CaptionDataset) -> None:
 
 
 def describe(
-    config: TrainingConfig, data: CaptionDataset, val: CaptionDataset, resumed: Description | None
+    config: TrainingConfig,
+    architecture: Architecture,
+    data: CaptionDataset,
+    val: CaptionDataset,
+    resumed: Description | None,
 ) -> Description:
     """Build the description of a run before its first epoch; `resumed` describes the run that is resumed, if any."""
     settings = settings_of(config)
@@ -155,7 +178,7 @@ def describe(
         elif "before" in resumed.training:
             settings["before"] = resumed.training["before"]
     return Description(
-        architecture=describe_architecture(config, resumed),
+        architecture=architecture,
         preprocessing=config.preprocessing,
         vocabulary=data.vocab.words,
         data={
@@ -168,27 +191,6 @@ def describe(
         },
         training=settings,
         environment=checkpoint.environment(),
-    )
-
-
-def describe_architecture(config: TrainingConfig, resumed: Description | None) -> Architecture:
-    """Build the description of a run's networks."""
-    if config.fine_tune or (resumed is not None and resumed.architecture.backbone_weights == "epoch"):
-        where = "epoch"
-    elif resumed is not None:
-        where = resumed.architecture.backbone_weights
-    else:
-        weights = checkpoint.resolve_weights(config.weights, config.backbone)
-        where = "published" if weights == "pretrained" else "shared"
-    return Architecture(
-        decoder=config.decoder,
-        embed_size=config.embed_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        dropout=config.dropout,
-        backbone=config.backbone,
-        grid_size=config.grid_size,
-        backbone_weights=where,
     )
 
 

@@ -214,13 +214,13 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
     """Write an index of tar files as a COCO captions file, or find a cached one; returns its path.
 
     An image's "file_name" is the tar file's name and its own; "offset" and "size" locate its bytes; the list
-    "skipped" says what was left out. The tar files' paths, sizes and dates identify a cached index.
+    "warnings" says what was left out. The tar files' paths, sizes and dates identify a cached index.
     """
     try:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'9' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'10' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -264,4 +264,4 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         shutil.copyfileobj(images, file)
         # Without the folder's path, the index and so its hash do not depend on where the folder is.
         lines = [f"{where}: {line}.".replace(repr(folder)[:-1], "'") for line in report.lines()]
-        file.write(f'], "skipped": {json.dumps(lines)}}}'.encode())
+        file.write(f'], "warnings": {json.dumps(lines)}}}'.encode())

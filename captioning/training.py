@@ -34,6 +34,7 @@ from captioning.preparation import (
     build_optimizer,
     check_images,
     describe,
+    describe_architecture,
     first_features,
     load_optimizer,
     lock_run,
@@ -131,12 +132,13 @@ class Run:
             files: Any = {"cache": config.cache, "must_exist": not config.skip_unreadable}
             self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, **files)
             self.val = CaptionDataset(config.data, "val", None, self.data.vocab, **files)
-            self.encoder, self.decoder = build_networks(config, len(self.data.vocab), self.resumed)
+            architecture, weights = describe_architecture(config, self.resumed)
+            self.encoder, self.decoder = build_networks(architecture, weights, config, len(self.data.vocab))
         synchronize_batch_norms(self.encoder, self.accelerator)
         if config.skip_unreadable or config.fine_tune:  # else a frozen backbone's pass lists them
             check_images([self.data, self.val], config)
         warn_of_shared_images(self.data, self.val)
-        self.description = describe(config, self.data, self.val, self.resumed)
+        self.description = describe(config, architecture, self.data, self.val, self.resumed)
         self.progress = TrainingProgress()
         self.scalars = Scalars(folder, config.tensorboard and self.is_main)
 
