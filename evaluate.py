@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from captioning.captioner import Caption, Captioner, Decoding, Ensemble, Precision
-from captioning.checkpoint import default_model, name_weights, read_description
+from captioning.checkpoint import default_model, name_of_data, name_weights, read_description
 from captioning.distributed import this_process
 from captioning.errors import InputError, log, run_command
 from captioning.files import check_output, hash_file, read_bytes, write_file
@@ -213,7 +213,7 @@ def _score_file(references: Path, results: Path | None, as_json: bool) -> None:
 
 def _choose_model(data: Path) -> Path:
     """Return the newest model in models/ that was trained on the data set; another must be named with --model."""
-    for name in (data.name, data.resolve().name):
+    for name in (name_of_data(data), data.resolve().name):
         model = default_model(data=name)
         trained_on = read_description(model).data.get("folder")
         if trained_on == name:

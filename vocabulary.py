@@ -10,20 +10,19 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.treebank import TreebankWordDetokenizer
+from typing import TYPE_CHECKING
 
 from captioning.errors import InputError
 from captioning.files import read_text, write_file
+
+if TYPE_CHECKING:
+    from nltk.tokenize import NLTKWordTokenizer, TreebankWordDetokenizer
 
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
 SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
 DEFAULT_LENGTH = 20  # default maximum number of tokens of a generated caption, with <end>
 
-_TOKENIZER = NLTKWordTokenizer()
-_DETOKENIZER = TreebankWordDetokenizer()
 # The soft hyphen, the marks of direction, the word joiner and the byte order mark.
 _INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
 _REPLACEMENTS = str.maketrans(
@@ -36,10 +35,18 @@ _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
 _ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:st|ave|blvd|rd|dr|mr|mrs|ft|jr|vs)\.")
 
 
+@functools.cache
+def _nltk() -> tuple[NLTKWordTokenizer, TreebankWordDetokenizer]:
+    """Import NLTK's tokenizer and detokenizer when the first caption is tokenized or written."""
+    from nltk.tokenize import NLTKWordTokenizer, TreebankWordDetokenizer
+
+    return NLTKWordTokenizer(), TreebankWordDetokenizer()
+
+
 @functools.lru_cache(maxsize=1 << 18)
 def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
     chunk = chunk.strip(_JOINERS)
-    return (chunk,) if _ABBREVIATION.fullmatch(chunk) else tuple(_TOKENIZER.tokenize(chunk))
+    return (chunk,) if _ABBREVIATION.fullmatch(chunk) else tuple(_nltk()[0].tokenize(chunk))
 
 
 def tokenize(caption: str) -> list[str]:
@@ -110,7 +117,7 @@ class Vocabulary:
 
     def decode(self, indices: Iterable[int]) -> str:
         """Convert indices to a sentence, up to the first `<end>`; punctuation joins the word before it."""
-        return _DETOKENIZER.detokenize(self.tokens(indices))
+        return _nltk()[1].detokenize(self.tokens(indices))
 
     def save(self, path: str | Path) -> None:
         """Write the words as a JSON list, atomically; raises `InputError` where that is impossible."""

@@ -191,7 +191,8 @@ def require_one_map(name: str, features: object) -> None:
 def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:
     """Explain why a backbone failed on images (B, 3, H, W) if their type or size may be the reason, else None."""
     side, own = images.shape[-1], preprocessing_of(name).image_size
-    if images.dtype == torch.bfloat16 and "BFloat16" in str(error):
+    in_bfloat16 = images.dtype == torch.bfloat16 or torch.is_autocast_enabled(images.device.type)
+    if in_bfloat16 and "BFloat16" in str(error):
         return f"{name} does not run in bfloat16; use --precision fp32."
     if side != own and not re.search("memory|not implemented", str(error)):
         reason = str(error).split("\n")[0] or type(error).__name__

@@ -141,7 +141,7 @@ def _retry(
     positions, sources = list(images), list(images.values())
     workers = choose_workers(workers, len(sources))
     stream = captioner.stream(sources, decode, workers, unreadable=lambda *_: None, positions=positions)
-    return {positions[i]: as_json(sources[i], caption) for i, caption in stream}
+    return {positions[i]: as_json(sources[i], caption, captioner.precision) for i, caption in stream}
 
 
 def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
@@ -216,15 +216,15 @@ def _caption_share(
     workers = choose_workers(workers, math.ceil(len(images) / this_process().num_processes))
     positions = range(first_index, first_index + len(images))
     for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, positions=positions):
-        rows.append((i, as_json(images[i], caption)))
+        rows.append((i, as_json(images[i], caption, captioner.precision)))
     return rows
 
 
-def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
+def as_json(source: Source, caption: Caption | InputError, precision: str | None = None) -> dict[str, Any]:
     """Convert a caption, or the error in its place, to the object that `--json` prints and `--output` writes.
 
-    Alternatives are those of `other_captions`. Log-probabilities are rounded to four decimals, as further ones depend
-    on the number of threads.
+    Alternatives are those of `other_captions`; `precision` is that of the backbone. Log-probabilities are rounded to
+    four decimals, as further ones depend on the number of threads.
     """
     if isinstance(caption, InputError):
         return {"photo": str(source), "error": str(caption)}
@@ -232,4 +232,5 @@ def as_json(source: Source, caption: Caption | InputError) -> dict[str, Any]:
         {"caption": each.text, "log_probability": round(each.log_probability, 4)}
         for each in (caption, *other_captions(caption))
     )
-    return {"photo": str(source), **first, **({"alternatives": others} if others else {})}
+    row = {"photo": str(source), **first, **({"alternatives": others} if others else {})}
+    return row if precision is None else {**row, "precision": precision}

@@ -177,6 +177,11 @@ def _how_to_train(folder: str | Path) -> str:
     return "`python train.py` trains one, and `make demo` one of the sample data set"
 
 
+def name_of_data(folder: Path) -> str:
+    """Return the name under which a description records a data set's folder, also where it is given as "."."""
+    return os.path.basename(os.path.abspath(folder))
+
+
 def default_model(models: Path | None = None, data: str | None = None) -> Path:
     """Choose a model in `models` (default: models/ here, else the project's) when none was named.
 

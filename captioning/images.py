@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 NOT_RANDOM = {T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
+# PIL takes single pixels, so that an image that was decoded smaller gives other ones.
+UNREDUCED = (T.InterpolationMode.NEAREST, T.InterpolationMode.NEAREST_EXACT)
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
 
 
@@ -110,7 +112,7 @@ def resized_side(transform: Callable) -> int | None:
     An image may be decoded at a reduced size only before a resize; a crop would be different.
     """
     first = next(iter(getattr(transform, "transforms", [])), None)
-    if not isinstance(first, T.Resize | v2.Resize) or first.interpolation == T.InterpolationMode.NEAREST:
+    if not isinstance(first, T.Resize | v2.Resize) or first.interpolation in UNREDUCED:
         return None
     if first.size is None:  # v2 can also resize the longer side
         return None

@@ -284,7 +284,9 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
     references, hypotheses = read_references(references_file), _read_results(results_file)
     for image in hypotheses:
         if not references.get(image):
-            raise InputError(f"{results_file}: image {image} has no caption in {references_file}; remove it.")
+            raise InputError(
+                f"{results_file}: image {image} has no caption with a word in {references_file}; remove it."
+            )
     captions = chain(hypotheses.values(), *(references[image] for image in hypotheses))
     words = Counter(word for caption in captions for word in tokenize_plain(caption))
     if words and lacks_spaces(list(words), np.array(list(words.values()))):

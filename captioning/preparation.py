@@ -117,6 +117,8 @@ def synchronize_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> No
 
     Raises `InputError` on CPUs, for which torch cannot.
     """
+    from timm.layers.norm_act import convert_sync_batchnorm  # torch's own drops the activations that timm's norms hold
+
     encoder.train()
     trained = any(isinstance(module, BatchNorm) and module.training for module in encoder.modules())
     if accelerator.num_processes == 1 or not trained:
@@ -126,7 +128,7 @@ def synchronize_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> No
             f"--fine-tune {encoder.fine_tune} trains batch norms, whose statistics several processes share on GPUs "
             f"only; use one process or a smaller --fine-tune."
         )
-    nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # in place, unless the module itself is a batch norm
+    convert_sync_batchnorm(encoder)  # in place, unless the module itself is a batch norm
 
 
 def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
@@ -182,7 +184,7 @@ def describe(
         preprocessing=config.preprocessing,
         vocabulary=data.vocab.words,
         data={
-            "folder": config.data.name,
+            "folder": checkpoint.name_of_data(config.data),
             "train_photos": len(data.paths),
             "train_captions": len(data.image_rows),
             "train_sha256": hash_file(data.annotation_file),

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
 from torch import Tensor
 
 from captioning.errors import InputError
@@ -50,6 +49,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     share memory. Raises `InputError` if the file holds no state dict or cannot be read safely.
     """
     if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
         _require_file(path)
         try:
             content: Any = load_file(path)

@@ -164,7 +164,7 @@ def test_json_is_one_document_in_the_order_given(command: Callable, trained: Pat
     rows = json.loads(output)
     assert code == 0
     assert [row["photo"] for row in rows] == [*map(str, sorted(folder.iterdir())), str(image_path)]
-    assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows)
+    assert all(set(row) == {"photo", "caption", "log_probability", "precision"} for row in rows)
 
 
 @pytest.mark.slow

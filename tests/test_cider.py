@@ -1,8 +1,6 @@
-"""CIDEr-D for rewards is pycocoevalcap's CIDEr, and fast."""
+"""CIDEr-D for rewards is pycocoevalcap's CIDEr."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import pytest
@@ -57,19 +55,6 @@ def test_cider_d_scores_any_choice_of_images_in_any_order():
     pick = [5, 3, 3, 40]
     np.testing.assert_allclose(scorer([ids[i] for i in pick], [hypotheses[i] for i in pick]), whole[pick])
     assert scorer([], []).shape == (0,)
-
-
-def test_cider_d_scores_thousands_of_captions_a_second():
-    rng = np.random.default_rng(0)
-    references = {i: rng.zipf(1.3, (5, 11)).clip(max=9000).tolist() for i in range(1000)}
-    hypotheses = rng.zipf(1.3, (1000, 10)).clip(max=9000).tolist()
-    scorer = CiderD(references)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        scorer(list(references), hypotheses)
-        seconds.append(time.perf_counter() - start)
-    assert 1000 / min(seconds) > 5000
 
 
 def test_cider_d_refuses_what_it_cannot_score():

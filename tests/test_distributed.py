@@ -28,6 +28,7 @@ import caption
 import evaluate
 import model
 from captioning import bulk, errors, metrics
+from captioning.backbones import count_stages
 from captioning.batches import share
 from captioning.checkpoint import read_description
 from captioning.features import BATCH
@@ -205,16 +206,20 @@ def test_batch_norms_that_several_cpus_would_train_apart_are_refused(config: Mak
     assert not (settings.models / settings.name).exists()
 
 
-def test_on_gpus_batch_norms_share_their_statistics(config: Make):
-    encoder = model.EncoderCNN(8, weights="random", fine_tune=5)
+@pytest.mark.parametrize("name", ["resnet50", "tf_efficientnet_lite0", "resnet18"])
+def test_on_gpus_batch_norms_share_their_statistics(config: Make, name: str):
+    encoder = model.EncoderCNN(8, name, weights="random", fine_tune=count_stages(name))
+    images = torch.randn(2, 3, 64, 64)
+    expected = encoder.eval()(images)
     names = list(encoder.state_dict())
     gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
     synchronize_batch_norms(encoder, gpus)
     norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
-    assert len(norms) == 17
+    assert norms
     assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
     assert list(encoder.state_dict()) == names
-    frozen = model.EncoderCNN(8, weights="random", fine_tune=2)
+    torch.testing.assert_close(encoder.eval()(images), expected)  # their activations are still there
+    frozen = model.EncoderCNN(8, name, weights="random", fine_tune=2)
     synchronize_batch_norms(frozen, gpus)
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in frozen.modules())
 
@@ -300,7 +305,7 @@ def test_every_image_has_its_row_in_order(album: Path, captioned: bytes):
     rows = [json.loads(line) for line in captioned.splitlines()]
     assert [row["photo"] for row in rows] == [*map(str, sorted(album.iterdir()))]
     assert [i for i, row in enumerate(rows) if "error" in row] == [3, *range(BATCH, 2 * BATCH)]
-    assert all(set(row) == {"photo", "caption", "log_probability"} for row in rows if "error" not in row)
+    assert all(set(row) == {"photo", "caption", "log_probability", "precision"} for row in rows if "error" not in row)
     assert "0003.png cannot be read as a photo" in rows[3]["error"]
 
 

@@ -12,6 +12,7 @@ from captioning.captioner import Captioner
 from captioning.checkpoint import read_description
 from captioning.errors import InputError
 from captioning.files import check_output
+from captioning.training import train
 from data_loader import CaptionDataset, find_split
 from evaluate import evaluate, main, score_attributes
 
@@ -184,6 +185,14 @@ def test_without_a_model_of_the_data_set_none_is_taken(command: Callable, traine
     assert (code, output) == (2, "")
     assert "no model in models/ was trained on other" in errors
     assert "--model (models/mine was trained on scenes)" in errors
+
+
+def test_a_data_set_given_as_a_dot_has_its_folder_s_name(
+    small: Callable, drawn: Path, tmp_path: Path, tiny_backbone: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(drawn)
+    folder = train(small(data=Path("."), num_epochs=1, image_size=32))
+    assert read_description(folder).data["folder"] == drawn.name
 
 
 def test_a_missing_data_set_is_named_before_a_missing_model(command: Callable):

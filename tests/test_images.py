@@ -51,6 +51,7 @@ def smooth(size: tuple[int, int]) -> Image.Image:
         ([T.RandomResizedCrop(32)], False),
         ([T.Pad(100), T.Resize(32)], False),
         ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST)], False),
+        ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST_EXACT)], False),
         ([T.Compose([T.CenterCrop(400), T.Resize(32)])], False),
         ([], False),
     ],

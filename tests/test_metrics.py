@@ -335,7 +335,10 @@ ANNOTATIONS = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() 
         ('[{"image_id": 7, "caption": "a", "caption": "b"}]', r"results.json is not JSON \('caption' occurs twice"),
         (RESULT, r"results.json must be a list, .*; it holds a JSON value of another type, \{'image_id': 7"),
         ([], "results.json must be a list, .*; it holds an empty list"),
-        ([RESULT, {"image_id": 8, "caption": "a"}], "results.json: image 8 has no caption in .*captions.json"),
+        (
+            [RESULT, {"image_id": 8, "caption": "a"}],
+            "results.json: image 8 has no caption with a word in .*captions.json",
+        ),
         ([RESULT, RESULT], "results.json: entry 1 captions image 7 again"),
         ([RESULT, {"image_id": "7", "caption": "a"}], "results.json: entry 1 captions image 7 again"),
         ([RESULT, {"image_id": 3}], 'results.json: entry 1 lacks "caption"'),
@@ -389,7 +392,10 @@ def test_ids_and_captions_whose_meaning_is_plain_are_read_in_any_encoding(tmp_pa
             {"annotations": [{"image_id": "x", "caption": "a"}]},
             r"captions.json: annotations\[0\] has an image id that is",
         ),
-        ({"annotations": [{"image_id": 7, "caption": " "}]}, "results.json: image 7 has no caption in .*captions.json"),
+        (
+            {"annotations": [{"image_id": 7, "caption": "..."}]},
+            "results.json: image 7 has no caption with a word in .*captions.json",
+        ),
     ],
 )
 def test_a_wrong_references_file_is_named(tmp_path, document, says):

@@ -5,6 +5,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from conftest import run_code
 from torch import Tensor
 from torchvision.models import resnet50
 
@@ -129,6 +130,8 @@ def test_a_backbone_without_bfloat16_is_a_sentence(tiny_backbone: Callable, monk
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"^resnet50 does not run in bfloat16; use --precision fp32\.$"):
         encoder.to(torch.bfloat16).features(images)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="does not run in bfloat16"):
+        encoder.float().features(images)
     with pytest.raises(RuntimeError, match="not implemented"):
         encoder.float().features(images)
 
@@ -228,6 +231,37 @@ def test_steps_give_the_logits_that_training_sees(name: str, num_layers: int):
         step_logits, state = decoder.step(captions[:, t], state)
         torch.testing.assert_close(step_logits, logits[:, t], rtol=1e-5, atol=1e-5)
         assert all(len(part) == 3 for part in state)
+
+
+def test_importing_the_model_imports_torch_and_no_other_large_package():
+    imported = run_code("import sys, model; print({name.split('.')[0] for name in sys.modules})").stdout
+    assert "'torch'" in imported
+    for name in ("accelerate", "gradio", "matplotlib", "nltk", "onnxruntime", "pycocotools", "safetensors", "timm"):
+        assert f"'{name}'" not in imported
+
+
+def test_words_beyond_a_transformer_s_positions_have_its_last_one():
+    decoder, features = make_decoder("transformer"), make_features("transformer", 2)
+    length = decoder.max_positions + 3
+    captions = torch.randint(3, WORDS, (2, length + 1))
+    logits, state = decoder(features, captions), decoder.init_state(features)
+    for t in range(length):
+        step_logits, state = decoder.step(captions[:, t], state)
+        torch.testing.assert_close(step_logits, logits[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_s_attention_is_the_mean_over_the_heads_of_its_last_layer():
+    decoder, features = make_decoder("transformer", 2), make_features("transformer", 3)
+    _, (_, image, attention) = decoder.step(torch.tensor([0, 3, 4]), decoder.init_state(features))
+    queries: list[Tensor] = []
+    hook = decoder.layers[-1].register_forward_hook(lambda _, inputs, outputs: queries.append(outputs[2]))
+    decoder.step(torch.tensor([0, 3, 4]), decoder.init_state(features))
+    hook.remove()
+    heads, size = decoder.layers[-1].heads, features.shape[2] // decoder.layers[-1].heads
+    query = queries[0].reshape(3, heads, size)
+    key = image[:, :, -1, : features.shape[2]].reshape(3, -1, heads, size)
+    expected = torch.einsum("bhs,bchs->bhc", query, key).div(size**0.5).softmax(2).mean(1)
+    torch.testing.assert_close(attention, expected)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -74,6 +74,8 @@ def config(small: Make, tiny_backbone: Callable) -> Make:
         ({}, 12, signal.SIGTERM),  # the last of an epoch
         ({}, 17, signal.SIGTERM),
         ({"decoder": "attention", "views": 2}, 15, signal.SIGTERM),
+        ({"decoder": "transformer"}, 15, signal.SIGTERM),
+        ({"decoder": "transformer", "tie_weights": True, "embed_size": 32}, 5, signal.SIGINT),
         ({"fine_tune": 5}, 11, signal.SIGTERM),
         ({"tie_weights": True, "embed_size": 32}, 5, signal.SIGTERM),
     ],

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from conftest import EIGHT, write_split
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioning import training
+from captioning import losses, training
 from captioning.batches import EpochBatches, place_features, prefetch
 from captioning.captioner import Captioner
 from captioning.checkpoint import epochs_saved, load_model, read_description, resolve_weights
@@ -265,9 +265,25 @@ def test_batches_gathered_in_a_thread_are_the_same_and_its_error_is_raised():
     assert threading.active_count() == threads
 
 
-def test_features_stay_mapped_from_the_disk_without_a_gpu():
+def test_features_stay_mapped_from_the_disk_without_a_gpu_or_where_it_lacks_memory(monkeypatch: pytest.MonkeyPatch):
     features = torch.zeros(3, 1, 8)
     assert place_features(features, torch.device("cpu")) is features
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * features.nbytes - 1, 0))
+    assert place_features(features, torch.device("cuda")) is features
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_step_reads_no_value_from_the_device(name: str, tiny_backbone: Callable, monkeypatch: pytest.MonkeyPatch):
+    """On the meta device there are no values: whatever reads one raises an error."""
+    monkeypatch.setattr(losses, "compute_dtype", lambda x: x.dtype)  # the meta device has no autocast
+    encoder = EncoderCNN(8, weights="random", grid=DECODERS[name].attends)
+    model = CaptioningModel(encoder, DECODERS[name](8, 16, 50)).to("meta")
+    shape = (3, 4, encoder.feature_size) if encoder.grid else (3, encoder.feature_size)
+    features = torch.zeros(shape, device="meta")
+    captions, rows = torch.zeros(5, 7, dtype=torch.long, device="meta"), torch.tensor([0, 0, 1, 2, 2], device="meta")
+    loss, _ = model(Batch(features, rows, captions, torch.tensor([7, 6, 5, 7, 3]), np.arange(3)))
+    loss.backward()
+    assert model.decoder.linear.weight.grad.is_meta
 
 
 @pytest.mark.slow
