@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import KINDS, build_kind, write_kind
 
 import model
 from captioning import checkpoint
@@ -27,6 +28,7 @@ from captioning.hub import find_model
 from captioning.training import train
 from captioning.weights import read_state_dict
 from train import resumed_config
+from vocabulary import SPECIAL_WORDS
 
 
 @pytest.fixture
@@ -86,6 +88,16 @@ def test_a_model_is_read_as_it_was_saved(trained: Path):
             assert set(state) == set(module.state_dict())
             assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
         assert decoder.linear.out_features == len(vocab)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_any_kind_is_read_as_it_was_written(kind: str, tiny_backbone: Callable, tmp_path: Path):
+    networks = build_kind(kind, 30)
+    write_kind(tmp_path, kind, *networks, [*SPECIAL_WORDS, *(f"word{i}" for i in range(27))])
+    for written, read in zip(networks, load_model(tmp_path), strict=False):
+        state = written.state_dict()
+        assert state.keys() == read.state_dict().keys()
+        assert all(torch.equal(state[key], value) for key, value in read.state_dict().items())
 
 
 def test_the_best_epoch_is_read_unless_another_is_asked_for(trained: Path):

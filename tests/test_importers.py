@@ -282,6 +282,17 @@ def test_karpathy_splits_keep_coco_ids_and_train_on_restval(tmp_path):
     assert set(captions(tmp_path / "out", "test")) == {"COCO_val2014_3.jpg"}
 
 
+def test_a_karpathy_file_with_a_test_split_only(tmp_path, capsys):
+    path = karpathy(tmp_path / "source")
+    document = json.loads(path.read_text())
+    document["images"] = [image for image in document["images"] if image["split"] == "test"]
+    path.write_text(json.dumps(document))
+    importers.import_karpathy(tmp_path / "source", tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"COCO_val2014_3.jpg"}
+    assert not (tmp_path / "out/annotations/captions_train.json").exists()
+    assert "there is none to train on" in capsys.readouterr().err
+
+
 def test_karpathy_file_with_the_images_elsewhere(tmp_path):
     path = karpathy(tmp_path / "coco")
     moved = text(tmp_path / "elsewhere" / "dataset_coco.json", path.read_text())

@@ -118,6 +118,7 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
         pytest.param([("0.txt", b" \n"), ("0.json", b'{"caption": "a cat"}')], ["a cat"], "", id="empty text"),
         pytest.param([("0.txt", "a café".encode("utf-8-sig"))], ["a café"], "", id="byte order mark"),
         pytest.param([("0.txt", "a café".encode("utf-16"))], ["a café"], "", id="UTF-16"),
+        pytest.param([("0.json", '{"caption": "a café"}'.encode("utf-8-sig"))], ["a café"], "", id="json with a mark"),
         pytest.param([("0.json", '{"caption": "a café"}'.encode("utf-16"))], ["a café"], "", id="json in UTF-16"),
         *(
             pytest.param([("0.txt", f"a{mark}dog".encode())], ["a dog"], "", id=f"U+{ord(mark):04X}")
