@@ -183,11 +183,8 @@ def print_captions(
                     tqdm.write(printable(f"    {other.text}"))
     finally:  # also if --strict stops at an image that cannot be read
         if as_document:
-            print(
-                json.dumps(
-                    [as_json(sources[i], caption, captioner.precision) for i, caption in captions.items()], indent=1
-                )
-            )
+            rows = [as_json(sources[i], caption, captioner.precision) for i, caption in captions.items()]
+            print(json.dumps(rows, indent=1))
     return captions, failed
 
 
