@@ -351,7 +351,7 @@ def test_a_zip_without_what_it_should_hold_is_one_sentence(coco, tmp_path):
 
 def test_ctrl_c_stops_at_once_and_keeps_what_came(coco, tmp_path):
     publish(coco, "zips/train2017.zip", zipped({"train2017/a.jpg": os.urandom(4 << 20)}))
-    coco.pause = 0.05  # a second for 20 of its 64 pieces
+    coco.pause = 0.2  # a second for 5 of its 64 pieces
     part = tmp_path / ".download" / "train2017.zip.part"
     interrupted_at = []
 
