@@ -39,14 +39,15 @@ def this_process() -> PartialState:
 
 
 @cache
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory, up to `KEPT` bytes, for the next tensors; returns whether it does.
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory, up to `KEPT` bytes, for the next tensors.
 
     By default it returns each large tensor's memory to the system, and the page faults of the next one cost up to a
     third of a backbone's time on a CPU. Tensors of more than `MAPPED` bytes are still returned.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, KEPT))
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED):  # an older glibc refuses so large a threshold
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
