@@ -53,7 +53,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         model, training = measure_training(material)
         results["training"] = training
         log("the decoders")
-        results["decoders"] = measure_decoders(material, model, training["recipe_captions_per_second"])
+        results["decoders"] = measure_decoders(material, training["recipe_captions_per_second"])
         log("captioning")
         captioning = results["captioning"] = measure_captioning(material, model)
         log("the peer")

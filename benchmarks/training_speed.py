@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from benchmarks import recipe
-from benchmarks.material import Material, make_empty_data_set
+from benchmarks.material import Material, Settings, make_empty_data_set
 from benchmarks.timing import DEVICE, best_rates, seconds_of
 from captioning.batches import place_features
-from captioning.config import TrainingConfig, resumed_config
-from captioning.interruption import Interruption
+from captioning.config import TrainingConfig
 from captioning.training import Run, train
 from model import DECODERS
 
 RECIPE_BATCH = 32
 WARM_UP = 2  # steps that are not timed
+LENGTH_STEPS = 60  # steps after which a decoder ends its captions
 GRID_SIZE = 4  # rows and columns of cells where the decoder attends
 
 
@@ -65,24 +65,31 @@ def measure_training(material: Material) -> tuple[Path, dict[str, Any]]:
     }
 
 
-def measure_decoders(material: Material, model: Path, recipe_rate: float) -> dict[str, dict[str, float]]:
-    """Measure captions/s in steps of each decoder on stored features, and in self-critical steps of a trained model.
+def measure_decoders(material: Material, recipe_rate: float) -> dict[str, dict[str, float]]:
+    """Measure captions/s in steps of each decoder on made-up features, of cross-entropy and then self-critical ones.
 
-    model: its folder. recipe_rate: captions/s of the recipe's training, for the ratios.
+    recipe_rate: captions/s of the recipe's training, for the ratios.
     """
     data = make_empty_data_set(material.folder / "empty", material.settings.decoder_images)
     runs = {name: prepare_decoder(material, data, name) for name in DECODERS}
-    runs["self-critical"] = prepare_self_critical(model)
+    rates = measure_steps(runs, material.settings)
     for run in runs.values():
-        train_steps(run, WARM_UP)
-    turns: dict[str, Callable[[], int]] = {
-        name: lambda run=run: train_steps(run, material.settings.decoder_steps) for name, run in runs.items()
-    }
-    rates = best_rates(turns, material.settings.repeats)
+        prepare_self_critical(run)
+    rates |= {f"{name}, self-critical": rate for name, rate in measure_steps(runs, material.settings).items()}
     return {
         name: {"captions_per_second": rate, "ratio": rate / recipe_rate, "share_of_lstm": rate / rates["lstm"]}
         for name, rate in rates.items()
     }
+
+
+def measure_steps(runs: dict[str, Run], settings: Settings) -> dict[str, float]:
+    """Measure the captions/s of each run's steps."""
+    for run in runs.values():
+        train_steps(run, WARM_UP)
+    turns: dict[str, Callable[[], int]] = {
+        name: lambda run=run: train_steps(run, settings.decoder_steps) for name, run in runs.items()
+    }
+    return best_rates(turns, settings.repeats)
 
 
 def prepare_decoder(material: Material, data: Path, name: str) -> Run:
@@ -106,14 +113,12 @@ def prepare_decoder(material: Material, data: Path, name: str) -> Run:
     return run
 
 
-def prepare_self_critical(model: Path) -> Run:
-    """Prepare self-critical training that resumes the model, on the features that its training run stored."""
-    run = Run(resumed_config(model, "cider"), model)
-    run.interruption = Interruption()
-    state = run.restore()
-    run.extract_features()
-    run.prepare(state)
-    return run
+def prepare_self_critical(run: Run) -> None:
+    """Turn a run to self-critical training, once its decoder has learned how long captions are."""
+    train_steps(run, LENGTH_STEPS)
+    run.config.objective = "cider"
+    run.config.learning_rate = 1e-6  # captions keep their lengths, on which the rate depends
+    run.prepare(None)
 
 
 def train_steps(run: Run, steps: int) -> int:

@@ -11,7 +11,7 @@ from captioning import decoding
 from captioning.captioner import EnsembleDecoder
 from captioning.decoding import Hypothesis, beam_search, greedy, sample
 from captioning.errors import InputError
-from model import AttentionDecoder, DecoderRNN
+from model import DECODERS, AttentionDecoder, DecoderRNN
 from vocabulary import END, START, UNK
 
 REGIONS = 49
@@ -452,6 +452,16 @@ def test_a_sample_depends_on_the_seed_and_the_image_s_index_alone():
         part = sample(decoder, features[: len(indices)], seed=5, n=2, indices=indices)
         assert [h.tokens for h in part] == [whole[2 * i + j].tokens for i in indices for j in range(2)]
     assert [h.tokens for h in sample(decoder, features, seed=5)] == [h.tokens for h in whole[::2]]  # whatever n is
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_gpu_draws_the_captions_of_the_cpu(name: str):
+    torch.manual_seed(0)
+    decoder = DECODERS[name](16, 16, 30).double().eval()
+    features = torch.randn(20, *([9] if decoder.attends else []), 16).double()
+    drawn = [h.tokens for h in sample(decoder, features, seed=5, n=3)]
+    assert [h.tokens for h in sample(decoder.cuda(), features.cuda(), seed=5, n=3)] == drawn
 
 
 def test_every_seed_of_64_bits_is_another():
