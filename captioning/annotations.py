@@ -186,10 +186,10 @@ def _parse_caption(entry: Any) -> tuple[int, list[str] | None]:
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     if any(len(text) > MAX_CAPTION for text in captions):
         raise InputError(f"has a caption of more than {MAX_CAPTION:,} characters")
-    return image_id, None if is_rejected(entry) else captions
+    return image_id, None if _is_rejected(entry) else captions
 
 
-def is_rejected(entry: dict[str, Any]) -> bool:
+def _is_rejected(entry: dict[str, Any]) -> bool:
     """Return whether a caption of VizWiz is marked as rejected, or as the ready-made one for bad images."""
     return entry.get("is_rejected") is True or entry.get("is_precanned") is True
 
@@ -197,8 +197,12 @@ def is_rejected(entry: dict[str, Any]) -> bool:
 _PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "warnings": str}
 
 
-def _read_entries(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
-    """Yield the entries of the lists with these names, each as the list's parser returns it."""
+def read_entries(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+    """Yield the entries of the lists "images" and "annotations" with these names: name, index, and a pair.
+
+    That of an image is its id and the entry; that of an annotation is its image's id and its captions, with "" for a
+    missing one, or None where they are rejected. Raises `InputError` for a file or an entry that cannot be used.
+    """
     for name, number, entry in _stream_lists(path, names):
         try:
             parsed = _PARSERS[name](entry)
@@ -209,13 +213,13 @@ def _read_entries(path: Path, names: Collection[str]) -> Iterator[tuple[str, int
 
 def read_images(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the images of an annotation file: image id, and the entry with all its fields."""
-    for _, _, image in _read_entries(path, ["images"]):
+    for _, _, image in read_entries(path, ["images"]):
         yield image
 
 
 def read_captions(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the captions of an annotation file as written: image id, caption. Skips missing and rejected ones."""
-    for _, _, (image_id, captions) in _read_entries(path, ["annotations"]):
+    for _, _, (image_id, captions) in read_entries(path, ["annotations"]):
         for caption in captions or ():
             if caption:
                 yield image_id, caption
@@ -351,7 +355,7 @@ def _parse_annotations(path: Path) -> Annotations:
     tokens, offsets, image_of = array("i"), array("q", [0]), array("q")
     index: dict[str, int] = {}
     report, sentences = Report(), []
-    for name, number, entry in _read_entries(path, lists):
+    for name, number, entry in read_entries(path, lists):
         if name == "images":
             image_id, fields = entry
             image_ids.append(image_id)

@@ -7,10 +7,8 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from captioning.annotations import is_rejected, parse_image_id
-from captioning.captions import check_caption, is_missing
+from captioning.annotations import read_entries
 from captioning.coco_layout import (
     SPLITS,
     SourceImage,
@@ -21,10 +19,9 @@ from captioning.coco_layout import (
     write_dataset,
 )
 from captioning.errors import InputError
-from captioning.files import is_within, read_text, require_new_folder
+from captioning.files import require_new_folder
 from captioning.image_index import find_in_other_form
 from captioning.reports import Report
-from captioning.tables import read_json
 
 
 def merge_datasets(sources: list[Path], destination: Path) -> None:
@@ -75,40 +72,36 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
 
 def _read_images(path: Path, prefix: str, split: str, report: Report, uncaptioned: Report) -> Iterator[SourceImage]:
     """Yield the images of an annotation file, with their captions if it has any; reports what is left out."""
-    document = read_json(path, read_text(path))
     has_captions = path.name.startswith("captions")
     image_folder = image_folder_of(path)
     images: dict[int, SourceImage] = {}
     names: set[str] = set()
-    for where, entry in _entries(path, document, "images"):
-        image_id, name = _parse_id(entry.get("id"), where), entry.get("file_name")
-        if not isinstance(name, str) or not is_within(name) or "\0" in name:
-            raise InputError(f"{where} has no file_name within the image folder: {name!r:.80}.")
+    captions: list[tuple[str, int, list[str] | None]] = []
+    for kind, number, (image_id, entry) in read_entries(path, ["images", "annotations"][: 1 + has_captions]):
+        where = f"{path}, {kind}[{number}]"
+        if kind == "annotations":
+            captions.append((where, image_id, entry))
+            continue
+        name = posixpath.normpath(entry["file_name"])
         if image_id in images:
             raise InputError(f"{where} has the id {image_id}, which an image before it has.")
-        size = entry.get("width"), entry.get("height")
-        size = size if all(type(side) is int for side in size) else None
-        name = posixpath.normpath(name)
         if name in names:
             raise InputError(f"{where} lists {name} again, with another id; give all captions of an image one id.")
         names.add(name)
+        size = entry.get("width"), entry.get("height")
+        size = size if all(type(side) is int for side in size) else None
         images[image_id] = SourceImage(
             image_folder / name, f"{prefix}/{name}", split, id=image_id, size=size, scene=entry.get("scene")
         )
-    for where, entry in _entries(path, document, "annotations") if has_captions else ():
-        image_id, caption = _parse_id(entry.get("image_id"), where), entry.get("caption")
-        captions: list[Any] = caption or [None] if isinstance(caption, list) else [caption]
-        texts = [text for text in captions if not is_missing(text)]
-        if image_id not in images or "caption" not in entry or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{where} has no caption, or is of image {image_id}, which is not in the file's images.")
-        for text in texts:
-            check_caption(text, where)
-        if is_rejected(entry):
+    for where, image_id, texts in captions:
+        if image_id not in images:
+            raise InputError(f"{where} is a caption of image {image_id}, which is not in the file's images.")
+        if texts is None:
             report.add("rejected caption{s}", where)
             continue
-        for _ in range(len(captions) - len(texts)):
+        for _ in range(texts.count("")):
             report.add("empty caption{s}", where)
-        images[image_id].captions += texts
+        images[image_id].captions += filter(None, texts)
     missing = {
         image.name.removeprefix(f"{prefix}/"): image for image in images.values() if not os.path.isfile(image.path)
     }
@@ -121,23 +114,6 @@ def _read_images(path: Path, prefix: str, split: str, report: Report, uncaptione
             raise InputError(f"{image.path} is missing, but {path} names it.")
         else:
             yield image
-
-
-def _entries(path: Path, document: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    entries = document.get(key) if isinstance(document, dict) else None
-    if not isinstance(entries, list):
-        raise InputError(f'{path} is not a COCO annotation file: it has no list of "{key}".')
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}, {key}[{number}] is not an object.")
-        yield f"{path}, {key}[{number}]", entry
-
-
-def _parse_id(value: Any, where: str) -> int:
-    try:
-        return parse_image_id(value)
-    except InputError as error:
-        raise InputError(f"{where} {error}.") from None
 
 
 def _make_ids_unique(images: list[SourceImage]) -> None:

@@ -71,8 +71,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
-    """More threads than cores make a small test ten times slower."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """Two threads, shared among pytest's processes: more threads than cores make a small test ten times slower."""
+    threads = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests run
 
 
 @pytest.fixture(scope="session")

@@ -358,7 +358,7 @@ def test_models_that_cannot_be_averaged_are_a_sentence(trained: Path, tmp_path: 
         ("", "a path is empty; name a file"),
         (Image.new("RGB", (0, 40)), "it has no pixels"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_image_is_one_short_sentence(images: object, message: str, trained: Path):
     with pytest.raises(InputError, match=message) as caught:

@@ -327,6 +327,16 @@ def test_several_processes_write_the_same_file(
     assert len(lines) == BATCH + 3
 
 
+def test_several_processes_draw_the_samples_of_one(album: Path, tiny: Path, launch: Callable, tmp_path: Path):
+    files = [tmp_path / f"{processes}.jsonl" for processes in (1, 2)]
+    for processes, output in enumerate(files, 1):
+        options = ("--model", tiny, "--output", output, "--temperature", 1, "--seed", 3)
+        assert launch(processes, run_main, "caption.py", album, *options).wait() == [2] * processes
+    assert files[0].read_bytes() == files[1].read_bytes()
+    captions = [json.loads(line).get("caption") for line in files[0].read_text().splitlines()]
+    assert len(set(captions)) > len(captions) / 2
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_captioning_that_was_killed_goes_on_with_another_number_of_processes(
     album: Path, tiny: Path, captioned: bytes, launch: Callable, tmp_path: Path, process: int

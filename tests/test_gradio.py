@@ -36,6 +36,7 @@ import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
+from test_images import progressive_bomb
 
 import gradio_main
 from captioning import checkpoint
@@ -117,6 +118,9 @@ def page(attending: Path, trained: Path, tmp_path_factory: pytest.TempPathFactor
     shutil.copytree(trained, folder / "plain")
     page = Page(folder, "--model", attending, "--model", "plain", "--flag-folder", "flagged")
     yield page
+    slow = {"path": page.upload(progressive_bomb(20_000, 8)), "meta": {"_type": "gradio.FileData"}}
+    for _ in range(8):  # seconds each, so that some are read and others wait when the signal comes
+        page.client.post(f"{page.api}/call/caption", json={"data": [slow]}).raise_for_status()
     with page.client.stream("GET", f"{page.api}/heartbeat/open-tab"):  # which a browser keeps open
         page.process.send_signal(signal.SIGTERM)
         time.sleep(0.05)

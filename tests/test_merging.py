@@ -91,7 +91,7 @@ def test_test_images_without_public_captions_stay(tmp_path):
     assert (tmp_path / "out/images/test/b/0.jpg").is_file()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
 def test_annotations_in_other_encodings_and_with_ids_as_text(tmp_path, encoding):
     a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
     path = b / "annotations" / "captions_train.json"
@@ -171,7 +171,7 @@ def test_an_annotation_file_of_another_name_is_reported(tmp_path, capsys, name):
     assert capsys.readouterr().err == f"{expected}{a}/annotations/{name}\n"
 
 
-@pytest.mark.parametrize("missing", [None, math.nan, "", " ", "nan", "None", [], [None]], ids=str)
+@pytest.mark.parametrize("missing", [None, "", " ", "nan", "None", [], [None]], ids=str)
 def test_missing_captions_are_left_out_and_counted(tmp_path, capsys, missing):
     a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
     path = a / "annotations" / "captions_train.json"
@@ -207,7 +207,7 @@ MISTAKES = {
     ),
     "no caption": (
         lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3}]),
-        r"annotations\[0\] has no caption",
+        r"annotations\[0\] lacks \"caption\"",
     ),
     "a missing image": (
         lambda a, b: (b / "images/val/0.jpg").unlink(),
@@ -215,7 +215,7 @@ MISTAKES = {
     ),
     "an image outside": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "../train/0.jpg"}]),
-        r"images\[0\] has no file_name within the image folder",
+        r"images\[0\] has a \"file_name\" outside the image folder",
     ),
     "an id twice": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3, "file_name": "0.jpg"}] * 2),
@@ -229,25 +229,29 @@ MISTAKES = {
     ),
     "no id": (
         lambda a, b: change(b / "annotations/captions_val.json", images=[{"file_name": "0.jpg"}]),
-        r"images\[0\] has an image id that is not a whole number: None",
+        r'images\[0\] lacks "id"',
     ),
-    "no name": (lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3}]), "has no file_name"),
+    "no name": (lambda a, b: change(b / "annotations/captions_val.json", images=[{"id": 3}]), 'lacks "file_name"'),
     "no images": (lambda a, b: change(b / "annotations/captions_val.json", images={}), 'no list of "images"'),
     "another image": (
         lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 9, "caption": "a"}]),
-        r"annotations\[0\] has no caption, or is of image 9",
+        r"annotations\[0\] is a caption of image 9",
+    ),
+    "NaN": (
+        lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3, "caption": math.nan}]),
+        "write null for NaN",
     ),
     "half a character": (
         lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3, "caption": "a \ud83d"}]),
-        r"annotations\[0\], has a caption with half of a surrogate pair",
+        "half of a surrogate pair",
     ),
     "a caption that training refuses": (
         lambda a, b: change(b / "annotations/captions_val.json", annotations=[{"image_id": 3, "caption": LONG}]),
-        r"annotations\[0\], has a caption of more than 5,000 characters",
+        r"annotations\[0\] has a caption of more than 5,000 characters",
     ),
     "not JSON": (
         lambda a, b: text(b / "annotations/captions_val.json", "{"),
-        r"captions_val\.json, line 1, is not JSON",
+        r"captions_val\.json is not JSON",
     ),
     "a destination with files": (
         lambda a, b: text(b.with_name("out") / "mine.txt", "precious") and None,
@@ -311,6 +315,6 @@ def test_an_image_outside_its_data_set_is_refused(name: str, tmp_path: Path):
     document = json.loads(path.read_text())
     document["images"][0]["file_name"] = name
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"images\[0\] has no file_name within the image folder"):
+    with pytest.raises(InputError, match=r'images\[0\] has a "file_name" (outside|with)'):
         importers.merge((a, b), tmp_path / "out")
     assert not (tmp_path / "out").exists()

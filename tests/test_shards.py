@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import EIGHT, draw_noise, write_split
+from PIL import Image
+from test_images import png_header
 
 from captioning.captioner import Captioner
 from captioning.captions import MAX_CAPTION
 from captioning.errors import InputError, warn_once
 from captioning.images import find_unreadable, read_image
 from captioning.listing import find_images
+from captioning.pixels import MAX_ASPECT
 from captioning.reports import Report
 from captioning.shards import index_shards, list_images, read_captions_of, read_samples
 from captioning.training import TrainingConfig, train
@@ -399,6 +402,16 @@ def test_an_image_in_a_shard_that_cannot_be_read_is_named(packed: Path, tmp_path
     data = CaptionDataset(packed, "val", vocab_threshold=1, cache=tmp_path / "cache")
     for _ in range(2):  # the second time from what was kept
         assert "val-000000.tar/bad.png" in str(find_unreadable(data.paths, cache=tmp_path / "cache")[0])
+
+
+def test_images_in_a_shard_have_the_limits_of_image_files(tmp_path: Path):
+    thin = io.BytesIO()
+    Image.new("L", (65_000, 1)).save(thin, "PNG")
+    pack(tmp_path / "val.tar", [("large.png", png_header(13_000, 12_000, 0)), ("thin.png", thin.getvalue())])
+    large, thin = list_images(tmp_path / "val.tar")
+    assert read_image(thin, 64).size == (MAX_ASPECT, 1)
+    with pytest.raises(InputError, match=r"val\.tar/large\.png .* more than 125 million"):
+        read_image(large)
 
 
 @pytest.mark.slow
