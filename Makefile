@@ -25,7 +25,7 @@ test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) check
 
 check: lint
-	pytest
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 	NOTEBOOK_QUICK=1 pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
 
 lint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -314,18 +315,29 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def memorize(eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Callable[[str], Path]:
+    """Trains a decoder to know the eight captions by heart, once for all tests."""
+
+    @functools.cache
+    def train_decoder(name: str) -> Path:
+        config = small_to_keep(
+            data=eight,
+            decoder=name,
+            vocab_threshold=1,
+            embed_size=32,
+            hidden_size=128,
+            batch_size=8,
+            num_epochs=6 if name == "transformer" else 3,
+            learning_rate=3e-3,
+            attention_penalty=0.0,
+        )
+        return train(config)
+
+    return train_decoder
+
+
 @pytest.fixture(scope="session", params=DECODERS)
-def memorized(request: pytest.FixtureRequest, eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Path:
-    """The folder of a model, of either decoder, trained to know the eight captions by heart."""
-    config = small_to_keep(
-        data=eight,
-        decoder=request.param,
-        vocab_threshold=1,
-        embed_size=32,
-        hidden_size=128,
-        batch_size=8,
-        num_epochs=6 if request.param == "transformer" else 3,
-        learning_rate=3e-3,
-        attention_penalty=0.0,
-    )
-    return train(config)
+def memorized(request: pytest.FixtureRequest, memorize: Callable[[str], Path]) -> Path:
+    """The folder of a model of each decoder that knows the eight captions by heart; tests must not write into it."""
+    return memorize(request.param)

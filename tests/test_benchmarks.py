@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import drawn, material, peer, quality, recipe, report, scale, speed
+from benchmarks import drawn, material, peer, quality, recipe, report, scale, speed, training_speed
 from captioning.errors import InputError
 from model import DECODERS, DecoderRNN, EncoderCNN
 from vocabulary import Vocabulary
@@ -48,6 +48,7 @@ def test_a_small_run_reports_every_measurement(
     settings: material.Settings, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawn, "CAPTIONS", 3000)
+    monkeypatch.setattr(training_speed, "LENGTH_STEPS", 2)
     monkeypatch.setattr(speed, "measure_peer", lambda *_: None)  # below, by itself
     path = speed.run(settings)
     results = json.loads(path.read_text())

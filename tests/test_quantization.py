@@ -65,7 +65,7 @@ def test_an_image_has_the_same_features_in_any_batch(images: torch.Tensor, store
     torch.testing.assert_close(torch.cat([quantized.features(image[None]) for image in images]), together)
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("backbone", ["resnet50", "test_vit"])
 def test_other_families_are_quantized_too(backbone: str, tiny_backbone: Callable, tmp_path: Path):
     torch.manual_seed(0)
     encoder = EncoderCNN(8, backbone, weights="random", grid=True).eval().for_inference(torch.float32)
