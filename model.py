@@ -280,7 +280,7 @@ class AttentionDecoder(DecoderModule):
     def _advance(self, words: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         h, c, features, keys, _ = state
         last = h[:, -1]  # (B, H)
-        attention = self.score(torch.tanh(keys + self.query(last)[:, None]))[..., 0].softmax(1)  # (B, cells)
+        attention = self.score((keys + self.query(last)[:, None]).tanh_())[..., 0].softmax(1)  # (B, cells)
         context = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
         context = torch.sigmoid(self.gate(last)) * context
         hidden, steps = torch.cat([words, context], 1), []
@@ -306,7 +306,9 @@ class AttentionDecoder(DecoderModule):
         hidden, attention = [], features.new_zeros(len(captions), features.shape[1], dtype=torch.float32)
         for step_words in packed.data.split(packed.batch_sizes.tolist()):  # finished captions are the last rows
             rows = len(step_words)
-            h, state = self._advance(step_words, tuple(x[:rows] for x in state))
+            if rows < len(state[0]):
+                state = tuple(x[:rows] for x in state)
+            h, state = self._advance(step_words, state)
             hidden.append(h)
             attention = attention + F.pad(state[-1].float(), (0, 0, 0, len(captions) - rows))
         return self.dropout(torch.cat(hidden)), attention
