@@ -63,8 +63,7 @@ def train(config: TrainingConfig) -> Path:
     """
     config = dataclasses.replace(config)  # checks the fields again, as they may have been changed
     folder = config.resume or config.models / config.name
-    if config.resume is not None:
-        require_writable(folder)
+    require_writable(next(parent for parent in (folder, *folder.parents) if os.path.isdir(parent)))
     try:
         run = Run(config, folder)
         with lock_run(folder), Interruption() as run.interruption:

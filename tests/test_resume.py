@@ -19,7 +19,7 @@ import torch
 import torchvision
 from conftest import build_seeded_tiny
 
-from captioning import checkpoint, features, training, validation
+from captioning import checkpoint, features, files, training, validation
 from captioning.checkpoint import epochs_saved, load_resume, read_description
 from captioning.errors import InputError
 from captioning.training import TrainingConfig, read_log, train
@@ -479,6 +479,19 @@ def test_a_reader_of_the_output_that_has_gone_is_not_blamed_on_the_folder(
     at_step(monkeypatch, 3, fail)
     with pytest.raises(BrokenPipeError):  # which `run_command` ends quietly
         train(config())
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_images_are_read(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(dir: Path) -> None:
+        assert dir == tmp_path
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(training, "check_images", lambda *_: pytest.fail("the images were read"))
+    with pytest.raises(InputError, match=rf"^{tmp_path} cannot be written to \(Permission denied\)"):
+        train(config(fine_tune=1, models=tmp_path / "models"))
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(config: Make, tmp_path: Path):
