@@ -306,8 +306,7 @@ class AttentionDecoder(DecoderModule):
         hidden, attention = [], features.new_zeros(len(captions), features.shape[1], dtype=torch.float32)
         for step_words in packed.data.split(packed.batch_sizes.tolist()):  # finished captions are the last rows
             rows = len(step_words)
-            if rows < len(state[0]):
-                state = tuple(x[:rows] for x in state)
+            state = state if rows == len(state[0]) else tuple(x[:rows] for x in state)
             h, state = self._advance(step_words, state)
             hidden.append(h)
             attention = attention + F.pad(state[-1].float(), (0, 0, 0, len(captions) - rows))
