@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +43,35 @@ def _small_backbone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.models, "resnet50", build_tiny)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sockets() -> Iterator[Callable[[], set[str]]]:
+    """A function that returns the sockets of a process that imports onnxruntime, in its first 30 seconds.
+
+    With telemetry, it opens the first of them after 9 to 23 seconds; so it is watched while the other tests run.
+    """
+    code = "import time; from captioning.quantization import import_onnxruntime as x; x(); time.sleep(30)"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    found: set[str] = set()
+
+    def watch() -> None:
+        while process.poll() is None:
+            with contextlib.suppress(OSError):  # what it has just closed
+                found.update(os.readlink(file) for file in os.scandir(f"/proc/{process.pid}/fd"))
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+
+    def wait() -> set[str]:
+        thread.join()
+        assert process.returncode == 0
+        return {name for name in found if name.startswith("socket:")}
+
+    yield wait
+    process.kill()
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -175,3 +209,8 @@ def test_the_library_imports_no_onnxruntime_and_the_documented_import_of_it_leav
     )
     run_code(code, ORT_DISABLE_TELEMETRY=None, TMPDIR=str(tmp_path))
     assert not list(tmp_path.rglob(".ses"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_imports_onnxruntime_opens_no_socket(sockets: Callable[[], set[str]]):
+    assert sockets() == set()
