@@ -59,7 +59,7 @@ def main(
         model: folder, or user/name on the Hub; default: the newest trained on photos. Several make an ensemble.
         precision: the backbone's precision; auto is bf16 if supported, else fp32; int8, for CPUs, is fast and inexact.
         recursive: also caption the images in subfolders.
-        json_: print a JSON list of objects with the keys photo, caption, log_probability and perhaps alternatives.
+        json_: print a JSON list of objects with the keys photo, caption, log_probability, precision (and alternatives).
         output: write these objects to this JSON Lines file (key error for an unreadable image); run again to resume.
         strict: stop at the first image that cannot be read.
         sheet: also draw a contact sheet of the images and captions to this PNG file.

@@ -223,7 +223,7 @@ class CaptionDataset(Dataset):
 
     @cached_property
     def coco(self) -> COCO:
-        """The split as a pycocotools `COCO` with all entries in memory, for exploration."""
+        """The split as a pycocotools `COCO`, for exploration: its images with all fields, its captions with new ids."""
         coco = COCO()
         captions = read_captions(self.annotation_file) if len(self.image_rows) else ()
         coco.dataset = {  # pyright: ignore[reportAttributeAccessIssue]  its stub has the fields of detection only

@@ -240,7 +240,7 @@ def coco(
     year: Literal[2014, 2017] = 2017,
     limit: int | None = None,
 ) -> None:
-    """Download COCO's captions and photos, checked against their published sizes and checksums.
+    """Download COCO's captions and photos. Archives are checked against their published sizes and checksums.
 
     All of COCO 2017 is 27 GB to download and needs 48 GB of disk space until it is unpacked.
 

@@ -6,7 +6,8 @@
     python train.py --resume models/mine --objective cider     then raise the captions' CIDEr-D score
     torchrun --nproc_per_node 2 train.py --data data/mine      on two GPUs
 
-Options on the command line override those of --config and those of the run that --resume continues.
+Options on the command line override those of --config, and those of the run that --resume continues, except for its
+vocabulary, image preprocessing and architecture.
 """
 
 from __future__ import annotations
