@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,9 @@ from PIL.ExifTags import Base
 MAX_ASPECT = 32  # maximum ratio of an image's longer side to its shorter one; a longer image is cropped to its middle
 BAND_PIXELS = 1 << 20  # number of pixels converted at a time
 WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more than 8 bits per channel
-OVERSHOOT = 16  # highest level in an image of fractions whose white is 1
+OVERSHOOT = 16  # highest level in an image of fractions whose white is 1, apart from highlights
+RINGING = 1.1  # factor by which a resize may exceed white in an image of floating-point numbers
+HIGHLIGHTS = 0.001  # maximum ratio of the levels beyond it to those up to 1
 NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
 NO_DATA_LEVELS = (-9999, -32768, -99999)
 
@@ -111,26 +112,30 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
     """Return the levels of black and white.
 
     Formats of 16 or 32 bits do not say how many of these bits are used; see `white_of`. White is 1 for fractions of at
-    most `OVERSHOOT`; of a signed type, it is at most its highest number. If levels exceed all `WHITES` or are negative,
-    the lowest level is black and the highest is white. Raises `ValueError` where no level is a number.
+    most `OVERSHOOT`, or beyond it in a few highlights only; of a signed type, it is at most its highest number. If
+    levels exceed all `WHITES` or are negative, the lowest level is black and the highest is white. Raises `ValueError`
+    where no level is a number.
     """
-    levels_of = partial(_levels, stored=stored)
-    ranges = [
-        (np.fmin.reduce(levels, axis=None), np.fmax.reduce(levels, axis=None))
-        for levels in (levels_of(image.crop(box)) for box in bands(image))
+    about = [
+        (
+            np.fmin.reduce(levels, axis=None),
+            np.fmax.reduce(levels, axis=None),
+            (levels <= 1).sum(),
+            (levels > OVERSHOOT).sum(),
+            image.mode == "F" and (levels % 1 > 0).any(),
+        )
+        for levels in (_levels(image.crop(box), stored) for box in bands(image))
     ]
-    lows, highs = np.array(ranges).T
+    lows, highs, up_to_1, beyond, fractions = np.array(about).T
     low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
     if math.isnan(low):
         raise ValueError("none of its levels is a number")
+    has_highlights = up_to_1.sum() > 0.5 * image.width * image.height and beyond.sum() < HIGHLIGHTS * up_to_1.sum()
+    if low >= 0 and fractions.any() and (high <= OVERSHOOT or has_highlights):
+        return 0.0, 1.0
     if low < 0 or high > WHITES[-1]:
         return low, high
-    if (
-        image.mode == "F"
-        and high <= OVERSHOOT
-        and any((levels_of(image.crop(box)) % 1 > 0).any() for box in bands(image))
-    ):
-        return 0.0, 1.0
+    high /= RINGING if image.mode == "F" else 1
     return 0.0, float(white_of(high, np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]))
 
 

@@ -48,6 +48,14 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
         np.where(np.isnan(SPOILT), 4, SPOILT).astype(np.float32),
         np.where(np.isnan(SPOILT), 1, SPOILT) * 255,
     ),
+    **{
+        f"float of 0 to 1 with a highlight of {level:g}": (
+            np.where(np.isnan(SPOILT), level, SPOILT).astype(np.float32),
+            np.where(np.isnan(SPOILT), 1, SPOILT) * 255,
+        )
+        for level in (100, 1e6)
+    },
+    "float of 0 to 255 with fractions": (GREY.astype(np.float32) + np.float32(0.25), GREY),
     "float of 0 to 1.2": (GREY.astype(np.float32) / 255 * 1.2, (GREY / 255 * 1.2).clip(0, 1) * 255),
     "float with -9999 for no data": (
         np.where(np.isnan(SPOILT), -9999, SPOILT).astype(np.float32),
