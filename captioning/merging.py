@@ -77,7 +77,8 @@ def _read_images(path: Path, prefix: str, split: str, report: Report, uncaptione
     images: dict[int, SourceImage] = {}
     names: set[str] = set()
     captions: list[tuple[str, int, list[str] | None]] = []
-    for kind, number, (image_id, entry) in read_entries(path, ["images", "annotations"][: 1 + has_captions]):
+    kinds = ["images", "annotations"] if has_captions else ["images"]
+    for kind, number, (image_id, entry) in read_entries(path, kinds):
         where = f"{path}, {kind}[{number}]"
         if kind == "annotations":
             captions.append((where, image_id, entry))
