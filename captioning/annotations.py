@@ -62,8 +62,9 @@ class _Utf8:
         text = self.tail + data
         if _LONG_NUMBER.search(text):
             raise ValueError("it holds a number of more than 4,300 digits")
-        if (b"\\ud" in text or b"\\uD" in text) and _LONE_SURROGATE.search(text, 7):
-            raise UnicodeError("half of a surrogate pair")
+        if (b"\\ud" in text or b"\\uD" in text) and (half := _LONE_SURROGATE.search(text, 7)):
+            near = text[max(0, half.start() - 40) : half.end() + 20].decode(errors="replace")
+            raise UnicodeError(f"half of a surrogate pair, near {near!r}")
         self.tail = text[-64:]
         return data
 

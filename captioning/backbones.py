@@ -112,6 +112,17 @@ def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | N
         raise InputError(f"{error}.") from None
 
 
+def full_name(name: str) -> str:
+    """Return a timm model's name with the tag of its default weights, which may differ between versions of timm.
+
+    Raises `InputError` for an unknown backbone.
+    """
+    if name == RESNET50 or name in PACKAGED:
+        return name
+    config = _timm_config(name)
+    return f"{config.architecture}.{config.tag}" if config.tag else name
+
+
 def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
     """Build a backbone without its classifier.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from captioning import checkpoint
-from captioning.backbones import Preprocessing, count_stages, preprocessing_of
+from captioning.backbones import Preprocessing, count_stages, full_name, preprocessing_of
 from captioning.errors import InputError
 from captioning.files import CACHE, read_text, require_local
 from captioning.images import WORKERS
@@ -167,6 +167,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
+        if self.weights == "pretrained" and self.resume is None:
+            self.backbone = full_name(self.backbone)
         if self.fine_tune is None:
             self.fine_tune = count_stages(self.backbone) if self.weights == "random" else 0
         if self.learning_rate is None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -345,6 +346,16 @@ def test_a_damaged_file_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("captioning.backbones._fetch_from_hub", lambda *_: str(tmp_path / "model.safetensors"))
     with pytest.raises(InputError, match=r"model\.safetensors holds no weights of resnet18 .*delete it and try again"):
         EncoderCNN(8, "resnet18")
+
+
+def test_a_run_names_the_weights_that_it_starts_from():
+    full = f"resnet18.{timm.get_pretrained_cfg('resnet18').tag}"
+    assert full != "resnet18."
+    assert TrainingConfig(backbone="resnet18").backbone == full
+    assert TrainingConfig(backbone="resnet18.tv_in1k").backbone == "resnet18.tv_in1k"
+    assert TrainingConfig(backbone="resnet18", weights="random").backbone == "resnet18"
+    assert TrainingConfig(backbone="tf_efficientnet_lite2").backbone == "tf_efficientnet_lite2"
+    assert TrainingConfig().backbone == "resnet50"
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.", "module.backbone."])
