@@ -26,7 +26,6 @@ test: setup
 
 check: lint
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
-	NOTEBOOK_QUICK=1 pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS)
 
 lint:
 	ruff check .

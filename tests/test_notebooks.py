@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: run, with figures, without leftovers."""
+"""The notebooks: that they run, and as they are committed, with figures and without leftovers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 
 from captioning.annotations import read_annotations
 from captioning.config import load_config
@@ -125,6 +127,13 @@ def test_what_is_imported_exists(path: Path):
 def test_cells_are_short_and_the_file_is_small(path: Path):
     assert not [source(cell) for cell in code_cells(path) if source(cell).count("\n") >= 30]
     assert path.stat().st_size < 1_000_000
+
+
+def test_they_run_in_order_on_a_small_data_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NOTEBOOK_QUICK", "1")
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, nbformat.NO_CONVERT)
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
 
 
 def test_there_are_four():
