@@ -22,7 +22,7 @@ from conftest import KINDS, build_kind, build_tiny, run_code, write_kind
 from PIL import Image
 
 import caption
-from captioning.captioner import Decoding
+from captioning.captioner import Captioner, Decoding
 from captioning.checkpoint import load_model
 from captioning.decoding import greedy
 from captioning.errors import InputError
@@ -119,6 +119,17 @@ def test_captions_are_pytorchs_for_any_batch_size(model, exported, batch, capfd)
     for row, total, hypothesis in zip(tokens.tolist(), log_probability, expected, strict=True):
         assert row == hypothesis.tokens + [END] * (LENGTH - len(hypothesis.tokens))
         assert total == pytest.approx(hypothesis.log_probability, abs=1e-3)
+
+
+def test_the_model_of_photos_is_exported_too(tmp_path):
+    """It has a backbone of timm and averages its cells to a grid."""
+    folder, photos = ROOT / "models" / "photos", sorted((ROOT / "images").glob("*.jpg"))
+    export_onnx(folder, tmp_path / "photos.onnx")
+    captioner = Captioner.load(folder, precision="fp32")
+    images = torch.stack([captioner.transform(read_image(photo)) for photo in photos])
+    tokens, _ = onnxruntime.InferenceSession(tmp_path / "photos.onnx").run(None, {"images": images.numpy()})
+    expected = captioner(photos, beam_size=1)
+    assert [captioner.vocab.decode(row) for row in tokens.tolist()] == [caption.text for caption in expected]
 
 
 def test_the_file_is_complete_in_itself(model, exported):
