@@ -15,12 +15,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from captioning.errors import InputError, printable
 from captioning.files import is_within, require_new_folder
-from captioning.image_files import open_image
+from captioning.image_files import describe_failure, open_image
 from captioning.tables import SPLIT_ALIASES
 
 SPLITS = ("train", "val", "test")
@@ -185,10 +184,8 @@ def _read_size(path: Path) -> tuple[int, int]:
     try:
         with open_image(path) as image:
             return image.size
-    except Exception as error:  # a broken file makes Pillow raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "its content is not in an image format that can be read"
+    except Exception as error:
+        reason = describe_failure(error)
         raise InputError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from None
 
 

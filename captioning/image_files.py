@@ -85,19 +85,25 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
                 return upright_rgb(image)
     except FileNotFoundError:
         raise missing_file(name) from None
-    except UnidentifiedImageError:
-        if not isinstance(source, Member) and is_shard(Path(name)):
+    except Exception as error:
+        if isinstance(error, UnidentifiedImageError) and not isinstance(source, Member) and is_shard(Path(name)):
             deque(list_images(Path(name)), maxlen=0)  # says what is wrong with a tar file
-        reason = "its content is not in an image format that can be read"
-    except Image.DecompressionBombError:  # Pillow's own limit is higher, and is not told
-        reason = f"it has more than {MAX_BYTES // DEFAULT_BYTES_PER_PIXEL // 10**6} million pixels; save it smaller"
-    except MemoryError:
-        reason = "it takes more memory than there is"
-    except Exception as raised:  # a broken file makes Pillow's decoders raise nearly anything
-        error = raised.__cause__ or raised  # a decoder in C hides why its file could not be read
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        reason = "it is cut off" if isinstance(error, struct.error) else reason
+        reason = describe_failure(error)
     raise InputError(f"{name} cannot be read as a photo ({reason}).")
+
+
+def describe_failure(error: Exception) -> str:
+    """Describe why an image cannot be read, by what Pillow raised: for a broken file, that is nearly anything."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is not in an image format that can be read"
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is higher, and is not told
+        return f"it has more than {MAX_BYTES // DEFAULT_BYTES_PER_PIXEL // 10**6} million pixels; save it smaller"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    cause = error.__cause__ or error  # a decoder in C hides why its file could not be read
+    if isinstance(cause, struct.error):
+        return "it is cut off"
+    return getattr(cause, "strerror", None) or str(cause).split("\n")[0] or type(cause).__name__
 
 
 @contextmanager
