@@ -214,6 +214,7 @@ def _fetch_first_images(documents: dict[str, dict[str, Any]], limit: int, root: 
             path = folder / PurePosixPath(image["file_name"]).name
             if not path.exists() and not (root / path.relative_to(work)).exists():
                 waiting.append((image, path))
+    require_space(root, len(waiting) * IMAGE_BYTES)
     missing = asyncio.run(_fetch_images(waiting))
     for name, document in documents.items():
         document["images"] = [image for image in document["images"] if image["coco_url"] not in missing]
@@ -275,7 +276,6 @@ def coco(
             for name in names:
                 _require_images(root / "annotations" / name)
         elif not all((root / "annotations" / name).exists() for name in names):
-            require_space(root, len(names) * limit * IMAGE_BYTES)
             asyncio.run(_fetch_archives([a for a in archives if a.startswith("annotations/")], work, work))
             documents = {name: _read_json(work / "annotations" / name) for name in names}
             missing = _fetch_first_images(documents, limit, root, work)

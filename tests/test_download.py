@@ -383,8 +383,11 @@ def test_the_first_images_of_each_split(coco, tmp_path):
     assert not [path for path, _ in coco.requests if path.startswith("/zips")]
 
 
-def test_a_limit_beyond_the_split_takes_all_of_it(coco, tmp_path):
+def test_a_limit_beyond_the_split_takes_all_of_it(coco, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(download, "require_space", lambda _, size: needed.append(size))
     download.coco(tmp_path, limit=1000)
+    assert needed[-1] == 3 * IMAGES * download.IMAGE_BYTES
     assert files_below(tmp_path) == whole()
 
 

@@ -174,6 +174,18 @@ def test_a_server_that_sends_byte_by_byte_is_given_up(pieces, answer, tmp_path, 
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("page", [CHUNKED + b"5\r\n<html\r\n0\r\n\r\n", OK + b"\r\n<html>"])
+def test_a_page_in_place_of_the_file_leaves_nothing_of_it(answer, tmp_path, page):
+    with pytest.raises(InputError, match="the server sent something other than the file"):
+        fetch(answer([page]), tmp_path / "a.zip", 9000)
+    assert (tmp_path / "a.zip.part").stat().st_size == 0
+    (tmp_path / "a.zip.part").write_bytes(b"x" * 10)
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 10-19/20\r\n\r\n"
+    with pytest.raises(InputError, match="the server sent something other than the file"):
+        fetch(answer([head + b"y" * 5]), tmp_path / "a.zip", 20)
+    assert (tmp_path / "a.zip.part").read_bytes() == b"x" * 10
+
+
 def test_another_part_than_was_asked_for_is_refused(answer, tmp_path):
     (tmp_path / "a.zip.part").write_bytes(b"x" * 10)
     head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 5-19/20\r\nContent-Length: 10\r\n\r\n"
