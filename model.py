@@ -109,8 +109,8 @@ class EncoderCNN(nn.Module):
         elif getattr(self.network, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 3, 1, 2)
         if self.grid and self.grid_size is not None:
-            side = round(features.flatten(2).shape[2] ** 0.5)  # images are square
-            features = F.adaptive_avg_pool2d(features.float().reshape(*features.shape[:2], side, side), self.grid_size)
+            grid = features.unflatten(2, (math.isqrt(features.shape[2]), -1)) if features.ndim == 3 else features
+            features = F.adaptive_avg_pool2d(grid.float(), self.grid_size)
         return features.flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:

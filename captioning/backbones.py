@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -133,6 +134,8 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
 
     Raises `InputError` for an unknown name and for weights that cannot be obtained or belong to another backbone.
     """
+    if not isinstance(weights, str | os.PathLike):
+        raise InputError(f'weights is {weights!r}, but it has to be "pretrained", "random" or the path of a file.')
     if name == RESNET50:
         return _build_resnet50(weights)
     import timm  # takes a second to import, which resnet50 need not wait for
@@ -201,6 +204,8 @@ def require_one_map(name: str, features: object) -> None:
 
 def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:
     """Explain why a backbone failed on images (B, 3, H, W) if their type or size may be the reason, else None."""
+    if images.shape[1] != 3:
+        return f"images have 3 channels, red, green and blue, not {images.shape[1]}."
     side, own = images.shape[-1], preprocessing_of(name).image_size
     in_bfloat16 = images.dtype == torch.bfloat16 or torch.is_autocast_enabled(images.device.type)
     if in_bfloat16 and "BFloat16" in str(error):

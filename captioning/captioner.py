@@ -54,6 +54,11 @@ class Decoding:
     groups: int | None = None  # groups of diverse beam search (arXiv 1610.02424)
     diversity: float | None = None  # penalty on earlier groups' words; 0.5 is usual
 
+    def __post_init__(self) -> None:
+        for name, default in (("max_length", DEFAULT_LENGTH), ("min_length", 0), ("alternatives", 0)):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+
     def with_defaults(self) -> Decoding:
         """Fill the options that were not given from `DEFAULT_DECODING`.
 

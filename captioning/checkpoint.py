@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
 from captioning.errors import InputError, quoted
-from captioning.files import WEB_ADDRESS, decode_text, missing_file, read_bytes, write_file
+from captioning.files import decode_text, missing_file, read_bytes, web_address, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
@@ -158,7 +159,7 @@ def _no_model(folder: Path) -> InputError:
     """Return the error for a path that is not a model's folder."""
     if on_hub := HUB_ADDRESS.match(folder.as_posix()):
         return InputError(f"{on_hub[1]} is the name of this model on the Hub; write it without the address.")
-    if WEB_ADDRESS.match(str(folder)):
+    if web_address(folder):
         return missing_file(folder)
     if os.path.isfile(folder) and os.path.exists(folder.parent / DESCRIPTION):
         return InputError(f"{folder} is a file of a model; name its folder, {folder.parent}.")
@@ -264,7 +265,7 @@ def choose_epoch(folder: Path, description: Description, epoch: int | None = Non
             f"{folder} is incomplete: it lacks any epoch's encoder-<i>.pkl and decoder-<i>.pkl; train it, or "
             f"resume: `python train.py --resume {quoted(folder)}`."
         )
-    if epoch not in saved:
+    if epoch not in saved or not isinstance(epoch, Integral) or isinstance(epoch, bool):
         raise InputError(f"{folder} has no weights of epoch {epoch!r}; it has those of {', '.join(map(str, saved))}.")
     return epoch
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -164,6 +164,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             except ValidationError as error:
                 raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
             setattr(self, field.name, Path(os.path.expanduser(value)) if isinstance(value, Path) else value)
+        self.weights = os.path.expanduser(self.weights)
 
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
@@ -251,6 +252,8 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
 
     Its fields may be changed before `train` is called with it. Raises `InputError` if the folder holds no run.
     """
+    if objective not in (None, *get_args(ObjectiveName)):
+        raise InputError(f"objective is {objective!r}, but it has to be one of {', '.join(get_args(ObjectiveName))}.")
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     description = checkpoint.read_description(folder)
     saved = {RENAMED.get(name, name): value for name, value in description.training.items()}
@@ -277,6 +280,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if unknown:
         name = unknown[0].replace("-", "_")
         hint = f"write {name}" if name in known else "`python train.py --help` lists them"
+        hint = f"give --{name} on the command line" if name in ("overwrite", "resume", "config") else hint
         raise InputError(f'{path} sets "{unknown[0]}", which is not a training option; {hint}.')
     for name, value in options.items():
         if isinstance(value, bool) and known[name] != "bool":

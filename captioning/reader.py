@@ -130,6 +130,8 @@ def serve() -> None:
             result = error
         except MemoryError:
             result = InputError("This file takes too much memory to read; make it smaller.")
+        except Exception as error:  # the process goes on
+            result = InputError(f"This file cannot be read ({type(error).__name__}).")
         pickle.dump(result, answers)
         answers.flush()
 
@@ -142,7 +144,7 @@ def prepare_image(
     Raises `InputError`, in which the file is called `name`, where it cannot be read.
     """
     transform = build_transform(False, **asdict(preprocessing))
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also False for a path of any length
         raise InputError(f"{name} is no longer on the server; upload it again.")
     try:
         image = read_image(path, resized_side(transform))
@@ -161,7 +163,7 @@ def unpack_images(
     read, has more than `max_images` images, or more than `max_bytes` in all of them.
     """
     images: list[tuple[str, Path | InputError]] = []
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path.name} is no longer on the server; upload it again.")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from captioning.errors import InputError
+from captioning.files import missing_file
 from captioning.image_formats import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
@@ -48,10 +49,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     It may be wrapped as {"state_dict": ...}, and its names may begin with "module.". No two of the tensors returned
     share memory. Raises `InputError` if the file holds no state dict or cannot be read safely.
     """
-    if Path(path).suffix == ".safetensors":
+    _require_file(path)
+    if _is_safetensors(path):
         from safetensors.torch import load_file
 
-        _require_file(path)
         try:
             content: Any = load_file(path)
         except Exception as error:  # safetensors shares no base class with what the system raises
@@ -76,10 +77,19 @@ def read_saved(path: str | Path) -> Any:
         raise _unsafe(path, error) from None
 
 
+def _is_safetensors(path: str | Path) -> bool:
+    """Return whether a file holds safetensors, whatever its name: the size of a JSON header, then the header."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(9)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
+    return False
+
+
 def _require_file(path: str | Path) -> None:
+    if not os.path.exists(path):
+        raise missing_file(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have, too
-        problem = "is not a file" if os.path.exists(path) else "does not exist"
-        raise InputError(f"{path} {problem}; check the path.")
+        raise InputError(f"{path} is not a file; check the path.")
 
 
 def _unsafe(path: str | Path, error: Exception) -> InputError:
@@ -124,6 +134,8 @@ def _checked_legacy(file: BinaryIO) -> BinaryIO:
     """Check a file of torch.save before version 1.6; returns it, at its beginning, if it is harmless."""
     file.seek(0)
     head = io.BytesIO(file.read(MAX_PICKLE))
+    if head.getvalue()[:1] != b"\x80":
+        raise ValueError("it is neither of torch.save nor of safetensors")
     for _ in range(LEGACY_PICKLES):
         _check_pickle(head)
     file.seek(0)

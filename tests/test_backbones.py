@@ -328,6 +328,21 @@ def test_a_network_of_another_kind_is_one_sentence(name: str, sentence: str):
         EncoderCNN(8, name, weights="random", fine_tune=1)
 
 
+def test_a_grid_of_an_image_that_is_not_square():
+    torch.manual_seed(0)
+    encoder = EncoderCNN(8, "resnet18", "random", grid=True, grid_size=2).eval()
+    images = torch.randn(1, 3, 64, 128)
+    expected = torch.nn.functional.adaptive_avg_pool2d(encoder.run_backbone(images), 2)
+    torch.testing.assert_close(encoder.features(images), expected.flatten(2).transpose(1, 2))
+
+
+def test_what_an_encoder_does_not_take_is_one_sentence():
+    with pytest.raises(InputError, match='weights is None, but it has to be "pretrained", "random" or the path'):
+        EncoderCNN(8, "resnet18", None)
+    with pytest.raises(InputError, match="images have 3 channels, red, green and blue, not 4"):
+        EncoderCNN(8, "resnet18", "random")(torch.randn(1, 4, 64, 64))
+
+
 def test_a_damaged_download_is_one_sentence_and_nothing_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

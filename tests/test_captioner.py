@@ -98,6 +98,11 @@ def test_an_option_with_effect_is_accepted(options: dict):
     Decoding(**options).check()
 
 
+def test_none_is_an_option_that_was_not_given():
+    plain = Decoding(max_length=None, min_length=None, alternatives=None)  # pyright: ignore[reportArgumentType]
+    assert plain == Decoding()
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

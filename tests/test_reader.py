@@ -38,6 +38,10 @@ def test_it_returns_what_the_function_returns_or_raises(reader: Reader):
     assert reader(pow, (2, 10), 60) == 1024
     with pytest.raises(InputError, match="no longer on the server"):
         reader(prepare_image, (Path("none.jpg"), "none.jpg", Preprocessing(), 224), 60)
+    with pytest.raises(InputError, match="no longer on the server"):
+        reader(prepare_image, (Path("x" * 5000), "none.jpg", Preprocessing(), 224), 60)
+    with pytest.raises(InputError, match=r"cannot be read \(ZeroDivisionError\)"):
+        reader(divmod, (1, 0), 60)
 
 
 def test_two_that_take_too_long_are_stopped_and_do_not_stop_the_next(reader: Reader):

@@ -15,7 +15,7 @@ from conftest import run_script
 import train as train_module
 from captioning import training
 from captioning.checkpoint import epochs_saved, read_description
-from captioning.config import load_config
+from captioning.config import load_config, resumed_config
 from captioning.errors import InputError
 from captioning.hub import find_model
 from captioning.training import TrainingConfig, read_log, train
@@ -105,6 +105,7 @@ def test_the_recipes_can_be_used(recipe: str):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        ("overwrite = true", 'sets "overwrite", which is not a training option; give --overwrite on the command line'),
         ("batch_sise = 3", 'sets "batch_sise", which is not a training option'),
         ("[model]\nhidden_size = 3", 'sets "model", which is not a training option'),
         ('batch_size = "many"', "batch_size: Input should be a valid integer"),
@@ -251,6 +252,16 @@ def test_the_precision_is_the_run_s_own_and_not_the_launcher_s(small: Make, monk
 def test_a_training_goes_on_with_its_own_options_or_not_at_all(small: Make):
     with pytest.raises(TypeError, match="resume"):
         TrainingConfig(resume=small().models)
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert TrainingConfig(weights="~/w.pth", models=Path("~/m")).weights == "/home/ann/w.pth"
+
+
+def test_a_wrong_objective_is_not_blamed_on_the_model_s_file(tmp_path: Path):
+    with pytest.raises(InputError, match=r"^objective is 'CIDEr', but it has to be one of cross-entropy, cider\.$"):
+        resumed_config(tmp_path, "CIDEr")
 
 
 @pytest.mark.slow

@@ -147,6 +147,17 @@ def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path):
         read_state_dict(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["model.bin", "w.pth", "w.SAFETENSORS", "w.safetensors"])
+def test_the_format_is_told_by_the_content(name: str, tmp_path: Path):
+    state = small_module().state_dict()
+    for save in (torch.save, save_file):
+        save(state, tmp_path / name)
+        torch.testing.assert_close(read_state_dict(tmp_path / name), state)
+    (tmp_path / name).write_text("Not Found")
+    with pytest.raises(InputError, match=r"read safely \(it is neither of torch\.save nor of safetensors\)"):
+        read_state_dict(tmp_path / name)
+
+
 def test_what_is_not_a_file_is_named(tmp_path: Path):
     with pytest.raises(InputError, match="is not a file; check the path"):
         read_state_dict(tmp_path)
