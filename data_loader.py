@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from captioning.annotations import Annotations, ImageFiles, Names, read_annotations, read_captions, read_images
 from captioning.coco_layout import SPLITS, find_annotation_files, image_folder_of
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE, WEB_ADDRESS, missing_file
+from captioning.files import CACHE, missing_file, require_access, web_address
 from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
@@ -38,6 +39,7 @@ from captioning.shards import SUFFIX, index_shards
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
+UNFINISHED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".part", ".partial", ".download")  # of tar files
 LONG_SHARE = 0.2  # share of training captions longer than `DEFAULT_LENGTH` above which there is a warning
 
 
@@ -50,6 +52,7 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
     """
     if mode not in SPLITS:
         raise InputError(f'mode "{mode}" is not one of {", ".join(SPLITS)}.')
+    require_access(folder)
     if not os.path.isdir(folder):  # unlike Path.is_dir, False for a path of any length
         raise _no_folder(folder)
     annotation_file = next(find_annotation_files(folder, mode), None)
@@ -60,8 +63,21 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
     if shards:
+        shards = _check_shards(shards, folder, mode)
         return index_shards(shards, mode, cache), folder
     raise _no_split(folder, mode)
+
+
+def _check_shards(shards: list[Path], folder: Path, mode: str) -> list[Path]:
+    """Return the split's shards without those of several splits, such as trainval-0.tar; warns of what is left out."""
+    several = [path for path in shards if re.match(rf"{mode}[-_]?({'|'.join(SPLITS)})", path.name)]
+    if several and len(several) < len(shards):
+        warn_once(f"{several[0]} is left out of the {mode} split, as its name is of several splits.")
+        shards = [path for path in shards if path not in several]
+    packed = [path for path in folder.glob(f"{mode}*") if path.name.lower().endswith(UNFINISHED)]
+    if packed:
+        warn_once(f"{packed[0]} is left out of the {mode} split; unpack it to a plain {SUFFIX} file, or delete it.")
+    return shards
 
 
 def _no_split(folder: Path, mode: str) -> InputError:
@@ -81,7 +97,7 @@ def _no_split(folder: Path, mode: str) -> InputError:
 
 def _no_folder(path: Path) -> InputError:
     """Return the error for a path that is not the folder of a data set."""
-    if WEB_ADDRESS.match(str(path)):
+    if web_address(path):
         return missing_file(path)
     if not os.path.isfile(path):
         return InputError(
@@ -176,8 +192,8 @@ class CaptionDataset(Dataset):
                 for entry in os.scandir(self.image_folder / folder):
                     if entry.is_file():
                         present.append(hash(os.path.join(folder, entry.name)))
-            except OSError:  # a folder that is missing or cannot be read: all of its images are missing
-                continue
+            except OSError:  # a folder that is missing: all of its images are missing
+                require_access(self.image_folder / folder)
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
         if twice := len(wanted) - len(np.unique(wanted)):
             warn_once(
@@ -211,14 +227,15 @@ class CaptionDataset(Dataset):
 
     def caption(self, index: int) -> Tensor:
         """Return a caption's indices from `<start>` to `<end>`: (length,) int64."""
+        index = range(len(self.lengths))[index]
         return torch.from_numpy(self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64))
 
     def captions(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return a batch of captions, (batch, longest) int64, padded with `<end>` on the right, and their lengths."""
-        lengths = self.lengths[indices]
+        lengths, starts = self.lengths[indices], self.offsets[:-1][indices]
         column = np.arange(lengths.max())
         is_token = column < lengths[:, None]
-        batch = np.where(is_token, self.tokens[np.where(is_token, self.offsets[indices][:, None] + column, 0)], END)
+        batch = np.where(is_token, self.tokens[np.where(is_token, starts[:, None] + column, 0)], END)
         return torch.from_numpy(batch.astype(np.int64)), torch.from_numpy(lengths)
 
     @cached_property

@@ -232,6 +232,8 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
     if results is not None:
         check_output(results)
         if os.path.exists(results):
+            if os.path.samefile(results.parent, dataset.annotation_file.parent):
+                raise InputError(f"{results} is a file of the data set; name another, or score it with --references.")
             read_bytes(results)  # raises: its content is kept under another name
     return results
 

@@ -89,10 +89,14 @@ def is_structure(value: str) -> bool:
 def _parse_texts(value: str) -> list[Any]:
     """Parse texts as Python prints them in a list, a tuple or a NumPy array, which has no commas between them."""
     texts: list[Any] = []
+    end = None  # of the text before
     value = re.sub(r",\s*dtype=[^,()\[\]]*\)$", ")", value)
     for token in tokenize.generate_tokens(io.StringIO(value).readline):
         if token.type == tokenize.STRING:
+            if token.start == end:
+                raise ValueError("an apostrophe is doubled")  # as in SQL, where that is one text
             texts.append(ast.literal_eval(token.string))
+            end = token.end
         elif token.string in ("None", "nan"):
             texts.append(None)
         elif token.string.strip() not in ("", "[", "]", "(", ")", ",", *NUMPY):

@@ -39,7 +39,7 @@ BINARY_FILES = {
 }
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
-WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
+_WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
 
 
 def hash_file(path: Path, prefix: bytes = b"") -> str:
@@ -56,10 +56,15 @@ def hash_file(path: Path, prefix: bytes = b"") -> str:
 
 
 def require_regular(path: str | Path) -> None:
-    """Raise `InputError` for a pipe, device or folder, because reading it could block forever."""
-    with suppress(OSError):  # opening the file reports it
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"{path} is not a regular file.")
+    """Raise `InputError` for a web address, and for a pipe, device or folder, which could block its reader forever."""
+    try:
+        is_regular = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        if web_address(path):
+            raise missing_file(path) from None
+        return  # opening the file reports it
+    if not is_regular:
+        raise InputError(f"{path} is not a regular file.")
 
 
 def is_within(name: str) -> bool:
@@ -81,7 +86,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 def read_text(path: Path, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
     """Read the text of a file, decoded by its byte order mark or else as UTF-8; every line ends in "\\n".
 
-    A given `encoding` takes precedence over both. Raises `InputError` where the file cannot be read or, with the
+    A given `encoding` takes the place of UTF-8. Raises `InputError` where the file cannot be read or, with the
     `advice` at its end, where the bytes are not text in that encoding.
     """
     return decode_text(read_bytes(path), path, encoding, advice)
@@ -95,24 +100,37 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
         raise InputError(f"{path} is {kind}, not a text file; {BINARY_ADVICE}.")
     if data.startswith(LFS_START):
         raise InputError(f"{path} {LFS_POINTER}.")
-    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    name = marked or encoding or "utf-8"
     try:
-        text = data.decode(encoding or marked)
+        text = data.decode(name)
     except LookupError:
         raise InputError(f"{encoding} is not a text encoding that Python knows; examples are cp1252, utf-16.") from None
     except UnicodeError as error:
-        at, name = getattr(error, "start", 0), (encoding or marked).upper()
+        at = getattr(error, "start", 0)
         line = data.count(b"\n", 0, at) + 1
-        raise InputError(f"{path}, line {line}, is not {name} text (byte {at}); {advice}.") from None
+        raise InputError(f"{path}, line {line}, is not {name.upper()} text (byte {at}); {advice}.") from None
     if "\0" in text:
         raise InputError(f"{path} holds zero bytes, as UTF-16 without a byte order mark does; {advice}.")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def require_access(folder: Path) -> None:
+    """Raise `InputError` for a folder that may not be entered or listed, or lies in one; a missing one passes."""
+    try:
+        os.scandir(folder).close()
+    except PermissionError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}); change its permissions.") from None
+    except (OSError, ValueError):
+        return
+    if not os.access(folder, os.X_OK):
+        raise InputError(f"{folder} cannot be entered (Permission denied); change its permissions.")
+
+
 def require_local(folder: Path) -> None:
     """Raise `InputError` for a web address, of which a folder of that name would be made."""
-    if WEB_ADDRESS.match(str(folder)):
-        raise InputError(f"{folder} is a web address; name a place on this computer.")
+    if address := web_address(folder):
+        raise InputError(f"{address} is a web address; name a place on this computer.")
 
 
 def require_new_folder(folder: Path) -> None:
@@ -198,12 +216,21 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
 
 
+def web_address(path: object) -> str:
+    """Return the web address that a path is, with the slashes that pathlib drops; "" for another path."""
+    match = _WEB_ADDRESS.match(str(path))
+    if match is None:
+        return ""
+    slashes = "///" if match[1].lower() == "file" else "//"
+    return f"{match[1]}:{slashes}{str(path)[match.end() :]}"
+
+
 def missing_file(path: object) -> InputError:
     """Return the error for a missing file; for a web address it says that nothing is downloaded."""
-    address = WEB_ADDRESS.match(str(path))
-    if address is None:
+    address = web_address(path)
+    if not address:
         return InputError(f"{path} does not exist; check the path." if str(path) else "a path is empty; name a file.")
-    scheme, rest = address[1], str(path)[address.end() :]  # pathlib drops slashes between them
-    if scheme.lower() == "file":
-        return InputError(f"{scheme}:///{rest} is an address; name the path itself, without {scheme}://.")
-    return InputError(f"{scheme}://{rest} is a web address, and nothing is fetched; download the file and name it.")
+    if address.lower().startswith("file:"):
+        scheme = address.partition(":")[0]
+        return InputError(f"{address} is an address; name the path itself, without {scheme}://.")
+    return InputError(f"{address} is a web address, and nothing is fetched; download the file and name it.")

@@ -40,6 +40,12 @@ def read_captions_of_folder(
     tables = [path for path in tables if path not in unrelated]
     tables = tables or [path for path in json_files if _names_images(path, index, encoding)]
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
+    others = [path for path in json_files if path not in tables and _names_images(path, index, encoding, share=0)]
+    if tables:
+        tables += others
+    elif rows:
+        for path in others:
+            report.add("table{s} of few images, as files next to the images hold captions", str(path))
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
         tables, unrelated = unrelated or json_files, []
     if not rows and not tables:
@@ -58,10 +64,10 @@ def read_captions_of_folder(
     return read_tables(tables, folder, encoding, report), "row"
 
 
-def _names_images(path: Path, index: ImageIndex, encoding: str | None) -> bool:
-    """Return whether a table has captions of at least half of the images or, if it is named after a split, of any."""
+def _names_images(path: Path, index: ImageIndex, encoding: str | None, share: float = 0.5) -> bool:
+    """Return whether a table has captions of this share of the images or, if it is named after a split, of any."""
     names = {row.image for row in find_rows(path, encoding) if index.has_name(row.image)}
-    return bool(names) and (bool(split_of_file(path)) or 2 * len(names) >= len(index.paths))
+    return bool(names) and (bool(split_of_file(path)) or len(names) >= share * len(index.paths))
 
 
 def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -> str:

@@ -85,6 +85,7 @@ class ImageIndex:
         self.by_name: dict[str, set[str]] = defaultdict(set)  # file name -> keys of `paths`
         self.by_stem: dict[str, set[str]] = defaultdict(set)  # file name without its suffix -> keys
         self.by_casefold: dict[str, list[str]] = defaultdict(list)  # key without its case -> keys
+        self.by_tail: dict[int, dict[str, list[str]]] = {}  # number of parts -> last parts without a suffix -> keys
         for path in walk_files(folder):
             if path.suffix.lower() in image_suffixes():
                 key = _normalize(path.relative_to(folder).as_posix())
@@ -142,19 +143,24 @@ class ImageIndex:
                 key = posixpath.relpath(key, os.path.abspath(self.folder))
             if not anywhere and key in self.paths:
                 return [key]
-            folder, base = posixpath.split(key)
-            candidates = self.by_name.get(base, set())
-            if not candidates and posixpath.splitext(base)[1].lower() not in image_suffixes():
-                candidates = self.by_stem.get(base, set())
-            folders = {candidate: posixpath.dirname(candidate) for candidate in sorted(candidates)}
-            keys = [
-                candidate
-                for candidate, parent in folders.items()
-                if parent == folder or (anywhere and (not folder or parent.endswith("/" + folder)))
-            ]
+            stem, suffix = posixpath.splitext(key)
+            has_suffix = suffix.lower() in image_suffixes()
+            keys = self._with_tail(stem if has_suffix else key)
+            keys = [one for one in keys if not has_suffix or posixpath.splitext(one)[1] == suffix]
+            keys = [one for one in keys if anywhere or posixpath.dirname(one) == posixpath.dirname(key)]
             if keys:
-                return keys
+                return sorted(keys)
         return []
+
+    def _with_tail(self, tail: str) -> list[str]:
+        """Return the keys whose last parts, without a suffix, are `tail`."""
+        parts = tail.count("/") + 1
+        if parts not in self.by_tail:
+            self.by_tail[parts] = defaultdict(list)
+            for key in self.paths:
+                last = posixpath.splitext(key)[0].rsplit("/", parts)
+                self.by_tail[parts]["/".join(last[-parts:])].append(key)
+        return self.by_tail[parts].get(tail, [])
 
     def _linked(self, name: str, where: str, anywhere: bool) -> list[str]:
         """Return the key of the image that a link leads to; raises `InputError` for a file that is not in the index."""

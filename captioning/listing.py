@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path
 
 from captioning.errors import InputError
-from captioning.files import WEB_ADDRESS, missing_file
+from captioning.files import missing_file, web_address
 from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
 from captioning.shards import SUFFIX, Member, is_shard, list_images
 
@@ -39,7 +39,7 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
     """
     paths = [path for pattern in paths for path in _expand(pattern)]
     for path in paths:
-        if WEB_ADDRESS.match(str(path)) and not os.path.exists(path):
+        if web_address(path) and not os.path.exists(path):
             raise missing_file(path)
         left_out: Counter[str] = Counter()
         first = next(_images_at(path, recursive, left_out), None)

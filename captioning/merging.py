@@ -19,7 +19,7 @@ from captioning.coco_layout import (
     write_dataset,
 )
 from captioning.errors import InputError
-from captioning.files import require_new_folder
+from captioning.files import missing_file, require_access, require_new_folder
 from captioning.image_index import find_in_other_form
 from captioning.reports import Report
 
@@ -42,6 +42,12 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     for folder, times in Counter(folders).items():
         if times > 1:
             raise InputError(f"{folder} is named {times} times; name each data set once.")
+    for source in sources:
+        require_access(source)
+        if not os.path.exists(source):
+            raise missing_file(source)
+        if not os.path.isdir(source):
+            raise InputError(f"{source} is a file; name the folder of a data set.")
     report = Report()
     images: list[SourceImage] = []
     listed: set[Path] = set()

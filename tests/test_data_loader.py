@@ -96,6 +96,20 @@ def test_captions_of_several_lengths_are_padded_on_the_right(drawn: Path, cache:
         assert (row[length:] == END).all()
 
 
+def test_negative_indices_count_from_the_end(drawn: Path, cache: Path):
+    data = CaptionDataset(drawn, "train", vocab_threshold=1, cache=cache)
+    n = len(data)
+    for index in (-1, -n):
+        image, caption = data[index]
+        torch.testing.assert_close(image.shape, data[index + n][0].shape)
+        assert caption.tolist() == data.caption(index + n).tolist() != []
+    batch, lengths = data.captions(np.array([-1, 0]))
+    assert batch[0, : lengths[0]].tolist() == data.caption(n - 1).tolist()
+    for index in (n, -n - 1):
+        with pytest.raises(IndexError):
+            data.caption(index)
+
+
 def test_a_year_may_be_in_the_names(tmp_path: Path):
     path = write_split(tmp_path, "val2017", {"a.png": ["a dog"]})
     assert find_split(tmp_path, "val") == (path, tmp_path / "images" / "val2017")

@@ -137,6 +137,16 @@ def test_captions_that_the_model_did_not_learn_from_make_none_novel(command: Cal
     assert "is not known to be the file that the model was trained on" in errors
 
 
+def test_the_data_set_s_own_files_are_no_output(command: Callable, trained: Path, drawn: Path):
+    path = drawn / "annotations" / "captions_test.json"
+    whole = path.read_bytes()
+    code, _, error = command("--model", trained, "--data", drawn, "--split", "test", "--results", path)
+    assert code == 2
+    assert "captions_test.json is a file of the data set; name another, or score it with --references" in error
+    assert path.read_bytes() == whole
+    assert not list(path.parent.glob("*.old"))
+
+
 def test_a_split_without_public_captions_gives_the_results_file(command: Callable, trained: Path, tmp_path: Path):
     path = write_split(tmp_path / "data", "test2017", {"a.png": [], "b.png": []})
     path.rename(path.with_name("image_info_test2017.json"))

@@ -16,8 +16,10 @@ from PIL import Image
 import importers
 from captioning import checkpoint
 from captioning.errors import InputError
+from captioning.files import read_text
+from captioning.image_index import ImageIndex
 from captioning.training import train
-from data_loader import CaptionDataset
+from data_loader import CaptionDataset, find_split
 from vocabulary import Vocabulary
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -766,6 +768,75 @@ def test_a_table_next_to_a_metadata_file_is_reported(tmp_path, capsys):
     importers.import_folder(source, tmp_path / "out")
     line = f"left out 1 table next to a metadata file, which holds the captions: {source}/c.csv\n"
     assert line in capsys.readouterr().err
+
+
+def test_a_json_table_counts_beside_others(tmp_path, capsys):
+    rows = json.dumps([{"image": f"{i}.jpg", "caption": "a dog"} for i in (4, 5)])
+    first = "image,caption\n" + "".join(f"{i}.jpg,a ball\n" for i in range(4))
+    source = six(tmp_path / "splits", train__csv=first, test__json=rows)
+    importers.import_folder(source, tmp_path / "out")
+    assert captions(tmp_path / "out", "test") == {"4.jpg": ["a dog"], "5.jpg": ["a dog"]}
+    source = six(tmp_path / "two", c__csv=csv_rows("image,caption"), more__json=rows)
+    with pytest.raises(InputError, match=r"c\.csv and \S+more\.json may both hold the captions"):
+        importers.import_folder(source, tmp_path / "out2")
+    source = six(tmp_path / "texts", more__json=rows, **{f"{i}__txt": "a ball" for i in range(6)})
+    importers.import_folder(source, tmp_path / "out2")
+    assert set(map(tuple, all_captions(tmp_path / "out2").values())) == {("a ball",)}
+    assert f"left out 1 table of few images, as files next to the images hold captions: {source}/more.json" in (
+        capsys.readouterr().err
+    )
+
+
+def test_names_that_recur_in_many_folders_are_found_by_their_ends():
+    index = ImageIndex.__new__(ImageIndex)
+    keys = [f"in/v{i}/frames/{k:04}.jpg" for i in range(500) for k in range(10)]
+    index.folder, index.paths, index.by_tail = Path("in"), {key: [Path(key)] for key in keys}, {}
+    calls = []
+    real = index._with_tail
+    index._with_tail = lambda tail: calls.append(real(tail)) or calls[-1]
+    assert all(index._matches(key.removeprefix("in/"), anywhere=True) == [key] for key in keys)
+    assert all(index._matches(key.removesuffix(".jpg"), anywhere=False) == [key] for key in keys)
+    assert max(map(len, calls)) == 1, "every row goes through the images of its name"
+    assert len(index._matches("0003.jpg", anywhere=True)) == 500
+    assert index._matches("0003.jpg", anywhere=False) == index._matches("v1/frames/0003.png", anywhere=True) == []
+
+
+@pytest.mark.parametrize("address", ["https://x.org/data.csv", "s3://bucket/data"])
+def test_a_web_address_is_named_as_it_was_written(address, tmp_path):
+    for command in (importers.import_folder, importers.import_karpathy, importers.import_flickr):
+        with pytest.raises(InputError, match=f"^{address} is a web address, and nothing is fetched"):
+            command(Path(address), tmp_path / "out")
+    with pytest.raises(InputError, match=f"^{address} is a web address; name a place"):
+        importers.import_folder(six(tmp_path / "in"), Path(address))
+    with pytest.raises(InputError, match=f"^{address} is a web address"):
+        importers.merge((tmp_path / "in", Path(address)), tmp_path / "out")
+    with pytest.raises(InputError, match=f"^{address} is a web address"):
+        read_text(Path(address))
+
+
+def test_a_folder_without_permission_is_not_called_missing(tmp_path, monkeypatch):
+    source, scandir = six(tmp_path / "in", c__csv=csv_rows("image,caption")), os.scandir
+
+    def refuse(path="."):
+        if str(path) == str(source):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for command in (
+        lambda: importers.import_folder(source, tmp_path / "out"),
+        lambda: importers.merge((source, tmp_path), tmp_path / "out"),
+        lambda: find_split(source, "train"),
+    ):
+        with pytest.raises(InputError, match=r"in cannot be read \(Permission denied\); change its permissions"):
+            command()
+
+
+def test_a_byte_order_mark_counts_more_than_a_given_encoding(tmp_path):
+    files = {"0__txt": "a café".encode("cp1252"), "1__txt": "a café".encode("utf-8-sig")}
+    files["2__txt"] = "a café".encode("utf-16")
+    importers.import_folder(six(tmp_path / "in", **files), tmp_path / "out", encoding="cp1252")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a café"] for i in range(3)}
 
 
 def test_a_json_file_without_captions_is_told_what_it_lacks(tmp_path):

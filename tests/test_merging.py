@@ -192,8 +192,9 @@ def link_to_itself(path: Path) -> Path:
 
 
 MISTAKES = {
-    "no such folder": (lambda a, b: [a, b / "none"], r"none holds no annotations/captions_train<year>\.json"),
-    "a link to itself": (lambda a, b: [a, link_to_itself(b / "loop")], "loop holds no annotations"),
+    "no such folder": (lambda a, b: [a, b / "none"], r"none does not exist; check the path"),
+    "a file": (lambda a, b: [a, a / "annotations/captions_train.json"], "is a file; name the folder of a data set"),
+    "a link to itself": (lambda a, b: [a, link_to_itself(b / "loop")], "loop does not exist"),
     "one alone": (lambda a, b: [a], "at least two data sets"),
     "none": (lambda a, b: [], "at least two data sets"),
     "one twice": (lambda a, b: [a, b, a / ".." / "a"], r"/a is named 2 times"),

@@ -500,7 +500,13 @@ def test_another_column_gives_splits_if_all_its_rows_name_them(tmp_path, capsys)
     "value",
     [
         *("[array(['a ball'], dtype='<U10')]", "[list(['a', 'b'])]", "[['it's a', 'b']]", "[None, 'it's one']"),
-        *("('a ball', 'it's one')", "[nan, 'a dog']", "(np.str_('a dog'), np.str_('b'))", "{'en': 'it's one'}"),
+        *(
+            "('a ball', 'it's one')",
+            "['the dog''s ball', 'one']",
+            "[nan, 'a dog']",
+            "(np.str_('a dog'), np.str_('b'))",
+            "{'en': 'it's one'}",
+        ),
     ],
 )
 def test_what_is_a_list_and_no_caption(value):
