@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
@@ -30,7 +31,7 @@ from captioning.errors import InputError
 from captioning.files import missing_file
 from captioning.image_formats import describe_content, image_formats, register_heif
 from captioning.metadata import limit_metadata
-from captioning.pixels import join_bytes, upright_rgb
+from captioning.pixels import HIGHLIGHTS, join_bytes, upright_rgb
 from captioning.shards import Member, is_shard, list_images
 
 MAX_BYTES = 1_000_000_000  # memory limit for decoding one image, in bytes
@@ -213,14 +214,15 @@ def _draft(image: Image.Image, shorter_side: int | None) -> None:
 def _load(image: Any, file: _TimedFile) -> None:
     """Decode an image.
 
-    Pillow keeps only the upper byte of 16-bit levels. If a file uses at most 12 of the bits, that is nearly black; the
-    file is then decoded again in the other byte order, which gives the lower byte.
+    Pillow keeps only the upper byte of 16-bit levels. If nearly all of a file's levels use at most 12 of the bits, that
+    is nearly black; the file is then decoded again in the other byte order, which gives the lower byte.
     """
     layout = DEEP.fullmatch(_raw_mode(image.tile[0])) if image.tile else None
     image.load()
     if layout is None:
         return
-    if max(high for _, high in image.getextrema()[:3]) > DARK:
+    colours = np.reshape(image.histogram(), (-1, 256))[:3]  # the number of each level
+    if colours[:, DARK + 1 :].sum(1).max() > HIGHLIGHTS * image.width * image.height:
         if isinstance(colour := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(level >> 8 for level in colour)
         return

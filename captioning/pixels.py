@@ -16,7 +16,7 @@ BAND_PIXELS = 1 << 20  # number of pixels converted at a time
 WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more than 8 bits per channel
 OVERSHOOT = 16  # highest level in an image of fractions whose white is 1, apart from highlights
 RINGING = 1.1  # factor by which a resize may exceed white in an image of floating-point numbers
-HIGHLIGHTS = 0.001  # maximum ratio of the levels beyond it to those up to 1
+HIGHLIGHTS = 0.001  # maximum share of an image's levels that lie beyond white
 NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
 NO_DATA_LEVELS = (-9999, -32768, -99999)
 
@@ -116,6 +116,7 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
     levels exceed all `WHITES` or are negative, the lowest level is black and the highest is white. Raises `ValueError`
     where no level is a number.
     """
+    ringing = RINGING if image.mode == "F" else 1
     about = [
         (
             np.fmin.reduce(levels, axis=None),
@@ -123,10 +124,11 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
             (levels <= 1).sum(),
             (levels > OVERSHOOT).sum(),
             image.mode == "F" and (levels % 1 > 0).any(),
+            *count_beyond(levels / ringing),
         )
         for levels in (_levels(image.crop(box), stored) for box in bands(image))
     ]
-    lows, highs, up_to_1, beyond, fractions = np.array(about).T
+    lows, highs, up_to_1, beyond, fractions, *beyond_whites = np.array(about, float).T
     low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
     if math.isnan(low):
         raise ValueError("none of its levels is a number")
@@ -135,16 +137,24 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
         return 0.0, 1.0
     if low < 0 or high > WHITES[-1]:
         return low, high
-    high /= RINGING if image.mode == "F" else 1
-    return 0.0, float(white_of(high, np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]))
+    most = np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]
+    return 0.0, float(white_of(np.sum(beyond_whites, 1), image.width * image.height, most))
 
 
-def white_of(level: float, most: int = WHITES[-1]) -> int:
-    """Return the level of white in an image with the given highest level: the lowest of `WHITES` that reaches it.
+def count_beyond(levels: np.ndarray) -> list[int]:
+    """Count the levels beyond each of `WHITES`."""
+    return [int((levels > white).sum()) for white in WHITES]
 
-    `most` is the highest level that the image's type can hold, in place of the `WHITES` above it.
+
+def white_of(beyond: np.ndarray, pixels: int, most: int = WHITES[-1]) -> int:
+    """Return the level of white in an image: the lowest of `WHITES` that only a few levels exceed; of 1, none may.
+
+    A few are highlights, or a mark for missing cells, such as 65535. `beyond` is what `count_beyond` counted; `most` is
+    the highest level that the image's type can hold, in place of the `WHITES` above it.
     """
-    return next((white for white in WHITES if level <= white < most), most)
+    few = [0, *[HIGHLIGHTS * pixels] * (len(WHITES) - 1)]
+    whites = (white for white, n, limit in zip(WHITES, beyond, few, strict=True) if n <= limit and white < most)
+    return next(whites, most)
 
 
 def _to_8_bits(levels: np.ndarray, low: float, scale: float, transparent: int | None) -> Image.Image:
@@ -156,16 +166,19 @@ def join_bytes(upper: Image.Image, lower: Image.Image, channels: Sequence[int]) 
     """Scale colours of 16 bits to 8 bits, in place, such that the level of white becomes 255.
 
     `upper` and `lower` hold the two bytes of each level; `channels` are those of `lower` that belong to the channels
-    of `upper`. The level of white is `white_of` the highest one, in the colours together and in the transparency.
+    of `upper`. The level of white is `white_of` the levels, in the colours together and in the transparency.
     """
+    pixels = upper.width * upper.height
 
     def levels(box: tuple[int, int, int, int]) -> np.ndarray:
         high, low = (np.asarray(image.crop(box), np.uint16) for image in (upper, lower))
         return 256 * high + low[..., channels]
 
-    peaks = np.max([levels(box).max(axis=(0, 1)) for box in bands(upper)], axis=0)
-    whites = [white_of(peaks[:3].max())] * 3 + [white_of(peak) for peak in peaks[3:]]
+    counts = [[count_beyond(channel) for channel in np.moveaxis(levels(box), 2, 0)] for box in bands(upper)]
+    beyond = np.sum(counts, 0)  # (channels, whites)
+    whites = [white_of(beyond[:3].max(0), pixels)] * 3 + [white_of(alpha, pixels) for alpha in beyond[3:]]
     for box in bands(upper):
-        upper.paste(Image.fromarray((levels(box) * (255 / np.array(whites))).round().astype(np.uint8)), box)
+        scaled = (levels(box) * (255 / np.array(whites))).round().clip(0, 255)
+        upper.paste(Image.fromarray(scaled.astype(np.uint8)), box)
     if isinstance(colour := upper.info.get("transparency"), tuple):
-        upper.info["transparency"] = tuple(round(level * 255 / whites[0]) for level in colour)
+        upper.info["transparency"] = tuple(min(255, round(level * 255 / whites[0])) for level in colour)

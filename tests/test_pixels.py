@@ -30,6 +30,10 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
     "int32, a mask": ((GREY > 127).astype(np.int32), (GREY > 127) * 255),
     "uint16 of 8 bits": (GREY.astype(np.uint16), GREY),
     "uint16 of 12 bits": (GREY.astype(np.uint16) * 16, GREY / 255 * 4080 / 4095 * 255),
+    "uint16 of 12 bits with a mark for no data": (
+        np.where(np.isnan(SPOILT), 65535, GREY.astype(np.uint16) * 16).astype(np.uint16),
+        np.where(np.isnan(SPOILT), 255, GREY / 255 * 4080 / 4095 * 255),
+    ),
     "uint16": (GREY.astype(np.uint16) * 257, GREY),
     "float of 0 to 1": (GREY.astype(np.float32) / 255, GREY),
     "float of 0 to 0.5": (GREY.astype(np.float32) / 510, GREY / 2),
@@ -123,6 +127,7 @@ COLOURS = np.asarray(draw_noise(0, (64, 32)).resize((256, 16)))
 DEEP = COLOURS.astype(np.uint16) * 257
 ALPHA = np.full((16, 256, 1), 65535, np.uint16)
 GREY_1 = GREY[..., None].astype(np.uint16)
+SPARK = np.isnan(SPOILT)[..., None]
 FILES: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {  # the content of a file, and what is read
     "a TIFF of 16 bits in planes": (lambda: tiff(DEEP, photometric=2, planes=True), COLOURS),
     "a big-endian TIFF of 16 bits in planes": (lambda: tiff(DEEP, 1, 2, planes=True, big_endian=True), COLOURS),
@@ -135,6 +140,14 @@ FILES: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {  # the content of a
     "a PNG of 8 of 16 bits": (lambda: png(DEEP >> 8), COLOURS),
     "a PNG of 10 of 16 bits": (lambda: png(DEEP >> 6), COLOURS),
     "a PNG of 12 of 16 bits": (lambda: png(DEEP >> 4), COLOURS),
+    "a PNG of 12 of 16 bits with a highlight": (
+        lambda: png(np.where(SPARK, 40000, DEEP >> 4)),
+        np.where(SPARK, 255, COLOURS),
+    ),
+    "a TIFF of 16 bits, dark but for a corner": (
+        lambda: tiff(np.where(GREY_1 < 2, DEEP, DEEP >> 5), photometric=2),
+        np.where(GREY_1 < 2, COLOURS, (DEEP >> 5) / 257),
+    ),
     "a PNG of 12 of 16 bits and alpha of 16": (lambda: png(np.dstack([DEEP >> 4, ALPHA])), COLOURS),
     "a PNG of 12 of 16 bits and alpha of 12": (lambda: png(np.dstack([DEEP, ALPHA]) >> 4), COLOURS),
     "a grey PNG of 12 of 16 bits and alpha": (lambda: png(np.dstack([GREY_1 << 4, ALPHA])), GREY),
