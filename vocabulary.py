@@ -122,6 +122,8 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         """Write the words as a JSON list, atomically; raises `InputError` where that is impossible."""
         path = Path(path)
+        if not path.name:
+            raise InputError(f'a vocabulary cannot be written to "{path}"; name a file.')
         content = json.dumps(self.words, ensure_ascii=False, indent=0).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -150,8 +150,10 @@ def parse_image_id(value: Any) -> int:
     Raises `InputError` for anything else, with a sentence fragment ("has ...") that follows the name of an entry.
     """
     if type(value) is not int:
-        exact = isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53  # larger floats are rounded
-        if not exact and not (isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value)):
+        whole = isinstance(value, float) and value.is_integer()
+        if whole and abs(value) >= 1 << 53:
+            raise InputError(f"has an image id that a floating-point number rounds: {value!r}; write it as an integer")
+        if not whole and not (isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", value)):
             raise InputError(f"has an image id that is not a whole number: {value!r:.80}")
         value = int(value)
     if abs(value) >= 1 << 63:

@@ -345,6 +345,10 @@ ANNOTATIONS = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() 
         ([{"id": 7, "caption": "a dog"}], 'results.json: entry 0 lacks "image_id"'),
         ([{"image_id": [7], "caption": "a dog"}], r"entry 0 has an image id that is not a whole number: \[7\]"),
         ([{"image_id": 7.5, "caption": "a dog"}], "entry 0 has an image id that is not a whole number: 7.5"),
+        (
+            [{"image_id": 2.0**53, "caption": "a dog"}],
+            "image id that a floating-point number rounds: 9007199254740992.0",
+        ),
         ([{"image_id": True, "caption": "a dog"}], "entry 0 has an image id that is not a whole number: True"),
         ([{"image_id": 7, "caption": None}], 'entry 0 has a "caption" that is not text: None'),
         ([{"image_id": 7, "caption": ["a", "b"]}], "entry 0 has 2 captions of image 7"),

@@ -104,6 +104,8 @@ def test_a_vocabulary_that_cannot_be_written(vocab: Vocabulary, tmp_path: Path, 
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot be (written|created) \("):
         vocab.save(tmp_path / name)
+    with pytest.raises(InputError, match=r'cannot be written to "\."; name a file'):
+        vocab.save("")
 
 
 def test_a_threshold_that_leaves_no_word_is_a_mistake_that_names_the_highest_useful_one():
