@@ -194,7 +194,8 @@ async def fetch(
             async with _request(client, url, have) as response:
                 if response.status_code == 200:  # a server without ranges sends the whole file again
                     tasks.advance(-have)
-                    have = before = 0
+                    have = 0
+                begun = have
                 length = response.headers.get("Content-Length", "")
                 if length and length.lstrip("0") != str(size - have):
                     raise InputError(f"{url} is not the published file of {size:,} bytes.")
@@ -204,9 +205,9 @@ async def fetch(
                         have += len(chunk)
                         tasks.advance(len(chunk))
                 if not length and have < size:  # another page, such as a hotel's, or the file until it was cut off
-                    os.truncate(part, before)
-                    tasks.advance(before - have)
-                    have, reason = before, "the server sent something other than the file"
+                    os.truncate(part, begun)
+                    tasks.advance(begun - have)
+                    have, reason = begun, "the server sent something other than the file"
         except NetworkError as error:
             reason = str(error)
             if error.permanent:

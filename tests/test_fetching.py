@@ -186,6 +186,12 @@ def test_a_page_in_place_of_the_file_leaves_nothing_of_it(answer, tmp_path, page
     assert (tmp_path / "a.zip.part").read_bytes() == b"x" * 10
 
 
+def test_a_server_that_breaks_off_at_the_same_byte_is_not_asked_for_ever(answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "CHUNK_BYTES", 1000)
+    with pytest.raises(InputError, match="run the same command again to resume"):
+        fetch(answer([OK + b"Content-Length: 9000\r\n\r\n" + b"x" * 5000]), tmp_path / "a.zip", 9000)
+
+
 def test_another_part_than_was_asked_for_is_refused(answer, tmp_path):
     (tmp_path / "a.zip.part").write_bytes(b"x" * 10)
     head = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 5-19/20\r\nContent-Length: 10\r\n\r\n"
