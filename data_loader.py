@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from captioning.annotations import Annotations, ImageFiles, Names, read_annotations, read_captions, read_images
 from captioning.coco_layout import SPLITS, find_annotation_files, image_folder_of
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE, missing_file, require_access, web_address
+from captioning.files import CACHE, require_access
 from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
@@ -39,8 +39,8 @@ from captioning.shards import SUFFIX, index_shards
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
-UNFINISHED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".part", ".partial", ".download")  # of tar files
 LONG_SHARE = 0.2  # share of training captions longer than `DEFAULT_LENGTH` above which there is a warning
+UNFINISHED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".part", ".partial", ".download")  # added to the names of tar files
 
 
 def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path]:
@@ -74,10 +74,15 @@ def _check_shards(shards: list[Path], folder: Path, mode: str) -> list[Path]:
     if several and len(several) < len(shards):
         warn_once(f"{several[0]} is left out of the {mode} split, as its name is of several splits.")
         shards = [path for path in shards if path not in several]
-    packed = [path for path in folder.glob(f"{mode}*") if path.name.lower().endswith(UNFINISHED)]
+    packed = [path for path in _packed_shards(folder, mode) if path.suffix.lower() in UNFINISHED]
     if packed:
         warn_once(f"{packed[0]} is left out of the {mode} split; unpack it to a plain {SUFFIX} file, or delete it.")
     return shards
+
+
+def _packed_shards(folder: Path, mode: str) -> list[Path]:
+    """List files named like the split's tar files with a further suffix, or .tgz."""
+    return [path for path in folder.glob(f"{mode}*") if re.search(r"\.tar\..|\.tgz$", path.name.lower())]
 
 
 def _no_split(folder: Path, mode: str) -> InputError:
@@ -85,7 +90,7 @@ def _no_split(folder: Path, mode: str) -> InputError:
     advice = "a data set is in the layout of COCO or of WebDataset."
     if folder.name in ("annotations", "images") and next(find_annotation_files(folder.parent, mode), None):
         advice = f"name the data set's folder, {folder.parent}."
-    elif packed := [*folder.glob(f"{mode}*{SUFFIX}.*"), *folder.glob(f"{mode}*.tgz")]:
+    elif packed := _packed_shards(folder, mode):
         advice = f"unpack {packed[0].name} to a plain tar file first."
     elif mode != "train" and (list(folder.glob(f"train*{SUFFIX}")) or list(folder.glob("annotations/captions_train*"))):
         advice = (
@@ -97,8 +102,6 @@ def _no_split(folder: Path, mode: str) -> InputError:
 
 def _no_folder(path: Path) -> InputError:
     """Return the error for a path that is not the folder of a data set."""
-    if web_address(path):
-        return missing_file(path)
     if not os.path.isfile(path):
         return InputError(
             f"{path} does not exist; draw the sample data set with `python scenes.py {path}`, or download "

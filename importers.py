@@ -22,7 +22,7 @@ import tyro
 from captioning.captions import clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
-from captioning.files import hash_file, missing_file, read_text, require_access, require_new_folder, web_address
+from captioning.files import hash_file, read_text, require_access, require_new_folder
 from captioning.folder_captions import read_captions_of_folder, read_tables
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
@@ -35,8 +35,6 @@ Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTI
 
 
 def _source_folder(source: Path) -> Path:
-    if web_address(source):
-        raise missing_file(source)
     require_access(source)
     if not os.path.exists(source):  # unlike Path.exists, also False for a name that no file can have
         raise InputError(f"{source} does not exist; name the folder that the data set was unpacked into.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,9 +55,9 @@ class Decoding:
     diversity: float | None = None  # penalty on earlier groups' words; 0.5 is usual
 
     def __post_init__(self) -> None:
-        for name, default in (("max_length", DEFAULT_LENGTH), ("min_length", 0), ("alternatives", 0)):
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        for option in fields(self):
+            if getattr(self, option.name) is None:
+                setattr(self, option.name, option.default)
 
     def with_defaults(self) -> Decoding:
         """Fill the options that were not given from `DEFAULT_DECODING`.

@@ -116,12 +116,17 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
 
 
 def require_access(folder: Path) -> None:
-    """Raise `InputError` for a folder that may not be entered or listed, or lies in one; a missing one passes."""
+    """Raise `InputError` for a web address, and for a folder that may not be entered or listed, or lies in one.
+
+    A missing folder passes.
+    """
     try:
         os.scandir(folder).close()
     except PermissionError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}); change its permissions.") from None
     except (OSError, ValueError):
+        if web_address(folder):
+            raise missing_file(folder) from None
         return
     if not os.access(folder, os.X_OK):
         raise InputError(f"{folder} cannot be entered (Permission denied); change its permissions.")

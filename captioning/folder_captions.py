@@ -38,15 +38,14 @@ def read_captions_of_folder(
             read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not unrelated
         unrelated = [path for path in tables if not split_of_file(path) and not any(find_rows(path, encoding))]
     tables = [path for path in tables if path not in unrelated]
-    tables = tables or [path for path in json_files if _names_images(path, index, encoding)]
+    named = {path: _named_images(path, index, encoding) for path in json_files}
+    half = len(index.paths) / 2
+    tables = tables or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
-    others = [path for path in json_files if path not in tables and _names_images(path, index, encoding, share=0)]
+    others = [path for path, n in named.items() if n and path not in tables]
     if tables:
         tables += others
-    elif rows:
-        for path in others:
-            report.add("table{s} of few images, as files next to the images hold captions", str(path))
-    if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
+    elif not any(row.captions[0] for row in rows):  # as in files of labels
         tables, unrelated = unrelated or json_files, []
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
@@ -57,6 +56,8 @@ def read_captions_of_folder(
     for path in unrelated:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
     if not tables:
+        for path in others:
+            report.add("table{s} of few images, as files next to the images hold captions", str(path))
         return rows, "caption in a .txt, .caption or .json file"
     tables = _choose_tables(folder, tables, report)
     for path in sorted(sidecars):
@@ -64,10 +65,9 @@ def read_captions_of_folder(
     return read_tables(tables, folder, encoding, report), "row"
 
 
-def _names_images(path: Path, index: ImageIndex, encoding: str | None, share: float = 0.5) -> bool:
-    """Return whether a table has captions of this share of the images or, if it is named after a split, of any."""
-    names = {row.image for row in find_rows(path, encoding) if index.has_name(row.image)}
-    return bool(names) and (bool(split_of_file(path)) or len(names) >= share * len(index.paths))
+def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:
+    """Count the images of which a table has captions."""
+    return len({row.image for row in find_rows(path, encoding) if index.has_name(row.image)})
 
 
 def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -> str:
