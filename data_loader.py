@@ -72,7 +72,7 @@ def _check_shards(shards: list[Path], folder: Path, mode: str) -> list[Path]:
     """Return the split's shards without those of several splits, such as trainval-0.tar; warns of what is left out."""
     several = [path for path in shards if re.match(rf"{mode}[-_]?({'|'.join(SPLITS)})", path.name)]
     if several and len(several) < len(shards):
-        warn_once(f"{several[0]} is left out of the {mode} split, as its name is of several splits.")
+        warn_once(f"{several[0]} is left out of the {mode} split, because its name contains more than one split.")
         shards = [path for path in shards if path not in several]
     packed = [path for path in _packed_shards(folder, mode) if path.suffix.lower() in UNFINISHED]
     if packed:
@@ -211,7 +211,7 @@ class CaptionDataset(Dataset):
         missing = [row for row in missing.tolist() if names[row] not in found]
         if missing and must_exist:
             raise InputError(
-                f"{len(missing)} of {len(names)} photos of {self.annotation_file} are missing, the first is "
+                f"{len(missing)} of {len(names)} images of {self.annotation_file} are missing, the first is "
                 f"{self.paths[missing[0]]}; put them there, remove them from the annotations, or leave them out with "
                 "--skip-unreadable."
             )

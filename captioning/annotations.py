@@ -380,7 +380,7 @@ def _parse_annotations(path: Path) -> Annotations:
         else:
             sentences.append(entry)
     if not image_ids:
-        raise InputError(f'{path} holds no photos: its list of "images" is empty.')
+        raise InputError(f'{path} holds no images: its list of "images" is empty.')
     if "annotations" in lists and not image_of:
         reason = "each of them is empty" if report.entries else 'its list of "annotations" is empty'
         raise InputError(f"{path} holds no captions: {reason}.")

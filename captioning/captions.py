@@ -1,4 +1,4 @@
-"""What a caption may be: clean one, and parse several that a cell holds as text."""
+"""Validate and clean captions, and parse a table cell that holds several."""
 
 from __future__ import annotations
 

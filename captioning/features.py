@@ -139,7 +139,7 @@ def _unreadable(
         failed = dict(sorted((again | failed).items()))
     failed = broadcast_object_list([failed])[0]
     return InputError(
-        f"{len(failed)} of {len(paths)} photos cannot be read (--skip-unreadable trains without them): "
+        f"{len(failed)} of {len(paths)} images cannot be read (--skip-unreadable trains without them): "
         f"{summarize_errors(failed.values())}"
     )
 
@@ -236,7 +236,7 @@ def _fill(
     progress = tqdm(
         total=len(batches) * BATCH,
         desc="backbone",
-        unit="photo",
+        unit="image",
         disable=None if state.is_main_process else True,
     )
     with open(folder / f"done-{state.process_index}-{state.num_processes}", "ab") as log, progress:

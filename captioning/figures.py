@@ -120,7 +120,7 @@ def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessin
     for axes in panels:
         axes.axis("off")
     panels[0].imshow(view)
-    panels[0].set_title("photo")
+    panels[0].set_title("image")
     for axes, word, weights in zip(panels[1:], caption.tokens, caption.attention, strict=False):
         axes.imshow(overlay_attention(view, weights))
         axes.set_title(word, parse_math=False)

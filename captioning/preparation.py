@@ -150,7 +150,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
             )
     if failed and not config.skip_unreadable:
         raise InputError(
-            f"{len(failed)} photos cannot be read (--skip-unreadable trains without them): {summarize_errors(failed)}"
+            f"{len(failed)} images cannot be read (--skip-unreadable trains without them): {summarize_errors(failed)}"
         )
     for error in failed if process.is_main_process else ():
         tqdm.write(f"left out: {error}")

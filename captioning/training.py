@@ -246,18 +246,20 @@ class Run:
                 checkpoint.write_description(self.folder, self.description)
                 self.save()
         self.log(
-            f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} photos, "
+            f"training on {len(self.data.image_rows)} captions of {len(self.data.paths)} images, "
             f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
         )
         if (progress := self.progress).epoch > self.last_epoch:
-            self.log(f"all epochs are done; --num-epochs {progress.epoch - progress.first_epoch + 1} trains one more")
+            self.log(
+                f"all epochs are done; use --num-epochs {progress.epoch - progress.first_epoch + 1} to train one more"
+            )
 
     def is_out_of_patience(self) -> bool:
         """Return whether none of the last `patience` epochs has a better CIDEr than those before."""
         best, patience = self.description.best_epoch, self.config.patience
         if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
             return False
-        self.log(f"no better CIDEr for {patience} epochs; the best is epoch {best}; a higher --patience trains on")
+        self.log(f"no better CIDEr for {patience} epochs; the best is epoch {best}; raise --patience to train on")
         return True
 
     def train_epoch(self) -> None:

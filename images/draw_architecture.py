@@ -77,7 +77,7 @@ def draw_encoder(axes: Axes, embed_size: int, image_size: int) -> tuple[float, f
     """Draw the encoder, the upper half; returns the position of its output."""
     y = 6.85  # the middle of the row
     axes.imshow(example_image(), extent=(0.1, 2.1, y - 1, y + 1), zorder=2)
-    axes.text(1.1, y - 1.15, f"photo\n3 × {image_size} × {image_size}", ha="center", va="top", fontsize=10)
+    axes.text(1.1, y - 1.15, f"image\n3 × {image_size} × {image_size}", ha="center", va="top", fontsize=10)
     x = 2.85
     arrow(axes, (2.2, y), (x - 0.05, y))
     for name, channels, step in STAGES:
@@ -109,10 +109,10 @@ def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidde
     """Draw the decoder, the lower half: the LSTM, unrolled over one caption."""
     first, gap = 2.5, 1.2
     rows = {"in": 0.45, "embed": 1.3, "lstm": 2.25, "linear": 3.2, "out": 4.05}
-    inputs, outputs = ("photo", "<start>", *WORDS), ("<start>", *WORDS, "<end>")
+    inputs, outputs = ("image", "<start>", *WORDS), ("<start>", *WORDS, "<end>")
     for i, (word, target) in enumerate(zip(inputs, outputs, strict=True)):
         x = first + i * gap
-        if word == "photo":
+        if word == "image":
             turn = 4.62
             axes.plot(
                 [source[0], source[0], 1.75, 1.75, x],
@@ -121,7 +121,7 @@ def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidde
                 lw=1.6,
             )
             arrow(axes, (x, 0.85), (x, rows["lstm"] - 0.36), lw=1.6)
-            axes.text(x, rows["in"], "the photo,\nembedded", ha="center", va="center", fontsize=9.5, weight="bold")
+            axes.text(x, rows["in"], "the image,\nembedded", ha="center", va="center", fontsize=9.5, weight="bold")
         else:
             box(axes, x, rows["in"], 0.98, 0.44, WORD, word)
             arrow(axes, (x, rows["in"] + 0.22), (x, rows["embed"] - 0.22))
@@ -144,7 +144,7 @@ def draw_decoder(axes: Axes, source: tuple[float, float], embed_size: int, hidde
     for row, text in labels.items():
         axes.text(0.1, rows[row], text, va="center", fontsize=9.5, color=GREY)
     axes.text(0.1, 4.82, "DecoderRNN", fontsize=14, weight="bold", color=INK)
-    axes.text(2.2, 4.82, "the photo is the first word that the LSTM reads", fontsize=11, color=GREY)
+    axes.text(2.2, 4.82, "the image is the first word that the LSTM reads", fontsize=11, color=GREY)
 
 
 def draw_architecture(

@@ -158,7 +158,7 @@ def test_the_first_unreadable_image_ends_the_pass_and_all_are_listed(
     some = [tmp_path / "a.png", *paths * (1 + BATCH // 24), tmp_path / "b.png"]
     computed = record_computed(monkeypatch)
     with pytest.raises(
-        InputError, match=r"2 of \d+ photos cannot be read \(--skip-unreadable .*\): .*a\.png.*; .*b\.png"
+        InputError, match=r"2 of \d+ images cannot be read \(--skip-unreadable .*\): .*a\.png.*; .*b\.png"
     ):
         stored_features(encoder, some, SIZE, cache=tmp_path)
     assert computed == list(range(1, BATCH))
@@ -170,7 +170,7 @@ def test_features_are_kept_where_a_file_cannot_be_read_at_present(
 ):
     (tmp_path / "b.heic").write_bytes(b"")
     some = [*paths * (1 + BATCH // 24), tmp_path / "b.heic"]
-    with pytest.raises(InputError, match=r"1 of \d+ photos cannot be read"):
+    with pytest.raises(InputError, match=r"1 of \d+ images cannot be read"):
         stored_features(encoder, some, SIZE, cache=tmp_path)
     (log,) = (tmp_path / "features").glob("*.partial/done-*")
     assert log.stat().st_size == 8 * (len(some) // BATCH)
@@ -180,7 +180,7 @@ def test_of_many_unreadable_images_it_says_how_many_more(encoder: EncoderCNN, tm
     some = [tmp_path / f"{i}.png" for i in range(12)]
     for path in some:
         path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"12 of 12 photos cannot be read \(.*\): .*9\.png.*; and 2 more$"):
+    with pytest.raises(InputError, match=r"12 of 12 images cannot be read \(.*\): .*9\.png.*; and 2 more$"):
         stored_features(encoder, some, SIZE, cache=tmp_path)
 
 

@@ -243,7 +243,7 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make, capsys: pytest.C
     before = (folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes()
     capsys.readouterr()
     train(resumed_config(folder))
-    assert capsys.readouterr().out.endswith("all epochs are done; --num-epochs 3 trains one more\n")
+    assert capsys.readouterr().out.endswith("all epochs are done; use --num-epochs 3 to train one more\n")
     assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
 
 
@@ -591,7 +591,7 @@ def test_unreadable_images_stop_training_before_its_first_epoch_or_are_left_out(
     fields = {"data": tmp_path / "data", "fine_tune": fine_tune, "num_epochs": 1, "batch_size": 300}
     with monkeypatch.context() as patch:
         at_step(patch, 0, lambda: pytest.fail("it has begun"))
-        with pytest.raises(InputError, match=r"2 .*photos cannot be read \(--skip-unreadable .*2\.png.*5\.png"):
+        with pytest.raises(InputError, match=r"2 .*images cannot be read \(--skip-unreadable .*2\.png.*5\.png"):
             train(config(**fields))
     (images / "7.png").unlink()
     folder = train(config(**fields, skip_unreadable=True))

@@ -400,7 +400,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: a list": (lambda k: k.read_data([1, 2]), r'has no list of "images"'),
     "annotations: images a number": (lambda k: k.read_data({"images": 5}), r'has no list of "images"'),
-    "annotations: no images": (lambda k: k.read_data({"images": [], "annotations": []}), r"holds no photos"),
+    "annotations: no images": (lambda k: k.read_data({"images": [], "annotations": []}), r"holds no images"),
     "annotations: an image is null": (
         lambda k: k.read_data(append("images", None)),
         r"captions_train\.json: images\[1\] is not a JSON object\.",

@@ -77,7 +77,7 @@ def test_tars_that_are_left_out_of_a_split_are_named(tmp_path: Path, capsys: pyt
     data = CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path / "cache")
     assert [Path(path.shard).name for path in data.paths] == ["train-000.tar", "train-001.tar"]
     error = capsys.readouterr().err
-    assert "train_val-000.tar is left out of the train split, as its name is of several splits" in error
+    assert "train_val-000.tar is left out of the train split, because its name contains more than one split" in error
     assert "train-002.tar.gz is left out of the train split; unpack it" in error
 
 

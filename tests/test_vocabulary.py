@@ -3,9 +3,11 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import run_code
+from nltk.tokenize import TreebankWordDetokenizer
 
 from captioning.errors import InputError
-from vocabulary import END, START, UNK, Vocabulary, tokenize
+from vocabulary import END, SPECIAL_WORDS, START, UNK, Vocabulary, tokenize
 
 CAPTIONS = ["A dog runs.", "A cat, a dog and a man's bird.", "Isn't it a dog?"]
 
@@ -78,6 +80,51 @@ def test_encode_puts_the_words_between_start_and_end(vocab: Vocabulary):
 )
 def test_decode_restores_the_punctuation_that_encode_took_apart(vocab: Vocabulary, caption: str):
     assert vocab.decode(vocab.encode(caption)) == caption
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *(
+            "a dog runs",
+            "a t-shirt on a well-lit street.",
+            "une fenêtre 日本 42.",
+            "snake_case 2-3.",
+            "a man cannot see.",
+        ),
+        *(
+            "gimme that dog.",
+            "a dog wanna run.",
+            "lemme see",
+            "it's gonna rain.",
+            "i gotta go.",
+            "gotta",
+            ".",
+            "a . dog.",
+        ),
+        *(
+            "'tis a dog",
+            "a dog - a cat",
+            "a dog-- a cat.",
+            'a "dog" runs.',
+            "a dog...",
+            "dog.)",
+            "a (dog).",
+            "a b. .",
+            "",
+        ),
+    ],
+)
+def test_decode_writes_what_nltks_detokenizer_does(caption: str):
+    tokens = tokenize(caption)
+    vocab = Vocabulary([*SPECIAL_WORDS, *dict.fromkeys(tokens)])
+    assert vocab.decode([vocab[token] for token in tokens]) == TreebankWordDetokenizer().detokenize(tokens)
+
+
+def test_words_and_a_full_stop_are_decoded_without_nltk():
+    words = [*SPECIAL_WORDS, "a", "dog", "."]
+    code = f"import sys, vocabulary; print(vocabulary.Vocabulary({words}).decode([3, 4, 5]), 'nltk' in sys.modules)"
+    assert run_code(code).stdout == "a dog. False\n"
 
 
 def test_decode_stops_at_the_first_end_and_drops_special_words(vocab: Vocabulary):
