@@ -86,7 +86,7 @@ def main(
     if output is not None:
         if json_ or sheet is not None or attention is not None:
             raise InputError("--output cannot be combined with --json, --sheet or --attention.")
-        if output.suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx"):
+        if output.suffix.lower() in (".json", ".csv", ".tsv", ".txt", ".xlsx"):
             raise InputError(f"{output} would hold JSON Lines, not {output.suffix}; name a file that ends in .jsonl.")
         if decoding.temperature is not None and decoding.seed is None:
             raise InputError("--output with --temperature needs a --seed, so that an interrupted run can resume.")

@@ -35,7 +35,7 @@ from captioning.files import CACHE, require_access
 from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
-from captioning.shards import SUFFIX, index_shards
+from captioning.shards import SUFFIX, index_shards, is_shard
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
@@ -59,7 +59,7 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
     if annotation_file is not None:
         return annotation_file, image_folder_of(annotation_file)
     try:
-        shards = sorted(folder.glob(f"{mode}*{SUFFIX}"))
+        shards = sorted(path for path in folder.glob(f"{mode}*") if is_shard(path))
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
     if shards:
@@ -92,7 +92,9 @@ def _no_split(folder: Path, mode: str) -> InputError:
         advice = f"name the data set's folder, {folder.parent}."
     elif packed := _packed_shards(folder, mode):
         advice = f"unpack {packed[0].name} to a plain tar file first."
-    elif mode != "train" and (list(folder.glob(f"train*{SUFFIX}")) or list(folder.glob("annotations/captions_train*"))):
+    elif mode != "train" and (
+        any(map(is_shard, folder.glob("train*"))) or list(folder.glob("annotations/captions_train*"))
+    ):
         advice = (
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
@@ -147,6 +149,8 @@ class CaptionDataset(Dataset):
         if annotations.byte_ranges is None:
             self._find_images(must_exist)
         self.image_rows = annotations.image_rows  # (captions,) each caption's image, a row of image_ids
+        if vocab is None and mode != "train" and not len(self.image_rows):
+            raise InputError(f"{self.annotation_file} has no captions; give the training split's vocabulary, vocab=.")
         self.vocab = _build_vocabulary(annotations, vocab_threshold) if vocab is None else vocab
         self._encode_captions(annotations)
         if mode == "train":

@@ -281,9 +281,9 @@ def coco(
             missing = _fetch_first_images(documents, limit, root, work)
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise InputError(
-            f"{root} cannot be written: {error.strerror or error}; run the same command again to resume."
-        ) from error
+        is_unusable = isinstance(error, FileExistsError | NotADirectoryError | PermissionError)
+        advice = "name another folder" if is_unusable else "run the same command again to resume"
+        raise InputError(f"{root} cannot be written: {error.strerror or error}; {advice}.") from error
     print(f"{root} is ready: python train.py --data {root}")
     if missing:
         raise InputError(

@@ -288,12 +288,14 @@ def import_folder(
     if source.is_dir():
         rows, kind = read_captions_of_folder(folder, index, encoding, report)
     result: dict[str, SourceImage] = {}
+    first: dict[str, str] = {}  # where each image's first row is
     for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:
             raise _missing_image(row, index)
         image = result.setdefault(key, SourceImage(index.paths[key][0], key, row.split))
+        first.setdefault(key, row.where)
         if image.split != row.split:
-            raise InputError(f"{row.where}: {key} has another split in an earlier line.")
+            raise InputError(f"{row.where}: {key} has another split in {first[key]}.")
         image.captions += _captions(row, report)
     for key in sorted(index.paths.keys() - result.keys()):
         report.add(f"image{{s}} without a {kind}", str(index.paths[key][0]))

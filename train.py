@@ -33,8 +33,8 @@ from captioning.config import (
     OptimizationOptions,
     ResumedConfig,
     TrainingConfig,
+    build_config,
     explain_ineffective,
-    load_config,
     read_recipe,
     require_effect,
     resumed_config,
@@ -80,15 +80,32 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     fields = {name: value for group in groups.values() for name, value in vars(group).items()}
     if options.run.resume is not None:
         config: TrainingConfig = ResumedConfig(**fields, resume=options.run.resume)
+    elif options.run.config is not None:
+        config = build_config(TrainingConfig, fields, f"{options.run.config} with these options cannot be used")
     else:
         config = TrainingConfig(**fields)
     flags = (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
     given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
     require_effect(config, given)
-    if options.run.config is not None:  # an option of the recipe may be made ineffective
-        for sentence in explain_ineffective(config, read_recipe(options.run.config).keys() - given):
-            warn_once(f"{options.run.config}: {sentence}")
+    if options.run.config is not None:
+        check_recipe(options.run.config, config, given)
     return config, options.run
+
+
+def check_recipe(path: Path, config: TrainingConfig, given: set[str]) -> None:
+    """Warn of options of a recipe that have no effect with those given on the command line.
+
+    Raises `InputError` for one that has none in the recipe by itself either.
+    """
+    recipe = read_recipe(path)
+    try:
+        ineffective_alone = explain_ineffective(TrainingConfig(**recipe), recipe)
+    except InputError:  # the command line completes the recipe
+        ineffective_alone = []
+    for sentence in explain_ineffective(config, recipe.keys() - given):
+        if sentence in ineffective_alone:
+            raise InputError(f"{path}: {sentence}")
+        warn_once(f"{path}: {sentence}")
 
 
 def starting_values(arguments: list[str]) -> dict[str, Any]:
@@ -103,9 +120,7 @@ def starting_values(arguments: list[str]) -> dict[str, Any]:
         objective = objective if objective in get_args(ObjectiveName) else None
         return vars(resumed_config(Path(given["--resume"]), objective))
     if "--config" in given:
-        recipe, names = load_config(given["--config"]), read_recipe(given["--config"])
-        require_effect(recipe, names)
-        return {name: getattr(recipe, name) for name in names}
+        return read_recipe(given["--config"])
     return {}
 
 

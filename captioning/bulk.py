@@ -152,7 +152,7 @@ def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
             for index, line in enumerate(old):
                 new.write(json.dumps(rows[index]).encode() + b"\n" if index in rows else line)
 
-    write_file(output, write)
+    write_file(Path(os.path.realpath(output)), write)  # a link stays one
 
 
 def _read_rows(

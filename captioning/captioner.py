@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from captioning import decoding
@@ -78,6 +79,8 @@ class Decoding:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Real):
                 raise InputError(f"{name} is {value!r}, but it has to be a number.")
+        if not isinstance(self.block_trigrams, bool | None):
+            raise InputError(f"block_trigrams is {self.block_trigrams!r}, but it has to be True or False.")
         decoding.check_lengths(self.max_length, self.min_length)
         _check_at_most("max_length", self.max_length, MAX_LENGTH)
         _check_at_most("alternatives", self.alternatives, MAX_BEAM)
@@ -262,15 +265,18 @@ class Captioner:
     ) -> Iterator[tuple[int, Caption]]:
         """Caption images batch by batch: yields each one's index in `sources` and its caption, in order.
 
-        `workers` processes read ahead. The index and the `InputError` of an image that cannot be read are passed to
-        `unreadable`; without it, the error is raised. If `shared`, each of several processes captions its share of the
-        batches; batches and captions do not depend on the number of processes. `positions` are the positions of the
-        sources in a longer list of which they are a part: samples depend on the seed and on an image's position.
+        `workers` processes read ahead, unless there are PIL images. The index and the `InputError` of an image that
+        cannot be read are passed to `unreadable`; without it, the error is raised. If `shared`, each of several
+        processes captions its share of the batches; batches and captions do not depend on the number of processes.
+        `positions` are the positions of the sources in a longer list of which they are a part: samples depend on the
+        seed and on an image's position.
         """
         if not isinstance(decode, Decoding):
             raise InputError(f"decode has to be a Decoding, not a {type(decode).__name__}.")
         decode.check()
         sources = _as_list(sources)
+        if any(isinstance(source, Image.Image) for source in sources):
+            workers = 0  # processes would share the position in an opened file
         batches = split_batches(len(sources), BATCH)
         if shared:
             batches = batches[this_process().process_index :: this_process().num_processes]
@@ -386,7 +392,11 @@ class Ensemble(Captioner):
 
 def _as_list(images: Source | Iterable[Source]) -> list[Source]:
     """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path."""
-    one = isinstance(images, Source | bytes) or hasattr(images, "read") or not isinstance(images, Iterable)
+    one = (
+        isinstance(images, Source | bytes | bytearray | memoryview)
+        or hasattr(images, "read")
+        or not isinstance(images, Iterable)
+    )
     each: Any = [images] if one else images
     return [os.fspath(image) if isinstance(image, os.DirEntry) else image for image in each]
 

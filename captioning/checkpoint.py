@@ -25,11 +25,11 @@ from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
 from captioning.errors import InputError, quoted
@@ -64,7 +64,9 @@ WEIGHT_SUFFIXES = (".pkl", ".safetensors")
 if TYPE_CHECKING:
     DecoderName = str
 else:
-    DecoderName = Literal[tuple(DECODERS)]
+    # The command line offers the decoders that are here; of those added later, pydantic is satisfied, too.
+    _also_later = WrapValidator(lambda name, check: name if name in list(DECODERS) else check(name))
+    DecoderName = Annotated[Literal[tuple(DECODERS)], _also_later]
 
 
 class Architecture(BaseModel):
@@ -163,9 +165,9 @@ def _no_model(folder: Path) -> InputError:
         return missing_file(folder)
     if os.path.isfile(folder) and os.path.exists(folder.parent / DESCRIPTION):
         return InputError(f"{folder} is a file of a model; name its folder, {folder.parent}.")
-    return InputError(
-        f"{folder} is not a trained model's folder: {folder / DESCRIPTION} is missing; {_how_to_train(folder)}."
-    )
+    elsewhere = MODELS / folder.name
+    advice = f"did you mean {elsewhere}?" if (elsewhere / DESCRIPTION).is_file() else f"{_how_to_train(folder)}."
+    return InputError(f"{folder} is not a trained model's folder: {folder / DESCRIPTION} is missing; {advice}")
 
 
 def _how_to_train(folder: str | Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
+import hashlib
 import json
 import os
 import re
@@ -54,15 +54,26 @@ def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> Iter
     COCO's names of 2014 and 2017 differ in a prefix only, which does not count.
     """
     by_name: dict[str, dict[int, list[Path]]] = {}  # name -> size -> images
+    by_content: dict[tuple[str, int], dict[bytes, list[Path]]] = {}  # name and size -> hash -> images
     for path in others:
         with suppress(OSError):  # a missing file
             sizes = by_name.setdefault(COCO_PREFIX.sub("", path.name), {})
             sizes.setdefault(path.stat().st_size, []).append(path)
     for path in training:
-        if sizes := by_name.get(COCO_PREFIX.sub("", path.name)):
+        name = COCO_PREFIX.sub("", path.name)
+        if sizes := by_name.get(name):
             with suppress(OSError):
-                same_size = sizes.get(path.stat().st_size, ())
-                yield from (other for other in same_size if filecmp.cmp(path, other, shallow=False))
+                size = path.stat().st_size
+                if size in sizes and (name, size) not in by_content:
+                    hashes = by_content[name, size] = {}
+                    for other in sizes[size]:
+                        hashes.setdefault(_hash(other), []).append(other)
+                if size in sizes:
+                    yield from by_content[name, size].get(_hash(path), ())
+
+
+def _hash(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def find_unknown_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from captioning.backbones import Preprocessing, count_stages, full_name, preproc
 from captioning.errors import InputError
 from captioning.files import CACHE, read_text, require_local
 from captioning.images import WORKERS
-from model import DECODERS
+from model import DECODERS, TransformerDecoder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -157,13 +157,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
         """Convert each value to its field's type."""
         types = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) == "" and types[field.name] is Path:
-                raise InputError(f'{field.name} is empty; name a folder or a file, such as "{field.default}".')
-            try:
-                value = TypeAdapter(types[field.name]).validate_python(getattr(self, field.name))
-            except ValidationError as error:
-                raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
-            setattr(self, field.name, Path(os.path.expanduser(value)) if isinstance(value, Path) else value)
+            setattr(self, field.name, _convert_value(field, types[field.name], getattr(self, field.name)))
         self.weights = os.path.expanduser(self.weights)
 
     def _fill_defaults(self) -> None:
@@ -194,7 +188,11 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
         for folder in (self.models, self.cache):
             require_local(folder)
         _ = self.preprocessing  # which checks the backbone and the image size
-        if self.tie_weights and self.embed_size != self.hidden_size and self.decoder != "transformer":
+        if (
+            self.tie_weights
+            and self.embed_size != self.hidden_size
+            and not issubclass(DECODERS[self.decoder], TransformerDecoder)
+        ):
             raise InputError(
                 f"tie_weights needs equal embed_size and hidden_size, not {self.embed_size} and {self.hidden_size}."
             )
@@ -204,6 +202,16 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 raise InputError(f'{field} must be a name without folders, not "{value}".')
         if Path(self.log_file).suffix in (".json", ".pkl", ".pt", ".safetensors", ".lock") or self.log_file == ".lock":
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
+
+
+def _convert_value(field: dataclasses.Field, kind: Any, value: Any) -> Any:
+    if value == "" and kind is Path:
+        raise InputError(f'{field.name} is empty; name a folder or a file, such as "{field.default}".')
+    try:
+        value = TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def explain_ineffective(config: TrainingConfig, given: Collection[str]) -> list[str]:
@@ -266,7 +274,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
         for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # the new objective has its own defaults
             values.pop(name, None)
     source = f"{folder}/captioner.json does not hold valid options of a training run"
-    return _build(ResumedConfig, {**values, "resume": Path(folder)}, source)
+    return build_config(ResumedConfig, {**values, "resume": Path(folder)}, source)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -275,7 +283,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         options = tomllib.loads(read_text(Path(path)))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not a TOML file ({error}).") from None
-    known = {field.name: field.type for field in dataclasses.fields(TrainingConfig)}
+    known, types = {field.name: field for field in dataclasses.fields(TrainingConfig)}, get_type_hints(TrainingConfig)
     unknown = [name for name in options if name not in known]
     if unknown:
         name = unknown[0].replace("-", "_")
@@ -283,9 +291,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         hint = f"give --{name} on the command line" if name in ("overwrite", "resume", "config") else hint
         raise InputError(f'{path} sets "{unknown[0]}", which is not a training option; {hint}.')
     for name, value in options.items():
-        if isinstance(value, bool) and known[name] != "bool":
+        if isinstance(value, bool) and types[name] is not bool:
             raise InputError(f"{path} sets {name} to {str(value).lower()}, which is not a valid value.")
-    return options
+    try:
+        return {name: _convert_value(known[name], types[name], value) for name, value in options.items()}
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
 
 
 def load_config(path: str | Path, **overrides: Any) -> TrainingConfig:
@@ -293,10 +304,11 @@ def load_config(path: str | Path, **overrides: Any) -> TrainingConfig:
 
     Raises `InputError` for a file or value that cannot be used.
     """
-    return _build(TrainingConfig, {**read_recipe(path), **overrides}, f"{path} cannot be used")
+    given = " with these options" if overrides else ""
+    return build_config(TrainingConfig, {**read_recipe(path), **overrides}, f"{path}{given} cannot be used")
 
 
-def _build(kind: type[TrainingConfig], values: dict[str, Any], source: str) -> Any:
+def build_config(kind: type[TrainingConfig], values: dict[str, Any], source: str) -> Any:
     """Build a config of these values; `source` begins the message of an error."""
     try:
         return kind(**values)

@@ -373,7 +373,7 @@ def _sample_tokens(
     may_end = may_end or options.size(1) == 0
     if may_end:
         options = torch.cat([options, logits[:, END : END + 1]], 1)
-    p = ((options - options.amax(1, keepdim=True)) / temperature).softmax(1)
+    p = ((options - options.amax(1, keepdim=True)) / float(temperature)).softmax(1)
     order = None
     if top_k or top_p < 1:
         p, order = p.topk(min(top_k or p.size(1), p.size(1)), 1)

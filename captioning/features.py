@@ -24,7 +24,6 @@ import filelock
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,7 +32,7 @@ from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
 from captioning.files import CACHE, write_file
 from captioning.image_formats import HEIF_SUFFIXES
-from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches, split_batches
+from captioning.images import ImageDataset, Views, find_unreadable, read_batches, split_batches
 from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
@@ -41,24 +40,6 @@ from model import EncoderCNN
 VERSION = "6"  # of the files; features of another version are computed again
 # Images per batch: on a CPU, a small batch stays in its cache; for a GPU, each of many workers reads one at a time.
 BATCH = 64 if torch.cuda.device_count() else 16
-
-
-class Views:
-    """A transform that returns several views of an image, (views, 3, image_size, image_size) uint8.
-
-    The first is that of evaluation; the others are augmented as in training.
-    """
-
-    def __init__(self, preprocessing: Preprocessing, views: int):
-        self.views = views
-        self.first = build_pixel_transform(preprocessing)
-        self.random = build_pixel_transform(preprocessing, train=True)
-        self.transforms = self.first.transforms
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return the views of a PIL image."""
-        views: list[Any] = [self.first(image), *(self.random(image) for _ in range(self.views - 1))]
-        return torch.stack(views)
 
 
 @torch.inference_mode()

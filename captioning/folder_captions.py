@@ -10,7 +10,7 @@ from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import SUFFIXES, find_sidecars, has_captions, read_folder
-from captioning.splits import split_of_file
+from captioning.splits import SPLIT_FILE, split_of_file
 from captioning.tables import ENCODING_ADVICE, Row, find_rows, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -60,6 +60,9 @@ def read_captions_of_folder(
             report.add("table{s} of few images, as files next to the images hold captions", str(path))
         return rows, "caption in a .txt, .caption or .json file"
     tables = _choose_tables(folder, tables, report)
+    for path in here:
+        if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem):
+            report.add("list{s} of a split; a table gives its rows' splits in a column named split", str(path))
     for path in sorted(sidecars):
         report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
     return read_tables(tables, folder, encoding, report), "row"

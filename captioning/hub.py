@@ -127,7 +127,7 @@ def push(model: Path, name: str, licence: str, private: bool = False, epoch: int
     """Share a model's folder as user/name on the Hub and return its address; see `Captioner.push_to_hub`."""
     from huggingface_hub import HfApi, get_token
 
-    if not HUB_NAME.fullmatch(name):
+    if not isinstance(name, str) or not HUB_NAME.fullmatch(name):
         raise InputError(f"{name} is not a name on the Hub; give user/name.")
     if get_token() is None:
         raise InputError(f"{name} cannot be shared on the Hub: you are not logged in; {LOGIN}.")

@@ -1,9 +1,10 @@
 """Read image files into RGB pixels, within limits of memory and time.
 
 Reading a file takes at most 1.1 GB of memory beyond the file's own size: `MAX_BYTES` limits what its decoder
-allocates, and so its number of pixels (33 million for a JPEG 2000, 62 million for a WebP, 83 million for an AVIF or
-HEIC, 125 million for a PNG or TIFF). A JPEG may have 4,000 million, since it is decoded at a reduced size. An image of
-12 megapixels takes 6 MB as a JPEG that is reduced to 256 pixels, and 100 MB as a PNG.
+allocates, and so its number of pixels (33 million for a JPEG 2000, 62 million for a WebP, 66 million for an AVIF, 83
+million for a HEIC of 8 bits and 47 million for one of more, 125 million for a PNG or TIFF). A JPEG may have 4,000
+million, since it is decoded at a reduced size. An image of 12 megapixels takes 6 MB as a JPEG that is reduced to 256
+pixels, and 100 MB as a PNG.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImagePalette, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -39,7 +40,8 @@ MAX_FILE_BYTES = 512 << 20
 MAX_SECONDS = 60  # time limit for reading one file
 MAX_SCANS = 100  # maximum number of scans in a JPEG; encoders write about 10
 MAX_SCANNED_PIXELS = 4_000_000_000  # maximum number of pixels in all scans of a JPEG, which take some 3 seconds
-BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 12, "HEIF": 12, "JPEG2000": 30}  # measured memory of the decoders
+BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 15, "HEIF": 12, "JPEG2000": 30}  # measured memory of the decoders
+DEEP_HEIF_BYTES_PER_PIXEL = 21  # of a HEIC of more than 8 bits per channel
 DEFAULT_BYTES_PER_PIXEL = 8  # 4 for Pillow's image and 4 for the decoder or the RGB copy
 RLE_ROWS = 255  # maximum number of rows that one code of a run-length encoded BMP can add below the image
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
@@ -49,6 +51,7 @@ END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 JPEG_START = b"\xff\xd8\xff"
 # Pillow's names of 16-bit channels of which it keeps the upper byte: channels, and byte order.
 DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
+GREY_LEVELS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies the levels of 2 and 4 bits
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 DARK = 15  # highest upper byte of levels that use 12 of 16 bits
 
@@ -63,11 +66,16 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
     A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter side still has at least twice
     `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
     than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
-    middle.
+    middle. A PIL image that was opened, but not decoded, is read as its file is; decoding has lost the lower bits of
+    16-bit colours.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
-        how = "Image.open" if isinstance(source, bytes) or hasattr(source, "read") else "Image.fromarray"
+        how = (
+            "Image.open"
+            if isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read")
+            else "Image.fromarray"
+        )
         advice = f"; use {how}" if how == "Image.open" or hasattr(source, "shape") else ""
         raise InputError(f"an image is a path or a PIL image, not a {type(source).__name__}{advice}.")
     path = os.fspath(source) if isinstance(source, os.PathLike) else source
@@ -75,7 +83,7 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if isinstance(source, Image.Image):
+            if isinstance(source, Image.Image) and not _is_undecoded(source):
                 return upright_rgb(source)
             with _open_file(source) as file:
                 image = _open_image(file)
@@ -137,7 +145,14 @@ class _TimedFile(io.BufferedReader):
             raise ValueError(f"decoding it takes more than {MAX_SECONDS} seconds")
 
 
-def _open_file(source: str | os.PathLike | Member) -> _TimedFile:
+def _is_undecoded(image: Image.Image) -> bool:
+    """Return whether an image was opened, at its first frame, and not decoded yet."""
+    return isinstance(image, ImageFile.ImageFile) and bool(image.tile) and image.tell() == 0
+
+
+def _open_file(source: Source) -> _TimedFile:
+    if isinstance(source, Image.Image):
+        return _reopen(source)
     if isinstance(source, Member):
         size = source.size
     else:
@@ -150,6 +165,17 @@ def _open_file(source: str | os.PathLike | Member) -> _TimedFile:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"it has {size >> 20:,} MB, and a photo may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
     return _TimedFile(io.BytesIO(source.read()) if isinstance(source, Member) else io.FileIO(source))
+
+
+def _reopen(image: Any) -> _TimedFile:
+    """Return the content of an undecoded image's file, whose position stays as it is."""
+    if image.fp is None or image.fp.closed:
+        raise ValueError("its file is closed; load() it before that, or name its path")
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(position)
+    return _TimedFile(io.BytesIO(content))
 
 
 def _open_image(file: _TimedFile) -> Image.Image:
@@ -167,6 +193,8 @@ def _open_image(file: _TimedFile) -> Image.Image:
     except UnidentifiedImageError:
         if content := describe_content(start):
             raise ValueError(content) from None
+        if start.startswith((b"II*\0", b"MM\0*")):
+            raise ValueError("it is a TIFF of a kind that cannot be read; save it with 8 bits per channel") from None
         if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS:
             raise
     if not register_heif():
@@ -217,8 +245,13 @@ def _load(image: Any, file: _TimedFile) -> None:
     Pillow keeps only the upper byte of 16-bit levels. If nearly all of a file's levels use at most 12 of the bits, that
     is nearly black; the file is then decoded again in the other byte order, which gives the lower byte.
     """
-    layout = DEEP.fullmatch(_raw_mode(image.tile[0])) if image.tile else None
+    raw_mode = _raw_mode(image.tile[0]) if image.tile else ""
     image.load()
+    if isinstance(level := image.info.get("transparency"), int):
+        image.info["transparency"] = level * GREY_LEVELS.get(raw_mode, 1)
+    if image.mode == "RGBA" and _has_false_alpha(image):
+        image.putalpha(255)
+    layout = DEEP.fullmatch(raw_mode)
     if layout is None:
         return
     colours = np.reshape(image.histogram(), (-1, 256))[:3]  # the number of each level
@@ -236,6 +269,11 @@ def _load(image: Any, file: _TimedFile) -> None:
     lower.tile = [_with_raw_mode(tile, mode) for tile in lower.tile]
     lower.load()
     join_bytes(image, lower, (1, 1, 1, 3) if grey else range(len(image.getbands())))
+
+
+def _has_false_alpha(image: Image.Image) -> bool:
+    """Return whether the fourth channel is none of transparency: unused, or in a PSD, whose colours are over white."""
+    return image.format == "PSD" or (image.format in ("TGA", "ICO") and image.getchannel("A").getextrema() == (0, 0))
 
 
 def _raw_mode(tile: Any) -> str:
@@ -257,6 +295,8 @@ def _correct_tiff(image: Any, file: _TimedFile) -> Image.Image:
             return Image.open(file, formats=["TIFF"])
         finally:
             TiffImagePlugin.READ_LIBTIFF = False
+    if image.mode == "P" and max(colours := tags[Base.ColorMap]) < 256:  # the standard demands 16 bits
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
     if not uncompressed:  # libtiff returns numbers in the processor's order
         image.tile = [_with_raw_mode(tile, re.sub("B(?=[FS]$)", "N", _raw_mode(tile))) for tile in image.tile]
     return image
@@ -278,4 +318,6 @@ def _bytes_per_pixel(image: Any) -> int:
     """Return the bytes that decoding takes for each pixel."""
     if image.format == "TIFF":  # a decoder holds all samples of a strip, which may be the whole image
         return max(DEFAULT_BYTES_PER_PIXEL, 4 + -(-sum(image.tag_v2.get(Base.BitsPerSample, (8,))) // 8))
+    if image.format == "HEIF" and image.info.get("bit_depth", 8) > 8:
+        return DEEP_HEIF_BYTES_PER_PIXEL
     return BYTES_PER_PIXEL.get(str(image.format), DEFAULT_BYTES_PER_PIXEL)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
@@ -93,6 +94,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
         index, seed = key if isinstance(key, tuple) else (key, 0)
+        index = range(len(self))[index]  # also of -1
         if self.is_deterministic:
             return self._read(index)
         with torch.random.fork_rng(devices=[]):
@@ -111,7 +113,10 @@ def resized_side(transform: Callable) -> int | None:
 
     An image may be decoded at a reduced size only before a resize; a crop would be different.
     """
-    first = next(iter(getattr(transform, "transforms", [])), None)
+    if isinstance(transform, Views):
+        return resized_side(transform.first)
+    # Only these are known to take their steps in order, all of them and nothing else.
+    first = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
     if not isinstance(first, T.Resize | v2.Resize) or first.interpolation in UNREDUCED:
         return None
     if first.size is None:  # v2 can also resize the longer side
@@ -204,6 +209,23 @@ class _DecodeOnly(ImageDataset):
 def build_pixel_transform(preprocessing: Preprocessing, train: bool = False) -> T.Compose:
     """Build a backbone's transform of a PIL image into uint8 pixels, which `EncoderCNN` normalizes."""
     return build_transform(train, **asdict(preprocessing), normalize=False)
+
+
+class Views:
+    """A transform that returns several views of an image, (views, 3, image_size, image_size) uint8.
+
+    The first is that of evaluation; the others are augmented as in training.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, views: int):
+        self.views = views
+        self.first = build_pixel_transform(preprocessing)
+        self.random = build_pixel_transform(preprocessing, train=True)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the views of a PIL image."""
+        views: list[Any] = [self.first(image), *(self.random(image) for _ in range(self.views - 1))]
+        return torch.stack(views)
 
 
 def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Path = CACHE) -> dict[int, InputError]:

@@ -111,11 +111,13 @@ def _levels(band: Image.Image, stored: type[np.integer] | None) -> np.ndarray:
 def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tuple[float, float]:
     """Return the levels of black and white.
 
-    Formats of 16 or 32 bits do not say how many of these bits are used; see `white_of`. White is 1 for fractions of at
-    most `OVERSHOOT`, or beyond it in a few highlights only; of a signed type, it is at most its highest number. If
-    levels exceed all `WHITES` or are negative, the lowest level is black and the highest is white. Raises `ValueError`
-    where no level is a number.
+    Formats of 16 or 32 bits, except PGM, do not say how many of these bits are used; see `white_of`. White is 1 for
+    fractions of at most `OVERSHOOT`, or beyond it in a few highlights only; of a signed type, it is at most its highest
+    number. If levels exceed all `WHITES` or are negative, the lowest level is black and the highest is white. Raises
+    `ValueError` where no level is a number.
     """
+    if image.format == "PPM" and image.mode == "I":  # Pillow has scaled the levels by the file's own maximum
+        return 0.0, 65535.0
     ringing = RINGING if image.mode == "F" else 1
     about = [
         (

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captioning.cider import CiderD
 from captioning.decoding import sample
+from captioning.errors import InputError
 from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
 from data_loader import CaptionDataset, EpochSampler
 from model import DecoderModule, EncoderCNN, pack
@@ -39,6 +40,8 @@ class CiderReward:
         references: dict[Hashable, list[list[int]]] = {}
         for image, start, end in zip(data.image_rows.tolist(), starts, ends, strict=True):
             references.setdefault(image, []).append(tokens[start + 1 : end])
+        if len(references) < 2:
+            raise InputError("--objective cider needs at least two training images: of one, every CIDEr-D is 0.")
         self.cider = CiderD(references)
 
     def __call__(self, image_index: np.ndarray, captions: list[list[int]]) -> np.ndarray:

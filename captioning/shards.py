@@ -123,10 +123,11 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
             report.add("further image{s} of a sample", repr(str(images.pop(stem))))
         for stem, image in images.items():
             own = texts.pop(stem, {})
-            others = [pair for files in texts.values() for pair in files.items()]
-            if not own and len(images) == 1 and len(dict(others)) == len(others):  # else they are ambiguous
-                own = dict(others)
-                texts.clear()
+            if not own and len(images) == 1:
+                others = [pair for files in texts.values() for pair in files.items()]
+                if len(dict(others)) == len(others):  # else they are ambiguous
+                    own = dict(others)
+                    texts.clear()
             yield image, own
         yield from ((None, files) for files in texts.values())
 

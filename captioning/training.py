@@ -205,6 +205,8 @@ class Run:
         if state is None:
             encoder.standardize(first_features(self.data, encoder, self.features, config))
         if config.tie_weights:
+            if decoder.linear.weight.shape != decoder.embed.weight.shape:
+                raise InputError(f"the weights of the decoder {config.decoder} cannot be tied: their shapes differ.")
             if state is None:
                 decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
             decoder.linear.weight = decoder.embed.weight
@@ -221,9 +223,11 @@ class Run:
         sampler = self.objective.build_sampler(self.data, config.batch_size, config.seed, self.features is not None)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
-        if state is not None and state["batch_size"] != config.batch_size:
-            steps = self.progress.step * state["batch_size"] // config.batch_size
-            self.progress.step = min(steps, len(self.batches))
+        if state is not None and self.resumed is not None and (step := self.progress.step):
+            order = state["batch_size"], self.resumed.training.get("seed", config.seed)
+            if order != (config.batch_size, config.seed):
+                self.progress.step = min(step * state["batch_size"] // config.batch_size, len(self.batches))
+                self.log("the rest of this epoch is drawn anew; some captions occur twice in it, others not at all")
         if self.progress.step > len(self.batches):
             raise InputError(f"{self.folder}/resume.pt belongs to another run; start a new one.")
         if self.progress.total_steps == 0:  # in the state of an older version

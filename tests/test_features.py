@@ -9,8 +9,8 @@ import torch
 from captioning import features
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
-from captioning.features import BATCH, Views, encode, stored_features
-from captioning.images import ImageDataset, build_transform, read_image
+from captioning.features import BATCH, encode, stored_features
+from captioning.images import ImageDataset, Views, build_transform, read_image
 from captioning.losses import Batch, CaptioningModel
 from data_loader import CaptionDataset
 from model import DECODERS, EncoderCNN
