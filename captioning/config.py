@@ -155,7 +155,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     def _convert(self) -> None:
         """Convert each value to its field's type."""
-        types = get_type_hints(type(self))
+        types = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
             setattr(self, field.name, _convert_value(field, types[field.name], getattr(self, field.name)))
         self.weights = os.path.expanduser(self.weights)
@@ -283,7 +283,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         options = tomllib.loads(read_text(Path(path)))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not a TOML file ({error}).") from None
-    known, types = {field.name: field for field in dataclasses.fields(TrainingConfig)}, get_type_hints(TrainingConfig)
+    known, types = (
+        {field.name: field for field in dataclasses.fields(TrainingConfig)},
+        get_type_hints(TrainingConfig, include_extras=True),
+    )
     unknown = [name for name in options if name not in known]
     if unknown:
         name = unknown[0].replace("-", "_")

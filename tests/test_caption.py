@@ -91,7 +91,7 @@ def test_where_the_decoder_looked_for_each_word(captioner: Captioner, image_path
     assert caption.attention.shape == (len(caption.tokens), 4)
     torch.testing.assert_close(caption.attention.sum(1), torch.ones(len(caption.tokens)), rtol=0.02, atol=0.02)
     figure = draw_attention(image_paths[0], caption, Preprocessing(64))
-    assert [axes.get_title() for axes in figure.axes][: len(caption.tokens) + 1] == ["photo", *caption.tokens]
+    assert [axes.get_title() for axes in figure.axes][: len(caption.tokens) + 1] == ["image", *caption.tokens]
 
 
 def test_alternatives_come_after_the_best(captioner: Captioner, image_paths: list[Path]):
@@ -243,6 +243,8 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_
         ([image_path, "", "--model", trained], "an argument is empty"),
         ([image_path, "--model", trained, "--sheet", tmp_path / "s.jpg"], "s.jpg does not end in .png, but figures"),
         ([image_path, "--model", trained, "--attention", tmp_path / "s"], "name it s.png."),
+        ([image_path, "--model", trained, "--output", tmp_path / "c.json"], "c.json would hold JSON Lines, not .json"),
+        ([image_path, "--model", "photos"], "photos/captioner.json is missing; did you mean models/photos?"),
         (
             [image_path, "--model", trained, "--output", tmp_path / "c.CSV"],
             "c.CSV would hold JSON Lines, not .CSV; name a",
@@ -291,7 +293,10 @@ def test_a_photo_that_was_repaired_is_captioned_when_the_file_is_resumed(
         f"error: 2 of 20 images could not be read; their rows in {output} say why.",
     )
     (folder / "03.png").write_bytes(whole)
+    output.rename(tmp_path / "elsewhere.jsonl")
+    output.symlink_to("elsewhere.jsonl")  # and stays a link
     code, _, errors = command(folder, "--model", trained, "--output", output)
+    assert output.is_symlink()
     assert f"{output}: 0 rows written, 20 were there, 1 of them without a caption until now" in errors
     assert (code, errors.splitlines()[-1]) == (
         2,

@@ -292,6 +292,15 @@ def test_a_model_twice_captions_as_once(model: Captioner, trained: Path, image_p
             assert other.attention is None
 
 
+def test_opened_images_are_read_by_one_process(trained: Path, image_paths: list[Path]):
+    """The processes would share the position in each opened file, also those of several models."""
+    twice = Captioner.load([trained, trained])
+    expected = [caption.text for caption in twice(image_paths)]
+    opened = [Image.open(path) for path in image_paths]
+    captions = dict(twice.stream(opened, DEFAULT_DECODING, workers=2))
+    assert [captions[i].text for i in range(len(opened))] == expected
+
+
 @pytest.mark.slow
 def test_models_of_different_decoders_average_their_probabilities(
     model: Captioner, trained: Path, attending: Path, image_paths: list[Path]
@@ -397,6 +406,7 @@ def test_what_names_no_model_is_a_sentence(folder: object):
     ("options", "message"),
     [
         ({"beam_size": 3.0}, r"beam_size is 3\.0, but it has to be a whole number"),
+        ({"beam_size": 3, "block_trigrams": "no"}, "block_trigrams is 'no', but it has to be True or False"),
         ({"temperature": "1"}, "temperature is '1', but it has to be a number"),
         ({"temperature": np.ones(2)}, r"temperature is array\(\[1\., 1\.\]\), but it has to be a number"),
         ({"temperature": 1.0, "top_p": "1"}, "top_p is '1', but it has to be a number"),

@@ -123,6 +123,8 @@ def test_test_images_without_public_captions(tmp_path: Path, cache: Path):
     data = CaptionDataset(tmp_path, "test", vocab=Vocabulary.build(["a dog"], 1), cache=cache)
     assert [data[i][0] for i in range(len(data))] == [1, 2]
     assert data[0][1].shape == (3, 224, 224)
+    with pytest.raises(InputError, match=r"test2014\.json has no captions; give the training split's vocabulary"):
+        CaptionDataset(tmp_path, "test", cache=cache)
 
 
 # Batches
@@ -268,7 +270,7 @@ def test_two_years_in_one_folder(tmp_path: Path):
 def test_an_image_that_is_missing(tmp_path: Path):
     write_split(tmp_path, "train", {"a.png": ["a dog"], "b.png": ["a cat"]})
     draw_noise(0).save(tmp_path / "images" / "train" / "a.png")
-    with pytest.raises(InputError, match=r"1 of 2 photos .*captions_train\.json .*b\.png"):
+    with pytest.raises(InputError, match=r"1 of 2 images .*captions_train\.json .*b\.png"):
         CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path)
 
 
@@ -283,7 +285,7 @@ def test_names_in_another_unicode_form_are_found(tmp_path: Path, written: str, o
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path)
     assert [image[0].shape for image in data] == [(3, 224, 224)] * 3
     (path / unicodedata.normalize(on_disk, names[1])).unlink()
-    with pytest.raises(InputError, match=r"1 of 3 photos .*/b\.png; put"):
+    with pytest.raises(InputError, match=r"1 of 3 images .*/b\.png; put"):
         CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path)
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path, must_exist=False)
     assert [path.exists() for path in data.paths] == [True, False, True]

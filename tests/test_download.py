@@ -290,6 +290,12 @@ def test_a_folder_that_lacks_images_is_not_called_ready(coco, tmp_path, capsys):
     assert "is ready" not in capsys.readouterr().out
 
 
+def test_a_root_that_is_a_file_is_not_to_be_tried_again(coco, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/coco cannot be written: .*; name another folder\.$"):
+        download.coco(tmp_path / "file" / "coco")
+
+
 def test_a_disk_that_fills_up_while_downloading_is_one_sentence(coco, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file can grow beyond

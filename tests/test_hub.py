@@ -409,6 +409,8 @@ def test_a_licence_that_the_hub_does_not_know_is_one_sentence(served, trained):
     with pytest.raises(InputError, match=r'"license" must be one of \[mit, cc-by-4.0\]; name the licence as the Hub'):
         Captioner.load(trained).push_to_hub("ada/scenes", "do what you like")
     assert served.commits == []
+    with pytest.raises(InputError, match=r"^None is not a name on the Hub; give user/name\.$"):
+        Captioner.load(trained).push_to_hub(None, "mit")
     with pytest.raises(TypeError, match="licence"):
         Captioner.load(trained).push_to_hub("ada/scenes")
 

@@ -53,6 +53,7 @@ def smooth(size: tuple[int, int]) -> Image.Image:
         ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST)], False),
         ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST_EXACT)], False),
         ([T.Compose([T.CenterCrop(400), T.Resize(32)])], False),
+        ([T.RandomApply([T.Resize(32)], p=0.0)], False),
         ([], False),
     ],
 )
@@ -73,6 +74,34 @@ def test_a_jpeg_is_decoded_smaller_only_for_a_resize_that_comes_first(tmp_path: 
     assert (read - expected).abs().mean() < 2
     ImageDataset.__getitem__(_with(dataset, note), 0)
     assert (sizes[0] != (800, 600)) == drafted
+
+
+class CropThenResize:
+    """A user's transform with steps of its own, before which it does something else."""
+
+    def __init__(self):
+        self.transforms = [T.Resize(32), T.PILToTensor()]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return T.Compose(self.transforms)(T.CenterCrop(300)(image))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        CropThenResize(),
+        T.Compose([T.RandomApply([T.Resize(32)], p=0.0), T.PILToTensor()]),
+        T.RandomApply([T.Resize(32), T.PILToTensor()], p=1.0),
+        v2.RandomChoice([v2.Compose([v2.Resize(32), v2.PILToTensor()])]),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_only_a_sequence_of_steps_is_known_to_begin_with_the_first(tmp_path: Path, transform: Callable):
+    smooth((800, 600)).save(tmp_path / "a.jpg", quality=95)
+    expected = transform(Image.open(tmp_path / "a.jpg").convert("RGB"))
+    dataset = ImageDataset([tmp_path / "a.jpg"], transform)
+    assert torch.equal(dataset[0], expected)
+    assert torch.equal(dataset[-1], expected)
 
 
 def _with(dataset: ImageDataset, note: Callable) -> ImageDataset:
@@ -234,7 +263,15 @@ def test_a_bomb_costs_neither_time_nor_memory(tmp_path: Path, name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "form"),
-    [("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("RGB", "WEBP"), ("RGB", "AVIF"), ("RGB", "JPEG2000")],
+    [
+        ("RGBA", "PNG"),
+        ("I;16", "PNG"),
+        ("F", "TIFF"),
+        ("RGB", "WEBP"),
+        ("RGB", "AVIF"),
+        ("RGBA", "AVIF"),
+        ("RGB", "JPEG2000"),
+    ],
 )
 def test_reading_takes_no_more_memory_than_documented(tmp_path: Path, mode: str, form: str):
     options = {"compress_level": 1} if form == "PNG" else {"method": 0} if form == "WEBP" else {}

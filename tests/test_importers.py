@@ -399,6 +399,23 @@ def test_folder_with_csv_keeps_splits_and_subfolders(tmp_path):
     assert (tmp_path / "out" / "images" / "val" / "holiday" / "1.jpg").is_file()
 
 
+def test_lists_of_splits_beside_a_table_are_reported(tmp_path, capsys):
+    source = own_images(tmp_path / "mine", "photo,caption\n" + "".join(f"holiday/{i}.jpg,Sand.\n" for i in range(5)))
+    (source / "train.txt").write_text("0.jpg\n1.jpg\n")
+    (source / "test.txt").write_text("2.jpg\n")
+    importers.import_folder(source, tmp_path / "out")
+    message = "left out 2 lists of a split; a table gives its rows' splits in a column named split, the first is"
+    assert f"{message} {source / 'test.txt'}" in capsys.readouterr().err
+
+
+def test_a_split_that_another_table_gives_is_named(tmp_path):
+    source = own_images(tmp_path / "mine", "photo,caption\nholiday/0.jpg,Sand.\n", "test.csv")
+    (source / "train.csv").write_text("photo,caption\nholiday/0.jpg,Sea.\n")
+    sentence = r"mine/train\.csv, line 2: holiday/0\.jpg has another split in \S+mine/test\.csv, line 2\."
+    with pytest.raises(InputError, match=sentence):
+        importers.import_folder(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_folder_with_a_spreadsheets_csv(tmp_path, separator):
     rows = [("\ufeffImage", "Caption")] + [(f"holiday/{i}.jpg", "Sand, sea.") for i in range(5)]

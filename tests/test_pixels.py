@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_levels_keep_their_brightness(name: str, band: int, tmp_path: Path, monk
     assert np.abs(read - np.asarray(expected, float)[..., None]).max() <= 1
 
 
-def tiff(levels: np.ndarray, sample_format: int = 1, photometric: int = 1, **options: bool) -> bytes:
+def tiff(levels: np.ndarray, sample_format: int = 1, photometric: int = 1, **options: Any) -> bytes:
     """Encode levels of shape (height, width) or (height, width, 3) as a TIFF of one strip, or of one for each plane."""
     order = ">" if options.get("big_endian") else "<"
     data = levels.astype(levels.dtype.newbyteorder(order))
@@ -94,7 +95,8 @@ def tiff(levels: np.ndarray, sample_format: int = 1, photometric: int = 1, **opt
         259: [8 if options.get("packed") else 1],
     }
     tags |= {262: [photometric], 273: [0] * len(strips), 277: [channels], 278: [height]}
-    tags |= {279: [len(strip) for strip in strips], 284: [1 + len(strips) // 2], 339: [sample_format] * channels}
+    tags |= {279: [len(strip) for strip in strips], 284: [1 + len(strips) // 2]}
+    tags |= {**({320: options["palette"]} if "palette" in options else {}), 339: [sample_format] * channels}
     longs = 8 + 2 + 12 * len(tags) + 4  # where the numbers begin that do not fit into the list of tags
     at = longs + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
     for i, strip in enumerate(strips):
@@ -181,7 +183,82 @@ def test_files_of_more_than_8_bits_keep_their_colours(name: str, tmp_path: Path)
     content, expected = FILES[name]
     (tmp_path / "a").write_bytes(content())
     expected = expected if expected.ndim == 3 else expected[..., None]
-    assert np.abs(np.asarray(read_image(tmp_path / "a")).astype(int) - expected).max() <= 2
+    read = read_image(tmp_path / "a")
+    assert np.abs(np.asarray(read).astype(int) - expected).max() <= 2
+    with Image.open(tmp_path / "a") as opened:
+        for _ in range(2):  # it stays as it is
+            assert read_image(opened) == read
+
+
+def test_a_pil_image_whose_file_is_closed_is_one_sentence(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(png(DEEP))
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(InputError, match=r"its file is closed; load\(\) it before that, or name its path"):
+        read_image(image)
+
+
+def tga(colours: np.ndarray) -> bytes:
+    """Encode colours as a TGA of 32 bits whose header states no bits of transparency."""
+    height, width = colours.shape[:2]
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, width, height, 32, 0x20)
+    return header + np.dstack([colours[..., ::-1], np.zeros_like(colours[..., :1])]).tobytes()
+
+
+def ico(colours: np.ndarray) -> bytes:
+    """Encode colours as an icon of 32 bits, of which the fourth byte is unused, and an opaque mask."""
+    height, width = colours.shape[:2]
+    rows = np.dstack([colours[..., ::-1], np.zeros_like(colours[..., :1])])[::-1].tobytes()
+    bitmap = struct.pack("<LLLHHLLLLLL", 40, width, 2 * height, 1, 32, 0, 0, 0, 0, 0, 0) + rows + bytes(width * height)
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHLL", width, height, 0, 0, 1, 32, len(bitmap), 22) + bitmap
+
+
+def psd(colours: np.ndarray) -> bytes:
+    """Encode colours as a PSD without layers and with a saved selection, the fourth channel."""
+    height, width = colours.shape[:2]
+    header = b"8BPS" + struct.pack(">H6xHLLHH", 1, 4, height, width, 8, 3) + bytes(4 + 4 + 4 + 2)
+    return header + colours.transpose(2, 0, 1).tobytes() + bytes(width * height)
+
+
+def few_greys(bits: int) -> bytes:
+    """Encode `GREY` as a PNG of 2 or 4 bits, whose level 1 is transparent."""
+    packed = np.packbits(np.unpackbits((GREY >> (8 - bits))[..., None], axis=2)[..., 8 - bits :], axis=None)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed.reshape(16, -1))
+    header = struct.pack(">LLBBBBB", 256, 16, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"tRNS", struct.pack(">H", 1)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed_chunks = [
+        struct.pack(">L", len(x)) + kind + x + struct.pack(">L", zlib.crc32(kind + x)) for kind, x in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed_chunks)
+
+
+def few_greys_over_white(bits: int) -> np.ndarray:
+    levels = GREY >> (8 - bits)
+    return np.where(levels == 1, 255, levels * (255 // (2**bits - 1)))[..., None]
+
+
+PALETTE = np.stack([np.arange(256), 255 - np.arange(256), np.arange(256) // 2], 1)
+SMALL = np.asarray(draw_noise(1, (32, 32)))
+UNUSUAL: dict[str, tuple[bytes, np.ndarray]] = {  # the content of a file, and what is read
+    "a TGA without transparency": (tga(COLOURS), COLOURS),
+    "an icon without transparency": (ico(SMALL), SMALL),
+    "a PSD with a selection": (psd(COLOURS), COLOURS),
+    "a PNG of 2 bits with a transparent level": (few_greys(2), few_greys_over_white(2)),
+    "a PNG of 4 bits with a transparent level": (few_greys(4), few_greys_over_white(4)),
+    "a TIFF with a palette of 8 bits": (tiff(GREY, 1, 3, palette=PALETTE.T.ravel().tolist()), PALETTE[GREY]),
+    "a dark PGM": (b"P5 256 16 65535\n" + (GREY.astype(np.uint16) * 16).astype(">u2").tobytes(), GREY[..., None] / 16),
+    "a PGM of 12 bits": (
+        b"P5 256 16 4095\n" + (GREY.astype(np.uint16) * 16).astype(">u2").tobytes(),
+        GREY[..., None] * (4080 / 4095),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_a_file_says_of_its_levels_counts(name: str, tmp_path: Path):
+    content, expected = UNUSUAL[name]
+    (tmp_path / "a").write_bytes(content)
+    assert np.abs(np.asarray(read_image(tmp_path / "a")).astype(int) - expected).max() <= 1
 
 
 def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Path):

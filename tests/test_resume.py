@@ -425,7 +425,9 @@ def test_what_a_training_cannot_change_is_refused(stopped: Path, option: str, va
 @pytest.mark.parametrize(
     ("batch_size", "state"), [(32, "new"), (8, "new"), (32, "older"), (32, "older than the description")]
 )
-def test_an_epoch_goes_on_with_another_batch_size(stopped: Path, batch_size: int, state: str):
+def test_an_epoch_goes_on_with_another_batch_size(
+    stopped: Path, batch_size: int, state: str, capsys: pytest.CaptureFixture
+):
     saved = load_resume(stopped, print)
     step = saved["step"]
     if state == "older":  # of a version that saved no batch size
@@ -438,6 +440,7 @@ def test_an_epoch_goes_on_with_another_batch_size(stopped: Path, batch_size: int
     folder = train(dataclasses.replace(resumed_config(stopped), batch_size=batch_size))
     log = read_log(folder / "training_log.txt")
     assert log[13 + step, 1] == step * 16 // batch_size + 1  # after the first epoch's 13 steps
+    assert "the rest of this epoch is drawn anew; some captions occur twice" in capsys.readouterr().out
     assert read_description(folder).epochs[-1]["epoch"] == 2
 
 

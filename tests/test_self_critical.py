@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import draw_noise, run_script, write_split
 from test_resume import assert_same_model, at_step
 from test_training import judged  # noqa: F401
 from torch import Tensor
@@ -176,6 +176,13 @@ def test_an_image_is_drawn_as_often_as_it_has_more_captions_than_most(captions: 
         assert all(len(set(batch)) == len(batch) <= 2 for batch in batches)
         assert Counter(chain(*batches)) == {i: times.get(i, 1) for i in range(len(captions))}
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_one_image_gives_no_reward_to_learn_from(tmp_path: Path, cache: Path):
+    write_split(tmp_path, "train", {"0.png": ["a dog runs.", "a red dog."]})
+    draw_noise(0).save(tmp_path / "images" / "train" / "0.png")
+    with pytest.raises(InputError, match="--objective cider needs at least two training images"):
+        CiderReward(CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=cache))
 
 
 def test_an_image_with_more_captions_than_there_are_batches_is_drawn_once_in_each():

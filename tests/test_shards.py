@@ -72,10 +72,11 @@ def test_samples_are_webdataset_s_own(shard: Path):
 def test_tars_that_are_left_out_of_a_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     for i, name in enumerate(("train-000", "train-001", "trainval-000", "train_val-000", "val-000")):
         write_shard(tmp_path / f"{name}.tar", [{"__key__": str(i), "png": encoded(i), "txt": f"picture {i}"}])
+    (tmp_path / "train-001.tar").rename(tmp_path / "train-001.TAR")
     (tmp_path / "train-002.tar.gz").write_bytes(b"")
     warn_once.cache_clear()
     data = CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path / "cache")
-    assert [Path(path.shard).name for path in data.paths] == ["train-000.tar", "train-001.tar"]
+    assert [Path(path.shard).name for path in data.paths] == ["train-000.tar", "train-001.TAR"]
     error = capsys.readouterr().err
     assert "train_val-000.tar is left out of the train split, because its name contains more than one split" in error
     assert "train-002.tar.gz is left out of the train split; unpack it" in error

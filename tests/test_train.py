@@ -311,6 +311,25 @@ def test_an_option_that_has_an_effect_beside_the_others_is_not(options: list[str
 
 
 @pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("grid_size = 2", ["--decoder", "attention"]),
+        ('weights = "random"\nviews = 3', ["--fine-tune", "0"]),
+        ("tie_weights = true\nembed_size = 64", ["--hidden-size", "64"]),
+        ("tie_weights = true\nembed_size = 64", ["--decoder=transformer"]),
+    ],
+)
+def test_the_command_line_may_complete_a_recipe(
+    recipe: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "r.toml").write_text(recipe)
+    with pytest.raises(InputError, match=r"^.*r\.toml.*(no effect|needs equal)"):
+        train_module.parse_options(["--config", str(tmp_path / "r.toml")])
+    train_module.parse_options(["--config", str(tmp_path / "r.toml"), *options])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
         ('vocab_file = "mine.json"', "--vocab-file has no effect on a vocabulary of the captions"),

@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import filelock
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from accelerate import Accelerator
 from conftest import EIGHT, write_split
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +32,7 @@ from captioning.training import TrainingConfig, learning_rate_factor, read_log, 
 from captioning.validation import validate
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
-from model import DECODERS, DecoderRNN, EncoderCNN
+from model import DECODERS, DecoderRNN, EncoderCNN, TransformerDecoder
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
@@ -92,6 +93,25 @@ def test_tied_weights_are_one_matrix(small: Make, decoder: str):
         assert torch.equal(state["linear.weight"], state["embed.weight"]) == tied
     with pytest.raises(InputError, match="equal embed_size and hidden_size, not 16 and 32"):
         small(tie_weights=True)
+
+
+class WideDecoder(DecoderRNN):
+    """A decoder of a user's, whose output layer has another size."""
+
+    def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, *options: Any, **more: Any):
+        super().__init__(embed_size, hidden_size, vocab_size, *options, **more)
+        self.linear = nn.Linear(2 * hidden_size, vocab_size)
+
+
+@pytest.mark.slow
+def test_a_decoder_that_is_added_later_is_trained_and_loaded(small: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(DECODERS, "mine", type("Mine", (TransformerDecoder,), {}))
+    folder = train(small(decoder="mine", tie_weights=True))
+    assert read_description(folder).architecture.decoder == "mine"
+    assert type(load_model(folder)[1]).__name__ == "Mine"
+    monkeypatch.setitem(DECODERS, "wide", WideDecoder)
+    with pytest.raises(InputError, match="the weights of the decoder wide cannot be tied: their shapes differ"):
+        train(small(decoder="wide", tie_weights=True, hidden_size=16))
 
 
 @pytest.mark.slow
