@@ -143,7 +143,7 @@ def main(
 
     Args:
         decoding: how words are chosen.
-        model: folder, or user/name on the Hub; default: the newest of data of this name. Several make an ensemble.
+        model: folder, or user/name on the Hub; several make an ensemble. Default: the newest that names this data set.
         data: folder of the data set.
         split: split of the data set.
         limit: evaluate the first LIMIT images only.

@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from captioning.errors import InputError, printable
 from captioning.files import is_within, require_new_folder
 from captioning.image_files import describe_failure, open_image
+from captioning.shards import Member
 from captioning.tables import SPLIT_ALIASES
 
 SPLITS = ("train", "val", "test")
@@ -48,32 +49,41 @@ def image_folder_of(annotation_file: Path) -> Path:
     return annotation_file.parents[1] / "images" / annotation_file.stem.split("_")[-1]
 
 
-def find_shared_images(training: Iterable[Path], others: Iterable[Path]) -> Iterator[Path]:
+AnyImage = TypeVar("AnyImage", bound=Path | Member)
+
+
+def find_shared_images(training: Iterable[AnyImage], others: Iterable[AnyImage]) -> Iterator[AnyImage]:
     """Yield the images of `others` that have the name and content of a training image, once for each of those.
 
     COCO's names of 2014 and 2017 differ in a prefix only, which does not count.
     """
-    by_name: dict[str, dict[int, list[Path]]] = {}  # name -> size -> images
-    by_content: dict[tuple[str, int], dict[bytes, list[Path]]] = {}  # name and size -> hash -> images
-    for path in others:
+    by_name: dict[str, dict[int, list[AnyImage]]] = {}  # name -> size -> images
+    by_content: dict[tuple[str, int], dict[bytes, list[AnyImage]]] = {}  # name and size -> hash -> images
+    for image in others:
         with suppress(OSError):  # a missing file
-            sizes = by_name.setdefault(COCO_PREFIX.sub("", path.name), {})
-            sizes.setdefault(path.stat().st_size, []).append(path)
-    for path in training:
-        name = COCO_PREFIX.sub("", path.name)
-        if sizes := by_name.get(name):
+            by_name.setdefault(_base_name(image), {}).setdefault(_size(image), []).append(image)
+    for image in training:
+        if sizes := by_name.get(name := _base_name(image)):
             with suppress(OSError):
-                size = path.stat().st_size
-                if size in sizes and (name, size) not in by_content:
-                    hashes = by_content[name, size] = {}
+                if (size := _size(image)) not in sizes:
+                    continue
+                if (name, size) not in by_content:
+                    by_content[name, size] = {}
                     for other in sizes[size]:
-                        hashes.setdefault(_hash(other), []).append(other)
-                if size in sizes:
-                    yield from by_content[name, size].get(_hash(path), ())
+                        by_content[name, size].setdefault(_hash(other), []).append(other)
+                yield from by_content[name, size].get(_hash(image), ())
 
 
-def _hash(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+def _base_name(image: Path | Member) -> str:
+    return COCO_PREFIX.sub("", os.path.basename(image.name))
+
+
+def _size(image: Path | Member) -> int:
+    return image.size if isinstance(image, Member) else image.stat().st_size
+
+
+def _hash(image: Path | Member) -> bytes:
+    return hashlib.sha256(image.read() if isinstance(image, Member) else image.read_bytes()).digest()
 
 
 def find_unknown_files(folder: Path) -> list[Path]:

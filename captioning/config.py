@@ -283,10 +283,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         options = tomllib.loads(read_text(Path(path)))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not a TOML file ({error}).") from None
-    known, types = (
-        {field.name: field for field in dataclasses.fields(TrainingConfig)},
-        get_type_hints(TrainingConfig, include_extras=True),
-    )
+    known = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    types = get_type_hints(TrainingConfig, include_extras=True)
     unknown = [name for name in options if name not in known]
     if unknown:
         name = unknown[0].replace("-", "_")

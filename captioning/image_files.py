@@ -71,12 +71,8 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
-        how = (
-            "Image.open"
-            if isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read")
-            else "Image.fromarray"
-        )
-        advice = f"; use {how}" if how == "Image.open" or hasattr(source, "shape") else ""
+        is_content = isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read")
+        advice = "; use Image.open" if is_content else "; use Image.fromarray" if hasattr(source, "shape") else ""
         raise InputError(f"an image is a path or a PIL image, not a {type(source).__name__}{advice}.")
     path = os.fspath(source) if isinstance(source, os.PathLike) else source
     name = "the image" if isinstance(path, Image.Image) else str(path)
@@ -272,7 +268,7 @@ def _load(image: Any, file: _TimedFile) -> None:
 
 
 def _has_false_alpha(image: Image.Image) -> bool:
-    """Return whether the fourth channel is none of transparency: unused, or in a PSD, whose colours are over white."""
+    """Return whether the fourth channel is not transparency: it is unused, or a PSD's, whose colours are over white."""
     return image.format == "PSD" or (image.format in ("TGA", "ICO") and image.getchannel("A").getextrema() == (0, 0))
 
 

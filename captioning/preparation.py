@@ -158,10 +158,8 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 
 def warn_of_shared_images(data: CaptionDataset, val: CaptionDataset) -> None:
     """Warn of validation images that are trained on, as in a mix of COCO 2014 and 2017."""
-    if this_process().is_main_process:
-        training, others = ((path for path in each.paths if isinstance(path, Path)) for each in (data, val))
-        if shared := next(find_shared_images(training, others), None):
-            warn_once(f"validation images such as {shared} are trained on, too, so that their scores are too high.")
+    if this_process().is_main_process and (shared := next(find_shared_images(data.paths, val.paths), None)):
+        warn_once(f"validation images such as {shared} are trained on, too, so that their scores are too high.")
 
 
 def describe(

@@ -254,9 +254,8 @@ class Run:
             f"{len(self.data.vocab)} words, {self.accelerator.num_processes} process(es), {self.device.type}"
         )
         if (progress := self.progress).epoch > self.last_epoch:
-            self.log(
-                f"all epochs are done; use --num-epochs {progress.epoch - progress.first_epoch + 1} to train one more"
-            )
+            epochs = progress.epoch - progress.first_epoch + 1
+            self.log(f"all epochs are done; use --num-epochs {epochs} to train one more")
 
     def is_out_of_patience(self) -> bool:
         """Return whether none of the last `patience` epochs has a better CIDEr than those before."""

@@ -20,10 +20,12 @@ from captioning.errors import InputError, warn_once
 from captioning.images import find_unreadable, read_image
 from captioning.listing import find_images
 from captioning.pixels import MAX_ASPECT
+from captioning.preparation import warn_of_shared_images
 from captioning.reports import Report
 from captioning.shards import index_shards, list_images, read_captions_of, read_samples
 from captioning.training import TrainingConfig, train
 from data_loader import CaptionDataset
+from vocabulary import Vocabulary
 
 
 def encoded(seed: int, form: str = "PNG") -> bytes:
@@ -67,6 +69,19 @@ def test_samples_are_webdataset_s_own(shard: Path):
         for member in [*([image] if image else []), *texts.values()]:
             assert member.name.startswith(whole["__key__"])
             assert member.read() == whole[member.name.split(".", 1)[1].lower()]
+
+
+def test_validation_images_in_tar_files_that_are_trained_on_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    for split, images in (("train", (0, 1, 2)), ("val", (3, 1))):
+        samples = [{"__key__": f"{key:06}", "png": encoded(key), "txt": "a dog"} for key in images]
+        write_shard(tmp_path / f"{split}-0.tar", samples)
+    vocab = Vocabulary.build(["a dog"], 1)
+    data, val = (CaptionDataset(tmp_path, split, vocab=vocab, cache=tmp_path / "cache") for split in ("train", "val"))
+    warn_once.cache_clear()
+    warn_of_shared_images(data, val)
+    assert f"validation images such as {tmp_path}/val-0.tar/000001.png are trained on" in capsys.readouterr().err
 
 
 def test_tars_that_are_left_out_of_a_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):
