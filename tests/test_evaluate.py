@@ -280,7 +280,7 @@ def test_an_image_that_cannot_be_read_is_an_error_that_names_the_option(
 ):
     code, _, errors = command("--model", trained, "--data", damaged)
     assert code == 2
-    assert "1 of 8 photos" in errors
+    assert "1 of 8 images" in errors
     folder = damaged / "images" / "test"
     for name in {path.name for path in (drawn / "images" / "test").iterdir()} - {
         path.name for path in folder.iterdir()

@@ -455,7 +455,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: a photo with a name longer than any": (
         lambda k: k.read_data(change("images", 0, "file_name", to=f"{'a' * 999}/{'b' * 5000}")),
-        r"1 of 1 photos .* are missing",
+        r"1 of 1 images .* are missing",
     ),
     "annotations: no captions list": (
         lambda k: k.read_data(lambda content: content.pop("annotations")),
@@ -500,14 +500,14 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: a photo that is not there": (
         lambda k: k.read_data(change("images", 0, "file_name", to="b.png")),
-        r"1 of 1 photos .* are missing.*b\.png",
+        r"1 of 1 images .* are missing.*b\.png",
     ),
     "annotations: a photo that leads nowhere": (
         lambda k: (
             (k.data / "images" / "train" / "b.png").symlink_to(k.folder / "none"),
             k.read_data(change("images", 0, "file_name", to="b.png")),
         ),
-        r"1 of 1 photos .* are missing.*b\.png",
+        r"1 of 1 images .* are missing.*b\.png",
     ),
     "a threshold that leaves no word": (
         lambda k: CaptionDataset(k.data, vocab_threshold=6, cache=k.folder),
