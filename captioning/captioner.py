@@ -20,7 +20,7 @@ from captioning.distributed import choose_dtype, fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
-from captioning.image_files import Source
+from captioning.image_files import Source, is_content
 from captioning.images import ImageDataset, build_pixel_transform, split_batches
 from captioning.packing import pack_output_layer
 from model import EncoderCNN
@@ -392,11 +392,7 @@ class Ensemble(Captioner):
 
 def _as_list(images: Source | Iterable[Source]) -> list[Source]:
     """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path."""
-    one = (
-        isinstance(images, Source | bytes | bytearray | memoryview)
-        or hasattr(images, "read")
-        or not isinstance(images, Iterable)
-    )
+    one = isinstance(images, Source) or is_content(images) or not isinstance(images, Iterable)
     each: Any = [images] if one else images
     return [os.fspath(image) if isinstance(image, os.DirEntry) else image for image in each]
 

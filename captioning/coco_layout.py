@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from captioning.errors import InputError, printable
-from captioning.files import is_within, require_new_folder
+from captioning.files import hash_file, is_within, require_new_folder
 from captioning.image_files import describe_failure, open_image
 from captioning.shards import Member
 from captioning.tables import SPLIT_ALIASES
@@ -58,13 +58,13 @@ def find_shared_images(training: Iterable[AnyImage], others: Iterable[AnyImage])
     COCO's names of 2014 and 2017 differ in a prefix only, which does not count.
     """
     by_name: dict[str, dict[int, list[AnyImage]]] = {}  # name -> size -> images
-    by_content: dict[tuple[str, int], dict[bytes, list[AnyImage]]] = {}  # name and size -> hash -> images
+    by_content: dict[tuple[str, int], dict[str, list[AnyImage]]] = {}  # name and size -> hash -> images
     for image in others:
         with suppress(OSError):  # a missing file
             by_name.setdefault(_base_name(image), {}).setdefault(_size(image), []).append(image)
     for image in training:
         if sizes := by_name.get(name := _base_name(image)):
-            with suppress(OSError):
+            with suppress(OSError, InputError):  # what is no longer there, or no regular file
                 if (size := _size(image)) not in sizes:
                     continue
                 if (name, size) not in by_content:
@@ -82,8 +82,8 @@ def _size(image: Path | Member) -> int:
     return image.size if isinstance(image, Member) else image.stat().st_size
 
 
-def _hash(image: Path | Member) -> bytes:
-    return hashlib.sha256(image.read() if isinstance(image, Member) else image.read_bytes()).digest()
+def _hash(image: Path | Member) -> str:
+    return hashlib.sha256(image.read()).hexdigest() if isinstance(image, Member) else hash_file(image)
 
 
 def find_unknown_files(folder: Path) -> list[Path]:

@@ -71,8 +71,9 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
-        is_content = isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read")
-        advice = "; use Image.open" if is_content else "; use Image.fromarray" if hasattr(source, "shape") else ""
+        advice = (
+            "; use Image.open" if is_content(source) else "; use Image.fromarray" if hasattr(source, "shape") else ""
+        )
         raise InputError(f"an image is a path or a PIL image, not a {type(source).__name__}{advice}.")
     path = os.fspath(source) if isinstance(source, os.PathLike) else source
     name = "the image" if isinstance(path, Image.Image) else str(path)
@@ -95,6 +96,11 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
             deque(list_images(Path(name)), maxlen=0)  # says what is wrong with a tar file
         reason = describe_failure(error)
     raise InputError(f"{name} cannot be read as a photo ({reason}).")
+
+
+def is_content(source: object) -> bool:
+    """Return whether something is the content of a file, or an open file, which `Image.open` takes."""
+    return isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read")
 
 
 def describe_failure(error: Exception) -> str:
