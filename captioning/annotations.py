@@ -6,140 +6,26 @@ Files may be in any Unicode encoding, with or without a byte order mark; what ca
 
 from __future__ import annotations
 
-import codecs
-import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-import ijson
 import numpy as np
 
 from captioning.captions import MAX_CAPTION, is_missing, is_structure
 from captioning.errors import InputError, warn_once
-from captioning.files import CACHE, LFS_POINTER, LFS_START, hash_file, is_within, require_regular, write_cache
+from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
+from captioning.json_stream import stream_lists
 from captioning.reports import Report
 from captioning.shards import INDEX, Member
 from vocabulary import tokenize
 
-MAX_DEPTH = 100  # maximum nesting of lists and objects in an annotation file
 MEAN_WORD = 6  # mean length of words in scripts without spaces above which they are sentences; Thai's have about 4
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-
-# The entries of a JSON file
-
-# yajl, which ijson calls, would turn the first half of a surrogate pair that lacks its second half into "?".
-_LONE_SURROGATE = re.compile(
-    rb"""
-    (?<!\\)(?:\\\\)*                                                        # whose backslash is not itself escaped
-    (?: \\u[dD][89abAB]..(?!\\u[dD][c-fC-F])(?=[^\\]|\\[^u]|\\u....)
-      | (?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F] )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-_LONG_NUMBER = re.compile(rb"(?<![0-9])[0-9]{4301}")  # yajl crashes on numbers of more than 64 kB
-
-
-class _Utf8:
-    """A JSON file's bytes as ijson takes them: in UTF-8, without a byte order mark or lone surrogates."""
-
-    def __init__(self, file: BinaryIO):
-        encoding = json.detect_encoding(file.read(4))
-        file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
-        self.file = file if encoding.startswith("utf-8") else codecs.EncodedFile(file, "utf-8", encoding)
-        self.tail = b""
-
-    def read(self, size: int) -> bytes:
-        """Read about `size` bytes."""
-        data = self.file.read(size)
-        text = self.tail + data
-        if _LONG_NUMBER.search(text):
-            raise ValueError("it holds a number of more than 4,300 digits")
-        if (b"\\ud" in text or b"\\uD" in text) and (half := _LONE_SURROGATE.search(text, 7)):
-            near = text[max(0, half.start() - 40) : half.end() + 20].decode(errors="replace")
-            raise UnicodeError(f"half of a surrogate pair, near {near!r}")
-        self.tail = text[-64:]
-        return data
-
-
-def _stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
-    """Yield the entries of the lists with these names in a JSON object: name, index, entry.
-
-    Holds one entry in memory at a time. Raises `InputError` where the file is not JSON or does not have each list once.
-    """
-    require_regular(path)
-    try:
-        with open(path, "rb") as file:
-            yield from _entries(ijson.basic_parse(_Utf8(file)), names)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
-    except InputError as error:
-        raise InputError(f"{path} is not a COCO annotation file: it {error}.") from None
-    except UnicodeError as error:
-        raise InputError(f"{path} is not valid Unicode text ({error}); write it again in UTF-8.") from None
-    except ArithmeticError:
-        raise InputError(f"{path} is not JSON that can be read: it holds a number that is out of range.") from None
-    except (ijson.JSONError, ValueError) as error:
-        text = error.args[0] if error.args else ""
-        reason, *near = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split("\n")
-        where = f", near {near[0].strip()!r}" if near and near[0].strip() else ""
-        where += "; write null for NaN" * ("NaN" in where)
-        if LFS_START.decode() in where:
-            raise InputError(f"{path} {LFS_POINTER}.") from None
-        raise InputError(f"{path} is not JSON ({reason}{where}).") from None
-
-
-def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Iterator[tuple[str, int, Any]]:
-    """Build the entries of the named lists from ijson's events; everything else is skipped."""
-    depth, name, key = 0, "", ""
-    counts: dict[str, int] = {}
-    containers: list[Any] = []  # the list, and what is open in its current entry
-    for event, value in events:
-        if event == "map_key":
-            key = value
-            if depth == 1:
-                name = value
-            continue
-        if event in ("end_map", "end_array"):
-            depth -= 1
-            if containers:
-                containers.pop()
-        else:
-            opens = event in ("start_map", "start_array")
-            if opens:
-                depth += 1
-                if depth > MAX_DEPTH:
-                    raise InputError(f"is nested more than {MAX_DEPTH} deep")
-                value = {} if event == "start_map" else []
-            elif type(value) is Decimal:
-                value = float(value)
-            parent = containers[-1] if containers else None
-            if isinstance(parent, dict):
-                if key in parent:
-                    raise InputError(f"has {key!r:.80} twice in {name}[{counts[name]}]")
-                parent[key] = value
-            elif parent is not None:
-                parent.append(value)
-            if opens and not containers and depth == 2 and event == "start_array" and name in names:
-                if name in counts:
-                    raise InputError(f'has two lists of "{name}"')
-                counts[name] = 0
-                containers.append(value)
-            elif opens and containers:
-                containers.append(value)
-        if len(containers) == 1 and containers[0]:
-            yield name, counts[name], containers[0].pop()
-            counts[name] += 1
-    for missing in (name for name in names if name not in counts):
-        raise InputError(f'has no list of "{missing}"')
-
 
 # COCO's entries
 
@@ -206,7 +92,7 @@ def read_entries(path: Path, names: Collection[str]) -> Iterator[tuple[str, int,
     That of an image is its id and the entry; that of an annotation is its image's id and its captions, with "" for a
     missing one, or None where they are rejected. Raises `InputError` for a file or an entry that cannot be used.
     """
-    for name, number, entry in _stream_lists(path, names):
+    for name, number, entry in stream_lists(path, names):
         try:
             parsed = _PARSERS[name](entry)
         except InputError as error:

@@ -12,7 +12,7 @@ from conftest import run_code, write_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from captioning import annotations
+from captioning import annotations, json_stream
 from captioning.annotations import parse_image_id, read_annotations, read_captions, read_images
 from captioning.errors import InputError, warn_once
 from captioning.scenes.world import plan
@@ -348,7 +348,7 @@ def test_the_entries_are_those_of_the_whole_file(
     path = tmp_path / "file.json"
     path.write_bytes(json.dumps(content, indent=indent, ensure_ascii=escape).encode(encoding))
     entries: dict[str, list] = {"a": [], "b": []}
-    for name, number, entry in annotations._stream_lists(path, ("a", "b")):
+    for name, number, entry in json_stream.stream_lists(path, ("a", "b")):
         assert number == len(entries[name])
         entries[name].append(entry)
     assert entries == {name: content[name] for name in "ab"}
