@@ -117,8 +117,8 @@ def import_flickr(
     """
     require_new_folder(destination)
     folder, report = _source_folder(source), Report()
-    texts = [path for path in walk_files(folder) if path.suffix.lower() in (".txt", ".csv", ".token")]
-    table = _flickr_captions(folder, texts) if source.is_dir() else source
+    files = [path for path in walk_files(folder) if path.suffix.lower() in (".txt", ".csv", ".token")]
+    table = _flickr_captions(folder, files) if source.is_dir() else source
     captions: dict[str, list[str]] = {}  # by the name of the image in Unicode's composed form
     splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
     is_token_file = ".token" in table.name.lower()
@@ -128,7 +128,7 @@ def import_flickr(
         if row.split:
             set_split(splits, row.image, row.where, row.split)
     index = ImageIndex(_source_folder(images or folder))
-    split_files = [path for path in texts if path != table and SPLIT_FILE.search(path.stem)]
+    split_files = [path for path in files if path != table and SPLIT_FILE.search(path.stem)]
     read_split_files(split_files, captions, table, encoding, splits)
     rows: list[Row] = []
     for name, texts in captions.items():
@@ -170,9 +170,9 @@ def _name_images(rows: dict[str, Row], index: ImageIndex) -> list[SourceImage]:
     return images
 
 
-def _flickr_captions(folder: Path, texts: list[Path]) -> Path:
-    tables = [path for path in texts if ".token" in path.name.lower() and ".lemma" not in path.name.lower()]
-    tables += [path for path in texts if path.name.lower() in ("captions.txt", "captions.csv", "results.csv")]
+def _flickr_captions(folder: Path, files: list[Path]) -> Path:
+    tables = [path for path in files if ".token" in path.name.lower() and ".lemma" not in path.name.lower()]
+    tables += [path for path in files if path.name.lower() in ("captions.txt", "captions.csv", "results.csv")]
     tables = list({hash_file(path): path for path in reversed(tables)}.values())
     if not tables:
         raise InputError(f"{folder} has no captions: no *.token.txt, captions.txt or results.csv in it.")

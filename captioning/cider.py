@@ -66,6 +66,22 @@ class CiderD:
             raise InputError(f"image {error.args[0]} has no reference captions for CIDEr-D.") from error
         if len(rows) != len(hypotheses):
             raise ValueError(f"{len(rows)} ids for {len(hypotheses)} hypotheses")
+        entries, weights, norms, lengths = self._vectors(hypotheses)
+        owner, reference = _ranges(self._first[rows], self._first[rows + 1])  # (pairs,) hypothesis, one of its image's
+        dot = self._dot(entries, weights, owner, reference)
+        scale = norms[owner] * self._norms[reference]
+        similarity = np.divide(dot, scale, out=np.zeros_like(scale), where=scale > 0)  # (pairs, 4)
+        difference = lengths[owner] - self._lengths[reference]
+        value = similarity.mean(1) * np.exp(-(difference**2) / (2 * 6.0**2))
+        return 10 * np.bincount(owner, value, len(rows)) / (self._first[rows + 1] - self._first[rows])
+
+    def _vectors(
+        self, hypotheses: Sequence[Sequence[Hashable]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Compute the vectors of the hypotheses: entries, weights, norms (hypotheses, 4) and lengths.
+
+        The entries are hypothesis * (number of the references' n-grams) + n-gram, sorted, without other n-grams.
+        """
         # A copy of the codes, so that tokens that occur only in hypotheses do not accumulate.
         owner, keys, lengths = _ngrams(self._encode(hypotheses, self._codes.copy()))
         distinct, ngram = np.unique(keys, return_inverse=True)
@@ -73,26 +89,24 @@ class CiderD:
         owner, ngram = np.divmod(entries, max(len(distinct), 1))
         place = np.minimum(np.searchsorted(self._keys, distinct), len(self._keys) - 1)
         known = self._keys[place] == distinct
-        weight = frequency * np.where(known, self._idf[place], self._log_images)[ngram]
-        norms = _norms(owner, distinct[ngram], weight, len(rows))
-
-        # Every pair of a hypothesis and a reference of its image, and every n-gram entry of those references.
-        pair_owner, pair = _ranges(self._first[rows], self._first[rows + 1])
-        entry_pair, entry = _ranges(self._start[pair], self._start[pair + 1])
-        wanted = pair_owner[entry_pair] * len(self._keys) + self._ngram[entry]
+        weights = frequency * np.where(known, self._idf[place], self._log_images)[ngram]
+        norms = _norms(owner, distinct[ngram], weights, len(hypotheses))
         known = known[ngram]
-        have = owner[known] * len(self._keys) + place[ngram[known]]
-        at = np.searchsorted(have, wanted)
-        hit = np.append(have, -1)[at] == wanted
-        entry, entry_pair = entry[hit], entry_pair[hit]
-        overlap = np.minimum(weight[known][at[hit]], self._weight[entry]) * self._weight[entry]
-        order = _order(self._keys[self._ngram[entry]])
-        similarity = np.bincount(entry_pair * 4 + order, overlap, len(pair) * 4).reshape(-1, 4)
-        scale = norms[pair_owner] * self._norms[pair]
-        similarity = np.divide(similarity, scale, out=np.zeros_like(scale), where=scale > 0)  # (pairs, 4)
-        difference = lengths[pair_owner] - self._lengths[pair]
-        value = similarity.mean(1) * np.exp(-(difference**2) / (2 * 6.0**2))
-        return 10 * np.bincount(pair_owner, value, len(rows)) / (self._first[rows + 1] - self._first[rows])
+        return owner[known] * len(self._keys) + place[ngram[known]], weights[known], norms, lengths
+
+    def _dot(self, entries: np.ndarray, weights: np.ndarray, owner: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """Multiply the vectors of hypotheses, each entry clipped to the reference's, by references': (pairs, 4).
+
+        owner, reference: (pairs,) the hypothesis and the reference of each pair.
+        """
+        pair, of_reference = _ranges(self._start[reference], self._start[reference + 1])
+        wanted = owner[pair] * len(self._keys) + self._ngram[of_reference]
+        at = np.searchsorted(entries, wanted)
+        hit = np.append(entries, -1)[at] == wanted
+        pair, at, of_reference = pair[hit], at[hit], of_reference[hit]
+        product = np.minimum(weights[at], self._weight[of_reference]) * self._weight[of_reference]
+        order = _order(self._keys[self._ngram[of_reference]])
+        return np.bincount(pair * 4 + order, product, len(owner) * 4).reshape(-1, 4)
 
 
 def _ngrams(captions: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

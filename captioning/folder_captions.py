@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from captioning.errors import InputError
@@ -18,6 +19,16 @@ METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather")
 
 
+@dataclass
+class _Tables:
+    """What may be a table of captions in a folder."""
+
+    certain: list[Path]
+    small: list[Path]  # .json files that name some images: a table beside others, else more likely files of one image
+    empty: list[Path]  # without a row with an image and a caption
+    json_files: list[Path]
+
+
 def read_captions_of_folder(
     folder: Path, index: ImageIndex, encoding: str | None, report: Report
 ) -> tuple[list[Row], str]:
@@ -29,34 +40,21 @@ def read_captions_of_folder(
     files = list(walk_files(folder))
     sidecars = find_sidecars(folder, files, index)
     here = [path for path in files if path.parent == folder and path not in sidecars]
-    tables = [path for path in files if path.name.lower() in METADATA]
-    tables += [path for path in here if path.suffix.lower() in TABLE_SUFFIXES and path not in tables]
-    json_files = [path for path in here if path.suffix.lower() == ".json"]
-    unrelated = []
-    if len(tables) > 1 or sidecars or json_files:
-        for path in tables:
-            read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not unrelated
-        unrelated = [path for path in tables if not split_of_file(path) and not any(find_rows(path, encoding))]
-    tables = [path for path in tables if path not in unrelated]
-    named = {path: _named_images(path, index, encoding) for path in json_files}
-    half = len(index.paths) / 2
-    tables = tables or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
+    found = _find_tables(files, here, bool(sidecars), index, encoding)
+    tables = found.certain + found.small if found.certain else []
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
-    others = [path for path, n in named.items() if n and path not in tables]
-    if tables:
-        tables += others
-    elif not any(row.captions[0] for row in rows):  # as in files of labels
-        tables, unrelated = unrelated or json_files, []
+    if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
+        tables, found.empty = found.empty or found.json_files, []
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         raise InputError(
             f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
             f'or .caption file, nor a .json file with "caption" or "captions"{advice}.'
         )
-    for path in unrelated:
+    for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
     if not tables:
-        for path in others:
+        for path in found.small:
             report.add("table{s} of few images, as files next to the images hold captions", str(path))
         return rows, "caption in a .txt, .caption or .json file"
     tables = _choose_tables(folder, tables, report)
@@ -66,6 +64,26 @@ def read_captions_of_folder(
     for path in sorted(sidecars):
         report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
     return read_tables(tables, folder, encoding, report), "row"
+
+
+def _find_tables(
+    files: list[Path], here: list[Path], has_sidecars: bool, index: ImageIndex, encoding: str | None
+) -> _Tables:
+    """Sort the tables among the `files` of a folder; only metadata files may be in its subfolders, not `here`."""
+    tables = [path for path in files if path.name.lower() in METADATA]
+    tables += [path for path in here if path.suffix.lower() in TABLE_SUFFIXES and path not in tables]
+    json_files = [path for path in here if path.suffix.lower() == ".json"]
+    empty = []
+    if len(tables) > 1 or has_sidecars or json_files:  # else the only one is read, and an error says what it lacks
+        for path in tables:
+            read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not empty
+        empty = [path for path in tables if not split_of_file(path) and not any(find_rows(path, encoding))]
+    named = {path: _named_images(path, index, encoding) for path in json_files}
+    half = len(index.paths) / 2
+    certain = [path for path in tables if path not in empty]
+    certain = certain or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
+    small = [path for path, n in named.items() if n and path not in certain]
+    return _Tables(certain, small, empty, json_files)
 
 
 def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:

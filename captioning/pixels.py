@@ -118,29 +118,28 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
     """
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled the levels by the file's own maximum
         return 0.0, 65535.0
+    pixels = image.width * image.height
     ringing = RINGING if image.mode == "F" else 1
-    about = [
-        (
-            np.fmin.reduce(levels, axis=None),
-            np.fmax.reduce(levels, axis=None),
-            (levels <= 1).sum(),
-            (levels > OVERSHOOT).sum(),
-            image.mode == "F" and (levels % 1 > 0).any(),
-            *count_beyond(levels / ringing),
-        )
-        for levels in (_levels(image.crop(box), stored) for box in bands(image))
-    ]
-    lows, highs, up_to_1, beyond, fractions, *beyond_whites = np.array(about, float).T
-    low, high = float(np.fmin.reduce(lows)), float(np.fmax.reduce(highs))
+    low = high = math.nan
+    up_to_1 = beyond_overshoot = 0
+    beyond = np.zeros(len(WHITES), int)
+    fractions = False
+    for box in bands(image):
+        levels = _levels(image.crop(box), stored)
+        low, high = np.fmin(low, np.fmin.reduce(levels, axis=None)), np.fmax(high, np.fmax.reduce(levels, axis=None))
+        up_to_1 += (levels <= 1).sum()
+        beyond_overshoot += (levels > OVERSHOOT).sum()
+        beyond += count_beyond(levels / ringing)
+        fractions |= image.mode == "F" and bool((levels % 1 > 0).any())
     if math.isnan(low):
         raise ValueError("none of its levels is a number")
-    has_highlights = up_to_1.sum() > 0.5 * image.width * image.height and beyond.sum() < HIGHLIGHTS * up_to_1.sum()
-    if low >= 0 and fractions.any() and (high <= OVERSHOOT or has_highlights):
+    has_highlights = up_to_1 > 0.5 * pixels and beyond_overshoot < HIGHLIGHTS * up_to_1
+    if low >= 0 and fractions and (high <= OVERSHOOT or has_highlights):
         return 0.0, 1.0
     if low < 0 or high > WHITES[-1]:
-        return low, high
+        return float(low), float(high)
     most = np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]
-    return 0.0, float(white_of(np.sum(beyond_whites, 1), image.width * image.height, most))
+    return 0.0, float(white_of(beyond, pixels, most))
 
 
 def count_beyond(levels: np.ndarray) -> list[int]:
