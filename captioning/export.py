@@ -168,15 +168,10 @@ def run_exporter(
     Raises `InputError` if the exporter fails: `problem`, the type of its error, and `remedy`.
     """
     try:
-        return torch.onnx.export(
-            module,
-            (images,),
-            input_names=["images"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-            **options,
-        )
+        shapes = ({0: torch.export.Dim("batch")},)
+        # Given the module itself, torch.onnx.export traces an LSTM twice, as its first way of tracing fails.
+        program = torch.export.export(module, (images,), dynamic_shapes=shapes)
+        return torch.onnx.export(program, input_names=["images"], dynamo=True, verbose=False, **options)
     except Exception as error:  # it raises many types
         raise InputError(f"{problem} ({type(error).__name__}); {remedy}.") from error
 

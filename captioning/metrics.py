@@ -7,12 +7,14 @@ Without Java, a tokenizer in Python replaces the former and METEOR is left out.
 
 from __future__ import annotations
 
+import atexit
+import os
 import subprocess
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -33,6 +35,7 @@ from captioning.files import require_regular
 from captioning.tables import parse_json
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
+METEOR_IDLE = 60  # seconds after which an unused METEOR ends: it takes 10 seconds to start, and a gigabyte of memory
 METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes seconds for 1,000 and minutes for 9,000
 
 # METEOR parses numbers in the user's locale, and before Java 18, text is read in the locale's encoding.
@@ -133,13 +136,56 @@ class _Meteor(meteor_package.Meteor):
 
     def close(self) -> None:
         self.meteor_p.kill()
-        self.meteor_p.communicate()
+        self.meteor_p.wait()
+        for pipe in (self.meteor_p.stdin, self.meteor_p.stdout):
+            with suppress(OSError):  # what it was sent can no longer be written
+                pipe.close()
 
     def compute_score(self, references: dict, hypotheses: dict) -> tuple[float, list[float]]:
         try:
             return super().compute_score(references, hypotheses)
         except (OSError, ValueError) as error:
+            self.close()
             raise InputError("METEOR's Java stopped; give it 2 GB of memory, or score without it.") from error
+
+
+_idle: list[_Meteor] = []  # for the next call of `score`
+
+
+@contextmanager
+def _running_meteor() -> Iterator[_Meteor]:
+    """Start METEOR, or take the one of the last call; it is kept for `METEOR_IDLE` seconds for the next."""
+    meteor = None
+    with suppress(IndexError):
+        meteor = _idle.pop()
+    if meteor is None or meteor.meteor_p.poll() is not None:
+        meteor = _Meteor()
+    try:
+        yield meteor
+    except BaseException:
+        meteor.close()
+        raise
+    if meteor.meteor_p.poll() is None:
+        _idle.append(meteor)
+        timer = threading.Timer(METEOR_IDLE, _end_idle, [meteor])
+        timer.daemon = True
+        timer.start()
+
+
+def _end_idle(meteor: _Meteor) -> None:
+    with suppress(ValueError):  # it is in use again
+        _idle.remove(meteor)
+        meteor.close()
+
+
+@atexit.register
+def _end_all_idle() -> None:
+    while _idle:
+        _idle.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # they are the parent's
 
 
 def score(
@@ -179,8 +225,8 @@ def score(
     if without_meteor and java:
         raise InputError(without_meteor)
     run_meteor = java is not False and not without_meteor
-    # METEOR takes seconds to start, during which the other metrics are computed.
-    with closing(_Meteor()) if run_meteor else nullcontext() as meteor_scorer:
+    # Where METEOR starts, which takes seconds, the other metrics are computed meanwhile.
+    with _running_meteor() if run_meteor else nullcontext() as meteor_scorer:
         values = _score_in_python(tokenized_references, tokenized_hypotheses)
         if meteor_scorer is not None:
             try:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_code
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as meteor_package
@@ -105,7 +107,10 @@ def official_and_ours(tmp_path_factory):
         patch.setattr(subprocess, "Popen", RecordedPopen)
         write(results_file, results[::-1])
         files = set(JAR_FOLDER.iterdir())
+        patch.setattr(metrics, "METEOR_IDLE", 0)
         ours = score_results(references_file, results_file)
+    for process in started:
+        process.wait(10)
     return evaluation, ours, started, set(JAR_FOLDER.iterdir()) - files
 
 
@@ -127,6 +132,37 @@ def test_java_leaves_no_process_and_no_file(official_and_ours):
     assert len(started) == 2
     assert all(process.returncode is not None and process.stdout.closed for process in started)
     assert not new_files
+
+
+def test_one_meteor_serves_several_calls_and_ends_with_their_process():
+    """One that has died, or that raised an error, is replaced."""
+    code = """
+import sys
+from contextlib import suppress
+from captioning import metrics
+
+def run(error=None):
+    with suppress(ZeroDivisionError), metrics._running_meteor() as meteor:
+        if error is not None:
+            raise error
+    return meteor.meteor_p
+
+metrics._JAVA = (sys.executable, "-c", "import time; time.sleep(99)")
+first = run()
+assert run() is first
+first.kill()
+first.wait()
+second = run()
+assert second is not first
+assert run(ZeroDivisionError()) is second
+assert second.poll() is not None
+third = run()
+assert third is not second
+print(third.pid)
+"""
+    pid = int(run_code(code).stdout)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.java
@@ -200,6 +236,7 @@ def test_ptb_keeps_every_caption_on_its_line():
 @pytest.mark.java
 def test_a_dead_meteor_costs_no_other_metric_and_does_not_hang(monkeypatch):
     monkeypatch.setattr(meteor_package, "METEOR_JAR", "absent.jar")
+    monkeypatch.setattr(metrics, "_idle", [])
     scores = score(HYPOTHESES, REFERENCES)
     assert scores.metrics["METEOR"] is None
     assert scores.metrics["CIDEr"] > 0
