@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def numbers(value: object) -> list[float]:
 
 
 def test_a_small_run_reports_every_measurement(
-    settings: material.Settings, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    settings: material.Settings,
+    tiny_backbone: Callable,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in (material, recipe):
+        monkeypatch.setattr(module, "resnet50", tiny_backbone)
     monkeypatch.setattr(drawn, "CAPTIONS", 3000)
     monkeypatch.setattr(training_speed, "LENGTH_STEPS", 2)
     monkeypatch.setattr(speed, "measure_peer", lambda *_: None)  # below, by itself
