@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -316,12 +317,18 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def memorize(eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Callable[[str], Path]:
-    """Trains a decoder to know the eight captions by heart, once for all tests."""
+def memorize(
+    eight: Path, small_to_keep: Callable[..., TrainingConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Trains a decoder to know the eight captions by heart, once for all tests of all of pytest's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
     @functools.cache
     def train_decoder(name: str) -> Path:
         config = small_to_keep(
+            models=folder / "memorized",
+            name=name,
             data=eight,
             decoder=name,
             vocab_threshold=1,
@@ -332,7 +339,12 @@ def memorize(eight: Path, small_to_keep: Callable[..., TrainingConfig]) -> Calla
             learning_rate=3e-3,
             attention_penalty=0.0,
         )
-        return train(config)
+        with filelock.FileLock(folder / f"memorized-{name}.lock"):
+            trained = folder / "memorized" / name / "trained"
+            if not trained.exists():
+                train(config)
+                trained.touch()
+        return trained.parent
 
     return train_decoder
 
