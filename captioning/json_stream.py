@@ -82,7 +82,7 @@ def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Itera
     """Build the entries of the named lists from ijson's events; everything else is skipped."""
     events = iter(events)
     found: set[str] = set()
-    name = None
+    name = ""
     for event, value in events if next(events)[0] == "start_map" else ():
         if event == "map_key":
             name = value

@@ -136,10 +136,7 @@ class _Meteor(meteor_package.Meteor):
 
     def close(self) -> None:
         self.meteor_p.kill()
-        self.meteor_p.wait()
-        for pipe in (self.meteor_p.stdin, self.meteor_p.stdout):
-            with suppress(OSError):  # what it was sent can no longer be written
-                pipe.close()
+        self.meteor_p.communicate()
 
     def compute_score(self, references: dict, hypotheses: dict) -> tuple[float, list[float]]:
         try:
