@@ -197,7 +197,8 @@ def score(
     empty.
 
     java: None uses the PTB tokenizer and METEOR if Java runs and no caption has more than METEOR_WORDS words; False
-        does not start Java, which takes seconds; True requires both.
+        does not start Java, which takes seconds; True requires both. METEOR's process serves later calls, and ends when
+        there was none for METEOR_IDLE seconds.
 
     Raises InputError for no captions, an image without references, and if Java is required and fails.
     """
