@@ -83,7 +83,10 @@ def _entries(events: Iterable[tuple[str, Any]], names: Collection[str]) -> Itera
     events = iter(events)
     found: set[str] = set()
     name = ""
-    for event, value in events if next(events)[0] == "start_map" else ():
+    start, _ = next(events)
+    if start != "start_map":
+        _skip(start, events)  # to the end of the file
+    for event, value in events:
         if event == "map_key":
             name = value
         elif event == "start_array" and name in names:
