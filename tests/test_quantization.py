@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 import tyro
-from conftest import ROOT, run_script
+from conftest import ROOT, build_seeded_tiny, run_script
 from torch.nn.functional import cosine_similarity
 
 import caption
@@ -78,14 +79,12 @@ def test_other_families_are_quantized_too(backbone: str, tiny_backbone: Callable
 
 
 def test_the_quantized_backbone_is_cached_and_a_damaged_one_is_made_again(
-    images: torch.Tensor, tiny_backbone: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    state = EncoderCNN(8, weights="random").state_dict()
+    monkeypatch.setattr(torchvision.models, "resnet50", build_seeded_tiny)
 
     def quantized_features() -> torch.Tensor:
-        encoder = EncoderCNN(8, weights="random")
-        encoder.load_state_dict(state)
-        encoder = encoder.eval().for_inference(torch.float32)
+        encoder = EncoderCNN(8, weights="random").eval().for_inference(torch.float32)
         return quantize(encoder, preprocessing_of("resnet50", SIZE), tmp_path).features(images)
 
     features = quantized_features()
