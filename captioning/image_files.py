@@ -191,6 +191,8 @@ def _open_image(file: _TimedFile) -> Image.Image:
         return image
     try:
         image = Image.open(file, formats=image_formats())
+        if image.format == "PSD" and image.mode == "1":  # Pillow takes its ones for white; they are black
+            image.tile = [_with_raw_mode(tile, "1;I") for tile in image.tile]
         return _correct_tiff(image, file) if image.format == "TIFF" else image
     except UnidentifiedImageError:
         if content := describe_content(start):

@@ -220,6 +220,17 @@ def psd(colours: np.ndarray) -> bytes:
     return header + colours.transpose(2, 0, 1).tobytes() + bytes(width * height)
 
 
+def psd_bitmap(black: np.ndarray, packed: bool) -> bytes:
+    """Encode where an image is black as a PSD of one bit per pixel, whose rows can be packed."""
+    height, width = black.shape
+    rows = [row.tobytes() for row in np.packbits(black, axis=1)]
+    header = b"8BPS" + struct.pack(">H6xHLLHH", 1, 1, height, width, 1, 0) + bytes(4 + 4 + 4)
+    if not packed:
+        return header + b"\0\0" + b"".join(rows)
+    rows = [bytes([len(row) - 1]) + row for row in rows]  # one run of literal bytes
+    return header + b"\0\1" + struct.pack(f">{height}H", *map(len, rows)) + b"".join(rows)
+
+
 def few_greys(bits: int) -> bytes:
     """Encode `GREY` as a PNG of 2 or 4 bits, whose level 1 is transparent."""
     packed = np.packbits(np.unpackbits((GREY >> (8 - bits))[..., None], axis=2)[..., 8 - bits :], axis=None)
@@ -238,11 +249,14 @@ def few_greys_over_white(bits: int) -> np.ndarray:
 
 
 PALETTE = np.stack([np.arange(256), 255 - np.arange(256), np.arange(256) // 2], 1)
+BLACK = GREY < 100
 SMALL = np.asarray(draw_noise(1, (32, 32)))
 UNUSUAL: dict[str, tuple[bytes, np.ndarray]] = {  # the content of a file, and what is read
     "a TGA without transparency": (tga(COLOURS), COLOURS),
     "an icon without transparency": (ico(SMALL), SMALL),
     "a PSD with a selection": (psd(COLOURS), COLOURS),
+    "a PSD of one bit": (psd_bitmap(BLACK, False), np.where(BLACK, 0, 255)[..., None]),
+    "a packed PSD of one bit": (psd_bitmap(BLACK, True), np.where(BLACK, 0, 255)[..., None]),
     "a PNG of 2 bits with a transparent level": (few_greys(2), few_greys_over_white(2)),
     "a PNG of 4 bits with a transparent level": (few_greys(4), few_greys_over_white(4)),
     "a TIFF with a palette of 8 bits": (tiff(GREY, 1, 3, palette=PALETTE.T.ravel().tolist()), PALETTE[GREY]),
