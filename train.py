@@ -2,6 +2,7 @@
 
     python train.py --config configs/scenes.toml               the sample data set, as `make demo` trains on it
     python train.py --data data/mine --name mine               your own images and captions, after `importers.py`
+    python train.py --data data/mine --start-from models/photos    the same, from a trained model
     python train.py --resume models/mine                       continue a run that was interrupted
     python train.py --resume models/mine --objective cider     then raise the captions' CIDEr-D score
     torchrun --nproc_per_node 2 train.py --data data/mine      on two GPUs
@@ -115,6 +116,8 @@ def starting_values(arguments: list[str]) -> dict[str, Any]:
     given = dict(itertools.pairwise(itertools.chain.from_iterable(split)))
     if "--config" in given and "--resume" in given:
         raise InputError("--config starts a run and --resume continues one with its own options; give one of them.")
+    if "--start-from" in given and "--resume" in given:
+        raise InputError("--start-from starts a run and --resume continues one; give one of them.")
     if "--resume" in given:
         objective = given.get("--objective")
         objective = objective if objective in get_args(ObjectiveName) else None

@@ -31,6 +31,10 @@ MAX_SEED = 2**64 - 1  # largest seed of torch.manual_seed
 
 RENAMED = {"val_photos": "val_images"}  # former names of options, in older captioner.json files
 
+# Options that a run that starts from a trained model takes from it, besides those of its vocabulary.
+FROM_ARCHITECTURE = ("backbone", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers")
+FROM_PREPROCESSING = ("image_size", "crop")
+
 # The minimum and the maximum of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "grid_size": (1, 64),
@@ -68,6 +72,8 @@ class DataOptions:
 class ModelOptions:
     """Backbone and decoder."""
 
+    # trained model whose weights, vocabulary and architecture the run starts from
+    start_from: Path | None = None
     backbone: str = "resnet50"  # image backbone: torchvision's ResNet-50, or the name of a timm model
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
     image_size: int | None = None  # input resolution in pixels; default: the backbone's own
@@ -79,7 +85,8 @@ class ModelOptions:
     embed_size: int = 256  # embedding dimension
     hidden_size: int = 512  # hidden dimension of the LSTM, or of the transformer's feed-forward layers
     num_layers: int = 1  # layers of the decoder
-    dropout: float = 0.0  # dropout rate in the decoder; 0 with --objective cider
+    # dropout rate in the decoder; default 0, or that of --start-from; 0 with --objective cider
+    dropout: float | None = None
     tie_weights: bool = False  # share the word embedding with the output layer (arXiv 1608.05859)
 
 
@@ -144,6 +151,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     def __post_init__(self) -> None:
         self._convert()
+        if self.start_from is not None and self.resume is None:
+            self._take_from(checkpoint.read_description(self.start_from))
         self.name = self.name or self.data.resolve().name
         self._fill_defaults()
         self._check()
@@ -160,20 +169,37 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             setattr(self, field.name, _convert_value(field, types[field.name], getattr(self, field.name)))
         self.weights = os.path.expanduser(self.weights)
 
+    def _take_from(self, model: checkpoint.Description) -> None:
+        """Take the options that a trained model determines."""
+        for name in FROM_ARCHITECTURE:
+            setattr(self, name, getattr(model.architecture, name))
+        for name in FROM_PREPROCESSING:
+            setattr(self, name, getattr(model.preprocessing, name))
+        self.weights = "pretrained" if model.architecture.backbone_weights == "published" else str(self.start_from)
+        self.tie_weights = model.training.get("tie_weights") is True
+        if self.dropout is None:
+            self.dropout = model.architecture.dropout
+        if self.preprocessing != model.preprocessing:
+            raise InputError(f"{self.start_from} preprocesses images as this version cannot; train a new model.")
+
     def _fill_defaults(self) -> None:
         cider = self.objective == "cider"
         if self.weights == "pretrained" and self.resume is None:
             self.backbone = full_name(self.backbone)
         if self.fine_tune is None:
             self.fine_tune = count_stages(self.backbone) if self.weights == "random" else 0
+        if self.dropout is None:
+            self.dropout = 0.0
         if self.learning_rate is None:
             self.learning_rate = 5e-4 if cider else 1e-3
         if self.backbone_learning_rate is None:
             self.backbone_learning_rate = 1e-5 if cider else 1e-3
 
     def _check(self) -> None:
-        if self.objective == "cider" and self.resume is None:
-            raise InputError("objective cider needs a trained model to start from; add --resume models/NAME.")
+        if self.objective == "cider" and self.resume is None and self.start_from is None:
+            raise InputError(
+                "objective cider needs a trained model to start from; add --resume models/NAME, or --start-from."
+            )
         for field in ("learning_rate", "backbone_learning_rate", "clip_norm"):
             if not getattr(self, field) > 0:
                 raise InputError(f"{field} must be above 0, not {getattr(self, field)}.")
@@ -225,6 +251,10 @@ def explain_ineffective(config: TrainingConfig, given: Collection[str]) -> list[
         "dropout": (config.objective != "cider", "self-critical training, which drops nothing"),
         "views": (not config.fine_tune, "a backbone that is fine-tuned, which sees new crops in every epoch"),
     }
+    if config.start_from is not None and config.resume is None:
+        taken = (*FROM_ARCHITECTURE, *FROM_PREPROCESSING, "weights", "tie_weights")
+        taken += ("vocab_threshold", "vocab_from_file", "vocab_file")
+        without |= dict.fromkeys(taken, (False, f"a run that starts from {config.start_from}, which determines it"))
     if config.resume is not None:
         is_same_folder = (config.models / config.name).resolve() == config.resume.resolve()
         stays = f"a resumed run, which stays in {config.resume}; copy the folder to keep it as it is"

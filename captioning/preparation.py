@@ -29,6 +29,7 @@ from captioning.images import ImageDataset, build_pixel_transform, find_unreadab
 from captioning.weights import read_state_dict
 from data_loader import CaptionDataset
 from model import DecoderModule, EncoderCNN
+from vocabulary import Vocabulary
 
 # Adam moves every weight by a similar amount, and `embed` sums thousands of non-negative features: at the full
 # rate, an image's embedding would oscillate between steps, and the decoder could not learn to use it.
@@ -36,7 +37,7 @@ EMBED_LR_FACTOR = 0.05
 FIRST_IMAGES = 256  # number of images on which the encoder's `embed` is standardized
 FIXED = (  # options that are fixed for a resumed run
     *("backbone", "weights", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers", "tie_weights"),
-    *("vocab_threshold", "vocab_from_file", "vocab_file", "val_images"),
+    *("vocab_threshold", "vocab_from_file", "vocab_file", "val_images", "start_from"),
 )
 
 
@@ -79,6 +80,15 @@ def lock_run(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def given_vocabulary(config: TrainingConfig, resumed: Description | None) -> Vocabulary | None:
+    """Return the vocabulary of the run that is resumed, of the model to start from, or of a file; else None."""
+    if resumed is None and config.start_from is not None:
+        resumed = checkpoint.read_description(config.start_from)
+    if resumed is not None:
+        return Vocabulary(resumed.vocabulary)
+    return Vocabulary.load(config.vocab_file) if config.vocab_from_file else None
+
+
 def describe_architecture(config: TrainingConfig, resumed: Description | None) -> tuple[Architecture, str]:
     """Describe a run's networks; `resumed` describes the run that is resumed, if any.
 
@@ -90,6 +100,7 @@ def describe_architecture(config: TrainingConfig, resumed: Description | None) -
     else:
         where = resumed.architecture.backbone_weights
         weights = "pretrained" if where == "published" else "random"  # resume.pt holds the real ones
+    assert config.dropout is not None
     architecture = Architecture(
         decoder=config.decoder,
         embed_size=config.embed_size,
@@ -106,10 +117,14 @@ def describe_architecture(config: TrainingConfig, resumed: Description | None) -
 def build_networks(
     architecture: Architecture, weights: str, config: TrainingConfig, words: int
 ) -> tuple[EncoderCNN, DecoderModule]:
-    """Build the encoder and the decoder of a run."""
+    """Build the encoder and the decoder of a run, with the weights of the model that it starts from, if any."""
     if config.objective == "cider":
         architecture = architecture.model_copy(update={"dropout": 0.0})
-    return architecture.build_encoder(weights, config.fine_tune or 0), architecture.build_decoder(words)
+    encoder, decoder = architecture.build_encoder(weights, config.fine_tune or 0), architecture.build_decoder(words)
+    if config.start_from is not None and config.resume is None:
+        for network, trained in zip((encoder, decoder), checkpoint.load_model(config.start_from)[:2], strict=True):
+            network.load_state_dict(trained.state_dict())
+    return encoder, decoder
 
 
 def synchronize_batch_norms(encoder: EncoderCNN, accelerator: Accelerator) -> None:

@@ -36,6 +36,7 @@ from captioning.preparation import (
     describe,
     describe_architecture,
     first_features,
+    given_vocabulary,
     load_optimizer,
     lock_run,
     require_unchanged,
@@ -48,7 +49,6 @@ from captioning.training_log import Scalars, format_line, open_log, read_log
 from captioning.validation import validate
 from captioning.weights import load_weights
 from data_loader import CaptionDataset
-from vocabulary import Vocabulary
 
 __all__ = ["Run", "TrainingConfig", "learning_rate_factor", "read_log", "train"]
 
@@ -121,12 +121,9 @@ class Run:
             raise InputError(f"this {self.device.type.upper()} is not made for bfloat16; use --precision auto.")
         torch.manual_seed(config.seed)
         self.resumed = checkpoint.read_description(folder) if config.resume else None
-        vocab = None
         if self.resumed is not None:
             require_unchanged(config, self.resumed)
-            vocab = Vocabulary(self.resumed.vocabulary)
-        elif config.vocab_from_file:
-            vocab = Vocabulary.load(config.vocab_file)
+        vocab = given_vocabulary(config, self.resumed)
         with this_process().local_main_process_first():  # the others find what it downloads and tokenizes
             files: Any = {"cache": config.cache, "must_exist": not config.skip_unreadable}
             self.data = CaptionDataset(config.data, "train", None, vocab, config.vocab_threshold, **files)
@@ -202,12 +199,13 @@ class Run:
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Build the optimizer and the batches, and initialize the networks of a new run (`state` None)."""
         config, encoder, decoder = self.config, self.encoder, self.decoder
-        if state is None:
+        is_new = state is None and config.start_from is None
+        if is_new:
             encoder.standardize(first_features(self.data, encoder, self.features, config))
         if config.tie_weights:
             if decoder.linear.weight.shape != decoder.embed.weight.shape:
                 raise InputError(f"the weights of the decoder {config.decoder} cannot be tied: their shapes differ.")
-            if state is None:
+            if is_new:
                 decoder.embed.weight.data /= config.embed_size**0.5  # as small as an output layer's
             decoder.linear.weight = decoder.embed.weight
         optimizer = build_optimizer(encoder, decoder, self.backbone_parameters(), config)

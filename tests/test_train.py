@@ -364,6 +364,22 @@ def test_what_the_command_line_takes_the_effect_from_is_told(
     assert told.count("\n") == bool(sentence)
 
 
+@pytest.mark.parametrize("option", ["--decoder=lstm", "--embed-size=16", "--tie-weights", "--vocab-threshold=2"])
+def test_an_option_that_the_model_to_start_from_determines_is_refused(option: str, trained: Path):
+    arguments = ["--start-from", str(trained), "--dropout", "0.3"]
+    config, _ = train_module.parse_options(arguments)
+    assert (config.hidden_size, config.dropout) == (32, 0.3)
+    with pytest.raises(InputError, match=f"{option.split('=')[0]} has no effect on a run that starts from {trained}"):
+        train_module.parse_options([*arguments, option])
+
+
+def test_a_run_is_resumed_or_starts_from_a_model(trained: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="--start-from starts a run and --resume continues one"):
+        train_module.parse_options(["--start-from", str(trained), "--resume", str(trained)])
+    with pytest.raises(InputError, match=f"{tmp_path} .*captioner"):
+        train_module.parse_options(["--start-from", str(tmp_path)])
+
+
 def test_dropout_has_no_effect_on_self_critical_training(trained: Path):
     with pytest.raises(InputError, match="--dropout has no effect on self-critical training"):
         train_module.parse_options(["--resume", str(trained), "--objective", "cider", "--dropout", "0.3"])

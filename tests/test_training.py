@@ -57,6 +57,54 @@ def test_training_knows_eight_pictures_by_heart(memorized: Path, eight: Path):
     assert epochs[-1]["val_loss"] < 0.1
 
 
+# A run that starts from a trained model
+
+
+def weights_of(folder: Path, epoch: int | None = None) -> dict[str, torch.Tensor]:
+    encoder, decoder, _, _ = load_model(folder, epoch)
+    return {**encoder.state_dict(prefix="encoder."), **decoder.state_dict(prefix="decoder.")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "fine_tune"),
+    [
+        ({}, 0),
+        ({"decoder": "attention", "grid_size": 2}, 0),
+        ({"tie_weights": True, "hidden_size": 16, "decoder": "transformer"}, 0),
+        ({"fine_tune": 1}, 0),
+        ({}, 1),
+    ],
+    ids=str,
+)
+def test_a_run_starts_from_a_trained_model(fields: dict, fine_tune: int, small: Make, tiny_backbone: Callable):
+    source = train(small(dropout=0.2, name="source", **fields))
+    config = small(start_from=source, fine_tune=fine_tune, learning_rate=1e-9, backbone_learning_rate=1e-9)
+    folder = train(config)
+    before, after = weights_of(source), weights_of(folder)
+    assert set(before) == set(after)
+    for name, value in before.items():
+        if "running" not in name and "tracked" not in name:  # statistics of a batch norm that is trained
+            torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0, msg=name)
+    own, first = read_description(folder), read_description(source)
+    assert own.vocabulary == first.vocabulary
+    assert own.preprocessing == first.preprocessing
+    parts = own.architecture.model_dump(exclude={"backbone_weights"})
+    assert parts == first.architecture.model_dump(exclude={"backbone_weights"})
+    assert config.dropout == 0.2
+
+
+def test_a_run_that_starts_from_a_model_learns_and_is_resumed_without_it(small: Make, tiny_backbone: Callable):
+    source = train(small(name="source"))
+    folder = train(small(start_from=source, objective="cider", vocab_threshold=100))
+    assert read_description(folder).vocabulary == read_description(source).vocabulary
+    before, after = weights_of(source), weights_of(folder)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    shutil.rmtree(source)
+    config = resumed_config(folder)
+    config.num_epochs = 2
+    assert epochs_saved(train(config)) == [1, 2]
+
+
 def test_a_frozen_backbone_is_bit_identical_after_training(small: Make, tmp_path: Path, tiny_backbone: Callable):
     weights = {k: v for k, v in tiny_backbone().state_dict().items() if not k.startswith("fc.")}
     torch.save(weights, tmp_path / "weights.pth")
