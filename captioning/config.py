@@ -17,6 +17,7 @@ from captioning import checkpoint
 from captioning.backbones import Preprocessing, count_stages, full_name, preprocessing_of
 from captioning.errors import InputError
 from captioning.files import CACHE, read_text, require_local
+from captioning.hub import find_model
 from captioning.images import WORKERS
 from model import DECODERS, TransformerDecoder
 
@@ -72,7 +73,7 @@ class DataOptions:
 class ModelOptions:
     """Backbone and decoder."""
 
-    # trained model whose weights, vocabulary and architecture the run starts from
+    # trained model, a folder or user/name on the Hub, whose weights, vocabulary and architecture the run starts from
     start_from: Path | None = None
     backbone: str = "resnet50"  # image backbone: torchvision's ResNet-50, or the name of a timm model
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
@@ -143,6 +144,7 @@ GROUPS = (DataOptions, ModelOptions, OptimizationOptions, CheckpointOptions, Dev
 class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, ModelOptions, DataOptions):
     """All options of a training run; every field is an option of `python train.py`.
 
+    With `start_from`, the backbone, the preprocessing and the architecture are those of that model.
     `dataclasses.replace` keeps the values that were derived from other fields: the name, fine_tune and learning rates.
     Raises `InputError` for a value that cannot be used.
     """
@@ -152,6 +154,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     def __post_init__(self) -> None:
         self._convert()
         if self.start_from is not None and self.resume is None:
+            self.start_from = find_model(self.start_from)
             self._take_from(checkpoint.read_description(self.start_from))
         self.name = self.name or self.data.resolve().name
         self._fill_defaults()

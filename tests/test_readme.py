@@ -16,7 +16,7 @@ ELSEWHERE = ("make setup", "python download.py")  # run by .ci/run and by test_d
 SMALL = {
     "train.py --config": "--weights random --image-size 64 --num-epochs 1 --batch-size 16",
     "train.py --resume": "--num-epochs 1",
-    "train.py --data": "--num-epochs 1 --vocab-threshold 1 --batch-size 4",
+    "train.py --data": "--num-epochs 1 --batch-size 4",
 }
 
 
