@@ -73,25 +73,42 @@ def main(
         others = (images, recursive, json_, output, strict, sheet, attention, precision != "auto", workers != WORKERS)
         if any(others) or decoding != Decoding(max_length=decoding.max_length) or len(model) > 1:
             raise InputError("--export takes one --model and --max-length, but no images and no other option.")
-        if os.path.isfile(export) and export.suffix.lower() != ".onnx":
-            raise InputError(f"{export} exists and its name does not end in .onnx; name another file for the export.")
-        from captioning.export import export_onnx
-
-        export_onnx(model[0] if model else default_model(), export, decoding.max_length)
+        export_model(model, export, decoding.max_length)
         return
     decoding = decoding.with_defaults()
     decoding.check()
     if not images:
         raise InputError("no images were given; name images or folders of images.")
-    if output is not None:
-        if json_ or sheet is not None or attention is not None:
-            raise InputError("--output cannot be combined with --json, --sheet or --attention.")
-        if output.suffix.lower() in (".json", ".csv", ".tsv", ".txt", ".xlsx"):
-            raise InputError(f"{output} would hold JSON Lines, not {output.suffix}; name a file that ends in .jsonl.")
-        if decoding.temperature is not None and decoding.seed is None:
-            raise InputError("--output with --temperature needs a --seed, so that an interrupted run can resume.")
-        caption_to_file(images, recursive, model, precision, decoding, output, workers, strict)
+    if output is None:
+        caption_to_terminal(images, recursive, model, precision, decoding, workers, strict, json_, sheet, attention)
         return
+    if json_ or sheet is not None or attention is not None:
+        raise InputError("--output cannot be combined with --json, --sheet or --attention.")
+    caption_to_file(images, recursive, model, precision, decoding, output, workers, strict)
+
+
+def export_model(model: tuple[Path, ...], path: Path, max_length: int) -> None:
+    """Export the model with greedy decoding to ONNX; raises `InputError` if `path` is a file of another kind."""
+    if os.path.isfile(path) and path.suffix.lower() != ".onnx":
+        raise InputError(f"{path} exists and its name does not end in .onnx; name another file for the export.")
+    from captioning.export import export_onnx
+
+    export_onnx(model[0] if model else default_model(), path, max_length)
+
+
+def caption_to_terminal(
+    images: tuple[Path, ...],
+    recursive: bool,
+    model: tuple[Path, ...],
+    precision: Precision,
+    decoding: Decoding,
+    workers: int,
+    strict: bool,
+    json_: bool,
+    sheet: Path | None,
+    attention: Path | None,
+) -> None:
+    """Print captions, and draw the figures; raises `InputError` if images could not be read."""
     if sys.stdout is None:
         raise InputError("standard output is closed, so captions cannot be printed; add --output captions.jsonl.")
     if this_process().num_processes > 1:
@@ -133,6 +150,10 @@ def caption_to_file(
     strict: bool,
 ) -> None:
     """Write captions to a JSON Lines file; raises `InputError` if images could not be read."""
+    if output.suffix.lower() in (".json", ".csv", ".tsv", ".txt", ".xlsx"):
+        raise InputError(f"{output} would hold JSON Lines, not {output.suffix}; name a file that ends in .jsonl.")
+    if decoding.temperature is not None and decoding.seed is None:
+        raise InputError("--output with --temperature needs a --seed, so that an interrupted run can resume.")
     process = this_process()
     if process.is_main_process:
         check_output(output)

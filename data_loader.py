@@ -154,7 +154,9 @@ class CaptionDataset(Dataset):
         self.vocab = _build_vocabulary(annotations, vocab_threshold) if vocab is None else vocab
         self._encode_captions(annotations)
         if mode == "train":
-            self._check_captions("lower --vocab-threshold" if vocab is None else "use another --vocab-file, or none")
+            self._check_captions(
+                "lower --vocab-threshold" if vocab is None else "train a new model with a vocabulary of these captions"
+            )
         self.images = ImageDataset(self.paths, transform or build_transform(train=mode == "train"))
 
     def _encode_captions(self, annotations: Annotations) -> None:

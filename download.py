@@ -256,7 +256,7 @@ def coco(
     work = root / ".download"
     archives = [archive for archive in COCO_ARCHIVES if archive.endswith(f"{year}.zip")]
     names = [Path(m).name for archive in archives for m in _members(archive) if m.endswith(".json")]
-    other = 2014 + 2017 - year
+    other = 2017 if year == 2014 else 2014
     if list(root.glob(f"annotations/*{other}.json")):
         raise InputError(f"{root} holds COCO {other}, and a data set is of one year; name another --root.")
     if others := sorted(path.name for path in root.glob("annotations/captions_*.json") if path.name not in names):

@@ -256,14 +256,11 @@ def _members(captioner: Captioner) -> list[Captioner]:
 
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
     """Describe the models and the data: the first keys of the JSON document."""
-    members = _members(captioner)
-    epochs = [member.epoch for member in members]
-    weights = [name_weights(x.description, epoch) for x, epoch in zip(members, epochs, strict=True)]
-    description = captioner.description
+    members, description = _members(captioner), captioner.description
     return {
         "model": " + ".join(map(str, models)),
-        "epoch": epochs[0] if len(epochs) == 1 else None,
-        "weights": " + ".join(weights),
+        "epoch": members[0].epoch if len(members) == 1 else None,
+        "weights": " + ".join(name_weights(member.description, member.epoch) for member in members),
         "trained_on": description.data.get("folder", "an unknown data set"),
         "data": str(data),
         "split": split,

@@ -69,12 +69,13 @@ class CommandOptions:
 
 def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     """Parse the options of a command line; the defaults are those of its recipe, or of the run that it resumes."""
+    defaults = starting_values(arguments)
     options = tyro.cli(
         CommandOptions,
         prog="train.py",
         description=__doc__,
         args=arguments,
-        default=grouped(starting_values(arguments)),
+        default=grouped(defaults),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     groups = {name: value for name, value in vars(options).items() if name != "run"}
@@ -89,16 +90,15 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
     require_effect(config, given)
     if options.run.config is not None:
-        check_recipe(options.run.config, config, given)
+        check_recipe(options.run.config, defaults, config, given)
     return config, options.run
 
 
-def check_recipe(path: Path, config: TrainingConfig, given: set[str]) -> None:
+def check_recipe(path: Path, recipe: dict[str, Any], config: TrainingConfig, given: set[str]) -> None:
     """Warn of options of a recipe that have no effect with those given on the command line.
 
-    Raises `InputError` for one that has none in the recipe by itself either.
+    Raises `InputError` for an option that has no effect with the recipe's own values either.
     """
-    recipe = read_recipe(path)
     try:
         ineffective_alone = explain_ineffective(TrainingConfig(**recipe), recipe)
     except InputError:  # the command line completes the recipe

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -47,52 +48,75 @@ def write_captions(
     captions are not the ones that this model gives with these options.
     """
     process = this_process()
-    is_main = process.is_main_process
-    done = failed = earlier = first_index = 0
-    readable: dict[int, dict[str, Any]] = {}
+    images: Iterator[Path | Member] = iter(())
+    rows, first_index = None, 0
     with ExitStack() as stack:
-        if is_main:  # only this process lists the images and accesses the file
+        if process.is_main_process:  # only this process lists the images and accesses the file
             images = stream_images(paths, recursive, log)
             stack.enter_context(lock_output(output))
             file = stack.enter_context(open(output, "a+b"))
-            done, unreadable, last_batch = _read_rows(file, images, log)
-            failed = len(unreadable)
-            earlier, first_index = done, done - len(last_batch)
-            images = chain([image for image, _ in last_batch], images)  # so that batches are those of one run
+            rows = _Rows(output, file, *_read_rows(file, images, log))
+            first_index = rows.count - len(rows.to_verify)
+            images = chain([image for image, _ in rows.to_verify], images)  # so that batches are those of one run
+        earlier = 0 if rows is None else rows.count
         progress = stack.enter_context(
-            tqdm(desc="captions", initial=done, unit="image", delay=2, disable=None if is_main else True)
+            tqdm(desc="captions", initial=earlier, unit="image", delay=2, disable=True if rows is None else None)
         )
         while True:
-            chunk = list(islice(images, CHUNK * process.num_processes)) if is_main else []
+            chunk = list(islice(images, CHUNK * process.num_processes))
             chunk, first_index = broadcast_object_list([chunk, first_index])
             if not chunk:
                 break
-            rows = gather_object(_caption_share(captioner, chunk, decode, workers, strict, first_index))
+            captioned = gather_object(_caption_share(captioner, chunk, decode, workers, strict, first_index))
             first_index += len(chunk)
-            if not is_main:
-                continue
-            rows = [row for _, row in sorted(rows, key=itemgetter(0))]
-            _compare_rows(last_batch, rows, output)
-            last_batch, rows = last_batch[len(rows) :], rows[len(last_batch) :]
-            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-            for row in rows:
-                if "error" in row:
-                    tqdm.write(printable(f"error: {row['error']}"), file=sys.stderr)
-                    failed += 1
-            done += len(rows)
-            progress.update(len(rows))
-        if is_main and unreadable:  # model and options are known by now to be the same
-            readable = _retry(captioner, unreadable, decode, workers)
-            if readable:
-                file.close()  # Windows replaces no open file
-                _replace_rows(output, readable)
-                failed -= len(readable)
-    if is_main and log is not None:
-        retried = f", {len(readable):,} of them without a caption until now" if readable else ""
-        log(f"{output}: {done - earlier:,} rows written, {earlier:,} were there{retried}")
-    return broadcast_object_list([(done, failed)])[0]
+            if rows is not None:
+                progress.update(rows.append([row for _, row in sorted(captioned, key=itemgetter(0))]))
+        if rows is not None:  # model and options are known by now to be those of the earlier rows
+            retried = rows.replace(_retry(captioner, rows.unreadable, decode, workers)) if rows.unreadable else 0
+            if log is not None:
+                note = f", {retried:,} of them without a caption until now" if retried else ""
+                log(f"{output}: {rows.count - earlier:,} rows written, {earlier:,} were there{note}")
+    return broadcast_object_list([None if rows is None else (rows.count, rows.failed)])[0]
+
+
+@dataclass
+class _Rows:
+    """The rows of the file, which only the main process accesses.
+
+    unreadable: the images of an earlier run's rows with an "error", by index. to_verify: the last rows of an earlier
+    run with their images, which are captioned again to compare the rows. failed: number of rows with an "error".
+    """
+
+    output: Path
+    file: BinaryIO
+    count: int
+    unreadable: dict[int, Path | Member]
+    to_verify: list[tuple[Path | Member, dict[str, Any]]]
+
+    def __post_init__(self) -> None:
+        self.failed = len(self.unreadable)
+
+    def append(self, rows: list[dict[str, Any]]) -> int:
+        """Compare the first rows with `to_verify`, write the others to disk, and return their number."""
+        _compare_rows(self.to_verify, rows, self.output)
+        self.to_verify, rows = self.to_verify[len(rows) :], rows[len(self.to_verify) :]
+        self.file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        for row in rows:
+            if "error" in row:
+                tqdm.write(printable(f"error: {row['error']}"), file=sys.stderr)
+                self.failed += 1
+        self.count += len(rows)
+        return len(rows)
+
+    def replace(self, rows: dict[int, dict[str, Any]]) -> int:
+        """Replace rows with an "error", by index, and return their number; closes the file."""
+        if rows:
+            self.file.close()  # Windows replaces no open file
+            _replace_rows(self.output, rows)
+            self.failed -= len(rows)
+        return len(rows)
 
 
 def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str, Any]], output: Path) -> None:
@@ -163,41 +187,45 @@ def _read_rows(
     The rows to verify are all from the last batch that contains a caption. Advances `images` past all rows, and
     removes an incomplete last row. `log` receives a line on images that have changed since.
     """
-    written, changed = os.fstat(file.fileno()).st_mtime, []
-    done = end = start = 0
+    written = os.fstat(file.fileno()).st_mtime
+    changed: list[Path | Member] = []
     unreadable: dict[int, Path | Member] = {}
-    last: list[tuple[Path | Member, dict]] = []
+    before: list[tuple[Path | Member, dict[str, Any]]] = []  # rows since the last batch with a caption
+    batch: list[tuple[Path | Member, dict[str, Any]]] = []  # rows of the current batch
+    count = size = 0
     file.seek(0)
     for line in file:
-        if not line.endswith(b"\n") and line[:10] == b'{"photo": '[: len(line)]:
+        if not line.endswith(b"\n") and b'{"photo": '.startswith(line[:10]):  # an interrupted run wrote a part of it
             break
-        image = next(images, None)
-        try:
-            row = json.loads(line)
-            if image is None or row["photo"] != str(image):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(
-                f"{file.name}, line {done + 1} does not belong to {image or 'any of the images'}; name the first "
-                "run's images, or another file."
-            ) from None
-        if done % BATCH == 0:
-            start = len(last)
-        last.append((image, row))
+        image, row = _match_row(line, next(images, None), f"{file.name}, line {count + 1}")
+        if count % BATCH == 0:
+            before += batch
+            batch = []
+        batch.append((image, row))
         if "error" in row:
-            unreadable[done] = image
+            unreadable[count] = image
         else:
-            del last[:start]
-            start = 0
+            before = []  # the current batch has a caption
             if _is_newer(image, written):
                 changed.append(image)
-        done, end = done + 1, end + len(line)
-    if end < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
-        file.truncate(end)
+        count, size = count + 1, size + len(line)
+    if size < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
+        file.truncate(size)
     if changed and log is not None:
         images_are = "1 image is" if len(changed) == 1 else f"{len(changed):,} images are"
         log(f"{images_are} newer than {file.name}, such as {changed[0]}; delete the file to caption all images again")
-    return done, unreadable, last
+    return count, unreadable, before + batch
+
+
+def _match_row(line: bytes, image: Path | Member | None, where: str) -> tuple[Path | Member, dict[str, Any]]:
+    """Return an image and its row of an earlier run; raises `InputError` if the line is not the row of this image."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        row = json.loads(line)
+        if image is not None and row["photo"] == str(image):
+            return image, row
+    raise InputError(
+        f"{where} does not belong to {image or 'any of the images'}; name the first run's images, or another file."
+    )
 
 
 def _is_newer(image: Path | Member, time: float) -> bool:

@@ -25,13 +25,26 @@ NUMPY = {"np", ".", "str_", "array"}  # what NumPy prints around texts
 
 
 def clean_caption(caption: Any, where: str) -> str:
-    """Return the caption in one line with single spaces, or "" if it is missing; raises `InputError` if it is wrong."""
+    """Return the caption in one line with single spaces, or "" if it is missing.
+
+    Raises `InputError` for a caption that is not text, is too long, or cannot be encoded.
+    """
     if is_missing(caption):
         return ""
-    if not isinstance(caption, str):
-        raise InputError(f"{where}, has a caption that is not text: {caption!r:.80}; write text or a list of texts.")
-    check_caption(caption, where)
+    require_text(caption, where)
+    if len(caption) > MAX_CAPTION:
+        raise InputError(f"{where}, has a caption of more than {MAX_CAPTION:,} characters; shorten it.")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}, has a caption with half of a surrogate pair; write the whole character.") from None
     return " ".join(caption.replace("_x000D_", " ").split())  # a line's end in Excel's files
+
+
+def require_text(caption: Any, where: str) -> None:
+    """Raise `InputError` for a caption that is not text, or that is a list or an object saved as text."""
+    if not isinstance(caption, str) or is_structure(caption):
+        raise InputError(f"{where}, has a caption that is not text: {caption!s:.80}; write text or a list of texts.")
 
 
 def is_missing(caption: Any) -> bool:
@@ -39,18 +52,6 @@ def is_missing(caption: Any) -> bool:
     if not isinstance(caption, str):
         return caption is None or caption != caption
     return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
-
-
-def check_caption(caption: str, where: str) -> None:
-    """Raise `InputError` for a caption that training would reject, or that is a list or an object saved as text."""
-    if is_structure(caption):
-        raise InputError(f"{where}, has a caption that is not text: {caption:.80}; write text or a list of texts.")
-    if len(caption) > MAX_CAPTION:
-        raise InputError(f"{where}, has a caption of more than {MAX_CAPTION:,} characters; shorten it.")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}, has a caption with half of a surrogate pair; write the whole character.") from None
 
 
 def parse_captions(value: Any) -> list[Any]:

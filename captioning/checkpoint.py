@@ -329,16 +329,13 @@ def load_model(
     """
     folder = Path(folder)
     description = read_description(folder)
+    parts = description.architecture
     try:
         vocabulary = Vocabulary(description.vocabulary)
+        preprocessing_of(parts.backbone, description.preprocessing.image_size)  # which checks the backbone and the size
     except InputError as error:
         raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
     encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
-    parts = description.architecture
-    try:
-        preprocessing_of(parts.backbone, description.preprocessing.image_size)
-    except InputError as error:
-        raise InputError(f"{folder / DESCRIPTION} does not describe a model: {error}") from None
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
     published = parts.backbone_weights == "published"
     with torch.device("meta"):  # nothing is allocated before the sizes are known to agree

@@ -119,15 +119,15 @@ def _choose_tables(folder: Path, tables: list[Path], report: Report) -> list[Pat
     if not metadata and "" not in splits and len(splits) == len(others):
         return others
     if metadata and others:
-        raise _refuse_two(metadata[0], others[0])
+        raise _two_tables(metadata[0], others[0])
     by_folder: dict[Path, Path] = {}
     for path in metadata or others:
         if by_folder.setdefault(path.parent, path) is not path:
-            raise _refuse_two(by_folder[path.parent], path)
+            raise _two_tables(by_folder[path.parent], path)
     return metadata or others
 
 
-def _refuse_two(one: Path, other: Path) -> InputError:
+def _two_tables(one: Path, other: Path) -> InputError:
     return InputError(f"{one} and {other} may both hold the captions; name the one that does.")
 
 

@@ -105,31 +105,36 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
         reason = _decompress(shard) or getattr(error, "strerror", None) or error
         raise InputError(f"{shard} cannot be read as a tar file ({reason}).") from None
     for key, members in groups.items():
-        images: dict[str, Member] = {}  # stem -> image
-        texts: dict[str, dict[str, Member]] = {}  # stem -> suffix -> file
-        for member in members:
-            path = PurePosixPath(unicodedata.normalize("NFC", member.name))
-            stem, suffix = str(path.with_suffix("")), path.suffix.lower()
-            if suffix in SUFFIXES:
-                texts.setdefault(stem, {}).setdefault(suffix, member)
-            elif suffix in image_suffixes():
-                images.setdefault(stem, member)
-            else:
-                report.add(f"{suffix} file{{s}}" if suffix else "file{s} without a suffix", repr(str(member)))
-                continue
-            if member not in (images.get(stem), *texts.get(stem, {}).values()):
-                report.add("file{s} with the name of another", repr(str(member)))
-        for stem in [stem for stem in images if key in images and stem != key and stem not in texts]:
-            report.add("further image{s} of a sample", repr(str(images.pop(stem))))
-        for stem, image in images.items():
-            own = texts.pop(stem, {})
-            if not own and len(images) == 1:
-                others = [pair for files in texts.values() for pair in files.items()]
-                if len(dict(others)) == len(others):  # else they are ambiguous
-                    own = dict(others)
-                    texts.clear()
-            yield image, own
-        yield from ((None, files) for files in texts.values())
+        yield from _pair_files(key, members, report)
+
+
+def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tuple[Member | None, dict[str, Member]]]:
+    """Pair the images with the caption files among the files of one WebDataset key; see `read_samples`."""
+    images: dict[str, Member] = {}  # stem -> image
+    texts: dict[str, dict[str, Member]] = {}  # stem -> suffix -> file
+    for member in members:
+        path = PurePosixPath(unicodedata.normalize("NFC", member.name))
+        stem, suffix = str(path.with_suffix("")), path.suffix.lower()
+        if suffix in SUFFIXES:
+            texts.setdefault(stem, {}).setdefault(suffix, member)
+        elif suffix in image_suffixes():
+            images.setdefault(stem, member)
+        else:
+            report.add(f"{suffix} file{{s}}" if suffix else "file{s} without a suffix", repr(str(member)))
+            continue
+        if member not in (images.get(stem), *texts.get(stem, {}).values()):
+            report.add("file{s} with the name of another", repr(str(member)))
+    for stem in [stem for stem in images if key in images and stem != key and stem not in texts]:
+        report.add("further image{s} of a sample", repr(str(images.pop(stem))))
+    for stem, image in images.items():
+        own = texts.pop(stem, {})
+        if not own and len(images) == 1:
+            others = [pair for files in texts.values() for pair in files.items()]
+            if len(dict(others)) == len(others):  # else they are ambiguous
+                own = dict(others)
+                texts.clear()
+        yield image, own
+    yield from ((None, files) for files in texts.values())
 
 
 def _decompress(shard: Path) -> str:

@@ -119,7 +119,7 @@ def read_folder(
         suffix = path.suffix.lower()
         name = _compose(path.with_suffix(""))
         if suffix in SUFFIXES and by_name[name].setdefault(suffix, path) is not path:
-            _refuse_two(by_name[name][suffix], path)
+            raise _two_files(by_name[name][suffix], path)
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():
@@ -129,7 +129,7 @@ def read_folder(
             pair = own[suffix], others[suffix]
             used = [path for path in pair if suffix != ".json" or has_captions(path, encoding)]
             if len(used) > 1:
-                _refuse_two(*used)
+                raise _two_files(*used)
             if used:
                 own = {**own, suffix: used[0]}
         file, captions = read_caption_files(others | own, read_bytes, ENCODING_ADVICE, report, encoding)
@@ -151,5 +151,5 @@ def has_captions(path: Path, encoding: str | None) -> bool:
     return False
 
 
-def _refuse_two(one: Path, other: Path) -> None:
-    raise InputError(f"{one} and {other} are for one image; keep one of the two.")
+def _two_files(one: Path, other: Path) -> InputError:
+    return InputError(f"{one} and {other} are for one image; keep one of the two.")

@@ -48,12 +48,8 @@ def assign_splits(images: list[SourceImage], source: Path, report: Report) -> No
     if val + test >= len(order):
         val = test = 1
     if without:
-        for name in order:
-            by_name[name].split = "train"
-        for name in order[:val]:
-            by_name[name].split = "val"
-        for name in order[val : val + test]:
-            by_name[name].split = "test"
+        for i, name in enumerate(order):
+            by_name[name].split = "val" if i < val else "test" if i < val + test else "train"
     elif len(order) > 1:
         for name in order[:val]:
             by_name[name].split = "val"

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from captioning.captions import clean_caption, is_missing, is_structure, parse_captions
+from captioning.captions import clean_caption, is_missing, is_structure, parse_captions, require_text
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_formats import image_suffixes
@@ -33,7 +33,7 @@ CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw
 DELIMITERS = ",|;\t"
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
-csv.field_size_limit(1 << 30)  # in characters; `check_caption` limits the length of captions
+csv.field_size_limit(1 << 30)  # in characters; `clean_caption` limits the length of captions
 
 
 @dataclass
@@ -189,8 +189,8 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         if isinstance(value, dict):  # Label Studio's several texts
             value = value.get("text", value)
         texts = value if isinstance(value, list) else parse_captions(value)
-        if isinstance(value, str) and texts == [value] and is_structure(value):
-            raise InputError(f"{where}, has a caption that is not text: {value:.80}; write text or a list of texts.")
+        if isinstance(value, str) and texts == [value.strip()]:
+            require_text(texts[0], where)  # also one without letters, such as [1, 2]
         captions[column] = [clean_caption(text, where) for text in texts]
     for column in columns:
         if others := captions.get(f"{column}s"):  # which repeat the caption in most tables that have both columns
@@ -266,30 +266,36 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of an object that holds them in one list, or that maps images or numbers to rows or captions."""
+    """Yield the rows of an object that holds them in lists, or that maps images or numbers to captions or rows."""
     lists = [name for name, value in document.items() if _is_list_of_rows(value)]
-    named = [name for name in lists if _names_image(document[name][0])]
-    are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
-    if lists and not are_images and (named or len(lists) < max(2, len(document))):
-        first, *others = named or lists
-        rows = [(f"{path}, {name}[{at}]", row) for name in named or lists[:1] for at, row in enumerate(document[name])]
-        all_give_splits = all(_names_image(row) and _gives_split(row) for _, row in rows)
-        if all_give_splits:  # as in NWPU-Captions, which has a list for every kind of scene
-            others = []
-        split = parse_split(first)
-        unread = [name for name in document if name not in (first, *named)]
-        others += [name for name in unread if parse_split(name) and _is_filled(document[name])]
-        others += [name for name, value in document.items() if _holds_splits(value) and not all_give_splits]
-        if others:
-            raise InputError(
-                f"{path} holds rows in {first!r:.80} and {others[0]!r:.80}; write one list, with a split in each row."
-            )
-        yield from ((where, {**row, "split": split} if split and not _gives_split(row) else row) for where, row in rows)
+    of_images = [name for name in lists if _names_image(document[name][0])]
+    keys_are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
+    if lists and not keys_are_images and (of_images or len(lists) == 1 or len(lists) < len(document)):
+        yield from _read_lists(path, document, of_images or lists)
         return
     for number, (name, value) in enumerate(document.items(), 1):
         rows = value if _is_list_of_rows(value) else [value if isinstance(value, dict) else {"caption": value}]
-        for row in rows:  # one of a numbered row names its image itself
+        for row in rows:  # a row under a number names its image itself
             yield f"{path}, entry {number}", row if _has_image(row) else {**row, "image": name}
+
+
+def _read_lists(path: Path, document: dict[str, Any], lists: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of the one list, or of several whose rows all name an image and a split (NWPU-Captions).
+
+    Raises `InputError` if other entries may hold further rows or the splits of these.
+    """
+    first, *others = lists
+    rows = [(f"{path}, {name}[{at}]", row) for name in lists for at, row in enumerate(document[name])]
+    unread = [name for name in document if name not in lists and parse_split(name) and _is_filled(document[name])]
+    if not all(_names_image(row) and _gives_split(row) for _, row in rows):
+        unread = [*others, *unread, *(name for name, value in document.items() if _holds_splits(value))]
+    if unread:
+        raise InputError(
+            f"{path} holds rows in {first!r:.80} and {unread[0]!r:.80}; write one list, with a split in each row."
+        )
+    split = parse_split(first)
+    for where, row in rows:
+        yield where, {**row, "split": split} if split and not _gives_split(row) else row
 
 
 def _has_image(record: dict[str, Any]) -> bool:

@@ -178,7 +178,8 @@ class Run:
 
     def extract_features(self) -> None:
         """Compute the features of all images with a frozen backbone, or load the cached ones."""
-        config, self.features, self.val_features = self.config, None, None
+        config = self.config
+        self.features = self.val_features = None
         self.encoder.to(self.device)
         if config.fine_tune == 0:
             stored: Any = {"cache": config.cache, "workers": config.workers, "precision": config.precision}

@@ -353,10 +353,12 @@ def test_a_vocabulary_of_another_data_set_is_a_warning(drawn: Path, cache: Path,
     warn_once.cache_clear()
     other = Vocabulary.build(["a casa"], threshold=1)
     CaptionDataset(drawn, vocab=other, cache=cache)
-    assert re.search(r"\d\d% of the words in .*; use another --vocab-file, or none\.\n", capsys.readouterr().err)
+    assert re.search(
+        r"\d\d% of the words in .*; train a new model with a vocabulary of these captions\.\n", capsys.readouterr().err
+    )
     CaptionDataset(drawn, "test", vocab=other, cache=cache)
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match=r"none of the words in .* is in the vocabulary; use another --vocab-file"):
+    with pytest.raises(InputError, match=r"none of the words in .* is in the vocabulary; train a new model"):
         CaptionDataset(drawn, vocab=Vocabulary.build(["una casa"], threshold=1), cache=cache)
 
 
