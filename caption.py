@@ -57,7 +57,7 @@ def main(
         images: images, folders of images, and tar files of images in WebDataset's format.
         decoding: how words are chosen; by default with a beam of 3 without repeated trigrams.
         model: folder, or user/name on the Hub; default: the newest trained on photos. Several make an ensemble.
-        precision: the backbone's precision; auto is bf16 if supported, else fp32; int8, for CPUs, is fast and inexact.
+        precision: of the backbone; auto: bf16 if native to the device, else fp32; int8: approximate, on CPUs only.
         recursive: also caption the images in subfolders.
         json_: print a JSON list of objects with the keys photo, caption, log_probability, precision (and alternatives).
         output: write these objects to this JSON Lines file (key error for an unreadable image); run again to resume.

@@ -35,7 +35,7 @@ from captioning.fetching import (
     ConcurrentTasks,
     NetworkError,
     connect,
-    describe_error,
+    describe_http_error,
     extract,
     fetch,
     read,
@@ -347,7 +347,7 @@ def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
     except Exception as error:  # gdown's own errors share no base class with its HTTP library's
         reason = f"it takes more than {WEIGHTS_SECONDS:,} seconds; run the same command again to resume"
         raise InputError(
-            f"{WEIGHTS_URL} cannot be downloaded: {reason if late.is_set() else describe_error(error)}."
+            f"{WEIGHTS_URL} cannot be downloaded: {reason if late.is_set() else describe_http_error(error)}."
         ) from error
     finally:
         timer.cancel()

@@ -165,7 +165,7 @@ class DecoderModule(nn.Module):
         """Run the decoder over whole captions: the output layer's input for each token, given the tokens before it.
 
         Args:
-            features: (P, embed_size) or (P, cells, embed_size), the embedded images.
+            features: (P, embed_size) or (P, cells, embed_size), the embeddings of P images.
             captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
             image_of_caption: (B,) index into `features` of each caption's image; None if caption i belongs to image i.
 

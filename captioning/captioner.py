@@ -50,10 +50,10 @@ class Decoding:
     alternatives: int = 0  # maximum number of further captions per image
     max_length: int = DEFAULT_LENGTH  # maximum number of tokens
     min_length: int = 0  # minimum number of tokens, punctuation included
-    length_penalty: float | None = None  # rank beams by log p / length ** penalty; 0 favours short captions, 1 is usual
-    block_trigrams: bool | None = None  # with a beam: no trigram twice in a caption; default in caption.py
-    groups: int | None = None  # groups of diverse beam search (arXiv 1610.02424)
-    diversity: float | None = None  # penalty on earlier groups' words; 0.5 is usual
+    length_penalty: float | None = None  # rank by log p / length ** penalty; default 1; 0 favours short captions
+    block_trigrams: bool | None = None  # a beam never repeats a trigram in a caption; default only in caption.py
+    groups: int | None = None  # number of groups of diverse beam search (arXiv 1610.02424); default 1
+    diversity: float | None = None  # penalty on words that earlier groups chose at this step; default 0.5
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -174,7 +174,7 @@ class Captioner:
     """A trained model that captions images: `Captioner.load(folder)(images)`.
 
     precision: of the backbone, "fp32", "bf16" or, on a CPU, "int8" (`quantization`). "auto" is bfloat16 if the
-        processor or GPU supports it, else float32; the attribute `precision` says which.
+        device computes in it natively, else float32; the attribute `precision` says which.
 
     Raises `InputError` for another precision, and for "int8" on a GPU or without onnxruntime.
     """
@@ -313,7 +313,7 @@ class Captioner:
 
 
 class EnsembleDecoder:
-    """An ensemble of decoders of one vocabulary, which averages their probabilities at every step.
+    """Decoders that share a vocabulary, decoded as one: their probabilities are averaged at every step.
 
     Its features are a tuple, one element for each decoder; its state is the concatenation of theirs and, where any
     of them attends, the attention of the first that does.
@@ -347,7 +347,7 @@ class EnsembleDecoder:
 
 
 class Ensemble(Captioner):
-    """An ensemble of models of one vocabulary, which averages their probabilities at every step.
+    """An ensemble of models that share a vocabulary; their probabilities are averaged at every step.
 
     Each model has its own encoder and preprocessing. Attention and description are those of the first model that
     attends, else of the first. Raises `InputError` for no models and for different vocabularies.

@@ -60,6 +60,7 @@ RESUME_TYPES = {  # types of the values in resume.pt
     "log_bytes": int,
 }
 WEIGHT_SUFFIXES = (".pkl", ".safetensors")
+MAX_SIZE, MAX_LAYERS, MAX_GRID = 1 << 14, 16, 64  # of embed_size and hidden_size, num_layers, and grid_size
 
 if TYPE_CHECKING:
     DecoderName = str
@@ -75,12 +76,12 @@ class Architecture(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decoder: DecoderName
-    embed_size: int = Field(strict=True, ge=1, le=1 << 14)
-    hidden_size: int = Field(strict=True, ge=1, le=1 << 14)
-    num_layers: int = Field(strict=True, ge=1, le=16)
+    embed_size: int = Field(strict=True, ge=1, le=MAX_SIZE)
+    hidden_size: int = Field(strict=True, ge=1, le=MAX_SIZE)
+    num_layers: int = Field(strict=True, ge=1, le=MAX_LAYERS)
     dropout: float = Field(ge=0, lt=1)
     backbone: str = Field(max_length=200)  # "resnet50", or the name of a timm model
-    grid_size: int | None = Field(default=None, strict=True, ge=1, le=64)  # rows and columns, after averaging
+    grid_size: int | None = Field(default=None, strict=True, ge=1, le=MAX_GRID)  # rows and columns, after averaging
     # Where its weights are: published under its name, in backbone.pkl for all epochs, or in every encoder-<i>.pkl.
     backbone_weights: Literal["published", "shared", "epoch"]
 

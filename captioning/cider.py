@@ -19,7 +19,7 @@ class CiderD:
     references: image id -> its reference captions, each a sequence of tokens: vocabulary indices or words.
         Whether `<end>` is one of the tokens is the caller's choice, the same for references and hypotheses.
 
-    Raises InputError for an image without references, for references that are all empty, and for more than 65,535
+    Raises `InputError` for an image without references, for references that are all empty, and for more than 65,535
     different tokens.
     """
 
@@ -57,7 +57,7 @@ class CiderD:
     def __call__(self, ids: Sequence[Hashable], hypotheses: Sequence[Sequence[Hashable]]) -> np.ndarray:
         """Compute CIDEr-D of each hypothesis against its image's references: (captions,) float64, 0 to 10.
 
-        ids: the image of each hypothesis, repeated if an image has several. Raises InputError for an image without
+        ids: the image of each hypothesis, repeated if an image has several. Raises `InputError` for an image without
         references.
         """
         try:

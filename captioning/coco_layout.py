@@ -132,9 +132,8 @@ def write_dataset(images: list[SourceImage], destination: Path) -> None:
     Images are hard links where the file system allows it, else copies. Everything is written to a temporary folder
     next to `destination`, which is renamed at the end.
 
-    Raises:
-        InputError: `destination` is not empty or cannot be written; an image cannot be read; two images have the same
-            name or id; a name is not allowed.
+    Raises `InputError` if `destination` is not empty or cannot be written, if an image cannot be read, if two images
+    have the same name or id, or if a name is not allowed.
     """
     require_new_folder(destination)
     target = Path(os.path.realpath(destination))  # "." gets a name, and a symbolic link is kept

@@ -38,10 +38,10 @@ FROM_PREPROCESSING = ("image_size", "crop")
 
 # The minimum and the maximum of each number.
 LIMITS: dict[str, tuple[float, float]] = {
-    "grid_size": (1, 64),
-    "embed_size": (1, 1 << 14),
-    "hidden_size": (1, 1 << 14),
-    "num_layers": (1, 16),
+    "grid_size": (1, checkpoint.MAX_GRID),
+    "embed_size": (1, checkpoint.MAX_SIZE),
+    "hidden_size": (1, checkpoint.MAX_SIZE),
+    "num_layers": (1, checkpoint.MAX_LAYERS),
     "dropout": (0, 0.99),
     "learning_rate": (0, 10),
     "backbone_learning_rate": (0, 10),
@@ -81,7 +81,7 @@ class ModelOptions:
     crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default: as the backbone
     # pool the feature map to this many rows and columns (attention and transformer decoders)
     grid_size: int | None = None
-    views: int = 1  # views of an image whose features are cached: the evaluation's crop and views - 1 random ones
+    views: int = 1  # views per image whose features are cached: the evaluation crop and views - 1 augmented ones
     decoder: checkpoint.DecoderName = "lstm"  # decoder architecture
     embed_size: int = 256  # embedding dimension
     hidden_size: int = 512  # hidden dimension of the LSTM, or of the transformer's feed-forward layers
@@ -130,7 +130,7 @@ class CheckpointOptions:
 class DeviceOptions:
     """Devices and workers."""
 
-    # precision of features and training; auto: bf16 where it is faster
+    # precision of the backbone and of training; auto: bf16 if native to the device, else fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     workers: int = WORKERS  # number of processes that read images
     cache: Path = CACHE  # folder for tokenized captions and image features

@@ -76,7 +76,7 @@ def greedy(decoder: Decoder, features: Any, max_length: int = DEFAULT_LENGTH, mi
 
     features: what `decoder.init_state` takes, (B, ...).
     max_length: maximum number of tokens, `<end>` included. min_length: minimum number of tokens before `<end>`.
-    Returns one hypothesis per image. Raises InputError if a length is out of range.
+    Returns one hypothesis per image. Raises `InputError` if a length is out of range.
     """
     check_lengths(max_length, min_length)
 
@@ -112,7 +112,7 @@ def sample(
         rest of the batch or the device. The indices (B,) are 0 to B - 1 by default. Without a seed, the numbers come
         from torch's global generator.
     Returns B * n hypotheses, those of image i at [i * n : (i + 1) * n]; their log-probabilities are the
-    model's at temperature 1. Raises InputError if a value is out of range.
+    model's at temperature 1. Raises `InputError` if a value is out of range.
     """
     check_lengths(max_length, min_length)
     check_sampling(temperature, top_k, top_p, seed, n)
@@ -160,7 +160,7 @@ def beam_search(
         hypothesis of an earlier group that has chosen it at this step (Vijayakumar et al., arXiv 1610.02424, Hamming
         diversity). That steers the choice; the log-probabilities stay the model's.
 
-    Returns for each image its hypotheses, best first. Raises InputError if a value is out of range.
+    Returns for each image its hypotheses, best first. Raises `InputError` if a value is out of range.
     """
     check_lengths(max_length, min_length)
     check_beam(beam_size, length_penalty, n_best, groups, diversity)

@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the processor or GPU is faster in it, else float32."""
+    """Return bfloat16 if the device computes in it natively, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":

@@ -87,7 +87,7 @@ def connect() -> httpx.AsyncClient:
         ) from None
 
 
-def describe_error(error: BaseException) -> str:
+def describe_http_error(error: BaseException) -> str:
     """Describe in a few words why a request failed."""
     if is_offline(error):
         return "no network, or no server of this name"
@@ -107,7 +107,7 @@ def _network_errors() -> Iterator[None]:
         raise
     except (httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError) as error:
         permanent = isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL))
-        raise NetworkError(describe_error(error), permanent) from error
+        raise NetworkError(describe_http_error(error), permanent) from error
     except Exception as error:  # malformed addresses make the libraries below httpx raise nearly anything
         raise NetworkError(f"the address or the answer cannot be used ({type(error).__name__})") from error
 

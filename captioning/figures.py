@@ -128,7 +128,7 @@ def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessin
 
 
 def check_figure(path: Path) -> None:
-    """Raise `InputError`, before long work, if `path` is no PNG file, cannot be written, or exists but is no figure."""
+    """Raise `InputError` before a long computation if no figure can be written to `path`, or another file is there."""
     check_output(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"{path} does not end in .png, but figures are PNG files; name it {path.stem}.png.")

@@ -133,7 +133,7 @@ def require_access(folder: Path) -> None:
 
 
 def require_local(folder: Path) -> None:
-    """Raise `InputError` for a web address, of which a folder of that name would be made."""
+    """Raise `InputError` for a web address; otherwise a folder of that name would be created."""
     if address := web_address(folder):
         raise InputError(f"{address} is a web address; name a place on this computer.")
 
@@ -143,7 +143,7 @@ def require_new_folder(folder: Path) -> None:
     require_local(folder)
     try:
         if os.path.islink(folder) and not os.path.exists(folder):
-            raise InputError(f"{folder} is a link that leads nowhere; delete it or name another folder.")
+            raise InputError(f"{folder} is a broken link; delete it or name another folder.")
         if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
             raise InputError(f"{folder} exists and is not empty; delete it or name another folder.")
     except OSError as error:
@@ -193,7 +193,7 @@ def _write_atomically(path: Path, temporary: Path, write: Callable[[BinaryIO], o
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `InputError` if no file can be written into the folder; called before work that takes long."""
+    """Raise `InputError` if no file can be written into the folder; call it before a long computation."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -204,7 +204,7 @@ def require_writable(folder: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Check, before work that takes long, that a file can be written to `path`, and create its folder.
+    """Check before a long computation that a file can be written to `path`, and create its folder.
 
     Raises `InputError` where `write_file` would.
     """

@@ -133,7 +133,7 @@ class ImageIndex:
         except OSError:
             is_regular = False
         if not is_regular:
-            raise InputError(f"{where}: {path} is a link that leads nowhere, or is not a regular file.")
+            raise InputError(f"{where}: {path} is a broken link, or is not a regular file.")
         return keys[0]
 
     def _matches(self, name: str, anywhere: bool) -> list[str]:

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 NOT_RANDOM = {T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
-# PIL takes single pixels, so that an image that was decoded smaller gives other ones.
+# They pick single pixels, so an image decoded at a reduced size would give different ones.
 UNREDUCED = (T.InterpolationMode.NEAREST, T.InterpolationMode.NEAREST_EXACT)
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
 

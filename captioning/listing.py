@@ -52,7 +52,7 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
 
 
 def _expand(pattern: Path) -> list[Path]:
-    """List the paths that match a pattern, in name order; a path that exists or that nothing matches is no pattern."""
+    """List the paths that match a pattern, in name order; one that exists, or has no match, is taken literally."""
     is_pattern = "\0" not in str(pattern) and not os.path.lexists(pattern)
     matches = glob(str(pattern)) if is_pattern else []
     return sorted(map(Path, matches)) or [pattern]

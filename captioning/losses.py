@@ -21,7 +21,7 @@ CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26
 
 @dataclass
 class Batch:
-    """A process's part of the captions of a training step, and the images that they describe.
+    """A process's share of a training step: B captions and the P images that they describe.
 
     images: uint8 pixels (P, 3, H, W), or features (P, channels) or (P, cells, channels).
     image_of_caption: (B,) index into `images` of each caption's image.

@@ -31,9 +31,8 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
     or split has the same. Captions stay as they are. Reports on standard error what is left out, and how many images of
     the val and test splits have the name and content of a training image of another source.
 
-    Raises:
-        InputError: There are fewer than two sources, one is given twice or not in COCO's layout, or
-            `write_dataset` raises it.
+    Raises `InputError` if there are fewer than two sources, if one is given twice or is not in COCO's layout, and where
+    `write_dataset` does.
     """
     require_new_folder(destination)
     folders = [Path(os.path.realpath(source)) for source in sources]  # `Path.resolve` raises for a link to itself

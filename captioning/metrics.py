@@ -200,7 +200,7 @@ def score(
         does not start Java, which takes seconds; True requires both. METEOR's process serves later calls, and ends when
         there was none for METEOR_IDLE seconds.
 
-    Raises InputError for no captions, an image without references, and if Java is required and fails.
+    Raises `InputError` for no captions, an image without references, and if Java is required and fails.
     """
     if not hypotheses:
         raise InputError("there are no captions to score.")
@@ -322,7 +322,7 @@ def _parse_result(entry: object) -> tuple[int, str]:
 def score_results(references_file: str | Path, results_file: str | Path, java: bool | None = None) -> Scores:
     """Score a COCO results file, `[{"image_id": 1, "caption": "..."}, ...]`, against a COCO captions file.
 
-    Only the images in the results count; `java` is that of `score`. Raises InputError that names the file and the
+    Only the images in the results count; `java` is that of `score`. Raises `InputError` that names the file and the
     entry for a missing or wrong one, an unknown image, and an image captioned twice.
     """
     references, hypotheses = read_references(references_file), _read_results(results_file)

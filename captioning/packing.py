@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.source = (linear,)  # in a tuple, as it is no part of this module
+        self.source = (linear,)  # in a tuple, so that it is not registered as a submodule
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self.bias = linear.bias.detach()
 

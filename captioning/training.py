@@ -118,7 +118,9 @@ class Run:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.log = (lambda text: tqdm.write(printable(text))) if self.is_main else lambda _: None
         if config.precision == "bf16" and fast_dtype(self.device) != torch.bfloat16:
-            raise InputError(f"this {self.device.type.upper()} is not made for bfloat16; use --precision auto.")
+            raise InputError(
+                f"the device ({self.device.type}) does not compute in bfloat16 natively; use --precision auto."
+            )
         torch.manual_seed(config.seed)
         self.resumed = checkpoint.read_description(folder) if config.resume else None
         if self.resumed is not None:

@@ -91,7 +91,7 @@ class Gate:
 
 
 def _is_valid(name: bytes, value: bytes) -> bool:
-    """Return whether a header is one that Gradio can use; it fails on other ranges and on what is no address."""
+    """Return whether Gradio can use a header; other ranges and invalid addresses make it fail."""
     text = value.decode("latin-1")
     if name in ADDRESSES:
         try:

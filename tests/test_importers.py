@@ -139,7 +139,7 @@ def test_folders_beside_the_destination_are_not_touched(tmp_path):
 def test_a_destination_that_is_a_link(tmp_path):
     source, real, link = six(tmp_path / "in", c__csv=csv_rows("image,caption")), tmp_path / "disk", tmp_path / "out"
     link.symlink_to(real)
-    with pytest.raises(InputError, match="out is a link that leads nowhere"):
+    with pytest.raises(InputError, match="out is a broken link"):
         importers.import_folder(source, link)
     real.mkdir()
     importers.import_folder(source, link)
@@ -1177,9 +1177,7 @@ def test_an_image_that_is_no_file_is_named(flickr8k, tmp_path, kind):
     path = flickr8k / "Flicker8k_Dataset" / "3_c.jpg"
     path.unlink()
     {"dangling": lambda: path.symlink_to("nowhere.jpg"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
-    with pytest.raises(
-        InputError, match=r"devImages\.txt, line 1: .*3_c\.jpg is (a link that leads nowhere|not under)"
-    ):
+    with pytest.raises(InputError, match=r"devImages\.txt, line 1: .*3_c\.jpg is (a broken link|not under)"):
         importers.import_flickr(flickr8k, tmp_path / "out")
 
 

@@ -117,6 +117,22 @@ def test_each_colour_of_a_thing_differs_in_the_picture():
             assert ImageChops.difference(one, other).getbbox() is not None
 
 
+def test_no_thing_has_the_colour_of_its_surroundings():
+    drawn: dict[str, set[str]] = {setting: set() for setting in world.SETTINGS}
+    for seed in range(2000):
+        scene = world.plan(random.Random(seed))
+        drawn[scene["setting"]] |= {scene["colour"], *(other["colour"] for other in scene["others"])} - {None}
+    absent = {setting: set(world.COLOURS) - colours for setting, colours in drawn.items()}
+    assert absent == {
+        "beach": set(),
+        "street": set(),
+        "snow": {"white"},
+        "meadow": {"green"},
+        "city": {"black", "white"},
+        "sea": {"blue"},
+    }
+
+
 def test_greyscale_pictures_are_in_mode_l(pairs):
     index = next(i for i, (scene, _) in enumerate(pairs) if scene["greyscale"])
     image, scene, captions = dataset.draw_scene(random.Random(f"0/train/{index}"))

@@ -27,7 +27,7 @@ from captioning.scenes.composition import paint_scene
 from captioning.scenes.sentences import describe
 from captioning.scenes.world import plan
 
-VERSION = "4"
+VERSION = "5"
 DRAWN_FILE = re.compile(
     r"images/(train|val|test)/[0-9]{12}\.jpg|annotations/(captions_(train|val|test)|image_info_test)\.json"
 )
@@ -91,9 +91,8 @@ def draw_dataset(folder: str | Path, train: int = 6000, val: int = 500, test: in
     A folder that already holds the same data set is left unchanged; other drawn scenes are replaced. The folder is
     filled when everything is drawn, so that an interrupted run leaves no data set.
 
-    Raises:
-        InputError: A number is negative or too large, the folder holds something else, or scenes that would be
-            replaced have other files next to them.
+    Raises `InputError` if a number is negative or too large, if the folder holds something else, or if scenes
+    that would be replaced have other files next to them.
     """
     folder, counts = Path(folder), {"train": train, "val": val, "test": test}
     for split, count in counts.items():

@@ -116,7 +116,13 @@ class Setting:
     words: tuple[str, ...]
     ground: dict[str, int]
     air: dict[str, int]
+    hidden: tuple[str, ...] = ()  # colours that no thing has there, as they would not stand out
     lights: tuple[str, ...] = ("day", "day", "cloudy", "dusk")
+
+    @property
+    def colours(self) -> list[str]:
+        """Names of the colours that things have in this setting."""
+        return [colour for colour in COLOURS if colour not in self.hidden]
 
 
 SETTINGS: dict[str, Setting] = {
@@ -134,22 +140,26 @@ SETTINGS: dict[str, Setting] = {
         ("snow", "snowy", "winter"),
         {"in the snow": 7, "on the snow": 1, "in a snowy landscape": 1, "on snowy ground": 1},
         {"over the snow": 5, "above the snow": 2, "over a snowy landscape": 1, "above a winter landscape": 1},
+        hidden=("white",),
     ),
     "meadow": Setting(
         ("meadow", "field", "grass", "grassy", "pasture"),
         {"in a meadow": 5, "in a grassy field": 3, "on the grass": 2, "in a pasture": 1},
         {"over a meadow": 5, "above a meadow": 2, "over a grassy field": 2, "over a pasture": 1},
+        hidden=("green",),
     ),
     "city": Setting(
         ("city", "night", "downtown"),
         {"in the city at night": 7, "in a city at night": 2, "downtown at night": 2},
         {"over the city at night": 7, "above the city at night": 2, "over downtown at night": 1},
-        ("night",),
+        hidden=("black", "white"),
+        lights=("night",),
     ),
     "sea": Setting(
         ("sea", "ocean", "water"),
         {"on the sea": 6, "on the ocean": 2, "on the water": 2, "out at sea": 1},
         {"over the sea": 6, "above the sea": 2, "over the ocean": 2, "over the water": 1},
+        hidden=("blue",),
     ),
 }
 LIGHTS = {
@@ -192,14 +202,15 @@ def plan(rng: random.Random) -> dict:
     action = rng.choice(kind.settings[setting])
     count = min(rng.choice((1, 1, 1, 1, 1, 1, 2, 3)), kind.max_count)
     greyscale = rng.random() < GREYSCALE_SHARE
-    colour = rng.choice(tuple(COLOURS))
+    colours = SETTINGS[setting].colours
+    colour = rng.choice(colours)
     others = []
     if count == 1 and rng.random() < 0.55:
         relation, company = rng.choice(_possible(kind, setting, action))
         if relation == "holding":
             action = "holding"
         other = rng.choice(company)
-        hue = rng.choice([c for c in COLOURS if c != colour]) if KINDS[other].coloured else None
+        hue = rng.choice([c for c in colours if c != colour]) if KINDS[other].coloured else None
         hue = None if greyscale else hue
         others.append({"kind": other, "colour": hue, "relation": relation, "side": rng.choice(("left", "right"))})
     return {
