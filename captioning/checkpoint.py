@@ -32,7 +32,7 @@ import torch.nn as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
-from captioning.errors import InputError, quoted
+from captioning.errors import InputError, quoted, warn_once
 from captioning.files import decode_text, missing_file, read_bytes, web_address, write_file
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
@@ -54,7 +54,7 @@ RESUME_TYPES = {  # types of the values in resume.pt
     "epoch": int,
     "step": int,
     "epoch_loss": (int, float),
-    **dict.fromkeys(("epoch_tokens", "total_steps", "batch_size"), int),
+    **dict.fromkeys(("epoch_tokens", "total_steps", "batch_size", "captions"), int),
     "epochs": list,
     "best_epoch": (int, NoneType),
     "log_bytes": int,
@@ -259,9 +259,14 @@ def weight_files(folder: Path, epoch: int) -> tuple[Path, Path]:
 
 
 def choose_epoch(folder: Path, description: Description, epoch: int | None = None) -> int:
-    """Return `epoch`, or without it the best one, else the last; raises `InputError` if its weights are missing."""
+    """Return `epoch`, or without it the best one; raises `InputError` if its weights are missing.
+
+    If the best one's are missing, the last epoch is returned, with a warning unless no epoch is recorded as the best.
+    """
     saved = epochs_saved(folder)
     if epoch is None:
+        if saved and description.best_epoch not in (None, *saved):
+            warn_once(f"{folder} lacks the weights of its best epoch, {description.best_epoch}; the last one is used.")
         epoch = description.best_epoch if description.best_epoch in saved else max(saved, default=None)
     if not saved or epoch is None:
         raise InputError(
@@ -398,7 +403,8 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
         try:
             state = read_saved(path)
             if isinstance(state, dict):  # older versions lack these keys
-                state = {"objective": "cross-entropy", "first_epoch": 1, "total_steps": 0, "batch_size": 0, **state}
+                added = dict.fromkeys(("total_steps", "batch_size", "captions"), 0)
+                state = {"objective": "cross-entropy", "first_epoch": 1, **added, **state}
             if not _is_resume_state(state):
                 raise InputError(f"{path} is not the state of a training run.")
             for part in ("encoder", "decoder"):
@@ -424,7 +430,7 @@ def _is_resume_state(state: object) -> bool:
         and _is_json(state["epochs"])
         and (state["best_epoch"] is None) == (not state["epochs"])
         and 1 <= (state["best_epoch"] or 1) <= max(1, len(state["epochs"]))
-        and all(0 <= state[key] < 1 << 63 for key in ("step", "epoch_tokens", "total_steps", "batch_size", "log_bytes"))
+        and all(0 <= state[key] < 1 << 63 for key, types in RESUME_TYPES.items() if types is int)
         and _is_finite(state["epoch_loss"])
         and isinstance(groups := state["optimizer"].get("param_groups", []), list)
         and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)

@@ -36,6 +36,7 @@ BINARY_FILES = {
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!\x1a": "a RAR archive",
     b"%PDF-": "a PDF file",
+    **dict.fromkeys((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), "a Python pickle"),
 }
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
@@ -86,8 +87,8 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 def read_text(path: Path, encoding: str | None = None, advice: str = "save it as UTF-8") -> str:
     """Read the text of a file, decoded by its byte order mark or else as UTF-8; every line ends in "\\n".
 
-    A given `encoding` takes the place of UTF-8. Raises `InputError` where the file cannot be read or, with the
-    `advice` at its end, where the bytes are not text in that encoding.
+    A given `encoding` is that of files that are not in UTF-8. Raises `InputError` where the file cannot be read and,
+    with the `advice` at the end, where its bytes are not text.
     """
     return decode_text(read_bytes(path), path, encoding, advice)
 
@@ -101,8 +102,9 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     if data.startswith(LFS_START):
         raise InputError(f"{path} {LFS_POINTER}.")
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
-    name = marked or encoding or "utf-8"
+    name = marked or (encoding if encoding and not _is_utf8(data) else "utf-8")
     try:
+        codecs.lookup(encoding or name)
         text = data.decode(name)
     except LookupError:
         raise InputError(f"{encoding} is not a text encoding that Python knows; examples are cp1252, utf-16.") from None
@@ -113,6 +115,15 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     if "\0" in text:
         raise InputError(f"{path} holds zero bytes, as UTF-16 without a byte order mark does; {advice}.")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Return whether bytes are UTF-8 text, without the zero bytes of UTF-16 and the escapes of ISO 2022."""
+    try:
+        data.decode()
+    except UnicodeError:
+        return False
+    return b"\0" not in data and b"\x1b" not in data
 
 
 def require_access(folder: Path) -> None:

@@ -96,7 +96,7 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     suffix = path.suffix.lower()
     if suffix in SPREADSHEETS and (path.parent == folder or path.stem == "metadata"):
         return f"; save {path} as CSV"
-    if suffix in (*TABLE_SUFFIXES, ".txt") and any(find_rows(path, encoding)):
+    if suffix in (*TABLE_SUFFIXES, ".txt", ".json") and any(find_rows(path, encoding)):
         return f"; name {path} itself if it holds the captions"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
     if suffix in SUFFIXES and images and has_captions(path, encoding):

@@ -277,7 +277,9 @@ def _load(image: Any, file: _TimedFile) -> None:
 
 def _has_false_alpha(image: Image.Image) -> bool:
     """Return whether the fourth channel is not transparency: it is unused, or a PSD's, whose colours are over white."""
-    return image.format == "PSD" or (image.format in ("TGA", "ICO") and image.getchannel("A").getextrema() == (0, 0))
+    return image.format == "PSD" or (
+        image.format in ("TGA", "ICO", "BMP") and image.getchannel("A").getextrema() == (0, 0)
+    )
 
 
 def _raw_mode(tile: Any) -> str:

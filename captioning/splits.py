@@ -102,15 +102,16 @@ def read_split_files(
 
 
 def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
-    """Return the images' splits by the outermost level of folders that are all named after splits, or an empty dict.
+    """Return the images' splits by a level of folders that are all named after splits, or an empty dict.
 
+    It is the outermost one with several splits, such as that of train/train/ and train/val/, else the outermost one.
     Images are reported if only a part of them is in such folders, or if the names of their folders contain a split's.
     """
     folders = {name: [parse_split(parent) for parent in name.split("/")[:-1]] for name in names}
-    for level in range(min(map(len, folders.values()), default=0)):
-        splits = {name: split for name, parents in folders.items() if (split := parents[level])}
-        if len(splits) == len(folders):
-            return splits
+    depth = min(map(len, folders.values()), default=0)
+    levels = [{name: parents[level] for name, parents in folders.items()} for level in range(depth)]
+    if of_splits := [level for level in levels if all(level.values())]:
+        return next((level for level in of_splits if len(set(level.values())) > 1), of_splits[0])
     for name, parents in folders.items():
         if any(parents):
             report.add("image{s}, since other images are in no such folder", name, "ignored the split in the folder of")

@@ -191,6 +191,7 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         texts = value if isinstance(value, list) else parse_captions(value)
         if isinstance(value, str) and texts == [value.strip()]:
             require_text(texts[0], where)  # also one without letters, such as [1, 2]
+            texts = re.split(r"[\r\n]+", texts[0]) if column.endswith("s") else texts
         captions[column] = [clean_caption(text, where) for text in texts]
     for column in columns:
         if others := captions.get(f"{column}s"):  # which repeat the caption in most tables that have both columns

@@ -225,8 +225,10 @@ class Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = EpochBatches(self.data, sampler, self.features, config, rank, processes)
         if state is not None and self.resumed is not None and (step := self.progress.step):
-            order = state["batch_size"], self.resumed.training.get("seed", config.seed)
-            if order != (config.batch_size, config.seed):
+            captions = len(self.data.image_rows)  # without those of unreadable images, which may change
+            seed = self.resumed.training.get("seed", config.seed)
+            order = state["batch_size"], seed, state["captions"] or captions
+            if order != (config.batch_size, config.seed, captions):
                 self.progress.step = min(step * state["batch_size"] // config.batch_size, len(self.batches))
                 self.log("the rest of this epoch is drawn anew; some captions occur twice in it, others not at all")
         if self.progress.step > len(self.batches):
@@ -419,6 +421,7 @@ class Run:
             "objective": self.config.objective,
             **vars(self.progress),
             "batch_size": self.config.batch_size,
+            "captions": len(self.data.image_rows),
             "encoder": encoder,
             "decoder": self.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -13,6 +13,7 @@ from conftest import KINDS, build_kind, write_kind
 
 import model
 from captioning import checkpoint
+from captioning.captioner import Captioner
 from captioning.checkpoint import (
     default_model,
     epochs_saved,
@@ -104,6 +105,15 @@ def test_the_best_epoch_is_read_unless_another_is_asked_for(trained: Path):
     best = read_description(trained).best_epoch
     state = load_model(trained)[1].state_dict()
     assert all(torch.equal(state[k], v) for k, v in read_state_dict(trained / f"decoder-{best}.pkl").items())
+
+
+def test_a_missing_best_epoch_is_warned_of(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
+    best = read_description(folder).best_epoch
+    (folder / f"decoder-{best}.pkl").unlink()
+    assert Captioner.load(folder).epoch == 3 - best
+    warning = f"warning: {folder} lacks the weights of its best epoch, {best}; the last one is used.\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_a_published_backbone_is_named_and_not_copied(

@@ -1031,6 +1031,29 @@ def test_folders_named_after_splits(tmp_path, form):
     assert len(captions(tmp_path / "out", "test")) == 6
 
 
+@pytest.mark.parametrize("outer", ["train", "dev", "train/test"])
+def test_folders_of_splits_in_a_folder_named_after_one(tmp_path, outer):
+    for split in ("train", "val", "test"):
+        six(tmp_path / "in" / outer / split, **{f"{i}__txt": f"a {split}" for i in range(6)})
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    for split in ("train", "val", "test"):
+        assert set(map(str, captions(tmp_path / "out", split).values())) == {f"['a {split}']"}
+
+
+def test_all_images_in_the_folder_of_one_split(tmp_path):
+    six(tmp_path / "in" / "test", **{f"{i}__txt": "a ball" for i in range(6)})
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert len(captions(tmp_path / "out", "test")) == 6
+
+
+def test_a_table_named_after_an_image_is_pointed_to(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": "a ball"} for i in range(6)]
+    source = six(tmp_path / "in", **{"0__json": json.dumps(rows)})
+    with pytest.raises(InputError, match=r"holds no table of captions .*; name .*0\.json itself if it holds"):
+        importers.import_folder(source, tmp_path / "out")
+    importers.import_folder(source / "0.json", tmp_path / "out")
+
+
 def test_folders_whose_names_say_more_than_a_split(tmp_path, capsys):
     for folder in ("flickr_train", "flickr_test"):
         six(tmp_path / "in" / folder, **{f"{i}__txt": "a ball" for i in range(6)})

@@ -213,6 +213,17 @@ def ico(colours: np.ndarray) -> bytes:
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHLL", width, height, 0, 0, 1, 32, len(bitmap), 22) + bitmap
 
 
+def bmp(colours: np.ndarray) -> bytes:
+    """Encode colours as a BMP that has masks for four channels, the fourth of which is unused."""
+    height, width = colours.shape[:2]
+    rows = np.dstack([colours[..., ::-1], np.zeros_like(colours[..., :1])])[::-1].tobytes()
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = (
+        struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(rows), 0, 0, 0, 0) + masks + b"BGRs" + bytes(48)
+    )
+    return b"BM" + struct.pack("<IHHI", 14 + len(info) + len(rows), 0, 0, 14 + len(info)) + info + rows
+
+
 def psd(colours: np.ndarray) -> bytes:
     """Encode colours as a PSD without layers and with a saved selection, the fourth channel."""
     height, width = colours.shape[:2]
@@ -254,6 +265,7 @@ SMALL = np.asarray(draw_noise(1, (32, 32)))
 UNUSUAL: dict[str, tuple[bytes, np.ndarray]] = {  # the content of a file, and what is read
     "a TGA without transparency": (tga(COLOURS), COLOURS),
     "an icon without transparency": (ico(SMALL), SMALL),
+    "a BMP without transparency": (bmp(COLOURS), COLOURS),
     "a PSD with a selection": (psd(COLOURS), COLOURS),
     "a PSD of one bit": (psd_bitmap(BLACK, False), np.where(BLACK, 0, 255)[..., None]),
     "a packed PSD of one bit": (psd_bitmap(BLACK, True), np.where(BLACK, 0, 255)[..., None]),

@@ -422,6 +422,30 @@ def test_what_a_training_cannot_change_is_refused(stopped: Path, option: str, va
         train(resumed)
 
 
+@pytest.mark.parametrize("count", [1, 12])
+def test_an_epoch_goes_on_without_images_that_became_unreadable(
+    count: int,
+    config: Make,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    data = Path(shutil.copytree(drawn, tmp_path / "scenes"))
+    settings = config(data=data, skip_unreadable=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 22, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    folder = settings.models / settings.name
+    assert load_resume(folder, print)["step"] == 10
+    for path in sorted((data / "images" / "train").iterdir())[:count]:
+        path.unlink()
+    train(resumed_config(folder))
+    assert "the rest of this epoch is drawn anew; some captions occur twice" in capsys.readouterr().out
+    assert epochs_saved(folder) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("batch_size", "state"), [(32, "new"), (8, "new"), (32, "older"), (32, "older than the description")]
 )

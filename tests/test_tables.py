@@ -169,6 +169,12 @@ FORMS = {
         lines(json_rows(image="{}.jpg", caption="a ball", captions=["a kite", "a kite"])),
         ["a ball", "a kite", "a kite"],
     ),
+    "captions in the lines of a cell": ("c__csv", csv_rows("image,captions", '{}.jpg,"a red ball\r\none ball"'), TWO),
+    "captions in the lines of a JSON text": (
+        "c__jsonl",
+        lines(json_rows(image="{}.jpg", captions="\n".join(TWO))),
+        TWO,
+    ),
     "UTF-8 with a mark": ("c__csv", csv_rows("image,caption").encode("utf-8-sig"), ONE),
     "UTF-16": ("c__csv", csv_rows("image,caption").encode("utf-16"), ONE),
     "UTF-16, big end first": ("c__jsonl", b"\xfe\xff" + lines(ROWS).encode("utf-16-be"), ONE),
@@ -206,6 +212,21 @@ def test_only_line_feeds_and_carriage_returns_end_the_line_of_a_token_file(tmp_p
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
 
 
+def test_an_encoding_is_that_of_the_files_that_are_not_in_utf_8(tmp_path):
+    texts = {f"{i}__txt": "a ball" for i in range(4)} | {"4__txt": "a café".encode("cp1252"), "5__txt": "a naïve cat"}
+    importers.import_folder(six(tmp_path / "in", **texts), tmp_path / "out", encoding="cp1252")
+    assert all_captions(tmp_path / "out")["4.jpg"] == ["a café"]
+    assert all_captions(tmp_path / "out")["5.jpg"] == ["a naïve cat"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "iso2022_jp"])
+def test_an_encoding_may_look_like_utf_8(encoding, tmp_path):
+    table = csv_rows("image,caption", "{}.jpg,赤いボール" if encoding == "iso2022_jp" else "{}.jpg,a red ball")
+    source = six(tmp_path / "in", c__csv=table.encode(encoding))
+    importers.import_folder(source, tmp_path / "out", encoding=encoding)
+    assert all_captions(tmp_path / "out")["0.jpg"] == (["赤いボール"] if encoding == "iso2022_jp" else ONE)
+
+
 def test_an_encoding_can_be_named(tmp_path):
     table = csv_rows("image,caption", "{}.jpg,a café").encode("cp1252")
     source = six(tmp_path / "in", c__csv=table)
@@ -238,6 +259,11 @@ REFUSED = {
         "c__csv",
         csv_rows("image,caption", "{}.jpg,\"['a ball', 'it's one']\""),
         r"line 2, has a caption that is not text: \['a ball', 'it's one'\]",
+    ),
+    "numbers as text, among spaces": (
+        "c__csv",
+        csv_rows("image,caption", '{}.jpg," [""1"", 2] "'),
+        r"line 2, has a caption that is not text: ",
     ),
     "a list as text in a list": (
         "c__jsonl",
