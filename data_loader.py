@@ -35,7 +35,7 @@ from captioning.files import CACHE, require_access
 from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
-from captioning.shards import SUFFIX, index_shards, is_shard
+from captioning.shards import TAR_SUFFIX, index_shards, is_shard
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
@@ -76,7 +76,7 @@ def _check_shards(shards: list[Path], folder: Path, mode: str) -> list[Path]:
         shards = [path for path in shards if path not in several]
     packed = [path for path in _packed_shards(folder, mode) if path.suffix.lower() in UNFINISHED]
     if packed:
-        warn_once(f"{packed[0]} is left out of the {mode} split; unpack it to a plain {SUFFIX} file, or delete it.")
+        warn_once(f"{packed[0]} is left out of the {mode} split; unpack it to a plain {TAR_SUFFIX} file, or delete it.")
     return shards
 
 
@@ -99,7 +99,7 @@ def _no_split(folder: Path, mode: str) -> InputError:
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
-    return InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{SUFFIX}; {advice}")
+    return InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{TAR_SUFFIX}; {advice}")
 
 
 def _no_folder(path: Path) -> InputError:
@@ -109,8 +109,8 @@ def _no_folder(path: Path) -> InputError:
             f"{path} does not exist; draw the sample data set with `python scenes.py {path}`, or download "
             f"COCO with `python download.py coco --root {path}`."
         )
-    if path.suffix.lower() == SUFFIX or path.parent.name == "annotations":
-        folder = path.parent if path.suffix.lower() == SUFFIX else path.parent.parent
+    if path.suffix.lower() == TAR_SUFFIX or path.parent.name == "annotations":
+        folder = path.parent if path.suffix.lower() == TAR_SUFFIX else path.parent.parent
         return InputError(f"{path} is a file of a data set; name its folder, {folder}.")
     return InputError(
         f"{path} is a file, and a data set is a folder; unpack an archive and name its folder, or convert a table of "
@@ -128,6 +128,12 @@ class CaptionDataset(Dataset):
 
     In "train" and "val" mode `dataset[i]` is (image, caption): caption i's image as `transform` returns it, and the
     caption's indices from `<start>` to `<end>`, (length,) int64. In "test" mode it is (image id, image).
+
+    Args:
+        vocab: by default, that of the words that occur `vocab_threshold` times in the captions.
+        cache: folder of the tokenized captions.
+        must_exist: if False, a missing image raises `InputError` only when it is read.
+
     Raises `InputError` where the annotations or the images are missing or cannot be used.
     """
 
@@ -139,7 +145,7 @@ class CaptionDataset(Dataset):
         vocab: Vocabulary | None = None,
         vocab_threshold: int = 5,
         cache: Path = CACHE,
-        must_exist: bool = True,  # if False, a missing image raises `InputError` only when it is read
+        must_exist: bool = True,
     ):
         self.mode = mode
         self.annotation_file, self.image_folder = find_split(Path(folder), mode, cache)

@@ -147,7 +147,7 @@ def main(
         data: folder of the data set.
         split: split of the data set.
         limit: evaluate the first LIMIT images only.
-        json_: print one JSON document.
+        json_: print one JSON document, whose keys docs/commands.md lists.
         results: write the captions to this file in COCO's results format; with --references, read them from it.
         references: run no model; score the captions in --results against this COCO captions file.
         skip_unreadable: leave out images that are missing or cannot be read, and report how many.

@@ -82,12 +82,15 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], threshold: int) -> Vocabulary:
-        """Take every word that occurs at least `threshold` times in the captions, in order of first appearance."""
+        """Take every word that occurs at least `threshold` times in the captions, in order of first appearance.
+
+        Raises `InputError` if there is none.
+        """
         return cls.from_counts(Counter(token for caption in captions for token in tokenize(caption)), threshold)
 
     @classmethod
     def from_counts(cls, counts: dict[str, int], threshold: int) -> Vocabulary:
-        """Take every word whose count is at least `threshold`, in the order of `counts`."""
+        """Take every word whose count is at least `threshold`, in the order of `counts`; raises as `build` does."""
         words = [word for word, count in counts.items() if count >= threshold and word not in SPECIAL_WORDS]
         if not words:
             raise InputError(

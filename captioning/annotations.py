@@ -21,7 +21,7 @@ from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
 from captioning.json_stream import stream_lists
 from captioning.reports import Report
-from captioning.shards import INDEX, Member
+from captioning.shards import INDEX_SUFFIX, Member
 from vocabulary import tokenize
 
 MEAN_WORD = 6  # mean length of words in scripts without spaces above which they are sentences; Thai's have about 4
@@ -205,7 +205,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     if annotations is None:
         annotations = _parse_annotations(path)
         write_cache(cache, name, lambda file: _save(annotations, file))
-    where = "" if path.name.endswith(INDEX) else f"{path}: "  # an index names the tar files itself
+    where = "" if path.name.endswith(INDEX_SUFFIX) else f"{path}: "  # an index names the tar files itself
     for sentence in annotations.warnings:
         warn_once(where + sentence)
     return annotations
@@ -234,7 +234,7 @@ def _load(path: Path) -> Annotations | None:
 
 def _parse_annotations(path: Path) -> Annotations:
     """Parse the file entry by entry into flat arrays; the parsed JSON as a whole would take ten times the memory."""
-    is_index = path.name.endswith(INDEX)
+    is_index = path.name.endswith(INDEX_SUFFIX)
     lists = ["images"]
     if path.name.startswith("captions"):
         lists.append("annotations")
@@ -284,7 +284,7 @@ def _parse_annotations(path: Path) -> Annotations:
         _drop_images_without_captions(annotations, report)
     annotations.warnings += [f"{line}." for line in report.lines()]
     if path.name.startswith("captions_train") and lacks_spaces(annotations.words, np.bincount(annotations.tokens)):
-        where = f"{path.name.removeprefix('captions_').removesuffix(INDEX)}*.tar: " * is_index
+        where = f"{path.name.removeprefix('captions_').removesuffix(INDEX_SUFFIX)}*.tar: " * is_index
         annotations.warnings.append(
             f"{where}the captions have no spaces between words, so that each whole sentence is learned as one word; "
             "split them into words first, with spaces between (as jieba, MeCab and PyThaiNLP do)."

@@ -39,6 +39,7 @@ class EpochBatches:
     Args:
         sampler: batches of caption indices over all processes; its `set_epoch` chooses the epoch's order.
         features: (images, views, ...) stored features, or None where the backbone is trained on pixels.
+        rank, processes: this process's index, and the number of processes.
     """
 
     def __init__(

@@ -89,17 +89,17 @@ class GreedyCaptioner(nn.Module):
             word = torch.where(ended, END, word)
             tokens = torch.where(torch.arange(self.max_length) == t, word[:, None], tokens)
             total = total + torch.where(ended, 0.0, log_p)
-            return (t + 1, word, tokens, total, *map(_own, after))
+            return (t + 1, word, tokens, total, *map(_copy, after))
 
         start = torch.full((batch,), START)
         tokens = torch.full((batch, self.max_length), END)
         _, _, tokens, total, *_ = while_loop(
-            unfinished, step, (torch.tensor(0), start, tokens, torch.zeros(batch), *map(_own, state))
+            unfinished, step, (torch.tensor(0), start, tokens, torch.zeros(batch), *map(_copy, state))
         )
         return tokens, total
 
 
-def _own(x: Tensor) -> Tensor:
+def _copy(x: Tensor) -> Tensor:
     """Copy a tensor, as those that a loop carries must not share memory and must keep their layout."""
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -10,7 +10,7 @@ from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
-from captioning.sidecars import SUFFIXES, find_sidecars, has_captions, read_folder
+from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
 from captioning.splits import SPLIT_FILE, split_of_file
 from captioning.tables import ENCODING_ADVICE, Row, find_rows, read_table
 
@@ -99,7 +99,7 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     if suffix in (*TABLE_SUFFIXES, ".txt", ".json") and any(find_rows(path, encoding)):
         return f"; name {path} itself if it holds the captions"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
-    if suffix in SUFFIXES and images and has_captions(path, encoding):
+    if suffix in CAPTION_SUFFIXES and images and has_captions(path, encoding):
         captions, near = path.parent, (index.folder / min(images)).parent
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent

@@ -58,10 +58,10 @@ def find_model(model: str | Path) -> Path:
     folder, name = Path(os.path.expanduser(model)), Path(model).as_posix()
     if os.path.exists(folder) or os.path.exists(folder.parent) or not HUB_NAME.fullmatch(name):
         return folder
-    return fetch(name)
+    return download_model(name)
 
 
-def fetch(name: str) -> Path:
+def download_model(name: str) -> Path:
     """Download user/name from the Hub, or the changes since the last download, and return its folder.
 
     Without a network, the last download is returned. Raises `InputError` if there is none, and for a repository that

@@ -67,7 +67,8 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
     `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
     than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
     middle. A PIL image that was opened, but not decoded, is read as its file is; decoding has lost the lower bits of
-    16-bit colours.
+    16-bit colours. The orientation in its EXIF data is applied; `ImageOps.exif_transpose` removes it there, and
+    `rotate` does not.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
@@ -95,7 +96,7 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
         if isinstance(error, UnidentifiedImageError) and not isinstance(source, Member) and is_shard(Path(name)):
             deque(list_images(Path(name)), maxlen=0)  # says what is wrong with a tar file
         reason = describe_failure(error)
-    raise InputError(f"{name} cannot be read as a photo ({reason}).")
+    raise InputError(f"{name} cannot be read as an image ({reason}).")
 
 
 def is_content(source: object) -> bool:
@@ -165,7 +166,7 @@ def _open_file(source: Source) -> _TimedFile:
     if size == 0:
         raise ValueError("it is empty")
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"it has {size >> 20:,} MB, and a photo may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
+        raise ValueError(f"it has {size >> 20:,} MB, and an image may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
     return _TimedFile(io.BytesIO(source.read()) if isinstance(source, Member) else io.FileIO(source))
 
 

@@ -184,12 +184,12 @@ class ImageIndex:
                 )
             if file.suffix and file.suffix.lower() not in image_suffixes():
                 raise InputError(
-                    f"{where}: {file} is not taken for an image, because {file.suffix} is not the suffix of an image "
+                    f"{where}: {file} is not recognized as an image, because {file.suffix} is not the suffix of one "
                     "that can be read; rename it, or convert it to JPEG or PNG."
                 )
             raise InputError(
-                f"{where}: {file} is not taken for an image under {self.folder}, because it or its folder is hidden, "
-                f"or it lacks the suffix of an image; rename it."
+                f"{where}: {file} is not recognized as an image under {self.folder}, because it or its folder is "
+                f"hidden, or it lacks the suffix of an image; rename it."
             )
         return []
 

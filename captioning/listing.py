@@ -13,7 +13,7 @@ from pathlib import Path
 from captioning.errors import InputError
 from captioning.files import missing_file, web_address
 from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
-from captioning.shards import SUFFIX, Member, is_shard, list_images
+from captioning.shards import TAR_SUFFIX, Member, is_shard, list_images
 
 NAMES_PER_SCAN = 1 << 18  # names of a folder that are held in memory at once, about 30 MB
 FOLDER, UNREADABLE_FOLDER = "/", "unreadable/"  # keys of folders among the counts of files left out by suffix
@@ -131,7 +131,7 @@ def _is_wanted(entry: os.DirEntry[str], recursive: bool, left_out: Counter[str] 
         is_folder = entry.is_dir()
     hidden = entry.name.startswith(".")
     suffix = FOLDER if is_folder else os.path.splitext(entry.name)[1].lower()
-    if (recursive and not hidden) if is_folder else (suffix in image_suffixes() or suffix == SUFFIX):
+    if (recursive and not hidden) if is_folder else (suffix in image_suffixes() or suffix == TAR_SUFFIX):
         return True
     if left_out is not None and not hidden:
         left_out[suffix] += 1

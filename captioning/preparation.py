@@ -174,7 +174,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
 def warn_of_shared_images(data: CaptionDataset, val: CaptionDataset) -> None:
     """Warn of validation images that are trained on, as in a mix of COCO 2014 and 2017."""
     if this_process().is_main_process and (shared := next(find_shared_images(data.paths, val.paths), None)):
-        warn_once(f"validation images such as {shared} are trained on, too, so that their scores are too high.")
+        warn_once(f"validation images such as {shared} are also training images, which inflates the validation scores.")
 
 
 def describe(

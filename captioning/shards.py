@@ -28,10 +28,10 @@ from captioning.errors import InputError, warn_once
 from captioning.files import is_within, require_regular, write_cache, write_file
 from captioning.image_formats import image_suffixes
 from captioning.reports import Report
-from captioning.sidecars import SUFFIXES, read_caption_files
+from captioning.sidecars import CAPTION_SUFFIXES, read_caption_files
 
-SUFFIX = ".tar"
-INDEX = ".shards.json"  # end of an index's name
+TAR_SUFFIX = ".tar"
+INDEX_SUFFIX = ".shards.json"  # end of an index's name
 MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
 LONG_HEADERS = (  # types of those that tarfile reads into memory
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -82,7 +82,7 @@ def stamp(path: Path | Member) -> bytes:
 
 def is_shard(path: Path) -> bool:
     """Return whether a path has the suffix of a tar file."""
-    return path.suffix.lower() == SUFFIX
+    return path.suffix.lower() == TAR_SUFFIX
 
 
 def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, dict[str, Member]]]:
@@ -115,7 +115,7 @@ def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tup
     for member in members:
         path = PurePosixPath(unicodedata.normalize("NFC", member.name))
         stem, suffix = str(path.with_suffix("")), path.suffix.lower()
-        if suffix in SUFFIXES:
+        if suffix in CAPTION_SUFFIXES:
             texts.setdefault(stem, {}).setdefault(suffix, member)
         elif suffix in image_suffixes():
             images.setdefault(stem, member)
@@ -226,7 +226,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'10' + about).hexdigest()[:32]}/captions_{mode}{INDEX}"
+    name = f"shards/{hashlib.sha256(b'10' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -259,11 +259,11 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
-        where, folder = f"{mode}*{SUFFIX}", f"{shards[0].parent}/"
+        where, folder = f"{mode}*{TAR_SUFFIX}", f"{shards[0].parent}/"
         if not image_count:
             about = f" ({'; '.join(lines)})" if (lines := report.lines()) else ""
             raise InputError(
-                f"{folder}{where} hold no photos with captions (in a .txt, .caption or .json of the same name){about}."
+                f"{folder}{where} hold no images with captions (in a .txt, .caption or .json of the same name){about}."
             )
         file.write(b'], "images": [')
         images.seek(0)

@@ -19,7 +19,7 @@ from captioning.image_index import ImageIndex
 from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, Row, parse_json
 
-SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
 
 File = TypeVar("File")
 Places = list[tuple[str, Any]]  # captions, each after its place as messages name it
@@ -70,7 +70,7 @@ def _read_files(
             raise InputError(f"{file} is not JSON ({error}).") from None
         return content if isinstance(content, dict) else {}
 
-    for suffix, file in ((suffix, files[suffix]) for suffix in SUFFIXES if suffix in files):
+    for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
             for value in (content[key] for key in ("captions", "caption") if key in content):
@@ -99,7 +99,9 @@ def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> set[Pat
     """Find the files of `folder` that have the name of an image of the index: of 0.jpg, 0.txt or 0.jpg.txt."""
     images = [_compose(folder / key) for key in index.paths]
     names = {*images, *(image.with_suffix("") for image in images)}
-    return {path for path in files if path.suffix.lower() in SUFFIXES and _compose(path.with_suffix("")) in names}
+    return {
+        path for path in files if path.suffix.lower() in CAPTION_SUFFIXES and _compose(path.with_suffix("")) in names
+    }
 
 
 def _compose(path: Path) -> Path:
@@ -118,14 +120,14 @@ def read_folder(
     for path in files:
         suffix = path.suffix.lower()
         name = _compose(path.with_suffix(""))
-        if suffix in SUFFIXES and by_name[name].setdefault(suffix, path) is not path:
+        if suffix in CAPTION_SUFFIXES and by_name[name].setdefault(suffix, path) is not path:
             raise _two_files(by_name[name][suffix], path)
     owners: dict[Path, Path] = {}
     rows = []
     for key, (path, *_) in index.paths.items():
         image = _compose(folder / key)
         own, others = by_name.get(image.with_suffix(""), {}), by_name.get(image, {})
-        for suffix in (suffix for suffix in SUFFIXES if suffix in own and suffix in others):
+        for suffix in (suffix for suffix in CAPTION_SUFFIXES if suffix in own and suffix in others):
             pair = own[suffix], others[suffix]
             used = [path for path in pair if suffix != ".json" or has_captions(path, encoding)]
             if len(used) > 1:

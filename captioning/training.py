@@ -441,7 +441,8 @@ def _rank(epoch: dict[str, Any]) -> tuple[float, float]:
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     """Return the factor of the learning rate, 0 to 1: a linear warm-up, then a cosine decay to zero at `steps`.
 
-    The warm-up takes at most a tenth of the steps, so that a short run has more than that.
+    The warm-up takes at most a tenth of the steps, so that a short run has more than that. The decay is that of SGDR
+    (arXiv 1608.03983, equation 5) without restarts.
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:

@@ -15,9 +15,9 @@ from captioning.files import read_bytes
 LINE = re.compile(r"Epoch \[(\d+)/\d+\], Step \[(\d+)/\d+\], Loss: (-?[0-9.]+(?:e[-+]?[0-9]+)?|-?inf|nan), .*")
 
 
-def format_line(epoch: int, epochs: int, step: int, steps: int, loss: float, mean: str) -> str:
-    """Format a step's line; `mean` is its loss as the objective formats it."""
-    return f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, {mean}"
+def format_line(epoch: int, epochs: int, step: int, steps: int, loss: float, summary: str) -> str:
+    """Format a step's line; `summary` is the loss as the objective formats it."""
+    return f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, {summary}"
 
 
 def open_log(path: Path, size: int | None) -> BinaryIO:
@@ -57,13 +57,13 @@ class Scalars:
     first = 1
 
     def __init__(self, folder: Path, wanted: bool):
-        self.folder, self.make, self.writer = folder / "tensorboard", None, None
+        self.folder, self.writer_class, self.writer = folder / "tensorboard", None, None
         if wanted:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise InputError("--tensorboard needs the package tensorboard; pip install tensorboard.") from None
-            self.make = SummaryWriter
+            self.writer_class = SummaryWriter
 
     def remove(self) -> None:
         """Delete the scalars of an earlier run in the folder."""
@@ -71,10 +71,10 @@ class Scalars:
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Write values at a step."""
-        if self.make is None:
+        if self.writer_class is None:
             return
         if self.writer is None:
-            self.writer = self.make(self.folder, purge_step=self.first)
+            self.writer = self.writer_class(self.folder, purge_step=self.first)
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 

@@ -306,7 +306,7 @@ def test_every_image_has_its_row_in_order(album: Path, captioned: bytes):
     assert [row["photo"] for row in rows] == [*map(str, sorted(album.iterdir()))]
     assert [i for i, row in enumerate(rows) if "error" in row] == [3, *range(BATCH, 2 * BATCH)]
     assert all(set(row) == {"photo", "caption", "log_probability", "precision"} for row in rows if "error" not in row)
-    assert "0003.png cannot be read as a photo" in rows[3]["error"]
+    assert "0003.png cannot be read as an image" in rows[3]["error"]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -318,7 +318,7 @@ def test_several_processes_write_the_same_file(
     assert launched.wait() == [2] * processes
     assert output.read_bytes() == captioned
     lines = launched.printed("err").splitlines()
-    assert sum("cannot be read as a photo" in line for line in lines) == BATCH + 1
+    assert sum("cannot be read as an image" in line for line in lines) == BATCH + 1
     message = (
         f"error: {BATCH + 1} of {5 * BATCH + BATCH // 2} images could not be read; their rows in {output} say why."
     )

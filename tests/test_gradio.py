@@ -233,7 +233,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
 
     tab.get_by_label("Remove Image").click()
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "broken.jpg")
-    tab.get_by_text("broken.jpg cannot be read as a photo").first.wait_for()
+    tab.get_by_text("broken.jpg cannot be read as an image").first.wait_for()
     tab.wait_for_function(f"!{CAPTION}")
     assert [url for url in asked if not url.startswith((page.url, "data:", "blob:"))] == []
     tab.close()
@@ -264,7 +264,7 @@ def test_several_images_become_a_table_to_download(page: Page, browser, scene: I
     rows = [json.loads(line) for line in tables[1].splitlines()]
     assert [row["photo"] for row in rows] == ["one.jpg", "broken.jpg", "<img src=x onerror=alert(1)>.jpg"]
     assert rows[0]["caption"] == page.caption(encoded(scene))[1][0]
-    assert rows[1]["error"].startswith("broken.jpg cannot be read as a photo")
+    assert rows[1]["error"].startswith("broken.jpg cannot be read as an image")
     assert [row["photo"] for row in csv.DictReader(io.StringIO(tables[0]))] == [row["photo"] for row in rows]
 
 
@@ -370,7 +370,7 @@ def test_screenshots_of_every_state(page: Page, browser, scene: Image.Image, tmp
     tab.get_by_role("tab", name="One photo").click()
     tab.get_by_label("Remove Image").click()
     tab.locator("input[type=file]").first.set_input_files(tmp_path / "broken.jpg")
-    tab.get_by_text("cannot be read as a photo").filter(visible=True).first.wait_for()
+    tab.get_by_text("cannot be read as an image").filter(visible=True).first.wait_for()
     shoot("error")
     tab.close()
 
@@ -502,7 +502,7 @@ def test_every_other_file_gets_one_friendly_sentence(page: Page, scene: Image.Im
     }[name]
     event, answer = page.caption(data, name)
     assert event == "error"
-    assert answer["error"].startswith(f"{name} cannot be read as a photo (")
+    assert answer["error"].startswith(f"{name} cannot be read as an image (")
     assert str(page.temporary) not in answer["error"]  # no path of the server
     assert page.caption(whole)[0] == "complete"
 

@@ -346,13 +346,13 @@ def test_a_host_name_that_is_not_resolved_means_no_network(served, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(InputError, match=r"from the Hub: no network; check the network and try again\.$"):
-        hub.fetch("ada/scenes")
+        hub.download_model("ada/scenes")
 
 
 def test_a_hub_that_fails_is_one_sentence(served, trained):
     served.status = 500
     with pytest.raises(InputError, match=r"the Hub answers 500"):
-        hub.fetch("ada/scenes")
+        hub.download_model("ada/scenes")
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(served, trained, monkeypatch):

@@ -161,12 +161,14 @@ def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, m
     for path in (source / "photos").iterdir():
         path.rename(source / (".hidden.jpg" if path.suffix == ".heic" else path.name))
     text(source / "c.csv", csv_rows("image,caption") + ".hidden.jpg,a ball\n")
-    with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not taken for an image .* hidden"):
+    with pytest.raises(InputError, match=r"line 8: .*\.hidden\.jpg is not recognized as an image .* hidden"):
         importers.import_folder(source, tmp_path / "out")
     (source / ".thumbs").mkdir()
     make_image(source / ".thumbs" / "9.jpg")
     text(source / "c.csv", csv_rows("image,caption") + ".thumbs/9.jpg,a ball\n")
-    with pytest.raises(InputError, match=r"line 8: .*9\.jpg is not taken for an image .* it or its folder is hidden"):
+    with pytest.raises(
+        InputError, match=r"line 8: .*9\.jpg is not recognized as an image .* it or its folder is hidden"
+    ):
         importers.import_folder(source, tmp_path / "out")
     text(source / "logo.svg", "<svg/>")
     text(source / "c.csv", csv_rows("image,caption") + "logo.svg,a ball\n")

@@ -310,7 +310,7 @@ def test_a_tiff_whose_level_0_is_white(tmp_path: Path, dtype: type):
 
 def test_an_image_without_a_level_is_refused(tmp_path: Path):
     Image.fromarray(np.full((16, 256), np.nan, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif cannot be read as a photo \(none of its levels is a number\)"):
+    with pytest.raises(InputError, match=r"a\.tif cannot be read as an image \(none of its levels is a number\)"):
         read_image(tmp_path / "a.tif")
 
 

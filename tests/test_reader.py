@@ -111,7 +111,7 @@ def test_an_image_is_read_upright_and_as_its_owner_calls_it(image_path: Path, tm
     assert min(small.size) == round(64 * 256 / 224)
     assert view.size == (224, 224)
     (tmp_path / "broken.jpg").write_text("no photo")
-    with pytest.raises(InputError, match=r"^mine\.jpg cannot be read as a photo") as caught:
+    with pytest.raises(InputError, match=r"^mine\.jpg cannot be read as an image") as caught:
         prepare_image(tmp_path / "broken.jpg", "mine.jpg", preprocessing, 224)
     assert str(tmp_path) not in str(caught.value)
 

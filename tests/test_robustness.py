@@ -538,9 +538,9 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     # a photo
     "photo: missing": (lambda k: read_image(k.folder / "none.jpg"), r"none\.jpg does not exist"),
-    "photo: empty": (lambda k: k.read_image(b""), r"photo\.jpg cannot be read as a photo"),
-    "photo: text": (lambda k: k.read_image(b"no photo at all"), r"photo\.jpg cannot be read as a photo"),
-    "photo: a folder": (lambda k: read_image(k.folder), r"cannot be read as a photo"),
+    "photo: empty": (lambda k: k.read_image(b""), r"photo\.jpg cannot be read as an image"),
+    "photo: text": (lambda k: k.read_image(b"no photo at all"), r"photo\.jpg cannot be read as an image"),
+    "photo: a folder": (lambda k: read_image(k.folder), r"cannot be read as an image"),
     "photo: a torn JPEG": (lambda k: k.read_image(encoded("JPEG")[:1500]), r"photo\.jpg .*truncated"),
     "photo: a torn PNG": (lambda k: k.read_image(encoded("PNG")[:500]), r"photo\.jpg cannot be read"),
     "photo: a torn GIF": (lambda k: k.read_image(encoded("GIF")[:500]), r"photo\.jpg cannot be read"),
@@ -695,7 +695,7 @@ def test_an_image_without_permission_is_named(image_path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(io, "FileIO", refuse)
-    with pytest.raises(InputError, match=r"photo\.png cannot be read as a photo .*Permission denied"):
+    with pytest.raises(InputError, match=r"photo\.png cannot be read as an image .*Permission denied"):
         read_image(image_path)
 
 

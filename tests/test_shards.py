@@ -104,7 +104,7 @@ def test_a_shard_s_images_are_read_where_they_lie(shard: Path):
         assert np.array_equal(read_image(images[i]), draw_noise(i))
     assert str(images[0]) == f"{shard}/some/000.png"
     shard.write_bytes(shard.read_bytes().replace(encoded(1), bytes(len(encoded(1)))))
-    with pytest.raises(InputError, match=r"a\.tar/some/001\.png cannot be read as a photo"):
+    with pytest.raises(InputError, match=r"a\.tar/some/001\.png cannot be read as an image"):
         read_image(images[1])
 
 
@@ -466,7 +466,7 @@ def test_training_on_shards_is_training_on_the_images(
 
 def test_shards_without_captions_are_refused(tmp_path: Path):
     write_shard(tmp_path / "in" / "train-0.tar", [{"__key__": "a", "png": encoded(0)}])
-    with pytest.raises(InputError, match=r"train\*\.tar hold no photos with captions"):
+    with pytest.raises(InputError, match=r"train\*\.tar hold no images with captions"):
         CaptionDataset(tmp_path / "in", cache=tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with pytest.raises(InputError, match=r"and no val\*\.tar"):

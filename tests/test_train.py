@@ -404,6 +404,6 @@ def test_validation_images_that_are_trained_on_are_warned_of(
     document["annotations"].append({"id": 999, "image_id": 999, "caption": "a scene"})
     file.write_text(json.dumps(document))
     train(small(data=drawn))
-    assert "are trained on" not in capsys.readouterr().err
+    assert "are also training images" not in capsys.readouterr().err
     train(small(data=tmp_path / "mixed"))
-    assert f"validation images such as {first} are trained on, too" in capsys.readouterr().err
+    assert f"validation images such as {first} are also training images" in capsys.readouterr().err
