@@ -314,7 +314,7 @@ class AttentionDecoder(DecoderModule):
 
 
 class TransformerLayer(nn.Module):
-    """A pre-norm layer (arXiv 2002.04745): causal self-attention, cross-attention over the image, a feed-forward net."""
+    """A pre-norm layer (arXiv 2002.04745): causal self-attention, cross-attention to the image, a feed-forward net."""
 
     def __init__(self, size: int, heads: int, hidden_size: int, dropout: float):
         super().__init__()
