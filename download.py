@@ -29,7 +29,7 @@ import tyro
 from PIL import Image
 
 from captioning.coco_layout import image_folder_of
-from captioning.errors import InputError, run_command
+from captioning.errors import InputError, printable, quoted, run_command
 from captioning.fetching import (
     TIMEOUT_SECONDS,
     ConcurrentTasks,
@@ -284,7 +284,7 @@ def coco(
         is_unusable = isinstance(error, FileExistsError | NotADirectoryError | PermissionError)
         advice = "name another folder" if is_unusable else "run the same command again to resume"
         raise InputError(f"{root} cannot be written: {error.strerror or error}; {advice}.") from error
-    print(f"{root} is ready: python train.py --data {root}")
+    print(printable(f"{root} is ready: python train.py --data {quoted(root)}"))
     if missing:
         raise InputError(
             f"{len(missing)} photos could not be downloaded and are left out of {root}: {', '.join(missing)}."

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from captioning.errors import run_command
+from captioning.errors import printable, run_command
 from captioning.scenes.dataset import draw_dataset
 
 
@@ -31,7 +31,8 @@ def main(
         seed: random seed.
     """
     folder = draw_dataset(out, train, val, test, seed)
-    print(f"{folder}: {train} pictures to train on, {val} to validate, {test} to test, five captions each.")
+    counts = f"{train} pictures to train on, {val} to validate, {test} to test, five captions each"
+    print(printable(f"{folder}: {counts}."))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch._higher_order_ops import while_loop
 
 from captioning.captioner import Decoding
 from captioning.checkpoint import load_model
-from captioning.errors import InputError
+from captioning.errors import InputError, printable
 from captioning.files import check_output, write_file
 from captioning.hub import find_model
 from captioning.images import build_transform
@@ -153,11 +153,8 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_L
     onnx.helper.set_model_props(exported, metadata)
     content = exported.SerializeToString()
     write_file(path, lambda file: file.write(content))
-    print(
-        f"wrote {path}: uint8 images (batch, 3, {size}, {size}) in, tokens (batch, {max_length}) out, "
-        f"{len(content) / 1e6:.0f} MB",
-        file=sys.stderr,
-    )
+    shapes = f"uint8 images (batch, 3, {size}, {size}) in, tokens (batch, {max_length}) out"
+    print(printable(f"wrote {path}: {shapes}, {len(content) / 1e6:.0f} MB"), file=sys.stderr)
 
 
 def run_exporter(

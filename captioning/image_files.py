@@ -165,8 +165,7 @@ def _open_file(source: Source) -> _TimedFile:
         size = status.st_size
     if size == 0:
         raise ValueError("it is empty")
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"it has {size >> 20:,} MB, and an image may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
+    _check_file_size(size)
     return _TimedFile(io.BytesIO(source.read()) if isinstance(source, Member) else io.FileIO(source))
 
 
@@ -174,11 +173,19 @@ def _reopen(image: Any) -> _TimedFile:
     """Return the content of an undecoded image's file, whose position stays as it is."""
     if image.fp is None or image.fp.closed:
         raise ValueError("its file is closed; load() it before that, or name its path")
-    position = image.fp.tell()
-    image.fp.seek(0)
-    content = image.fp.read()
-    image.fp.seek(position)
-    return _TimedFile(io.BytesIO(content))
+    position, size = image.fp.tell(), image.fp.seek(0, os.SEEK_END)
+    try:
+        _check_file_size(size)
+        image.fp.seek(0)
+        return _TimedFile(io.BytesIO(image.fp.read()))
+    finally:
+        image.fp.seek(position)
+
+
+def _check_file_size(size: int) -> None:
+    """Raise `ValueError` for a file of too many bytes."""
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"it has {size >> 20:,} MB, and an image may have {MAX_FILE_BYTES >> 20}; save a smaller copy")
 
 
 def _open_image(file: _TimedFile) -> Image.Image:

@@ -23,7 +23,7 @@ from captioning.checkpoint import Architecture, Description
 from captioning.coco_layout import find_shared_images
 from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
-from captioning.errors import InputError, summarize_errors, warn_once
+from captioning.errors import InputError, printable, summarize_errors, warn_once
 from captioning.files import hash_file
 from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
@@ -168,7 +168,7 @@ def check_images(splits: list[CaptionDataset], config: TrainingConfig) -> None:
             f"{len(failed)} images cannot be read (--skip-unreadable trains without them): {summarize_errors(failed)}"
         )
     for error in failed if process.is_main_process else ():
-        tqdm.write(f"left out: {error}")
+        tqdm.write(printable(f"left out: {error}"))
 
 
 def warn_of_shared_images(data: CaptionDataset, val: CaptionDataset) -> None:

@@ -25,7 +25,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything imports onnxruntime
 
-from captioning.checkpoint import Description, save_epoch, write_description
+from captioning.checkpoint import Description, save_epoch
 from captioning.errors import run_command
 from captioning.scenes import dataset
 from captioning.training import TrainingConfig, train
@@ -261,19 +261,17 @@ def build_kind(kind: str, words: int, size: int = 16) -> tuple[EncoderCNN, nn.Mo
 
 
 def write_kind(folder: Path, kind: str, encoder: EncoderCNN, decoder: nn.Module, words: list[str]) -> Path:
-    """Write the networks of `build_kind` as the model of a first epoch, for images of 64 x 64."""
+    """Write the networks of `build_kind` as the model of a first epoch, for images of 64 x 64, in format 1."""
     size = encoder.embed.out_features
     sizes = {"embed_size": size, "hidden_size": size, "num_layers": 2, "dropout": 0}
-    description = Description.model_validate(
-        {
-            "format": 1,
-            "architecture": {"decoder": KINDS[kind][0], "backbone": "stored", **sizes},
-            "preprocessing": {"image_size": 64},
-            "vocabulary": words,
-        }
-    )
-    save_epoch(folder, 1, encoder, decoder, description)
-    write_description(folder, description)
+    description = {
+        "format": 1,
+        "architecture": {"decoder": KINDS[kind][0], "backbone": "stored", **sizes},
+        "preprocessing": {"image_size": 64},
+        "vocabulary": words,
+    }
+    save_epoch(folder, 1, encoder, decoder, Description.model_validate(description))
+    (folder / "captioner.json").write_text(json.dumps(description))
     return folder
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from captioning.backbones import PACKAGED, Preprocessing, fold_batch_norms, preprocessing_of, stage_parameters
 from captioning.captioner import Captioner
@@ -137,12 +138,29 @@ def test_all_that_is_trained_gets_a_gradient(name: str):
     assert all(p.grad is not None for p in learning)
 
 
-@pytest.mark.parametrize("name", ["volo_d1_224", "coat_lite_tiny", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("volo_d1_224", "coat_lite_tiny", "vit_small_patch16_dinov3", "convnext_tiny.fb_in1k", "resnet101.tv_in1k"),
+        *("resnet50_clip.openai", "vit_base_patch16_clip_224.openai", "vit_small_patch14_dinov2.lvd142m"),
+    ],
+)
 def test_no_class_token_counts_as_a_cell(name: str):
     size = preprocessing_of(name).image_size
     with torch.device("meta"):
-        cells = EncoderCNN(8, name, weights="random", grid=True)(torch.empty(1, 3, size, size)).shape[1]
+        encoder = EncoderCNN(8, name, weights="random", grid=True)
+        cells = encoder(torch.empty(1, 3, size, size)).shape[1]
     assert math.isqrt(cells) ** 2 == cells
+    assert encoder.num_stages > 1
+
+
+def test_weights_of_the_hub_are_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    published = timm.create_model("resnet18").state_dict()  # with its classifier
+    save_file(published, tmp_path / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "model.safetensors"))
+    state = EncoderCNN(8, "resnet18").network.state_dict()
+    assert len(state) > 100
+    assert all(torch.equal(value, published[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"])

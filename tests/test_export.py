@@ -200,11 +200,13 @@ def test_a_backbone_that_cannot_be_exported_is_one_sentence(model, tmp_path, mon
 def test_whatever_imports_onnxruntime_has_switched_its_telemetry_off():
     sources = [path for path in ROOT.rglob("*") if path.suffix in (".py", ".ipynb", ".md")]
     texts = {path: path.read_text() for path in sources if not {".venv", "cache", "data"} & set(path.parts)}
-    importing = [path for path, text in texts.items() if re.search(r"^ *\W*import onnxruntime", text, re.MULTILINE)]
+    importing = [
+        path for path, text in texts.items() if re.search(r"^ *\W*(import|from) onnxruntime", text, re.MULTILINE)
+    ]
     assert ROOT / "models" / "README.md" in importing
     for path in importing:
         if path != Path(__file__):  # conftest.py, which comes first, has done it
-            assert "ORT_DISABLE_TELEMETRY" in texts[path].split("import onnxruntime")[0], path
+            assert "ORT_DISABLE_TELEMETRY" in re.split("(?:import|from) onnxruntime", texts[path])[0], path
 
 
 def test_the_library_imports_no_onnxruntime_and_the_documented_import_of_it_leaves_no_trace(tmp_path: Path):

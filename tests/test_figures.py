@@ -95,6 +95,20 @@ def test_a_sheet_keeps_no_image_whole(tmp_path: Path):
     assert int(run_code(PEAK + script, tmp_path / "a.jpg").stdout) < 50
 
 
+@pytest.mark.slow
+def test_a_sheet_of_a_thousand_images_takes_little_memory(tmp_path: Path):
+    draw_noise(0, (400, 300)).save(tmp_path / "a.jpg")
+    script = (
+        "from pathlib import Path\n"
+        "from captioning.figures import draw_sheet, save_figure\n"
+        "save_figure(draw_sheet([sys.argv[1]] * 1000, ['a red dog runs on the beach.'] * 1000), Path(sys.argv[2]))\n"
+        "print(peak())\n"
+    )
+    assert int(run_code(PEAK + script, tmp_path / "a.jpg", tmp_path / "sheet.png").stdout) < 1.5e9
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width * sheet.height > 1000 * 100 * 75
+
+
 def test_attention_spans_the_whole_range():
     weights = torch.full((49,), 1 / 49)
     weights[10] += 0.002

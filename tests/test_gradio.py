@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import draw_noise
 from PIL import Image
 from starlette.testclient import TestClient
 from test_images import progressive_bomb
@@ -562,6 +563,16 @@ def test_what_is_larger_than_allowed_is_refused_and_takes_no_memory(page: Page):
             reply = post(f"{page.api}/{path}", content=(bytes(1 << 16) for _ in range(5 * MAX_BODY >> 16)))
             assert reply.status_code in (404, 413)
     assert psutil.Process(page.process.pid).memory_info().rss < before + (64 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_an_image_of_12_megapixels_takes_little_memory(page: Page):
+    assert page.caption(encoded(draw_noise(0, (4000, 3000))))[0] == "complete"
+    server = psutil.Process(page.process.pid)
+    for process in (server, *server.children(recursive=True)):
+        peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        assert peak
+        assert int(peak[1]) << 10 < 1.5e9
 
 
 def test_an_upload_that_is_cut_off_leaves_no_file(page: Page):

@@ -282,6 +282,31 @@ def test_reading_takes_no_more_memory_than_documented(tmp_path: Path, mode: str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "each"),
+    [("RGB", image_files.BYTES_PER_PIXEL["HEIF"]), ("RGB;16", image_files.DEEP_HEIF_BYTES_PER_PIXEL)],
+    ids=["8 bits", "10 bits"],
+)
+def test_a_heic_takes_no_more_memory_than_documented(tmp_path: Path, mode: str, each: int):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), np.uint16 if ";" in mode else np.uint8)
+    pillow_heif.from_bytes(mode, (2500, 2500), pixels.tobytes()).save(tmp_path / "large.heic", quality=30)
+    output, peak = read_alone(tmp_path / "large.heic")
+    assert output == "(2500, 2500)"
+    assert peak < (2500**2 * each * 1.1 + os.path.getsize(tmp_path / "large.heic")) / 1e6 + 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_files, "MAX_BYTES", 2500**2 * each - 1)
+        with pytest.raises(InputError, match="it has 2500 x 2500 pixels, more than"):
+            read_image(tmp_path / "large.heic")
+
+
+def test_the_documented_memory_is_the_sum_of_the_limits():
+    for name in ("README.md", "docs/guarantees.md"):
+        assert "2.6 GB" in (ROOT / name).read_text()
+    assert 1.0e9 + 1.1 * image_files.MAX_BYTES + image_files.MAX_FILE_BYTES < 2.65e9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(12000, 9000), (16320, 12240)], ids=["108 megapixels", "200 megapixels"])
 def test_a_jpeg_of_a_phone_is_reduced_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]):
     Image.new("L", size, 99).save(tmp_path / "phone.jpg")
@@ -376,6 +401,18 @@ def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path):
         file.truncate(100 << 30)
     with pytest.raises(InputError, match=r"a\.webp .*102,400 MB"):
         read_image(tmp_path / "a.webp")
+
+
+def test_nor_is_that_of_an_image_that_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    smooth((300, 200)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        position = image.fp.tell()
+        with monkeypatch.context() as patch:
+            patch.setattr(image_files, "MAX_FILE_BYTES", 100)
+            with pytest.raises(InputError, match="an image may have"):
+                read_image(image)
+        assert image.fp.tell() == position
+        assert read_image(image).size == (300, 200)
 
 
 def test_an_icon_that_is_larger_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 from conftest import ROOT, draw_noise
 
+from captioning.captioner import Captioner
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 SHELL = [text for language, text in BLOCKS if language == "sh"]
@@ -79,6 +81,13 @@ def test_the_output_shown_is_what_the_command_before_it_prints(run):
     ((output, block),) = pairs
     (command,) = commands(block)
     assert run(command)[:2] == (0, output)
+
+
+def test_the_captions_under_the_images_are_the_model_s():
+    images, captions = (re.findall(r"\| ([^|]+) (?=\|)", line) for line in README.split("\n") if "|" in line[:1])[:2]
+    paths = [ROOT / re.search(r"\((.+)\)", cell)[1] for cell in images]
+    model = Captioner.load(ROOT / "models" / "photos", precision="bf16")
+    assert [caption.text for caption in model(paths)] == captions
 
 
 def test_the_python_prints_a_caption_of_each_image(clone, capsys):

@@ -338,6 +338,26 @@ def test_features_stay_mapped_from_the_disk_without_a_gpu_or_where_it_lacks_memo
     assert place_features(features, torch.device("cpu")) is features
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * features.nbytes - 1, 0))
     assert place_features(features, torch.device("cuda")) is features
+    moved = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * features.nbytes, 0))
+    monkeypatch.setattr(torch.Tensor, "to", lambda _, device: moved.append(device))
+    place_features(features, torch.device("cuda"))
+    assert moved == [torch.device("cuda")]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_an_image_is_embedded_once_for_all_its_captions(name: str, tiny_backbone: Callable):
+    encoder, decoder = EncoderCNN(8, weights="random", grid=DECODERS[name].attends), DECODERS[name](8, 16, 50)
+    layers = [encoder.embed, *(module for path, module in decoder.named_modules() if path.endswith("cross_key_value"))]
+    layers += [decoder.key] if name == "attention" else []
+    rows = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    shape = (3, 4, encoder.feature_size) if encoder.grid else (3, encoder.feature_size)
+    captions = torch.zeros(5, 7, dtype=torch.long)
+    model = CaptioningModel(encoder, decoder)
+    model(Batch(torch.zeros(shape), torch.tensor([0, 0, 1, 2, 2]), captions, torch.full((5,), 7), np.arange(3)))
+    assert rows == [3] * (1 if name == "lstm" else 2)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -384,6 +404,23 @@ def test_validation_creates_no_float64_and_changes_nothing(
         result = validate(Accelerator(cpu=True), model, data, None, small(image_size=32))
     assert result["val_loss"] == pytest.approx(math.log(len(data.vocab)), rel=0.1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_names_of_images_that_are_left_out_do_not_steer_the_terminal(
+    small: Make, eight: Path, tmp_path: Path, tiny_backbone: Callable, capsys: pytest.CaptureFixture
+):
+    data = Path(shutil.copytree(eight, tmp_path / "data"))
+    file, folder = data / "annotations" / "captions_train.json", data / "images" / "train"
+    content = json.loads(file.read_text())
+    image = content["images"][0]
+    (folder / image["file_name"]).unlink()
+    image["file_name"] = "a\x1b[2J.png"
+    (folder / image["file_name"]).touch()
+    file.write_text(json.dumps(content))
+    train(small(data=data, skip_unreadable=True, image_size=32))
+    output = capsys.readouterr().out
+    assert "left out: " in output
+    assert "\x1b" not in output
 
 
 @pytest.mark.slow
