@@ -226,14 +226,14 @@ def model_card(description: Description, name: str, licence: str) -> str:
         decoder=str(DECODERS[architecture.decoder].__doc__).splitlines()[0],
         words=len(description.vocabulary),
         weights=name_weights(description, epoch),
-        data=_about_data(description.data),
+        data=_about_data(description.data, description.training.get("start_from")),
         metrics=metrics,
         licence=licence,
     )
 
 
-def _about_data(data: dict[str, Any]) -> str:
-    """Build a table of the training data, as Markdown."""
+def _about_data(data: dict[str, Any], start_from: object) -> str:
+    """Build a table of the training data, and of the model that training started from, if any, as Markdown."""
     if not data:
         return "Its training data is not recorded."
     labels = {
@@ -243,6 +243,8 @@ def _about_data(data: dict[str, Any]) -> str:
     }
     rows = {"data set": str(data.get("folder", "unknown"))}
     rows |= {label: f"{data[key]:,}" for key, label in labels.items() if isinstance(data.get(key), int)}
+    if start_from:
+        rows["trained from the model"] = PureWindowsPath(str(start_from)).name
     rows["SHA-256 of the training captions"] = f"`{data.get('train_sha256', 'unknown')}`"
     return _table(["", ""], rows)
 

@@ -287,6 +287,13 @@ def test_the_card_of_averaged_epochs_claims_no_epoch_s_scores(trained):
     assert "No metrics were recorded." in card
 
 
+def test_the_card_names_the_model_that_training_started_from(trained):
+    description = read_description(trained)
+    assert "trained from" not in hub.model_card(description, "ada/scenes", "mit")
+    description.training["start_from"] = "/home/ada/models/photos"
+    assert "| trained from the model | photos |" in hub.model_card(description, "ada/scenes", "mit")
+
+
 def test_a_second_sharing_replaces_another_epoch(served, trained):
     repository = share(served, trained)
     best = read_description(trained).best_epoch
