@@ -54,6 +54,11 @@ def is_missing(caption: Any) -> bool:
     return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
 
 
+def split_lines(text: str) -> list[str]:
+    """Split a text that holds a caption in each line; the line breaks are those of any system."""
+    return re.split(r"[\r\n]+", text.strip())
+
+
 def parse_captions(value: Any) -> list[Any]:
     """Parse the captions of a cell, which in CSV files of Flickr30k and of pandas may be a list written as text."""
     value = value.strip() if isinstance(value, str) else value

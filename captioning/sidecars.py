@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captioning.captions import clean_caption
+from captioning.captions import clean_caption, split_lines
 from captioning.errors import InputError
 from captioning.files import decode_text, read_bytes
 from captioning.image_index import ImageIndex
@@ -73,8 +73,9 @@ def _read_files(
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
-            for value in (content[key] for key in ("captions", "caption") if key in content):
-                captions = value if isinstance(value, list) else [value]
+            for key, value in ((key, content[key]) for key in ("captions", "caption") if key in content):
+                is_text = key == "captions" and isinstance(value, str)  # with a caption in each line
+                captions = split_lines(value) if is_text else value if isinstance(value, list) else [value]
                 yield file, [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
             continue
         text, whole = decode_text(read(file), file, encoding, advice), None

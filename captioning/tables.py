@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from captioning.captions import clean_caption, is_missing, is_structure, parse_captions, require_text
+from captioning.captions import clean_caption, is_missing, is_structure, parse_captions, require_text, split_lines
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_formats import image_suffixes
@@ -191,7 +191,7 @@ def _captions(record: dict[str, Any], where: str) -> list[str]:
         texts = value if isinstance(value, list) else parse_captions(value)
         if isinstance(value, str) and texts == [value.strip()]:
             require_text(texts[0], where)  # also one without letters, such as [1, 2]
-            texts = re.split(r"[\r\n]+", texts[0]) if column.endswith("s") else texts
+            texts = split_lines(texts[0]) if column.endswith("s") else texts
         captions[column] = [clean_caption(text, where) for text in texts]
     for column in columns:
         if others := captions.get(f"{column}s"):  # which repeat the caption in most tables that have both columns

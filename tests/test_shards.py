@@ -127,6 +127,7 @@ BESIDE = [("a.png", PNG), ("a.txt", b"a kite")]  # packed beside each of the fol
             r"left out 2 empty captions, the first is '.*train-0\.tar/0\.json, caption 2'",
             id="json with several",
         ),
+        pytest.param([("0.json", b'{"captions": "a\\r\\nb"}')], ["a", "b"], "", id="captions in lines"),
         pytest.param([("0.json", b'{"captions": null, "caption": "x"}')], ["x"], "", id="null captions"),
         pytest.param([("0.json", b'{"captions": [""], "caption": "x"}')], ["x"], "", id="empty captions"),
         pytest.param([("0.txt", b"0 0.5 0.5\n"), ("0.json", b'{"caption": "x"}')], ["x"], "", id="labels"),
