@@ -76,7 +76,8 @@ def write_captions(
             if log is not None:
                 note = f", {retried:,} of them without a caption until now" if retried else ""
                 log(f"{output}: {rows.count - earlier:,} rows written, {earlier:,} were there{note}")
-    return broadcast_object_list([None if rows is None else (rows.count, rows.failed)])[0]
+    result: list[Any] = [None if rows is None else (rows.count, rows.failed)]
+    return broadcast_object_list(result)[0]
 
 
 @dataclass

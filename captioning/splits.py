@@ -107,7 +107,7 @@ def splits_by_folder(names: Collection[str], report: Report) -> dict[str, str]:
     It is the outermost one with several splits, such as that of train/train/ and train/val/, else the outermost one.
     Images are reported if only a part of them is in such folders, or if the names of their folders contain a split's.
     """
-    folders = {name: [parse_split(parent) for parent in name.split("/")[:-1]] for name in names}
+    folders = {name: [parse_split(parent) or "" for parent in name.split("/")[:-1]] for name in names}
     depth = min(map(len, folders.values()), default=0)
     levels = [{name: parents[level] for name, parents in folders.items()} for level in range(depth)]
     if of_splits := [level for level in levels if all(level.values())]:
