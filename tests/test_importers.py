@@ -172,7 +172,7 @@ def test_an_image_that_the_index_leaves_out_is_named_with_the_reason(tmp_path, m
         importers.import_folder(source, tmp_path / "out")
     text(source / "logo.svg", "<svg/>")
     text(source / "c.csv", csv_rows("image,caption") + "logo.svg,a ball\n")
-    with pytest.raises(InputError, match=r"\.svg is not the suffix of an image that can be read; .* JPEG or PNG"):
+    with pytest.raises(InputError, match=r"\.svg is not the suffix of one that can be read; .* JPEG or PNG"):
         importers.import_folder(source, tmp_path / "out")
 
 

@@ -31,9 +31,9 @@ SIZE = 128
 
 @pytest.fixture(scope="module")
 def images(drawn: Path) -> torch.Tensor:
-    """Eight drawn images, on which no range was measured, as uint8."""
+    """Forty drawn images, on which no range was measured, as uint8."""
     transform = build_transform(image_size=SIZE, normalize=False)
-    data = ImageDataset(sorted((drawn / "images" / "val").glob("*.jpg")), transform)
+    data = ImageDataset(sorted((drawn / "images").glob("*/*.jpg")), transform)
     return torch.stack([data[i] for i in range(len(data))])
 
 

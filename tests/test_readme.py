@@ -84,8 +84,10 @@ def test_the_output_shown_is_what_the_command_before_it_prints(run):
 
 
 def test_the_captions_under_the_images_are_the_model_s():
-    images, captions = (re.findall(r"\| ([^|]+) (?=\|)", line) for line in README.split("\n") if "|" in line[:1])[:2]
-    paths = [ROOT / re.search(r"\((.+)\)", cell)[1] for cell in images]
+    table = [line for line in README.split("\n") if line.startswith("|")]
+    paths = [ROOT / path for path in re.findall(r"\((images/.+?)\)", table[0])]
+    captions = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert len(paths) == len(captions) == 4
     model = Captioner.load(ROOT / "models" / "photos", precision="bf16")
     assert [caption.text for caption in model(paths)] == captions
 
