@@ -153,12 +153,17 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
 
     def __post_init__(self) -> None:
         self._convert()
-        if self.start_from is not None and self.resume is None:
-            self.start_from = find_model(self.start_from)
+        if self.initial_model is not None:
+            self.start_from = find_model(self.initial_model)
             self._take_from(checkpoint.read_description(self.start_from))
         self.name = self.name or self.data.resolve().name
         self._fill_defaults()
         self._check()
+
+    @property
+    def initial_model(self) -> Path | None:
+        """The model that a new run starts from; None for a run that is resumed, whose own weights count."""
+        return self.start_from if self.resume is None else None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -199,7 +204,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             self.backbone_learning_rate = 1e-5 if cider else 1e-3
 
     def _check(self) -> None:
-        if self.objective == "cider" and self.resume is None and self.start_from is None:
+        if self.objective == "cider" and self.resume is None and self.initial_model is None:
             raise InputError(
                 "objective cider needs a trained model to start from; add --resume models/NAME, or --start-from."
             )
@@ -254,10 +259,10 @@ def explain_ineffective(config: TrainingConfig, given: Collection[str]) -> list[
         "dropout": (config.objective != "cider", "self-critical training, which drops nothing"),
         "views": (not config.fine_tune, "a backbone that is fine-tuned, which sees new crops in every epoch"),
     }
-    if config.start_from is not None and config.resume is None:
+    if config.initial_model is not None:
         taken = (*FROM_ARCHITECTURE, *FROM_PREPROCESSING, "weights", "tie_weights")
         taken += ("vocab_threshold", "vocab_from_file", "vocab_file")
-        without |= dict.fromkeys(taken, (False, f"a run that starts from {config.start_from}, which determines it"))
+        without |= dict.fromkeys(taken, (False, f"a run that starts from {config.initial_model}, which determines it"))
     if config.resume is not None:
         is_same_folder = (config.models / config.name).resolve() == config.resume.resolve()
         stays = f"a resumed run, which stays in {config.resume}; copy the folder to keep it as it is"

@@ -82,10 +82,9 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 def given_vocabulary(config: TrainingConfig, resumed: Description | None) -> Vocabulary | None:
     """Return the vocabulary of the run that is resumed, of the model to start from, or of a file; else None."""
-    if resumed is None and config.start_from is not None:
-        resumed = checkpoint.read_description(config.start_from)
-    if resumed is not None:
-        return Vocabulary(resumed.vocabulary)
+    trained = checkpoint.read_description(config.initial_model) if config.initial_model else resumed
+    if trained is not None:
+        return Vocabulary(trained.vocabulary)
     return Vocabulary.load(config.vocab_file) if config.vocab_from_file else None
 
 
@@ -121,8 +120,8 @@ def build_networks(
     if config.objective == "cider":
         architecture = architecture.model_copy(update={"dropout": 0.0})
     encoder, decoder = architecture.build_encoder(weights, config.fine_tune or 0), architecture.build_decoder(words)
-    if config.start_from is not None and config.resume is None:
-        for network, trained in zip((encoder, decoder), checkpoint.load_model(config.start_from)[:2], strict=True):
+    if config.initial_model is not None:
+        for network, trained in zip((encoder, decoder), checkpoint.load_model(config.initial_model)[:2], strict=True):
             network.load_state_dict(trained.state_dict())
     return encoder, decoder
 

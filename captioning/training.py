@@ -202,7 +202,7 @@ class Run:
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Build the optimizer and the batches, and initialize the networks of a new run (`state` None)."""
         config, encoder, decoder = self.config, self.encoder, self.decoder
-        is_new = state is None and config.start_from is None
+        is_new = state is None and config.initial_model is None
         if is_new:
             encoder.standardize(first_features(self.data, encoder, self.features, config))
         if config.tie_weights:
