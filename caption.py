@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -79,12 +80,34 @@ def main(
     decoding.check()
     if not images:
         raise InputError("no images were given; name images or folders of images.")
+    options = Options(images, recursive, model, precision, decoding, workers, strict)
     if output is None:
-        caption_to_terminal(images, recursive, model, precision, decoding, workers, strict, json_, sheet, attention)
+        caption_to_terminal(options, json_, sheet, attention)
         return
     if json_ or sheet is not None or attention is not None:
         raise InputError("--output cannot be combined with --json, --sheet or --attention.")
-    caption_to_file(images, recursive, model, precision, decoding, output, workers, strict)
+    caption_to_file(options, output)
+
+
+@dataclass
+class Options:
+    """What to caption, and how; the arguments of `main` by these names."""
+
+    images: tuple[Path, ...]
+    recursive: bool
+    model: tuple[Path, ...]
+    precision: Precision
+    decoding: Decoding
+    workers: int
+    strict: bool
+
+    def load_captioner(self) -> Captioner:
+        """Load the model, and name it and the precision of its backbone on stderr."""
+        models = self.model or (default_model(),)
+        captioner = Captioner.load(models, precision=self.precision)
+        if this_process().is_main_process:
+            log(f"{' + '.join(map(str, models))}, backbone in {captioner.precision}")
+        return captioner
 
 
 def export_model(model: tuple[Path, ...], path: Path, max_length: int) -> None:
@@ -96,28 +119,17 @@ def export_model(model: tuple[Path, ...], path: Path, max_length: int) -> None:
     export_onnx(model[0] if model else default_model(), path, max_length)
 
 
-def caption_to_terminal(
-    images: tuple[Path, ...],
-    recursive: bool,
-    model: tuple[Path, ...],
-    precision: Precision,
-    decoding: Decoding,
-    workers: int,
-    strict: bool,
-    json_: bool,
-    sheet: Path | None,
-    attention: Path | None,
-) -> None:
+def caption_to_terminal(options: Options, json_: bool, sheet: Path | None, attention: Path | None) -> None:
     """Print captions, and draw the figures; raises `InputError` if images could not be read."""
     if sys.stdout is None:
         raise InputError("standard output is closed, so captions cannot be printed; add --output captions.jsonl.")
     if this_process().num_processes > 1:
         raise InputError("several processes need a file for the captions; add --output captions.jsonl.")
-    sources = find_sources(images, recursive, [path for path in (sheet, attention) if path is not None])
-    captioner = Captioner.load(model or default_model(), precision=precision)
+    sources = find_sources(options, [path for path in (sheet, attention) if path is not None])
+    captioner = options.load_captioner()
     if attention is not None and not captioner.decoder.attends:
         raise InputError("--attention needs a model whose decoder attends; train one with --decoder attention.")
-    captions, failed = print_captions(captioner, sources, decoding, workers, strict, json_)
+    captions, failed = print_captions(captioner, sources, options, json_)
     for error in failed:
         log(f"error: {error}")
     if captions:
@@ -126,41 +138,35 @@ def caption_to_terminal(
         raise InputError(f"{len(failed)} of {len(sources)} images could not be read; {len(captions)} are captioned.")
 
 
-def find_sources(images: tuple[Path, ...], recursive: bool, figures: list[Path]) -> list[Path | Member]:
+def find_sources(options: Options, figures: list[Path]) -> list[Path | Member]:
     """List the images to caption, without the figures of an earlier run; raises `InputError` for unusable figures."""
     for path in figures:
         check_figure(path)
     real_paths = {os.path.realpath(path) for path in figures}
     if len(real_paths) < len(figures):
         raise InputError(f"--sheet and --attention both name {figures[0]}; name two files.")
-    sources = find_images(images, recursive, log)
+    sources = find_images(options.images, options.recursive, log)
     if figures:
         sources = [path for path in sources if not isinstance(path, Path) or os.path.realpath(path) not in real_paths]
     return sources
 
 
-def caption_to_file(
-    images: tuple[Path, ...],
-    recursive: bool,
-    model: tuple[Path, ...],
-    precision: Precision,
-    decoding: Decoding,
-    output: Path,
-    workers: int,
-    strict: bool,
-) -> None:
+def caption_to_file(options: Options, output: Path) -> None:
     """Write captions to a JSON Lines file; raises `InputError` if images could not be read."""
     if output.suffix.lower() in (".json", ".csv", ".tsv", ".txt", ".xlsx"):
         raise InputError(f"{output} would hold JSON Lines, not {output.suffix}; name a file that ends in .jsonl.")
-    if decoding.temperature is not None and decoding.seed is None:
+    if options.decoding.temperature is not None and options.decoding.seed is None:
         raise InputError("--output with --temperature needs a --seed, so that an interrupted run can resume.")
     process = this_process()
     if process.is_main_process:
         check_output(output)
     with process.local_main_process_first():  # it downloads the model for the others
-        captioner = Captioner.load(model or default_model(), precision=precision)
+        captioner = options.load_captioner()
+    images, workers = options.images, options.workers
     try:
-        rows, unreadable = write_captions(captioner, images, decoding, output, workers, strict, recursive, log)
+        rows, unreadable = write_captions(
+            captioner, images, options.decoding, output, workers, options.strict, options.recursive, log
+        )
     except OSError as error:
         raise InputError(
             f"{output} cannot be written ({error.strerror or error}); its rows are kept, and the same command resumes."
@@ -184,16 +190,17 @@ def draw_figures(
 
 
 def print_captions(
-    captioner: Captioner, sources: Sequence[Source], decoding: Decoding, workers: int, strict: bool, as_document: bool
+    captioner: Captioner, sources: Sequence[Source], options: Options, as_document: bool
 ) -> tuple[dict[int, Caption], list[InputError]]:
     """Caption images and print the captions, each as soon as it is known or all as one JSON document.
 
     Returns the captions by image index, and the errors of images that could not be read.
     """
     failed: list[InputError] = []
-    unreadable = None if strict else lambda _, error: failed.append(error)
+    unreadable = None if options.strict else lambda _, error: failed.append(error)
     captions: dict[int, Caption] = {}
-    stream = captioner.stream(sources, decoding, choose_workers(workers, len(sources)), unreadable)
+    workers = choose_workers(options.workers, len(sources))
+    stream = captioner.stream(sources, options.decoding, workers, unreadable)
     try:
         for index, caption in tqdm(stream, total=len(sources), unit="image", delay=2, disable=None):
             captions[index] = caption

@@ -154,8 +154,19 @@ def album(tmp_path: Path) -> Path:
 
 
 def test_one_image_gives_one_sentence(command: Callable, trained: Path, image_path: Path):
-    expected = Captioner.load(trained)(image_path)[0].text
-    assert command(image_path, "--model", trained) == (0, f"{expected}\n", "")
+    expected = Captioner.load(trained, precision="fp32")(image_path)[0].text
+    output = command(image_path, "--model", trained, "--precision", "fp32")
+    assert output == (0, f"{expected}\n", f"{trained}, backbone in fp32\n")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--output", "captions.jsonl")])
+def test_the_models_and_the_precision_that_auto_took_are_named(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(image_path, "--model", trained, "--model", trained, *options)
+    assert code == 0
+    assert f"{trained} + {trained}, backbone in {Captioner.load(trained).precision}\n" in err
 
 
 def test_json_is_one_document_in_the_order_given(command: Callable, trained: Path, image_path: Path, drawn: Path):
@@ -172,9 +183,9 @@ def test_an_undecodable_name_is_printed_escaped(trained: Path, image_path: Path,
     name = os.fsdecode(b"caf\xe9.png")
     shutil.copy(image_path, tmp_path / name)
     script = Path(caption_module.__file__)
-    arguments = [script, image_path, tmp_path / name, "--model", trained]
+    arguments = [script, image_path, tmp_path / name, "--model", trained, "--precision", "fp32"]
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"{trained}, backbone in fp32\n")
     assert "caf\\udce9.png: " in done.stdout
 
 
@@ -183,7 +194,7 @@ def test_ten_bad_images_cost_no_other_its_caption(command: Callable, trained: Pa
     code, output, errors = command(album, "--model", trained, *(["--json"] if json_ else []))
     assert code == 2
     assert (len(json.loads(output)) if json_ else len(output.splitlines())) == 40
-    lines = errors.splitlines()
+    _model, *lines = errors.splitlines()
     assert len(lines) == 11
     assert [f"{4 * i:02}-bad.png" in line for i, line in enumerate(lines[:10])] == [True] * 10
     assert lines[10] == "error: 10 of 50 images could not be read; 40 are captioned."
@@ -193,8 +204,8 @@ def test_strict_stops_at_the_first_bad_image(command: Callable, trained: Path, a
     code, output, errors = command(album, "--model", trained, "--strict")
     assert code == 2
     assert output == ""
-    assert len(errors.splitlines()) == 1
-    assert "00-bad.png" in errors
+    _model, line = errors.splitlines()
+    assert "00-bad.png" in line
 
 
 def test_strict_keeps_the_captions_before_a_bad_image(command: Callable, trained: Path, album: Path, image_path: Path):
@@ -417,9 +428,9 @@ def test_a_run_that_finds_all_rows_written_reports_them(command: Callable, train
     (album / "notes.txt").touch()
     good = [album / f"{i:02}.png" for i in range(1, 6)]
     output = tmp_path / "new" / "c.jsonl"
-    assert command(*good[:3], "--model", trained, "--output", output)[2] == f"{output}: 3 rows written, 0 were there\n"
-    assert command(*good, "--model", trained, "--output", output)[2] == f"{output}: 2 rows written, 3 were there\n"
-    assert command(*good, "--model", trained, "--output", output)[2] == f"{output}: 0 rows written, 5 were there\n"
+    for images, written, earlier in ((good[:3], 3, 0), (good, 2, 3), (good, 0, 5)):
+        _model, line = command(*images, "--model", trained, "--output", output)[2].splitlines()
+        assert line == f"{output}: {written} rows written, {earlier} were there"
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["photo"] for row in rows] == list(map(str, good))
 
@@ -436,7 +447,7 @@ def test_left_out_files_are_reported(command: Callable, trained: Path, image_pat
     assert errors.startswith(f"left out of {folder}: 1 ")
     code, output, errors = command(folder, "--model", trained, "--json", "--recursive")
     assert [row["photo"] for row in json.loads(output)] == [str(folder / "2024" / "b.png"), str(folder / "a.png")]
-    assert errors == f"left out of {folder}: 1 .cr2 file\n"
+    assert errors.splitlines()[0] == f"left out of {folder}: 1 .cr2 file"
 
 
 def test_names_do_not_steer_the_terminal(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
@@ -488,7 +499,8 @@ def test_a_caption_is_never_its_own_alternative(capsys: pytest.CaptureFixture):
     caption = Caption("a bowl of food on a table", [], -1.0, alternatives=[Caption(text, [], -2.0) for text in texts])
     assert [other["caption"] for other in bulk.as_json("x.jpg", caption)["alternatives"]] == ["a pizza.", "a cat."]
     fake = SimpleNamespace(stream=lambda *_: iter([(0, caption)]))
-    caption_module.print_captions(fake, ["x.jpg"], Decoding(), 0, False, False)
+    options = caption_module.Options((), False, (), "auto", Decoding(), 0, False)
+    caption_module.print_captions(fake, ["x.jpg"], options, False)
     assert capsys.readouterr().out == "a bowl of food on a table\n    a pizza.\n    a cat.\n"
     repeated = Caption("a dog.", [], -1.0, alternatives=[Caption("A dog", [], -2.0)])
     assert "alternatives" not in bulk.as_json("x.jpg", repeated)
