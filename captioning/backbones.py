@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from captioning.errors import InputError, describe_network_error
+from captioning.lazy_compiler import compiler_left_out, meta_device
 from captioning.weights import load_weights, read_state_dict
 
 if TYPE_CHECKING:
@@ -44,6 +46,13 @@ PACKAGED = {  # name -> SHA-256 of the state dict
     "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
+
+
+def import_timm() -> ModuleType:
+    """Import timm, which takes a second that `resnet50` need not wait for."""
+    with compiler_left_out():
+        import timm
+    return timm
 
 
 @dataclass(frozen=True)
@@ -138,8 +147,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
         raise InputError(f'weights is {weights!r}, but it has to be "pretrained", "random" or the path of a file.')
     if name == RESNET50:
         return _build_resnet50(weights)
-    import timm  # takes a second to import, which resnet50 need not wait for
-
+    timm = import_timm()
     config = _timm_config(name)
     if weights == "pretrained" and name not in PACKAGED:
         file = _fetch_from_hub(name, config)
@@ -221,7 +229,7 @@ def _unused_parameters(name: str) -> list[str]:
     if name == RESNET50:
         return []
     size = preprocessing_of(name).image_size
-    with torch.device("meta"):
+    with meta_device():
         backbone: Any = build_backbone(name, "random").eval()
         features = backbone.forward_features(torch.empty(1, 3, size, size))
     require_one_map(name, features)
@@ -238,7 +246,7 @@ def rebuild(name: str, backbone: nn.Module) -> nn.Module:
 
 def count_stages(name: str) -> int:
     """Count the stages of a backbone."""
-    with torch.device("meta"):
+    with meta_device():
         return len(stage_parameters(name, build_backbone(name, "random")))
 
 
@@ -287,8 +295,7 @@ def fold_batch_norms(network: nn.Module, run: Callable[[], object]) -> None:
 
 
 def _timm_config(name: str) -> PretrainedCfg:
-    import timm
-
+    timm = import_timm()
     config = None
     if timm.is_model(name.split(".")[0]) and ":" not in name and "/" not in name:
         try:
@@ -339,9 +346,8 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
     if hashlib.sha256(files[0].read_bytes()).hexdigest() != PACKAGED[name]:
         raise InputError(f"{files[0]} is not the file that was published; reinstall {package} 0.1.0.")
     state = [value for key, value in read_state_dict(files[0]).items() if not key.endswith("num_batches_tracked")]
-    import timm
-
-    with torch.device("meta"):
+    timm = import_timm()
+    with meta_device():
         names = [key for key in timm.create_model(name).state_dict() if not key.endswith("num_batches_tracked")]
     named = dict(zip(names, state, strict=True))  # the layers come in the same order under other names
     return {key: value for key, value in named.items() if not key.startswith("classifier.")}

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
 from captioning.errors import InputError, quoted, warn_once
 from captioning.files import decode_text, missing_file, read_bytes, web_address, write_file
+from captioning.lazy_compiler import meta_device
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
 from vocabulary import Vocabulary
@@ -344,7 +345,7 @@ def load_model(
     encoder_file, decoder_file = weight_files(folder, choose_epoch(folder, description, epoch))
     encoder_state, decoder_state = read_state_dict(encoder_file), read_state_dict(decoder_file)
     published = parts.backbone_weights == "published"
-    with torch.device("meta"):  # nothing is allocated before the sizes are known to agree
+    with meta_device():  # nothing is allocated before the sizes are known to agree
         decoder = parts.build_decoder(len(vocabulary))
         if not published:
             encoder = parts.build_encoder("random")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,15 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as T
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import CACHE, write_cache
 from captioning.image_files import Source, read_image
+from captioning.lazy_compiler import compiler_left_out
 from captioning.shards import Member, stamp
+
+with compiler_left_out():
+    from torchvision import transforms as T
 
 __all__ = [
     "WORKERS",
@@ -115,6 +118,7 @@ def resized_side(transform: Callable) -> int | None:
     """
     if isinstance(transform, Views):
         return resized_side(transform.first)
+    v2: Any = sys.modules.get("torchvision.transforms.v2", T)  # its import takes seconds; who uses it has imported it
     # Only these are known to take their steps in order, all of them and nothing else.
     first = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
     if not isinstance(first, T.Resize | v2.Resize) or first.interpolation in UNREDUCED:
