@@ -7,19 +7,14 @@ from importlib.util import find_spec
 
 from PIL import Image
 
-from captioning.files import LFS_POINTER, LFS_START
+from captioning.files import ARCHIVES, LFS_POINTER, LFS_START
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})  # of images that Pillow reads with pillow-heif
 # Formats that Pillow renders with another program, only identifies, or nests or expands without bounds.
 NOT_DECODED = {"BLP", "BUFR", "EPS", "FITS", "GRIB", "HDF5", "ICNS", "IPTC", "MPEG", "MSP", "WMF", "XPM"}
 NOT_IMAGES = {  # first bytes of files that are mistaken for images -> what to tell the user
     LFS_START: f"it {LFS_POINTER}",
-    b"PK\3\4": "it is a zip archive; unpack it first",
-    b"\x1f\x8b": "it is a gzip archive; unpack it first",
-    b"BZh": "it is a bzip2 archive; unpack it first",
-    b"\xfd7zXZ\0": "it is an xz archive; unpack it first",
-    b"7z\xbc\xaf\x27\x1c": "it is a 7z archive; unpack it first",
-    b"Rar!\x1a\7": "it is a RAR archive; unpack it first",
+    **{start: f"it is {kind}; unpack it first" for start, kind in ARCHIVES.items()},
     b"%PDF": "it is a PDF; save its pages as images",
 }
 

@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 from captioning.errors import InputError, warn_once
 from captioning.files import is_within, require_regular, write_cache, write_file
-from captioning.image_formats import image_suffixes
+from captioning.image_formats import describe_content, image_suffixes
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, read_caption_files
 
@@ -38,12 +38,6 @@ LONG_HEADERS = (  # types of those that tarfile reads into memory
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
 )
 MAX_HEADER_BYTES = 1 << 20  # size limit for these
-COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-}  # by first bytes
 TEXT_ADVICE = "convert it to UTF-8 and pack the tar file again"
 
 
@@ -102,7 +96,7 @@ def read_samples(shard: Path, report: Report) -> Iterator[tuple[Member | None, d
                 key = unicodedata.normalize("NFC", folder + slash + name.split(".", 1)[0])
                 groups.setdefault(key, []).append(member)
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
-        reason = _decompress(shard) or getattr(error, "strerror", None) or error
+        reason = _describe_start(shard) or getattr(error, "strerror", None) or error
         raise InputError(f"{shard} cannot be read as a tar file ({reason}).") from None
     for key, members in groups.items():
         yield from _pair_files(key, members, report)
@@ -137,15 +131,13 @@ def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tup
     yield from ((None, files) for files in texts.values())
 
 
-def _decompress(shard: Path) -> str:
-    """Return what to do with a compressed tar file, in which no image can be read by itself; "" for others."""
+def _describe_start(shard: Path) -> str | None:
+    """Describe a file that is not a tar file, such as a compressed one, by its first bytes, with a remedy."""
     try:
         with open(shard, "rb") as file:
-            start = file.read(max(map(len, COMPRESSED)))
+            return describe_content(file.read(64))
     except OSError:
-        return ""
-    program = next((program for magic, program in COMPRESSED.items() if start.startswith(magic)), None)
-    return f"it is compressed; unpack it with {program} first" if program else ""
+        return None
 
 
 class _Header(tarfile.TarInfo):
