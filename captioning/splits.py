@@ -11,10 +11,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from captioning.coco_layout import SourceImage
+from captioning.csv_tables import IMAGE_COLUMNS
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, IMAGE_COLUMNS, SPLIT_ALIASES, SPLIT_END, parse_split
+from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_END, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
 SPLIT_FILE = re.compile(

@@ -1,8 +1,7 @@
-"""Read captions from tables (CSV, TSV, JSON, JSON Lines) and from Flickr's token files, row by row."""
+"""Read captions from tables (CSV and TSV by `csv_tables`, JSON, JSON Lines) and Flickr's token files, row by row."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from captioning.captions import clean_caption, is_missing, is_structure, parse_captions, require_text, split_lines
+from captioning.csv_tables import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_columns, read_csv
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_formats import image_suffixes
@@ -27,13 +27,8 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
 IMAGE_WORDS = "images?|imgs?|photos?|pictures?|pics?|frames?"
 SPLIT_END = f"(?:[_ -]?(?:{IMAGE_WORDS}|set|split|data|small|resized?|[0-9]{{4}})|[_ -][0-9]{{3}}(?:x[0-9]{{3}})?)*"
 SPLIT_NAME = re.compile(rf"(?:(?:{IMAGE_WORDS})[_ -])?({'|'.join(SPLIT_ALIASES)}){SPLIT_END}", re.IGNORECASE)
-IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 SPLIT_COLUMNS = ("split", "set", "subset")
-CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
-DELIMITERS = ",|;\t"
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
-
-csv.field_size_limit(1 << 30)  # in characters; `clean_caption` limits the length of captions
 
 
 @dataclass
@@ -64,7 +59,7 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     if split_column not in SPLIT_COLUMNS:
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
     for where, record in records:
-        columns = _caption_columns(list(record))
+        columns = caption_columns(list(record))
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
             report.add("row{s} with an error in place of a caption", where)
         elif not all(map(_is_blank, record.values())):
@@ -101,7 +96,7 @@ def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 def _read_records(path: Path, encoding: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     text = read_text(path, encoding, ENCODING_ADVICE)
-    read = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else _read_csv
+    read = _read_json if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else read_csv
     return read(path, text)
 
 
@@ -155,15 +150,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, str) and " " in value.strip() and not is_missing(value))
 
 
-def _caption_columns(columns: list[str]) -> list[str]:
-    """List all columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
-    for kind in CAPTION_COLUMNS:
-        matching = [name for name in columns if re.fullmatch(rf"{kind}s?[ _.-]?\d*", name)]
-        if matching:
-            return matching
-    return []
-
-
 def _image(record: dict[str, Any], where: str) -> str:
     columns = [column for column in record if re.sub(r"\.\d+$", "", column) in IMAGE_COLUMNS]  # also a repeated one
     names = {column: record[column] for column in columns if not _is_blank(record[column])}
@@ -180,7 +166,7 @@ def _image(record: dict[str, Any], where: str) -> str:
 
 
 def _captions(record: dict[str, Any], where: str) -> list[str]:
-    columns = _caption_columns(list(record))
+    columns = caption_columns(list(record))
     if not columns:
         raise InputError(f"{where}, has no caption (a column called {', '.join(CAPTION_COLUMNS[:-1])} or raw).")
     captions: dict[str, list[str]] = {}  # by column
@@ -209,7 +195,7 @@ def _split_column(records: list[dict[str, Any]]) -> str:
         if values and (column == "split" or any(parse_split(str(value)) for value in values)):
             return column
     names = set(chain.from_iterable(records)).difference(IMAGE_COLUMNS)
-    names.difference_update(_caption_columns(list(names)))
+    names.difference_update(caption_columns(list(names)))
     records = [record for record in records if not all(map(_is_blank, record.values()))]
     if not names.isdisjoint(SPLIT_COLUMNS):
         return "split"
@@ -333,105 +319,3 @@ def _is_json_lines(path: Path, text: str) -> bool:
         return bool(rest) and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
-
-
-# CSV
-
-
-def _read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = text.split("\n")
-    start = next((at for at, line in enumerate(lines) if line.strip() and not re.fullmatch("sep=.", line)), 0)
-    delimiter, columns = _read_header(path, start + 1, lines[start])
-    image = next(index for index, name in enumerate(columns) if name in IMAGE_COLUMNS)
-    caption = min(map(columns.index, _caption_columns(columns)))
-    last_needed = max(image, caption)
-    nameless = [at for at in range(caption, len(columns)) if re.fullmatch(r"(unnamed: \d+)?(\.\d+)?", columns[at])]
-    for number, cells in _read_cells(path, lines, start + 1, delimiter, columns):
-        where = f"{path}, line {number}"
-        if any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
-            raise InputError(
-                f"{where}, has more columns than the header's {len(columns) - len(nameless)}; put a caption that "
-                "contains the separator in double quotes, or name the column in the header."
-            )
-        # One row of the Flickr30k CSV in circulation lacks the separator between its last two columns.
-        glued = re.fullmatch(r"(\d+)\s+(.+)", cells[-1]) if columns[-2:] == ["comment_number", "comment"] else None
-        if glued and len(cells) == len(columns) - 1:
-            cells = [*cells[:-1], *glued.groups()]
-        if any(cells) and len(cells) <= last_needed:
-            raise InputError(
-                f"{where}, has {len(cells)} of the header's {len(columns)} columns; write the others, too, in one line."
-            )
-        suffix = Path(cells[image]).suffix.lower() if len(cells) > image else ""
-        if any(_holds_rows(cell, delimiter, suffix in image_suffixes()) for cell in cells):
-            raise InputError(
-                f"{where}, opens a quotation mark and closes it lines later, with what may be other rows between; "
-                "write a quotation mark within a quoted cell twice, and close every cell in its own row, "
-                "with spaces for the line breaks of a caption."
-            )
-        yield where, dict(zip(columns, cells, strict=False))
-
-
-def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
-    """Return the delimiter and the names of the columns; repeated names get a number."""
-    delimiters = "\t" if path.suffix.lower() == ".tsv" else DELIMITERS
-    for delimiter in delimiters:
-        columns: dict[str, None] = {}
-        for name in _split_line(line, delimiter):
-            name = _unquote(name.strip()).strip().lower()
-            columns[f"{name}.{len(columns)}" if name in columns else name] = None
-        if columns.keys() & IMAGE_COLUMNS and _caption_columns(list(columns)):
-            return delimiter, list(columns)
-    raise InputError(
-        f"{path}, line {number}, should name a column for the image ({', '.join(IMAGE_COLUMNS)}) and one for the "
-        f"caption ({', '.join(CAPTION_COLUMNS)}), but reads {line[:80]!r}; put such a header first."
-    )
-
-
-def _read_cells(
-    path: Path, lines: list[str], start: int, delimiter: str, columns: list[str]
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield every row after the header: the number of its first line, and its cells without surrounding space."""
-    tabs = len(columns) - 1
-    # If no quoted cell spans lines, every row is a line, and an unclosed quotation mark is only text.
-    if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
-        for number, line in enumerate(lines[start:], start + 1):
-            if line.strip():
-                cells = line.split(delimiter)
-                if len(cells) != len(columns):
-                    cells = _split_line(line, delimiter)
-                yield number, [_unquote(cell.strip()) for cell in cells]
-        return
-    rows = (line + "\n" for line in lines[start:])
-    reader = csv.reader(rows, delimiter=delimiter, strict=True, skipinitialspace=True)
-    number = start + 1
-    try:
-        for cells in reader:
-            if cells:
-                yield number, [cell.strip() for cell in cells]
-            number = start + reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {number}, is not CSV: {error}; write a quotation mark within a quoted cell twice."
-        ) from None
-
-
-def _split_line(line: str, delimiter: str) -> list[str]:
-    """Split a line into cells, in which quotation marks may enclose the separator."""
-    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-
-
-def _unquote(cell: str) -> str:
-    """Remove the quotation marks around a cell, in which those of the text are doubled."""
-    quoted = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
-    return quoted[1].replace('""', '"') if quoted else cell
-
-
-def _holds_rows(cell: str, delimiter: str, has_suffixes: bool) -> bool:
-    """Return whether a cell of several lines looks like rows that an unbalanced quotation mark has joined.
-
-    If the table's images have suffixes (`has_suffixes`), only a line that names an image is a row.
-    """
-    lines = [line.split(delimiter) for line in cell.split("\n") if delimiter in line] if "\n" in cell else []
-    if not has_suffixes:
-        return bool(lines)
-    return any(Path(part.strip(' "').lower()).suffix in image_suffixes() for parts in lines for part in parts)
