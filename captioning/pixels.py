@@ -16,9 +16,10 @@ BAND_PIXELS = 1 << 20  # number of pixels converted at a time
 WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more than 8 bits per channel
 OVERSHOOT = 16  # highest level in an image of fractions whose white is 1, apart from highlights
 RINGING = 1.1  # factor by which a resize may exceed white in an image of floating-point numbers
-HIGHLIGHTS = 0.001  # maximum share of an image's levels that lie beyond white
-NO_DATA = 1e30  # geographic images mark missing cells with numbers beyond it, or with one of these:
-NO_DATA_LEVELS = (-9999, -32768, -99999)
+HIGHLIGHTS = 0.001  # maximum share of an image's levels that lie beyond white, or below 0
+GDAL_NODATA = 42113  # the tag by which a TIFF names its mark of missing cells
+NO_DATA = 1e30  # without it, geographic images mark missing cells with numbers beyond this one, or with one of these:
+NO_DATA_LEVELS = (-9999, -32768, -99999, -(2**31), 2**31 - 1, 2**32 - 1)
 
 TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,7 +53,13 @@ def upright_rgb(image: Any) -> Image.Image:
         transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(Base.Orientation, 1))
     tags = getattr(image, "tag_v2", {})
     stored = STORED_TYPES.get((image.mode, tags.get(Base.BitsPerSample, (0,))[0], tags.get(Base.SampleFormat, (1,))[0]))
-    upright = _to_rgb(_cut_long(image), stored)
+    no_data = math.nan
+    with (
+        suppress(KeyError, TypeError, ValueError),
+        np.errstate(over="ignore"),
+    ):  # a tag that is absent, or is not a number
+        no_data = float(np.float32(tags[GDAL_NODATA]) if image.mode == "F" else tags[GDAL_NODATA])
+    upright = _to_rgb(_cut_long(image), stored, no_data)
     if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:
         upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
     upright.info.clear()  # its orientation and transparency no longer apply
@@ -69,14 +76,14 @@ def _cut_long(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top))
 
 
-def _to_rgb(image: Image.Image, stored: type[np.integer] | None) -> Image.Image:
-    """Convert an image to RGB; `stored` is the type of its levels if its mode has another one."""
+def _to_rgb(image: Image.Image, stored: type[np.integer] | None, no_data: float) -> Image.Image:
+    """Convert an image to RGB; see `_levels` for `stored` and `no_data`."""
     transparent = image.info.get("transparency")
     if stored is not None or image.mode.startswith(("I", "F")):
-        low, high = _black_and_white(image, stored)
+        low, high = _black_and_white(image, stored, no_data)
         scale = 255 / (high - low) if high > low else 0.0
         hidden = transparent if isinstance(transparent, int) else None
-        return _convert_bands(image, lambda band: _to_8_bits(_levels(band, stored), low, scale, hidden))
+        return _convert_bands(image, lambda band: _to_8_bits(_levels(band, stored, no_data), low, scale, hidden))
     if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or transparent is not None:
         return _convert_bands(image, _over_white)
     return image.convert("RGB")
@@ -101,32 +108,36 @@ def _over_white(band: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
 
 
-def _levels(band: Image.Image, stored: type[np.integer] | None) -> np.ndarray:
-    """Return the levels of a grey image as float64, NaN for missing ones."""
+def _levels(band: Image.Image, stored: type[np.integer] | None, no_data: float) -> np.ndarray:
+    """Return the levels of a grey image as float64, NaN for missing ones.
+
+    `stored` is the type of the levels if the image's mode has another one, and `no_data` the level of missing ones.
+    """
     levels = np.asarray(band)
     levels = (levels if stored is None else levels.astype(stored)).astype(np.float64)
-    return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, NO_DATA_LEVELS), levels, np.nan)
+    return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, (*NO_DATA_LEVELS, no_data)), levels, np.nan)
 
 
-def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tuple[float, float]:
-    """Return the levels of black and white.
+def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_data: float) -> tuple[float, float]:
+    """Return the levels of black and white; see `_levels` for `stored` and `no_data`.
 
     Formats of 16 or 32 bits, except PGM, do not say how many of these bits are used; see `white_of`. White is 1 for
     fractions of at most `OVERSHOOT`, or beyond it in a few highlights only; of a signed type, it is at most its highest
-    number. If levels exceed all `WHITES` or are negative, the lowest level is black and the highest is white. Raises
-    `ValueError` where no level is a number.
+    number. If more than a few levels exceed all `WHITES` or are negative, the lowest level is black and the highest is
+    white. Raises `ValueError` where no level is a number.
     """
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled the levels by the file's own maximum
         return 0.0, 65535.0
     pixels = image.width * image.height
     ringing = RINGING if image.mode == "F" else 1
     low = high = math.nan
-    up_to_1 = beyond_overshoot = 0
+    negative = up_to_1 = beyond_overshoot = 0
     beyond = np.zeros(len(WHITES), int)
     fractions = False
     for box in bands(image):
-        levels = _levels(image.crop(box), stored)
+        levels = _levels(image.crop(box), stored, no_data)
         low, high = np.fmin(low, np.fmin.reduce(levels, axis=None)), np.fmax(high, np.fmax.reduce(levels, axis=None))
+        negative += (levels < 0).sum()
         up_to_1 += (levels <= 1).sum()
         beyond_overshoot += (levels > OVERSHOOT).sum()
         beyond += count_beyond(levels / ringing)
@@ -134,9 +145,10 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None) -> tup
     if math.isnan(low):
         raise ValueError("none of its levels is a number")
     has_highlights = up_to_1 > 0.5 * pixels and beyond_overshoot < HIGHLIGHTS * up_to_1
-    if low >= 0 and fractions and (high <= OVERSHOOT or has_highlights):
+    few = HIGHLIGHTS * pixels
+    if negative <= few and fractions and (high <= OVERSHOOT or has_highlights):
         return 0.0, 1.0
-    if low < 0 or high > WHITES[-1]:
+    if negative > few or beyond[-1] > few:
         return float(low), float(high)
     most = np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]
     return 0.0, float(white_of(beyond, pixels, most))

@@ -66,6 +66,23 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
         np.where(np.isnan(SPOILT), -9999, SPOILT).astype(np.float32),
         np.nan_to_num(SPOILT) * 255,
     ),
+    **{
+        f"{np.dtype(kind).name} of 0 to {255 * scale:g} with a level of {level:g}": (
+            np.where(np.isnan(SPOILT), level, GREY * float(scale)).astype(kind),
+            np.where(np.isnan(SPOILT), shown, GREY),
+        )
+        for kind, scale, level, shown in (
+            (np.int32, 1, -(2**31), 0),
+            (np.int32, 1, 2**31 - 1, 0),
+            (np.int32, 1, 70000, 255),
+            (np.int32, 1, -999, 0),
+            (np.float32, 1, -999, 0),
+            (np.float32, 1, 1e10, 255),
+            (np.float32, 1, -1e10, 0),
+            (np.float32, 1 / 255, -5, 0),
+            (np.float32, 257, 1e6, 255),
+        )
+    },
     "nothing but zeros": (np.zeros((16, 256), np.int32), np.zeros((16, 256))),
 }
 
@@ -306,6 +323,19 @@ def test_a_tiff_whose_level_0_is_white(tmp_path: Path, dtype: type):
     assert (
         np.abs(np.asarray(read_image(tmp_path / "a.tif")).astype(int) - np.asarray(expected, int)[..., None]).max() <= 1
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "no_data"),
+    [(np.float32, 1 / 255, -999), (np.int32, 1, -12345), (np.uint16, 16, 65535), (np.float32, 1, -0.1)],
+)
+def test_the_mark_of_missing_cells_that_a_tiff_names(tmp_path: Path, dtype: type, scale: float, no_data: float):
+    levels = (GREY * float(scale)).astype(dtype)
+    levels[:6] = no_data
+    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={pixels.GDAL_NODATA: str(no_data)})
+    shown = np.asarray(read_image(tmp_path / "a.tif"))[..., 0].astype(int)
+    assert (shown[:6] == 0).all()
+    assert np.abs(shown[6:] - GREY[6:].astype(int)).max() <= 1
 
 
 def test_an_image_without_a_level_is_refused(tmp_path: Path):
