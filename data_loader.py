@@ -212,8 +212,8 @@ class CaptionDataset(Dataset):
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
         if twice := len(wanted) - len(np.unique(wanted)):
             warn_once(
-                f"{self.annotation_file} lists {twice:,} images more than once, under several ids; give all captions "
-                "of an image one id, as scores compare a caption with those of its id only."
+                f"{self.annotation_file} lists {twice:,} image{'s' * (twice > 1)} more than once, under several ids; "
+                "give all captions of an image one id, as scores compare a caption with those of its id only."
             )
         missing = np.flatnonzero(~np.isin(wanted, np.frombuffer(present, np.int64)))
         found = find_in_other_form(self.image_folder, names[missing]) if len(missing) else {}

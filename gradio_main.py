@@ -51,7 +51,6 @@ from captioning.page import (
 )
 from captioning.scenes.dataset import draw_scene
 from captioning.web import (
-    LOOPBACK,
     MAX_IMAGES,
     MAX_UPLOADED,
     STOP_SECONDS,
@@ -60,6 +59,7 @@ from captioning.web import (
     HttpProtocol,
     StoppableServer,
     Upload,
+    own_names,
 )
 
 UPLOAD_LIFETIME = (600, 3600)  # interval between deletions of uploads, and minimum age of those deleted, in seconds
@@ -361,7 +361,7 @@ def serve(page: Page, image: ImageInput, server: CaptionServer, listener: socket
     for invalid in INVALID:
         inner.add_exception_handler(invalid, answer_invalid)
     inner.add_exception_handler(OSError, answer_full)
-    gate = Gate(app, None if share or address not in LOOPBACK else LOOPBACK, partial(answer_missing, page))
+    gate = Gate(app, None if share else own_names(address), partial(answer_missing, page))
     public = _open_tunnel(host, port) if share else None
     if public is not None:
         gate.origins = {urlsplit(public).netloc}

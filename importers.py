@@ -19,15 +19,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from captioning.annotations import parse_image_id
 from captioning.captions import clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
-from captioning.folder_captions import read_captions_of_folder, read_tables
+from captioning.folder_captions import read_captions_of_folder, read_tables, report_split_files
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
-from captioning.splits import SPLIT_FILE, assign_splits, read_split_files, set_split, splits_by_folder
-from captioning.tables import Row, parse_split, read_json, read_table, read_token_file
+from captioning.splits import assign_splits, read_split_files, set_split, splits_by_folder
+from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
@@ -243,8 +244,10 @@ def _karpathy_row(entry: Any, where: str) -> Row:
     known_split = parse_split(split) if isinstance(split, str) else None
     if known_split is None or not isinstance(name, str):
         raise InputError(f"{where}: the split {split!r} is unknown, or the filename {name!r} is not text.")
-    if image_id is not None and (type(image_id) is not int or abs(image_id) >= 1 << 63):
-        raise InputError(f"{where}: the cocoid {image_id!r} is not a whole number of 64 bits.")
+    try:
+        image_id = None if image_id is None else parse_image_id(image_id)
+    except InputError as error:
+        raise InputError(f"{where} {error} (its cocoid).") from None
     return Row(where, image, captions, known_split)
 
 
@@ -287,6 +290,8 @@ def import_folder(
     index = ImageIndex(_source_folder(images or folder))
     if source.is_dir():
         rows, kind = read_captions_of_folder(folder, index, encoding, report)
+    else:
+        report_split_files(sorted(path for path in folder.iterdir() if path != source), report)
     result: dict[str, SourceImage] = {}
     first: dict[str, str] = {}  # where each image's first row is
     for row, key in zip(rows, _find_images(rows, index), strict=True):

@@ -79,10 +79,10 @@ class EncoderCNN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Run the backbone: (B, 3, H, W) -> (B, feature_size), or (B, cells, feature_size) with `grid`.
 
-        uint8 images are normalized here; floating-point ones must be normalized already.
+        Images of integers, 0 to 255, are normalized here; floating-point ones must be normalized already.
         """
         dtype = next(self.network.parameters(), self.embed.weight).dtype
-        if images.dtype == torch.uint8:
+        if not images.is_floating_point():
             mean, std = (torch.tensor(x, device=images.device)[:, None, None] * 255 for x in (self.mean, self.std))
             images = (images - mean) / std
         images = images.to(dtype, memory_format=torch.channels_last)

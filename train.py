@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, get_args
 
 import tyro
 
-from captioning import checkpoint
 from captioning.config import (
     GROUPS,
     CheckpointOptions,
@@ -40,7 +38,8 @@ from captioning.config import (
     require_effect,
     resumed_config,
 )
-from captioning.errors import InputError, quoted, run_command, warn_once
+from captioning.errors import InputError, run_command, warn_once
+from captioning.preparation import earlier_run
 from captioning.training import train
 
 __all__ = ["TrainingConfig", "main", "resumed_config", "train"]
@@ -87,7 +86,7 @@ def parse_options(arguments: list[str]) -> tuple[TrainingConfig, RunOptions]:
     else:
         config = TrainingConfig(**fields)
     flags = (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
-    given = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    given = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
     require_effect(config, given)
     if options.run.config is not None:
         check_recipe(options.run.config, defaults, config, given)
@@ -136,31 +135,12 @@ def grouped(values: dict[str, Any]) -> CommandOptions:
     return CommandOptions(RunOptions(), *map(fill, GROUPS))
 
 
-def find_earlier(config: TrainingConfig) -> str:
-    """Name what a new run would delete in its folder: "a model", another file or folder, or "" for nothing."""
-    folder = config.models / config.name
-    if os.path.exists(folder / checkpoint.DESCRIPTION) or checkpoint.epochs_saved(folder):
-        return "a model"
-    others = [*checkpoint.run_files(folder), folder / "tensorboard", folder / config.log_file]
-    return next((path.name for path in others if os.path.isdir(path) or _size(path) > 0), "")
-
-
-def _size(path: Path) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
-
-
 def main() -> None:
     """Run `python train.py`; the files of an earlier run are deleted with --overwrite only."""
     config, run = parse_options(sys.argv[1:])
-    folder = config.models / config.name
-    if config.resume is None and not run.overwrite and (earlier := find_earlier(config)):
-        states = [folder / name for name in ("resume.pt", "resume-previous.pt")]
-        can_resume = os.path.exists(folder / checkpoint.DESCRIPTION) and any(map(os.path.exists, states))
-        resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
-        raise InputError(
-            f"{folder} holds {earlier} already; {resume}choose another --name, or delete it with --overwrite."
-        )
-    train(config)
+    if not run.overwrite and (problem := earlier_run(config)):
+        raise InputError(problem)
+    train(config, run.overwrite)
 
 
 if __name__ == "__main__":

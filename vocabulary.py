@@ -111,11 +111,16 @@ class Vocabulary:
         return [START, *(self[token] for token in tokenize(caption)), END]
 
     def tokens(self, indices: Iterable[int]) -> list[str]:
-        """Convert indices to words, up to the first `<end>` and without special words."""
+        """Convert indices to words, up to the first `<end>` and without special words.
+
+        Raises `InputError` for an index without a word.
+        """
         tokens = []
         for index in indices:
             if index == END:
                 break
+            if not 0 <= index < len(self.words):
+                raise InputError(f"this vocabulary of {len(self):,} words has none with the index {index}.")
             if index not in (START, UNK):
                 tokens.append(self.words[index])
         return tokens

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from captioning.captions import MAX_CAPTION, is_missing, is_structure
+from captioning.captions import MAX_CAPTION, is_missing, is_rejected, is_structure
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
 from captioning.json_stream import stream_lists
@@ -75,12 +75,7 @@ def _parse_caption(entry: Any) -> tuple[int, list[str] | None]:
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     if any(len(text) > MAX_CAPTION for text in captions):
         raise InputError(f"has a caption of more than {MAX_CAPTION:,} characters")
-    return image_id, None if _is_rejected(entry) else captions
-
-
-def _is_rejected(entry: dict[str, Any]) -> bool:
-    """Return whether a caption of VizWiz is marked as rejected, or as the ready-made one for bad images."""
-    return entry.get("is_rejected") is True or entry.get("is_precanned") is True
+    return image_id, None if is_rejected(entry) else captions
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {"images": _parse_image, "annotations": _parse_caption, "warnings": str}
@@ -200,7 +195,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
     or empty.
     """
-    name = f"captions/{hash_file(path, b'8' + os.fsencode(path.name))[:32]}.npz"
+    name = f"captions/{hash_file(path, b'9' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)

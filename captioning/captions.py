@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tokenize
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ MISSING = {  # spellings of a cell without a value, and Excel's errors in Englis
     *("nan", "none", "null", "n/a", "na", "<na>"),
     *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!", "#div/0!", "#null!", "#num!", "#zahl!"),
 }
+REJECTED = ("is_rejected", "is_precanned")
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -52,6 +54,11 @@ def is_missing(caption: Any) -> bool:
     if not isinstance(caption, str):
         return caption is None or caption != caption
     return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
+
+
+def is_rejected(entry: Mapping[str, Any]) -> bool:
+    """Return whether the entry of a caption is marked as VizWiz's rejected and ready-made ones, of bad images, are."""
+    return any(str(entry[mark]).strip().lower() in ("true", "1", "1.0") for mark in REJECTED if mark in entry)
 
 
 def split_lines(text: str) -> list[str]:

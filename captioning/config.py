@@ -36,6 +36,7 @@ RENAMED = {"val_photos": "val_images"}  # former names of options, in older capt
 FROM_ARCHITECTURE = ("backbone", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers")
 FROM_PREPROCESSING = ("image_size", "crop")
 
+MAX_COUNT = 2**31 - 1
 # The minimum and the maximum of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "grid_size": (1, checkpoint.MAX_GRID),
@@ -52,8 +53,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "save_minutes": (0, math.inf),
     "workers": (0, 1024),
     "seed": (0, MAX_SEED),
-    **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, math.inf)),
-    **dict.fromkeys(("val_images", "patience", "vocab_threshold"), (1, math.inf)),
+    **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, MAX_COUNT)),
+    **dict.fromkeys(("val_images", "patience", "vocab_threshold"), (1, MAX_COUNT)),
 }
 
 
@@ -234,7 +235,8 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             value = getattr(self, field)
             if value in ("", ".", "..") or Path(value).name != value or "\0" in value:
                 raise InputError(f'{field} must be a name without folders, not "{value}".')
-        if Path(self.log_file).suffix in (".json", ".pkl", ".pt", ".safetensors", ".lock") or self.log_file == ".lock":
+        own_suffixes = (".json", ".pkl", ".pt", ".safetensors", ".lock")
+        if Path(self.log_file).suffix in own_suffixes or self.log_file in (".lock", "tensorboard"):
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
 
 

@@ -13,6 +13,8 @@ from captioning.image_formats import image_suffixes
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"
+CLOSE = "close every cell in its own row, with spaces for the line breaks of a caption"
+UNCLOSED = f"has a quotation mark that is not closed in the line; {CLOSE}"
 
 csv.field_size_limit(1 << 30)  # in characters; `clean_caption` limits the length of captions
 
@@ -48,8 +50,7 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         if any(_holds_rows(cell, delimiter, suffix in image_suffixes()) for cell in cells):
             raise InputError(
                 f"{where}, opens a quotation mark and closes it lines later, with what may be other rows between; "
-                "write a quotation mark within a quoted cell twice, and close every cell in its own row, "
-                "with spaces for the line breaks of a caption."
+                f"write a quotation mark within a quoted cell twice, and {CLOSE}."
             )
         yield where, dict(zip(columns, cells, strict=False))
 
@@ -60,7 +61,7 @@ def _read_header(path: Path, number: int, line: str) -> tuple[str, list[str]]:
     for delimiter in delimiters:
         columns: dict[str, None] = {}
         for name in _split_line(line, delimiter):
-            name = _unquote(name.strip()).strip().lower()
+            name = _unquote(name.strip(), f"{path}, line {number}").strip().lower()
             columns[f"{name}.{len(columns)}" if name in columns else name] = None
         if columns.keys() & IMAGE_COLUMNS and caption_columns(list(columns)):
             return delimiter, list(columns)
@@ -82,7 +83,9 @@ def _read_cells(
                 cells = line.split(delimiter)
                 if len(cells) != len(columns):
                     cells = _split_line(line, delimiter)
-                yield number, [_unquote(cell.strip()) for cell in cells]
+                    if len(cells) < len(columns) and line.count('"') % 2:
+                        raise InputError(f"{path}, line {number}, {UNCLOSED}.")
+                yield number, [_unquote(cell.strip(), f"{path}, line {number}") for cell in cells]
         return
     rows = (line + "\n" for line in lines[start:])
     reader = csv.reader(rows, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -103,9 +106,11 @@ def _split_line(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
-def _unquote(cell: str) -> str:
+def _unquote(cell: str, where: str) -> str:
     """Remove the quotation marks around a cell, in which those of the text are doubled."""
     quoted = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
+    if not quoted and re.fullmatch(r'".*\\".*"', cell):
+        raise InputError(f"{where}, has quotation marks after backslashes; write them twice instead.")
     return quoted[1].replace('""', '"') if quoted else cell
 
 

@@ -11,8 +11,8 @@ from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
-from captioning.splits import SPLIT_FILE, split_of_file
-from captioning.tables import ENCODING_ADVICE, Row, find_rows, read_table
+from captioning.splits import split_of_file
+from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, find_rows, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
@@ -45,6 +45,7 @@ def read_captions_of_folder(
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
         tables, found.empty = found.empty or found.json_files, []
+    report_split_files(here, report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         raise InputError(
@@ -58,12 +59,16 @@ def read_captions_of_folder(
             report.add("table{s} of few images, as files next to the images hold captions", str(path))
         return rows, "caption in a .txt, .caption or .json file"
     tables = _choose_tables(folder, tables, report)
-    for path in here:
-        if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem):
-            report.add("list{s} of a split; a table gives its rows' splits in a column named split", str(path))
     for path in sorted(sidecars):
         report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
     return read_tables(tables, folder, encoding, report), "row"
+
+
+def report_split_files(files: list[Path], report: Report) -> None:
+    """Report text files that are called like lists of a split's images, which are not read."""
+    for path in files:
+        if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem):
+            report.add("list{s} of a split; a table gives its rows' splits in a column named split", str(path))
 
 
 def _find_tables(
@@ -77,7 +82,9 @@ def _find_tables(
     if len(tables) > 1 or has_sidecars or json_files:  # else the only one is read, and an error says what it lacks
         for path in tables:
             read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not empty
-        empty = [path for path in tables if not split_of_file(path) and not any(find_rows(path, encoding))]
+        empty = [path for path in tables if not any(find_rows(path, encoding))]
+        if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
+            empty = [path for path in empty if not split_of_file(path)]
     named = {path: _named_images(path, index, encoding) for path in json_files}
     half = len(index.paths) / 2
     certain = [path for path in tables if path not in empty]
@@ -96,15 +103,18 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     suffix = path.suffix.lower()
     if suffix in SPREADSHEETS and (path.parent == folder or path.stem == "metadata"):
         return f"; save {path} as CSV"
-    if suffix in (*TABLE_SUFFIXES, ".txt", ".json") and any(find_rows(path, encoding)):
-        return f"; name {path} itself if it holds the captions"
+    if path.parent == folder / "annotations" and path.name.startswith("captions_"):
+        return f"; {path} is in COCO's layout, which `python train.py --data {folder}` takes as it is"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
+    of_image = suffix == ".json" and bool(images)
+    if not of_image and suffix in (*TABLE_SUFFIXES, ".txt", ".json") and any(find_rows(path, encoding)):
+        return f"; name {path} itself if it holds the captions"
     if suffix in CAPTION_SUFFIXES and images and has_captions(path, encoding):
         captions, near = path.parent, (index.folder / min(images)).parent
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent
         return f"; for captions such as {path}, name {captions} with --images {near}"
-    return ""
+    return f"; {path} has neither" if of_image else ""
 
 
 def _choose_tables(folder: Path, tables: list[Path], report: Report) -> list[Path]:

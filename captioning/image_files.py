@@ -51,6 +51,7 @@ END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 JPEG_START = b"\xff\xd8\xff"
 # Pillow's names of 16-bit channels of which it keeps the upper byte: channels, and byte order.
 DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
+OTHER_DEEP = re.compile(r"(RGBa|CMYK);16[LBN]")  # whose lower byte cannot be had
 GREY_LEVELS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies the levels of 2 and 4 bits
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 DARK = 15  # highest upper byte of levels that use 12 of 16 bits
@@ -206,7 +207,7 @@ def _open_image(file: _TimedFile) -> Image.Image:
         if content := describe_content(start):
             raise ValueError(content) from None
         if start.startswith((b"II*\0", b"MM\0*")):
-            raise ValueError("it is a TIFF of a kind that cannot be read; save it with 8 bits per channel") from None
+            raise ValueError("it is a TIFF of a kind that cannot be read; save it as PNG or JPEG") from None
         if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS:
             raise
     if not register_heif():
@@ -257,21 +258,22 @@ def _load(image: Any, file: _TimedFile) -> None:
     Pillow keeps only the upper byte of 16-bit levels. If nearly all of a file's levels use at most 12 of the bits, that
     is nearly black; the file is then decoded again in the other byte order, which gives the lower byte.
     """
-    raw_mode = _raw_mode(image.tile[0]) if image.tile else ""
+    raw_mode, decoder = (_raw_mode(image.tile[0]), image.tile[0].codec_name) if image.tile else ("", "")
     image.load()
     if isinstance(level := image.info.get("transparency"), int):
         image.info["transparency"] = level * GREY_LEVELS.get(raw_mode, 1)
     if image.mode == "RGBA" and _has_false_alpha(image):
         image.putalpha(255)
     layout = DEEP.fullmatch(raw_mode)
-    if layout is None:
+    if layout is None and not (OTHER_DEEP.fullmatch(raw_mode) or decoder == "SGI16"):
         return
-    colours = np.reshape(image.histogram(), (-1, 256))[:3]  # the number of each level
-    if colours[:, DARK + 1 :].sum(1).max() > HIGHLIGHTS * image.width * image.height:
+    counts = np.reshape(image.histogram(), (-1, 256))  # of each level
+    counts = counts[3:] if raw_mode.startswith("RGBa") else counts[:3]  # its colours are divided by the transparency
+    if counts[:, DARK + 1 :].sum(1).max() > HIGHLIGHTS * image.width * image.height:
         if isinstance(colour := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(level >> 8 for level in colour)
         return
-    if getattr(image, "tag_v2", {}).get(Base.PlanarConfiguration) == 2:
+    if layout is None or getattr(image, "tag_v2", {}).get(Base.PlanarConfiguration) == 2:
         raise ValueError("it uses fewer than 13 of its 16 bits per channel; save it with 8 bits")
     _check_size(image, besides=4)
     file.seek(0)

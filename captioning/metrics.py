@@ -314,6 +314,8 @@ def _parse_result(entry: object) -> tuple[int, str]:
     captions = caption if isinstance(caption, list) else [caption]
     if len(captions) != 1:
         raise InputError(f"has {len(captions)} captions of image {image}; keep one caption per image")
+    if captions[0] is None or captions[0] != captions[0]:  # null, or NaN as pandas writes it
+        return image, ""
     if not isinstance(captions[0], str) or is_structure(captions[0]):
         raise InputError(f'has a "caption" that is not text: {caption!r:.80}')
     return image, captions[0]

@@ -20,7 +20,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.source = (linear,)  # in a tuple, so that it is not registered as a submodule
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
-        self.bias = linear.bias.detach()
+        self.bias = linear.bias.detach().contiguous()  # oneDNN ignores its strides
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, in_features) -> (B, out_features)."""

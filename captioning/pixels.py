@@ -57,7 +57,7 @@ def upright_rgb(image: Any) -> Image.Image:
     with (
         suppress(KeyError, TypeError, ValueError),
         np.errstate(over="ignore"),
-    ):  # a tag that is absent, or is not a number
+    ):  # absent, or no number
         no_data = float(np.float32(tags[GDAL_NODATA]) if image.mode == "F" else tags[GDAL_NODATA])
     upright = _to_rgb(_cut_long(image), stored, no_data)
     if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:

@@ -23,7 +23,7 @@ from captioning.checkpoint import Architecture, Description
 from captioning.coco_layout import find_shared_images
 from captioning.config import TrainingConfig, settings_of
 from captioning.distributed import autocast, this_process
-from captioning.errors import InputError, printable, summarize_errors, warn_once
+from captioning.errors import InputError, printable, quoted, summarize_errors, warn_once
 from captioning.files import hash_file
 from captioning.images import ImageDataset, build_pixel_transform, find_unreadable, read_batches
 from captioning.weights import read_state_dict
@@ -56,14 +56,33 @@ def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
         raise InputError(f"{log_file} exists and is not the log of this run; name another --log-file.")
 
 
+def earlier_run(config: TrainingConfig) -> str:
+    """Say in a sentence what a new run would delete in its folder; "" for nothing, and for a run that is resumed."""
+    folder = config.models / config.name
+    described = os.path.exists(folder / checkpoint.DESCRIPTION)
+    others = [*checkpoint.run_files(folder), folder / "tensorboard", folder / config.log_file]
+    names = [path.name for path in others if os.path.isdir(path) or (os.path.isfile(path) and os.path.getsize(path))]
+    has_model = described or bool(checkpoint.epochs_saved(folder))
+    if config.resume is not None or not (has_model or names):
+        return ""
+    can_resume = described and any(os.path.exists(folder / name) for name in ("resume.pt", "resume-previous.pt"))
+    resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
+    earlier = "a model" if has_model else names[0]
+    return f"{folder} holds {earlier} already; {resume}choose another --name, or delete it with --overwrite."
+
+
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Create the folder and hold its lock, so that no other run writes to it."""
+def lock_run(folder: Path, config: TrainingConfig, overwrite: bool) -> Iterator[None]:
+    """Create the folder and hold its lock, so that no other run writes to it.
+
+    Raises `InputError` if another run does, and for an earlier run's files there without `overwrite`.
+    """
     lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
     if this_process().is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            problem = None if overwrite else earlier_run(config) or None
         except filelock.Timeout:
             problem = f"another run is writing to {folder}; wait for it or choose another --name."
         except OSError as error:

@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captioning.captions import clean_caption, split_lines
+from captioning.captions import clean_caption, is_rejected, split_lines
 from captioning.errors import InputError
 from captioning.files import decode_text, read_bytes
 from captioning.image_index import ImageIndex
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, Row, parse_json
+from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, parse_json
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
 
@@ -35,7 +35,7 @@ def read_caption_files(
     captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
     """
-    lists = _read_files(files, read, advice, encoding)
+    lists = _read_files(files, read, advice, encoding, report)
     used: tuple[File | None, list[tuple[str, str]]] = None, []
     for file, captions in lists:
         cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
@@ -56,9 +56,9 @@ def read_caption_files(
 
 
 def _read_files(
-    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None
+    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None, report: Report
 ) -> Iterator[tuple[File, Places]]:
-    """Yield each list of captions in the files."""
+    """Yield each list of captions in the files; rejected ones are left out and counted in `report`."""
 
     def read_json(file: File) -> dict[str, Any]:
         data = read(file)
@@ -73,6 +73,9 @@ def _read_files(
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
+            if is_rejected(content):
+                report.add("rejected caption{s}", str(file))
+                continue
             for key, value in ((key, content[key]) for key in ("captions", "caption") if key in content):
                 is_text = key == "captions" and isinstance(value, str)  # with a caption in each line
                 captions = split_lines(value) if is_text else value if isinstance(value, list) else [value]
@@ -141,7 +144,7 @@ def read_folder(
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
-            if path.suffix.lower() != ".json":
+            if path.suffix.lower() != ".json" and not SPLIT_FILE.search(path.stem):
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows
 

@@ -15,12 +15,9 @@ from captioning.csv_tables import IMAGE_COLUMNS
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_END, parse_split
+from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_FILE, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
-SPLIT_FILE = re.compile(
-    rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
-)
 SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPLIT_ALIASES)})(?![a-z])", re.IGNORECASE)
 
 

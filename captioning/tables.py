@@ -12,7 +12,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from captioning.captions import clean_caption, is_missing, is_structure, parse_captions, require_text, split_lines
+from captioning.captions import (
+    clean_caption,
+    is_missing,
+    is_rejected,
+    is_structure,
+    parse_captions,
+    require_text,
+    split_lines,
+)
 from captioning.csv_tables import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_columns, read_csv
 from captioning.errors import InputError
 from captioning.files import read_text
@@ -27,6 +35,9 @@ SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
 IMAGE_WORDS = "images?|imgs?|photos?|pictures?|pics?|frames?"
 SPLIT_END = f"(?:[_ -]?(?:{IMAGE_WORDS}|set|split|data|small|resized?|[0-9]{{4}})|[_ -][0-9]{{3}}(?:x[0-9]{{3}})?)*"
 SPLIT_NAME = re.compile(rf"(?:(?:{IMAGE_WORDS})[_ -])?({'|'.join(SPLIT_ALIASES)}){SPLIT_END}", re.IGNORECASE)
+SPLIT_FILE = re.compile(  # the stem of a file of a split
+    rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
+)
 SPLIT_COLUMNS = ("split", "set", "subset")
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
@@ -50,9 +61,9 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     One column of `IMAGE_COLUMNS` names the image. The captions, text or a list of texts, are in all columns of the
     first kind in `CAPTION_COLUMNS` that the table has (caption, captions, caption_1, caption2); the split is optional.
     A JSON object may also hold the rows in one list, or map the names of images to their captions, or numbers to rows.
-    Rows with an "error" in place of a caption, as `caption.py --output` writes them, are left out and counted in
-    `report`, and so are texts in other columns called like captions. Raises `InputError` with the file and the line
-    where the table cannot be read.
+    Rows with an "error" in place of a caption, as `caption.py --output` writes them, rejected captions, and texts in
+    other columns called like captions are left out and counted in `report`. Raises `InputError` with the file and the
+    line where the table cannot be read.
     """
     records = [(where, _lower_names(record, where)) for where, record in _read_records(path, encoding)]
     split_column = _split_column([record for _, record in records])
@@ -62,6 +73,8 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
         columns = caption_columns(list(record))
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
             report.add("row{s} with an error in place of a caption", where)
+        elif is_rejected(record):
+            report.add("rejected caption{s}", where)
         elif not all(map(_is_blank, record.values())):
             for column, value in record.items():
                 if column.startswith("caption") and column not in columns and _is_text(value):
@@ -239,10 +252,8 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{path} is an annotation file of COCO or Karpathy; lay it out as annotations/captions_train.json "
             "next to images/train/, or use `importers.py karpathy`."
         )
-    if isinstance(document, dict) and all(
-        isinstance(document.get(name), list) for name in ("columns", "index", "data")
-    ):
-        raise InputError(f"{path} holds its rows apart from the columns; in pandas, write it with orient='records'.")
+    if isinstance(document, dict) and _holds_columns(document):
+        raise InputError(f"{path} holds columns instead of rows; in pandas, write it with orient='records'.")
     if isinstance(document, dict) and not _names_image(document):
         yield from _read_object(path, document)
         return
@@ -257,7 +268,8 @@ def _read_object(path: Path, document: dict[str, Any]) -> Iterator[tuple[str, di
     lists = [name for name, value in document.items() if _is_list_of_rows(value)]
     of_images = [name for name in lists if _names_image(document[name][0])]
     keys_are_images = all(Path(name).suffix.lower() in image_suffixes() for name in document)
-    if lists and not keys_are_images and (of_images or len(lists) == 1 or len(lists) < len(document)):
+    filled = [name for name, value in document.items() if value != []]
+    if lists and not keys_are_images and (of_images or len(lists) == 1 or len(lists) < len(filled)):
         yield from _read_lists(path, document, of_images or lists)
         return
     for number, (name, value) in enumerate(document.items(), 1):
@@ -283,6 +295,15 @@ def _read_lists(path: Path, document: dict[str, Any], lists: list[str]) -> Itera
     split = parse_split(first)
     for where, row in rows:
         yield where, {**row, "split": split} if split and not _gives_split(row) else row
+
+
+def _holds_columns(document: dict[str, Any]) -> bool:
+    """Return whether an object holds a list for each column, or the rows apart from the columns' names."""
+    lists = {name.lower(): value for name, value in document.items() if isinstance(value, list)}
+    if {"columns", "index", "data"} <= lists.keys():
+        return True
+    have_texts = all(value and all(isinstance(cell, str) for cell in value) for value in lists.values())
+    return len(lists) == len(document) > 1 and have_texts and bool(caption_columns(list(lists)))
 
 
 def _has_image(record: dict[str, Any]) -> bool:

@@ -55,8 +55,8 @@ __all__ = ["Run", "TrainingConfig", "learning_rate_factor", "read_log", "train"]
 SHARED_STEPS = 10  # steps between exchanges of losses and signals by several processes
 
 
-def train(config: TrainingConfig) -> Path:
-    """Train a model and return its folder; a model that was there under this name is deleted.
+def train(config: TrainingConfig, overwrite: bool = True) -> Path:
+    """Train a model and return its folder; with `overwrite`, a model that was there under this name is deleted.
 
     `train(resumed_config(folder))` resumes a run. Raises `InputError` for errors that the user can fix, and
     `KeyboardInterrupt` after a signal, once the run is saved.
@@ -66,7 +66,7 @@ def train(config: TrainingConfig) -> Path:
     require_writable(next(parent for parent in (folder, *folder.parents) if os.path.isdir(parent)))
     try:
         run = Run(config, folder)
-        with lock_run(folder), Interruption() as run.interruption:
+        with lock_run(folder, config, overwrite), Interruption() as run.interruption:
             run.execute()
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from queue import SimpleQueue
 from traceback import print_exception
@@ -46,6 +47,11 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 # Requests
+
+
+def own_names(address: str) -> set[str] | None:
+    """Return the host names by which a server at an address is called that serves this computer alone; else None."""
+    return {*LOOPBACK, address} if ip_address(address).is_loopback else None
 
 
 class Gate:

@@ -94,6 +94,8 @@ def _require_file(path: str | Path) -> None:
 
 def _unsafe(path: str | Path, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+    if isinstance(error, zipfile.BadZipFile):
+        reason = "it is damaged or not complete"
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(64)
         if not start.startswith(b"PK"):  # torch.save's files are zip archives
@@ -112,6 +114,8 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
             raise ValueError("it has too many entries")
     with zipfile.ZipFile(file) as source:
         entries = source.infolist()
+        if any("/code/" in entry.filename for entry in entries):
+            raise ValueError("it is a TorchScript model; save its state_dict() by torch.save")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed")
         if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
@@ -214,7 +218,7 @@ def load_weights(
                 f"{path} has {key} of size {tuple(state[key].shape)} where the model needs "
                 f"{tuple(expected[key].shape)}; weights, vocabulary and captioner.json must come from the same run."
             )
-        loaded[key] = state[key].to(expected[key].dtype)
+        loaded[key] = state[key].to(expected[key].dtype).contiguous()
         if (wrong := _unusable_number(loaded[key])) is not None:
             raise InputError(
                 f"{path} has {wrong:g} in {key}, with which no caption can be computed; use the weights of an earlier "

@@ -382,5 +382,5 @@ def test_an_image_of_several_ids_is_warned_of(eight: Path, tmp_path: Path, capsy
     write_split(tmp_path, "train", {"0.png": ["a red ball"], "./0.png": ["a cat"], "1.png": ["a cat"]})
     shutil.copytree(eight / "images" / "train", tmp_path / "images" / "train", dirs_exist_ok=True)
     CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
-    assert "lists 1 images more than once, under several ids" in capsys.readouterr().err
+    assert "lists 1 image more than once, under several ids" in capsys.readouterr().err
     warn_once.cache_clear()

@@ -387,7 +387,7 @@ ANNOTATIONS = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() 
             "image id that a floating-point number rounds: 9007199254740992.0",
         ),
         ([{"image_id": True, "caption": "a dog"}], "entry 0 has an image id that is not a whole number: True"),
-        ([{"image_id": 7, "caption": None}], 'entry 0 has a "caption" that is not text: None'),
+        ([{"image_id": 7, "caption": 5}], 'entry 0 has a "caption" that is not text: 5'),
         ([{"image_id": 7, "caption": ["a", "b"]}], "entry 0 has 2 captions of image 7"),
         ([{"image_id": 7, "caption": []}], "entry 0 has 0 captions of image 7"),
         (["a dog"], "entry 0 lacks \"image_id\": 'a dog'"),

@@ -61,9 +61,10 @@ def test_the_grid_s_mean_is_the_pooled_feature(tiny_backbone: Callable):
     torch.testing.assert_close(encoder.features(images).mean(1), pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_bytes_are_normalized_as_the_recipe_s_transform_does(tiny_backbone: Callable):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_integers_are_normalized_as_the_recipe_s_transform_does(tiny_backbone: Callable, dtype: torch.dtype):
     encoder = EncoderCNN(EMBED, weights="random").eval()
-    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=dtype)
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(encoder(pixels), encoder((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-4)
 

@@ -31,6 +31,19 @@ def test_logits_differ_in_rounding_only(name: str, rows: int):
     assert [caption.tokens for caption in greedy(packed, images)] == [c.tokens for c in greedy(decoder, images)]
 
 
+@pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@torch.no_grad()
+def test_weights_with_gaps_in_memory_are_packed_as_they_are(part: str):
+    linear = torch.nn.Linear(64, 500)
+    values = getattr(linear, part).detach()
+    with_gaps = torch.stack([values, 7 * torch.ones_like(values)], -1)[..., 0]
+    assert not with_gaps.is_contiguous()
+    setattr(linear, part, torch.nn.Parameter(with_gaps))
+    inputs = torch.randn(4, 64)
+    torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))])
 @torch.no_grad()
 def test_a_packed_decoder_can_be_copied_and_pickled(copy_of: Callable):

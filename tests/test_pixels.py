@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def tiff(levels: np.ndarray, sample_format: int = 1, photometric: int = 1, **opt
     }
     tags |= {262: [photometric], 273: [0] * len(strips), 277: [channels], 278: [height]}
     tags |= {279: [len(strip) for strip in strips], 284: [1 + len(strips) // 2]}
+    tags |= {338: [options["extra_samples"]]} if "extra_samples" in options else {}
     tags |= {**({320: options["palette"]} if "palette" in options else {}), 339: [sample_format] * channels}
     longs = 8 + 2 + 12 * len(tags) + 4  # where the numbers begin that do not fit into the list of tags
     at = longs + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
@@ -308,6 +310,31 @@ def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Pa
     (tmp_path / "a.tif").write_bytes(tiff(DEEP >> 4, photometric=2, planes=True))
     with pytest.raises(InputError, match=r"a\.tif .*fewer than 13 of its 16 bits per channel; save it with 8 bits"):
         read_image(tmp_path / "a.tif")
+
+
+def sgi(levels: np.ndarray) -> bytes:
+    """Encode grey levels of 16 bits as an SGI file."""
+    height, width = levels.shape
+    header = struct.pack(">HBBHHHHLL", 474, 0, 2, 2, width, height, 1, 0, 65535)
+    return header.ljust(512, b"\0") + levels[::-1].astype(">u2").tobytes()
+
+
+FOUR = np.dstack([DEEP, DEEP[..., :1]])
+OTHER_DEEP = {
+    "CMYK": partial(tiff, photometric=5),
+    "premultiplied transparency": partial(tiff, photometric=2, extra_samples=1),
+    "SGI": lambda levels: sgi(levels[..., 0]),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_DEEP)
+def test_other_dark_files_of_16_bits_are_refused(form: str, tmp_path: Path):
+    path = tmp_path / "a"
+    path.write_bytes(OTHER_DEEP[form](FOUR >> 4))
+    with pytest.raises(InputError, match=r"fewer than 13 of its 16 bits per channel; save it with 8 bits"):
+        read_image(path)
+    path.write_bytes(OTHER_DEEP[form](FOUR))
+    assert np.asarray(read_image(path)).std() > 10
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -347,10 +347,38 @@ REFUSED = {
         json.dumps({"annotations": ROWS, "splits": {"train": ["0.jpg"], "test": ["5.jpg"]}}),
         r"c\.json holds rows in 'annotations' and 'splits'; write one list, with a split in each row",
     ),
+    "a line break at the end of a quoted cell, between bars": (
+        "c__csv",
+        csv_rows("image|caption", '{}.jpg|"a red ball\n"'),
+        r"c\.csv, line 3, has a quotation mark that is not closed in the line",
+    ),
+    "a line break at the start of a quoted cell, between bars": (
+        "c__csv",
+        csv_rows("caption|image", '"\r\na red ball"|{}.jpg'),
+        r"c\.csv, line 2, has a quotation mark that is not closed in the line",
+    ),
+    "a line break in a quoted cell before another, between bars": (
+        "c__csv",
+        csv_rows("image|caption|number", '{}.jpg|"a red\nball"|0'),
+        r"c\.csv, line 2, has a quotation mark that is not closed in the line",
+    ),
+    **{
+        f"quotation marks after backslashes, {suffix}": (
+            f"c__{suffix}",
+            csv_rows(f"image{mark}caption", f'{{}}.jpg{mark}"a sign that says \\"stop\\""'),
+            rf"c\.{suffix}, line 2, .*quotation mark",
+        )
+        for suffix, mark in (("tsv", "\t"), ("csv", "|"))
+    },
+    "lists of cells": (
+        "c__json",
+        json.dumps({"image_urls": ["http://x/0.jpg", "http://x/1.jpg"], "captions": ["a ball", "a dog"]}),
+        r"c\.json holds columns instead of rows; in pandas, write it with orient='records'",
+    ),
     "rows apart from the columns": (
         "c__json",
         json.dumps({"columns": ["image", "caption"], "index": [0], "data": [["0.jpg", "a ball"]]}),
-        r"c\.json holds its rows apart from the columns; in pandas, write it with orient='records'",
+        r"c\.json holds columns instead of rows; in pandas, write it with orient='records'",
     ),
     "no such image": ("c__csv", csv_rows("image,caption") + "7.jpg,a ball\n", r"line 8: 7\.jpg is not under"),
     "an image as a number": (
@@ -409,7 +437,7 @@ REFUSED = {
     "a caption of two lines between pipes": (
         "c__csv",
         csv_rows("image|caption", '{}.jpg|"a red\nball"'),
-        r"line 3, has 1 of the header's 2 columns; write the others, too, in one line",
+        r"line 3, has a quotation mark that is not closed in the line",
     ),
     "Karpathy's": ("c__json", json.dumps({"images": [{"sentences": []}]}), r"annotation file of COCO or Karpathy"),
     "COCO's own": ("c__json", json.dumps({"images": [], "annotations": []}), r"annotation file of COCO"),
@@ -635,6 +663,12 @@ def test_an_unrelated_metadata_file_is_left_out(tmp_path, capsys):
             r"; for captions such as .*/0\.txt, name .*/captions with --images .*/images",
         ),
         ("labels/train/0.txt", "0 0.5", ""),
+        ("images/train/0.json", '{"text": "a red ball"}', r"; .*/0\.json has neither"),
+        (
+            "annotations/captions_train.json",
+            "{}",
+            r"; .*/captions_train\.json is in COCO's layout, which `python train\.py --data .*/in` takes as it is",
+        ),
     ],
 )
 def test_where_else_captions_may_be_is_said(tmp_path, name, content, advice):
@@ -643,6 +677,57 @@ def test_where_else_captions_may_be_is_said(tmp_path, name, content, advice):
     (source / name).write_text(content)
     with pytest.raises(InputError, match=rf'holds no table of captions .* "captions"{advice}\.$'):
         importers.import_folder(source, tmp_path / "out")
+
+
+REJECTED = {"is_rejected": True}, {"is_precanned": 1}, {"is_precanned": "True", "is_rejected": False}
+
+
+@pytest.mark.parametrize("mark", REJECTED, ids=str)
+@pytest.mark.parametrize("name", ["c.csv", "c.json", "sidecars"])
+def test_rejected_captions_are_left_out_and_counted(tmp_path, capsys, name, mark):
+    """VizWiz marks captions of images that show nothing."""
+    source = six(tmp_path / "in")
+    spam = {"caption": "Quality issues are too severe to recognize visual content.", **mark}
+    if name == "sidecars":
+        for i in range(6):
+            (source / f"{i}.json").write_text(json.dumps(spam if i == 5 else {"caption": "a red ball"}))
+    elif name == "c.json":
+        (source / name).write_text(json.dumps([*ROWS, {"image": "5.jpg", **spam}]))
+    else:
+        rows = csv_rows(f"image,caption,{','.join(mark)}", "{}.jpg,a red ball," + "0" * len(mark))
+        (source / name).write_text(f"{rows}5.jpg,{spam['caption']},{','.join(map(str, mark.values()))}\n")
+    importers.import_folder(source, tmp_path / "out")
+    found = all_captions(tmp_path / "out")
+    assert found == {f"{i}.jpg": ONE for i in range(5 if name == "sidecars" else 6)}
+    assert "left out 1 rejected caption: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["sidecars", "a table in the folder", "a table that is named"])
+def test_lists_of_splits_that_are_not_read_are_reported(tmp_path, capsys, form):
+    source = six(tmp_path / "in", train__txt="0.jpg\n1.jpg\n2.jpg\n3.jpg\n", val__txt="4.jpg\n", test__txt="5.jpg\n")
+    if form == "sidecars":
+        six(source, **{f"{i}__txt": "a red ball" for i in range(6)})
+    else:
+        six(source, c__csv=csv_rows("image,caption"))
+    importers.import_folder(source / "c.csv" if form.endswith("named") else source, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert "left out 3 lists of a split; a table gives its rows' splits in a column named split, the first is" in error
+    assert "without an image" not in error
+
+
+def test_a_list_of_a_split_beside_a_table_holds_no_captions(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"), test_ids__csv="image\n0.jpg\n")
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    unread = "left out 1 table in which no row with an image and a caption can be read"
+    assert f"{unread}: {source}/test_ids.csv\n" in capsys.readouterr().err
+
+
+def test_an_object_of_stems_may_hold_an_image_without_captions(tmp_path, capsys):
+    rows = {str(i): [{"caption": "a red ball"}] if i else [] for i in range(6)}
+    importers.import_folder(six(tmp_path / "in", c__json=json.dumps(rows)), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(1, 6)}
+    assert "left out 1 empty caption" in capsys.readouterr().err
 
 
 def test_captions_in_two_places_are_refused(tmp_path):

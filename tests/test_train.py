@@ -39,6 +39,9 @@ Make = Callable[..., TrainingConfig]
         ({"data": Path("/"), "name": ""}, 'name must be a name without folders, not ""'),
         ({"log_file": ".."}, 'log_file must be a name without folders, not ".."'),
         ({"log_file": "resume.pt"}, "log_file must not be named as a model's own files are: resume.pt"),
+        ({"log_file": "tensorboard"}, "log_file must not be named as a model's own files are: tensorboard"),
+        ({"batch_size": 2**63}, "batch_size must be at most 2147483647, not 9223372036854775808"),
+        ({"val_images": 2**31}, "val_images must be at most 2147483647"),
         ({"log_file": "captioner.json"}, "log_file must not be named as a model's own files are"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"dropout": math.nan}, "dropout must be at least 0, not nan"),
@@ -187,7 +190,7 @@ def test_the_command_deletes_a_model_only_when_asked_to(
 ):
     folder = train(small(models=tmp_path, num_epochs=2))
     started: list[TrainingConfig] = []
-    monkeypatch.setattr(train_module, "train", started.append)
+    monkeypatch.setattr(train_module, "train", lambda config, overwrite: started.append(config))
     options = ["train.py", "--models", str(tmp_path), "--name", "small"]
     monkeypatch.setattr(sys, "argv", options)
     with pytest.raises(InputError, match=r"small holds a model already; .*--resume .*another --name.*--overwrite"):
@@ -203,6 +206,16 @@ def test_the_command_deletes_a_model_only_when_asked_to(
     ]
     assert started[2].learning_rate == 0.5
     assert not {"resume", "overwrite"} & set(read_description(folder).training)
+
+
+def test_a_model_that_another_run_wrote_during_the_preparation_is_not_deleted(
+    small: Make, tmp_path: Path, tiny_backbone: Callable
+):
+    folder = train(small(models=tmp_path, num_epochs=1))
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match=r"small holds a model already; .*--resume .*another --name.*--overwrite"):
+        train(small(models=tmp_path, num_epochs=1, seed=5), overwrite=False)  # `main` had found nothing
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
 
 
 def test_weights_without_a_description_are_not_deleted_either(small: Make, tmp_path: Path, run_here: Callable):
@@ -364,12 +377,15 @@ def test_what_the_command_line_takes_the_effect_from_is_told(
     assert told.count("\n") == bool(sentence)
 
 
-@pytest.mark.parametrize("option", ["--decoder=lstm", "--embed-size=16", "--tie-weights", "--vocab-threshold=2"])
+@pytest.mark.parametrize(
+    "option", ["--decoder=lstm", "--embed-size=16", "--tie-weights", "--no-tie-weights", "--vocab-threshold=2"]
+)
 def test_an_option_that_the_model_to_start_from_determines_is_refused(option: str, trained: Path):
     arguments = ["--start-from", str(trained), "--dropout", "0.3"]
     config, _ = train_module.parse_options(arguments)
     assert (config.hidden_size, config.dropout) == (32, 0.3)
-    with pytest.raises(InputError, match=f"{option.split('=')[0]} has no effect on a run that starts from {trained}"):
+    named = option.split("=")[0].replace("--no-", "--")
+    with pytest.raises(InputError, match=f"{named} has no effect on a run that starts from {trained}"):
         train_module.parse_options([*arguments, option])
 
 

@@ -121,6 +121,12 @@ def test_words_and_a_full_stop_are_decoded_without_nltk():
     assert run_code(code).stdout == "a dog. False\n"
 
 
+@pytest.mark.parametrize("index", [-1, -100, 10**6])
+def test_an_index_without_a_word_is_refused(vocab: Vocabulary, index: int):
+    with pytest.raises(InputError, match=f"has none with the index {index}"):
+        vocab.decode([START, index])
+
+
 def test_decode_stops_at_the_first_end_and_drops_special_words(vocab: Vocabulary):
     indices = [START, vocab["a"], UNK, vocab["dog"], END, vocab["cat"], END]
     assert vocab.decode(indices) == "a dog"

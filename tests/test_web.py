@@ -25,7 +25,7 @@ from captioning import web
 from captioning.backbones import Preprocessing
 from captioning.captioner import Caption, Decoding
 from captioning.errors import InputError
-from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, CaptionServer, Gate, HttpProtocol, Upload
+from captioning.web import LOOPBACK, MAX_BODY, MAX_UPLOADED, CaptionServer, Gate, HttpProtocol, Upload, own_names
 
 # Requests
 
@@ -106,6 +106,23 @@ def test_a_server_of_many_names_refuses_only_foreign_origins():
     tunnel = Gate(None)
     tunnel.origins = {"abc.tunnel.example"}
     assert ask("POST", "/", tunnel, headers={"Origin": "https://abc.tunnel.example"}).status_code == 200
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "127.0.0.2", "127.255.1.9"])
+def test_a_server_of_this_computer_alone_answers_to_its_own_names(address: str):
+    gate = Gate(None, own_names(address))
+    host = f"[{address}]" if ":" in address else address
+    for name in (host, "localhost"):
+        assert (
+            ask("POST", "/gradio_api/call/caption", gate, headers={"Host": f"{name}:7860"}, content=b"abc").text == "3"
+        )
+    foreign = {"Host": "example.org", "Origin": "http://example.org"}
+    assert ask("POST", "/gradio_api/call/caption", gate, headers=foreign, content=b"abc").status_code == 403
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.0.7"])
+def test_a_server_of_others_answers_to_any_name(address: str):
+    assert own_names(address) is None
 
 
 @pytest.mark.parametrize("path", ["/gradio_api/file=https://example.org/a.jpg", "/gradio_api/proxy=http://10.0.0.1/"])

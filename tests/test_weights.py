@@ -302,11 +302,15 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "entries that share their bytes": (lambda: overlapping_file(300, 10 << 20), "larger than the file"),
     "compressed entries": (compressed_zeros, "it is compressed"),
-    "compressed entries behind junk": (lambda: compressed_zeros() + bytes(66_000), "not a zip file"),
+    "compressed entries behind junk": (lambda: compressed_zeros() + bytes(66_000), "it is damaged or not complete"),
     "compressed entries after junk": (lambda: b"PK\x03\x04" + compressed_zeros(), "it is compressed|zip"),
     "a compressed version": (
         lambda: zip_file(b"\x80\x02}.", {"a/version": bytes(500_000_000)}, ("a/version",)),
         "it is compressed",
+    ),
+    "a TorchScript model": (
+        lambda: zip_file(b"\x80\x02}.", {"a/code/__torch__.py": b"class A: ..."}),
+        "it is a TorchScript model; save its state_dict",
     ),
     "two pickles": (lambda: zip_file(b"\x80\x02}.", {"a/DATA.PKL": b"\x80\x02}."}), "two entries of one name"),
     "a pickle in each of two folders": (
