@@ -12,6 +12,7 @@ be edited in place, and copies elsewhere.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,9 @@ from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.splits import assign_splits, read_split_files, set_split, splits_by_folder
 from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file
+
+# A caption between the marks that tutorials add to it, such as "startseq a dog endseq".
+MARKED = re.compile(r"(<(start|s|bos|sos)>|(start|bos|sos)(seq)?) .* (<(end|/s|eos)>|(end|eos)(seq)?)", re.IGNORECASE)
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
@@ -59,8 +63,11 @@ def _write(images: list[SourceImage], source: Path, destination: Path, report: R
 
 
 def _captions(row: Row, report: Report) -> list[str]:
-    for _ in range(row.captions.count("")):
-        report.add("empty caption{s}", row.where)
+    for caption in row.captions:
+        if not caption:
+            report.add("empty caption{s}", row.where)
+        elif MARKED.fullmatch(caption):
+            report.add("caption{s} with marks of the start and the end, which are learned as words", row.where, "read")
     return [caption for caption in row.captions if caption]
 
 

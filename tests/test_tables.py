@@ -493,6 +493,15 @@ def test_an_empty_caption_of_a_list_in_a_cell_is_counted(tmp_path, capsys, cell)
     assert "left out 6 empty captions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("marked", ["<start> a red ball <end>", "startseq a red ball endseq", "<s> a red ball </s>"])
+def test_captions_with_marks_of_start_and_end_are_told(tmp_path, capsys, marked):
+    importers.import_folder(
+        six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,{marked}")), tmp_path / "a"
+    )
+    told = "read 6 captions with marks of the start and the end, which are learned as words, the first is"
+    assert capsys.readouterr().err == f"{told} {tmp_path}/in/c.csv, line 2\n"
+
+
 def test_columns_called_like_captions_that_are_not_used_are_reported(tmp_path, capsys):
     table = csv_rows("image,text,caption_a,caption_b", "{}.jpg,a red ball,ein roter Ball,")
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
