@@ -32,7 +32,7 @@ from captioning.splits import assign_splits, read_split_files, set_split, splits
 from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file
 
 # A caption between the marks that tutorials add to it, such as "startseq a dog endseq".
-MARKED = re.compile(r"(<(start|s|bos|sos)>|(start|bos|sos)(seq)?) .* (<(end|/s|eos)>|(end|eos)(seq)?)", re.IGNORECASE)
+MARKED = re.compile(r"(<(start|s|bos|sos)>|(start|bos|sos)seq).*(<(end|/s|eos)>|(end|eos)seq)", re.IGNORECASE)
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
@@ -229,7 +229,7 @@ def import_karpathy(source: Source, destination: Destination, images: Path | Non
         keys[key] = row
     result = _name_images(keys, index)
     for image, row, entry in zip(result, rows, entries, strict=True):
-        image.captions, image.id = _captions(row, report), entry.get("cocoid")
+        image.captions, image.id = _captions(row, report), _karpathy_id(entry, row.where)
     _write(result, paths[0], destination, report)
 
 
@@ -243,7 +243,6 @@ def _karpathy_row(entry: Any, where: str) -> Row:
         )
         captions = [clean_caption(_karpathy_caption(sentence), where) for sentence in sentences]
         image = f"{folder.rstrip('/')}/{name}" if folder else name
-        image_id = entry.get("cocoid")
     except KeyError as error:
         raise InputError(f"{where}: {error} is missing.") from None
     except (TypeError, AttributeError):
@@ -251,11 +250,14 @@ def _karpathy_row(entry: Any, where: str) -> Row:
     known_split = parse_split(split) if isinstance(split, str) else None
     if known_split is None or not isinstance(name, str):
         raise InputError(f"{where}: the split {split!r} is unknown, or the filename {name!r} is not text.")
+    return Row(where, image, captions, known_split)
+
+
+def _karpathy_id(entry: dict[str, Any], where: str) -> int | None:
     try:
-        image_id = None if image_id is None else parse_image_id(image_id)
+        return None if entry.get("cocoid") is None else parse_image_id(entry["cocoid"])
     except InputError as error:
         raise InputError(f"{where} {error} (its cocoid).") from None
-    return Row(where, image, captions, known_split)
 
 
 def _karpathy_caption(sentence: dict[str, Any]) -> str:
@@ -298,7 +300,8 @@ def import_folder(
     if source.is_dir():
         rows, kind = read_captions_of_folder(folder, index, encoding, report)
     else:
-        report_split_files(sorted(path for path in folder.iterdir() if path != source), report)
+        texts = (path for path in folder.iterdir() if path.is_file() and path.stem not in index.by_stem)
+        report_split_files(sorted(path for path in texts if path != source), report)
     result: dict[str, SourceImage] = {}
     first: dict[str, str] = {}  # where each image's first row is
     for row, key in zip(rows, _find_images(rows, index), strict=True):

@@ -39,7 +39,7 @@ from captioning.config import (
     resumed_config,
 )
 from captioning.errors import InputError, run_command, warn_once
-from captioning.preparation import earlier_run
+from captioning.preparation import require_new
 from captioning.training import train
 
 __all__ = ["TrainingConfig", "main", "resumed_config", "train"]
@@ -138,8 +138,8 @@ def grouped(values: dict[str, Any]) -> CommandOptions:
 def main() -> None:
     """Run `python train.py`; the files of an earlier run are deleted with --overwrite only."""
     config, run = parse_options(sys.argv[1:])
-    if not run.overwrite and (problem := earlier_run(config)):
-        raise InputError(problem)
+    if not run.overwrite:
+        require_new(config)
     train(config, run.overwrite)
 
 

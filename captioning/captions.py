@@ -17,7 +17,7 @@ MISSING = {  # spellings of a cell without a value, and Excel's errors in Englis
     *("nan", "none", "null", "n/a", "na", "<na>"),
     *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!", "#div/0!", "#null!", "#num!", "#zahl!"),
 }
-REJECTED = ("is_rejected", "is_precanned")
+REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -57,7 +57,7 @@ def is_missing(caption: Any) -> bool:
 
 
 def is_rejected(entry: Mapping[str, Any]) -> bool:
-    """Return whether the entry of a caption is marked as VizWiz's rejected and ready-made ones, of bad images, are."""
+    """Return whether a caption's entry has one of VizWiz's marks, for a rejected caption or a ready-made one."""
     return any(str(entry[mark]).strip().lower() in ("true", "1", "1.0") for mark in REJECTED if mark in entry)
 
 

@@ -13,10 +13,20 @@ from captioning.image_formats import image_suffixes
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"
+UNCLOSED_CELL = re.compile(r'\s*"[^"]*(?:"[^"]*"[^"]*)*')  # it starts with one of an odd number of quotation marks
 CLOSE = "close every cell in its own row, with spaces for the line breaks of a caption"
 UNCLOSED = f"has a quotation mark that is not closed in the line; {CLOSE}"
 
 csv.field_size_limit(1 << 30)  # in characters; `clean_caption` limits the length of captions
+
+
+def caption_columns(columns: list[str]) -> list[str]:
+    """List all columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
+    for kind in CAPTION_COLUMNS:
+        matching = [name for name in columns if re.fullmatch(rf"{kind}s?[ _.-]?\d*", name)]
+        if matching:
+            return matching
+    return []
 
 
 def read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -76,14 +86,14 @@ def _read_cells(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield every row after the header: the number of its first line, and its cells without surrounding space."""
     tabs = len(columns) - 1
-    # If no quoted cell spans lines, every row is a line, and an unclosed quotation mark is only text.
+    # If no quoted cell spans lines, every row is a line, and an unclosed quotation mark in a whole row is only text.
     if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
         for number, line in enumerate(lines[start:], start + 1):
             if line.strip():
                 cells = line.split(delimiter)
                 if len(cells) != len(columns):
                     cells = _split_line(line, delimiter)
-                    if len(cells) < len(columns) and line.count('"') % 2:
+                    if len(cells) < len(columns) and any(map(UNCLOSED_CELL.fullmatch, line.split(delimiter))):
                         raise InputError(f"{path}, line {number}, {UNCLOSED}.")
                 yield number, [_unquote(cell.strip(), f"{path}, line {number}") for cell in cells]
         return
@@ -107,10 +117,13 @@ def _split_line(line: str, delimiter: str) -> list[str]:
 
 
 def _unquote(cell: str, where: str) -> str:
-    """Remove the quotation marks around a cell, in which those of the text are doubled."""
+    """Remove the quotation marks around a cell, in which those of the text are doubled.
+
+    Raises `InputError`, which names the cell by `where`, for marks that are escaped by backslashes.
+    """
     quoted = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
     if not quoted and re.fullmatch(r'".*\\".*"', cell):
-        raise InputError(f"{where}, has quotation marks after backslashes; write them twice instead.")
+        raise InputError(f"{where}, escapes quotation marks by backslashes; write each one twice instead.")
     return quoted[1].replace('""', '"') if quoted else cell
 
 
@@ -123,12 +136,3 @@ def _holds_rows(cell: str, delimiter: str, has_suffixes: bool) -> bool:
     if not has_suffixes:
         return bool(lines)
     return any(Path(part.strip(' "').lower()).suffix in image_suffixes() for parts in lines for part in parts)
-
-
-def caption_columns(columns: list[str]) -> list[str]:
-    """List all columns of the first kind of caption column that there is: caption, captions, caption_1, caption2."""
-    for kind in CAPTION_COLUMNS:
-        matching = [name for name in columns if re.fullmatch(rf"{kind}s?[ _.-]?\d*", name)]
-        if matching:
-            return matching
-    return []

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioning.errors import InputError
+from captioning.errors import InputError, quoted
 from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
@@ -48,9 +48,10 @@ def read_captions_of_folder(
     report_split_files(here, report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
+        left_out = "".join(f"; {line}" for line in report.lines())
         raise InputError(
             f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
-            f'or .caption file, nor a .json file with "caption" or "captions"{advice}.'
+            f'or .caption file, nor a .json file with "caption" or "captions"{left_out}{advice}.'
         )
     for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
@@ -103,18 +104,18 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     suffix = path.suffix.lower()
     if suffix in SPREADSHEETS and (path.parent == folder or path.stem == "metadata"):
         return f"; save {path} as CSV"
-    if path.parent == folder / "annotations" and path.name.startswith("captions_"):
-        return f"; {path} is in COCO's layout, which `python train.py --data {folder}` takes as it is"
+    if path.parent == folder / "annotations" and path.name.startswith("captions_") and suffix == ".json":
+        return f"; {path} is in COCO's layout, which `python train.py --data {quoted(folder)}` takes as it is"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
-    of_image = suffix == ".json" and bool(images)
-    if not of_image and suffix in (*TABLE_SUFFIXES, ".txt", ".json") and any(find_rows(path, encoding)):
+    rows = find_rows(path, encoding) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else iter(())
+    if any(index.has_name(row.image) or not (suffix == ".json" and images) for row in rows):
         return f"; name {path} itself if it holds the captions"
     if suffix in CAPTION_SUFFIXES and images and has_captions(path, encoding):
         captions, near = path.parent, (index.folder / min(images)).parent
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent
         return f"; for captions such as {path}, name {captions} with --images {near}"
-    return f"; {path} has neither" if of_image else ""
+    return ""
 
 
 def _choose_tables(folder: Path, tables: list[Path], report: Report) -> list[Path]:

@@ -51,7 +51,7 @@ END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 JPEG_START = b"\xff\xd8\xff"
 # Pillow's names of 16-bit channels of which it keeps the upper byte: channels, and byte order.
 DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
-OTHER_DEEP = re.compile(r"(RGBa|CMYK);16[LBN]")  # whose lower byte cannot be had
+OTHER_DEEP = re.compile(r"(RGBa|CMYK|L);16[LBN]")  # whose lower byte cannot be had
 GREY_LEVELS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies the levels of 2 and 4 bits
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 DARK = 15  # highest upper byte of levels that use 12 of 16 bits
@@ -268,7 +268,10 @@ def _load(image: Any, file: _TimedFile) -> None:
     if layout is None and not (OTHER_DEEP.fullmatch(raw_mode) or decoder == "SGI16"):
         return
     counts = np.reshape(image.histogram(), (-1, 256))  # of each level
-    counts = counts[3:] if raw_mode.startswith("RGBa") else counts[:3]  # its colours are divided by the transparency
+    if raw_mode.startswith("RGBa"):  # whose colours are divided by the transparency
+        counts = counts[3:]
+    elif image.mode != "CMYK":
+        counts = counts[:3]
     if counts[:, DARK + 1 :].sum(1).max() > HIGHLIGHTS * image.width * image.height:
         if isinstance(colour := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(level >> 8 for level in colour)

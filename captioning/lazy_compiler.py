@@ -41,13 +41,17 @@ class _Utils(ModuleType):
     """Takes the place of the compiler's module, and imports it when something of it is used."""
 
     def is_compile_supported(self, device_type: str) -> bool:
-        return importlib.import_module(UTILS).is_compile_supported(device_type)
+        return self._compiler().is_compile_supported(device_type)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        sys.modules.pop(UTILS, None)
-        return getattr(importlib.import_module(UTILS), name)
+        return getattr(self._compiler(), name)
+
+    def _compiler(self) -> Any:
+        if sys.modules.get(UTILS) is self:
+            del sys.modules[UTILS]
+        return importlib.import_module(UTILS)
 
 
 def _disable(function: Callable | None = None, recursive: bool = True, *, reason: str | None = None) -> Any:

@@ -306,7 +306,10 @@ def _read_results(path: str | Path) -> dict[int, str]:
 
 
 def _parse_result(entry: object) -> tuple[int, str]:
-    """Parse an entry of a results file; raises `InputError` with a predicate ("has ...") to follow the entry's name."""
+    """Parse an entry of a results file; a caption that is null or NaN is empty.
+
+    Raises `InputError` with a predicate ("has ...") to follow the entry's name.
+    """
     for key in ("image_id", "caption"):
         if not isinstance(entry, dict) or key not in entry:
             raise InputError(f'lacks "{key}": {entry!r:.80}')

@@ -18,8 +18,8 @@ OVERSHOOT = 16  # highest level in an image of fractions whose white is 1, apart
 RINGING = 1.1  # factor by which a resize may exceed white in an image of floating-point numbers
 HIGHLIGHTS = 0.001  # maximum share of an image's levels that lie beyond white, or below 0
 GDAL_NODATA = 42113  # the tag by which a TIFF names its mark of missing cells
-NO_DATA = 1e30  # without it, geographic images mark missing cells with numbers beyond this one, or with one of these:
-NO_DATA_LEVELS = (-9999, -32768, -99999, -(2**31), 2**31 - 1, 2**32 - 1)
+NO_DATA = 1e30  # geographic images also mark missing cells with numbers beyond this one, or with one of these:
+NO_DATA_LEVELS = (-9999, -32768, -99999, -(2**31))
 
 TRANSPOSE_OF_ORIENTATION = {  # EXIF orientation -> transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,17 +53,21 @@ def upright_rgb(image: Any) -> Image.Image:
         transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(Base.Orientation, 1))
     tags = getattr(image, "tag_v2", {})
     stored = STORED_TYPES.get((image.mode, tags.get(Base.BitsPerSample, (0,))[0], tags.get(Base.SampleFormat, (1,))[0]))
-    no_data = math.nan
-    with (
-        suppress(KeyError, TypeError, ValueError),
-        np.errstate(over="ignore"),
-    ):  # absent, or no number
-        no_data = float(np.float32(tags[GDAL_NODATA]) if image.mode == "F" else tags[GDAL_NODATA])
-    upright = _to_rgb(_cut_long(image), stored, no_data)
+    upright = _to_rgb(_cut_long(image), stored, _mark_of_no_data(image))
     if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:
         upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
     upright.info.clear()  # its orientation and transparency no longer apply
     return upright if transpose is None else upright.transpose(transpose)
+
+
+def _mark_of_no_data(image: Image.Image) -> float:
+    """Return the level by which a TIFF marks missing cells, NaN where it names none."""
+    try:
+        mark = getattr(image, "tag_v2", {})[GDAL_NODATA]
+        with np.errstate(over="ignore"):
+            return float(np.float32(mark) if image.mode == "F" else mark)
+    except (KeyError, TypeError, ValueError):
+        return math.nan
 
 
 def _cut_long(image: Image.Image) -> Image.Image:
@@ -143,7 +147,7 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_dat
         beyond += count_beyond(levels / ringing)
         fractions |= image.mode == "F" and bool((levels % 1 > 0).any())
     if math.isnan(low):
-        raise ValueError("none of its levels is a number")
+        raise ValueError("none of its levels is a number, or all of them mark missing cells")
     has_highlights = up_to_1 > 0.5 * pixels and beyond_overshoot < HIGHLIGHTS * up_to_1
     few = HIGHLIGHTS * pixels
     if negative <= few and fractions and (high <= OVERSHOOT or has_highlights):

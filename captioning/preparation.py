@@ -56,19 +56,29 @@ def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
         raise InputError(f"{log_file} exists and is not the log of this run; name another --log-file.")
 
 
-def earlier_run(config: TrainingConfig) -> str:
-    """Say in a sentence what a new run would delete in its folder; "" for nothing, and for a run that is resumed."""
+def find_earlier(config: TrainingConfig) -> str:
+    """Name what a new run would delete in its folder: "a model", another file or folder, or "" for nothing."""
     folder = config.models / config.name
-    described = os.path.exists(folder / checkpoint.DESCRIPTION)
+    if os.path.exists(folder / checkpoint.DESCRIPTION) or checkpoint.epochs_saved(folder):
+        return "a model"
     others = [*checkpoint.run_files(folder), folder / "tensorboard", folder / config.log_file]
-    names = [path.name for path in others if os.path.isdir(path) or (os.path.isfile(path) and os.path.getsize(path))]
-    has_model = described or bool(checkpoint.epochs_saved(folder))
-    if config.resume is not None or not (has_model or names):
-        return ""
-    can_resume = described and any(os.path.exists(folder / name) for name in ("resume.pt", "resume-previous.pt"))
-    resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
-    earlier = "a model" if has_model else names[0]
-    return f"{folder} holds {earlier} already; {resume}choose another --name, or delete it with --overwrite."
+    return next((path.name for path in others if os.path.isdir(path) or _size(path) > 0), "")
+
+
+def _size(path: Path) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def require_new(config: TrainingConfig) -> None:
+    """Raise `InputError` if a new run would delete an earlier one; a resumed run deletes nothing."""
+    folder = config.models / config.name
+    if config.resume is None and (earlier := find_earlier(config)):
+        states = [folder / name for name in ("resume.pt", "resume-previous.pt")]
+        can_resume = os.path.exists(folder / checkpoint.DESCRIPTION) and any(map(os.path.exists, states))
+        resume = f"resume its training with --resume {quoted(folder)}, " if can_resume else ""
+        raise InputError(
+            f"{folder} holds {earlier} already; {resume}choose another --name, or delete it with --overwrite."
+        )
 
 
 @contextmanager
@@ -78,22 +88,25 @@ def lock_run(folder: Path, config: TrainingConfig, overwrite: bool) -> Iterator[
     Raises `InputError` if another run does, and for an earlier run's files there without `overwrite`.
     """
     lock, problem = filelock.FileLock(folder / ".lock", timeout=0), None
-    if this_process().is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            problem = None if overwrite else earlier_run(config) or None
-        except filelock.Timeout:
-            problem = f"another run is writing to {folder}; wait for it or choose another --name."
-        except OSError as error:
-            problem = (
-                f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
-                f"--models or --name."
-            )
-    problem = broadcast_object_list([problem])[0]
-    if problem:
-        raise InputError(problem)
     try:
+        if this_process().is_main_process:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                if not overwrite:
+                    require_new(config)
+            except filelock.Timeout:
+                problem = f"another run is writing to {folder}; wait for it or choose another --name."
+            except OSError as error:
+                problem = (
+                    f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
+                    f"--models or --name."
+                )
+            except InputError as error:
+                problem = str(error)
+        problem = broadcast_object_list([problem])[0]
+        if problem:
+            raise InputError(problem)
         yield
     finally:
         lock.release()

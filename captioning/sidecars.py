@@ -35,9 +35,12 @@ def read_caption_files(
     captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
     """
-    lists = _read_files(files, read, advice, encoding, report)
+    lists = _read_files(files, read, advice, encoding)
     used: tuple[File | None, list[tuple[str, str]]] = None, []
     for file, captions in lists:
+        if captions is None:
+            report.add("rejected caption{s}", str(file))
+            continue
         cleaned = [(where, clean_caption(caption, where)) for where, caption in captions]
         has_text = any(caption for _, caption in cleaned)
         if has_text or not used[1]:
@@ -48,7 +51,7 @@ def read_caption_files(
     with suppress(InputError):  # what is not used need not be readable
         for file, captions in lists:
             with suppress(InputError):
-                others.setdefault(file, {clean_caption(caption, where) for where, caption in captions})
+                others.setdefault(file, {clean_caption(caption, where) for where, caption in captions or ()})
     for file, texts in others.items():
         if file is not used[0] and not texts <= {"", *(caption for _, caption in used[1])}:
             report.add("file{s} of captions, since another file of the same image is used", str(file))
@@ -56,9 +59,9 @@ def read_caption_files(
 
 
 def _read_files(
-    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None, report: Report
-) -> Iterator[tuple[File, Places]]:
-    """Yield each list of captions in the files; rejected ones are left out and counted in `report`."""
+    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None
+) -> Iterator[tuple[File, Places | None]]:
+    """Yield each list of captions in the files, None for rejected ones."""
 
     def read_json(file: File) -> dict[str, Any]:
         data = read(file)
@@ -74,7 +77,7 @@ def _read_files(
         if suffix == ".json":
             content = read_json(file)
             if is_rejected(content):
-                report.add("rejected caption{s}", str(file))
+                yield file, None
                 continue
             for key, value in ((key, content[key]) for key in ("captions", "caption") if key in content):
                 is_text = key == "captions" and isinstance(value, str)  # with a caption in each line
@@ -144,7 +147,8 @@ def read_folder(
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
-            if path.suffix.lower() != ".json" and not SPLIT_FILE.search(path.stem):
+            is_list = path.parent == folder and path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)
+            if path.suffix.lower() != ".json" and not is_list:  # which is reported as such
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows
 

@@ -302,8 +302,9 @@ def _holds_columns(document: dict[str, Any]) -> bool:
     lists = {name.lower(): value for name, value in document.items() if isinstance(value, list)}
     if {"columns", "index", "data"} <= lists.keys():
         return True
-    have_texts = all(value and all(isinstance(cell, str) for cell in value) for value in lists.values())
-    return len(lists) == len(document) > 1 and have_texts and bool(caption_columns(list(lists)))
+    have_texts = all(isinstance(cell, str) for cells in lists.values() for cell in cells)
+    one_length = len({len(cells) for cells in lists.values()}) == 1
+    return len(lists) == len(document) and have_texts and one_length and 0 < len(caption_columns([*lists])) < len(lists)
 
 
 def _has_image(record: dict[str, Any]) -> bool:

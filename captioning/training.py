@@ -56,10 +56,10 @@ SHARED_STEPS = 10  # steps between exchanges of losses and signals by several pr
 
 
 def train(config: TrainingConfig, overwrite: bool = True) -> Path:
-    """Train a model and return its folder; with `overwrite`, a model that was there under this name is deleted.
+    """Train a model and return its folder; a model that is there under this name is deleted, if `overwrite`.
 
-    `train(resumed_config(folder))` resumes a run. Raises `InputError` for errors that the user can fix, and
-    `KeyboardInterrupt` after a signal, once the run is saved.
+    `train(resumed_config(folder))` resumes a run. Raises `InputError` for errors that the user can fix, such as a model
+    that may not be deleted, and `KeyboardInterrupt` after a signal, once the run is saved.
     """
     config = dataclasses.replace(config)  # checks the fields again, as they may have been changed
     folder = config.resume or config.models / config.name

@@ -50,7 +50,7 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def own_names(address: str) -> set[str] | None:
-    """Return the host names by which a server at an address is called that serves this computer alone; else None."""
+    """Return the host names of a server that listens on `address`, if only this computer can reach it; else None."""
     return {*LOOPBACK, address} if ip_address(address).is_loopback else None
 
 

@@ -1144,6 +1144,33 @@ def test_karpathys_entries_that_share_an_image_or_an_id_are_refused(tmp_path):
         importers.import_karpathy(tmp_path / "in", tmp_path / "out")
 
 
+def test_karpathys_ids_are_whole_numbers_in_any_form(tmp_path):
+    def write(*ids: object) -> None:
+        rows = [
+            {"filename": f"{i}.jpg", "split": "train", "cocoid": image_id, "sentences": [{"raw": "a"}]}
+            for i, image_id in enumerate(ids)
+        ]
+        text(tmp_path / "in" / "dataset_x.json", json.dumps({"images": rows}))
+
+    for i in range(3):
+        make_image(tmp_path / "in" / f"{i}.jpg")
+    write("007", 9.0, 8)
+    importers.import_karpathy(tmp_path / "in", tmp_path / "out")
+    annotations = json.loads(next((tmp_path / "out" / "annotations").glob("captions_train*.json")).read_text())
+    val = json.loads(next((tmp_path / "out" / "annotations").glob("captions_val*.json")).read_text())
+    ids = [image["id"] for part in (annotations, val) for image in part["images"]]
+    assert sorted(ids) == [7, 8, 9]
+    assert {type(i) for i in ids} == {int}
+    write("7", 7.0, 8)
+    with pytest.raises(InputError, match=r"both have the image id 7"):
+        importers.import_karpathy(tmp_path / "in", tmp_path / "out2")
+    write("a7", 9, 8)
+    with pytest.raises(
+        InputError, match=r"images\[0\] has an image id that is not a whole number: 'a7' \(its cocoid\)"
+    ):
+        importers.import_karpathy(tmp_path / "in", tmp_path / "out2")
+
+
 def test_flickrs_images_of_one_name_in_several_folders_are_refused(flickr8k, tmp_path):
     make_image(flickr8k / "resized" / "1_a.jpg")
     with pytest.raises(

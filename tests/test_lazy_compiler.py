@@ -31,9 +31,11 @@ def test_a_name_of_the_compiler_that_is_not_expected_imports_it():
         "import sys\n"
         "from captioning.lazy_compiler import compiler_left_out\n"
         "with compiler_left_out():\n"
-        "    from torch._dynamo.utils import counters\n"
+        "    from torch._dynamo.utils import counters, is_compile_supported, istype\n"
         "import torch._dynamo.utils\n"
         "assert torch._dynamo.utils.counters is counters\n"
+        "assert torch._dynamo.utils.istype is istype\n"
+        "assert is_compile_supported('cpu')\n"
     )
 
 
@@ -70,3 +72,14 @@ def test_networks_on_the_meta_device_have_the_shapes_of_real_ones():
         name: value.shape for name, value in build().state_dict().items()
     }
     assert torch.empty(1).device.type == "cpu"
+
+
+def test_networks_on_the_meta_device_are_built_without_the_compiler():
+    run_code(
+        "import sys\n"
+        "from captioning.lazy_compiler import meta_device\n"
+        "from model import DECODERS\n"
+        "with meta_device():\n"
+        "    decoders = [build(8, 8, 50) for build in DECODERS.values()]\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+    )

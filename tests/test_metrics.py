@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import unicodedata
@@ -451,6 +452,15 @@ def test_only_the_images_in_the_results_count(tmp_path):
     scores = score_results(references_file, results_file, java=False)
     assert scores.uncaptioned == 2
     assert scores.metrics == score(some, {i: REFERENCES[i] for i in some}, java=False).metrics
+
+
+@pytest.mark.parametrize("missing", [None, [None], math.nan, ""])
+def test_a_missing_caption_of_a_results_file_is_empty(tmp_path, missing):
+    references_file = write(tmp_path / "captions.json", {"annotations": ANNOTATIONS})
+    hypotheses = {**HYPOTHESES, 7: ""}
+    results = [{"image_id": i, "caption": c if i != 7 else missing} for i, c in hypotheses.items()]
+    scores = score_results(references_file, write(tmp_path / "r.json", results), java=False)
+    assert scores.metrics == score(hypotheses, REFERENCES, java=False).metrics
 
 
 def test_table_is_markdown_with_three_decimals():

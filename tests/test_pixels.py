@@ -74,7 +74,7 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
         )
         for kind, scale, level, shown in (
             (np.int32, 1, -(2**31), 0),
-            (np.int32, 1, 2**31 - 1, 0),
+            (np.int32, 1, 2**31 - 1, 255),
             (np.int32, 1, 70000, 255),
             (np.int32, 1, -999, 0),
             (np.float32, 1, -999, 0),
@@ -312,18 +312,29 @@ def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Pa
         read_image(tmp_path / "a.tif")
 
 
-def sgi(levels: np.ndarray) -> bytes:
-    """Encode grey levels of 16 bits as an SGI file."""
+def sgi(levels: np.ndarray, packed: bool = False) -> bytes:
+    """Encode grey levels of 16 bits as an SGI file; if `packed`, its rows are run-length encoded."""
     height, width = levels.shape
-    header = struct.pack(">HBBHHHHLL", 474, 0, 2, 2, width, height, 1, 0, 65535)
-    return header.ljust(512, b"\0") + levels[::-1].astype(">u2").tobytes()
+    header = struct.pack(">HBBHHHHLL", 474, packed, 2, 2, width, height, 1, 0, 65535).ljust(512, b"\0")
+    rows = [row.astype(">u2") for row in levels[::-1]]
+    if not packed:
+        return header + b"".join(row.tobytes() for row in rows)
+    runs = [
+        b"".join(struct.pack(">H", 0x80 | len(part)) + part.tobytes() for part in np.split(row, range(100, width, 100)))
+        + bytes(2)
+        for row in rows
+    ]
+    starts = np.cumsum([512 + 8 * height, *map(len, runs)])[:-1]
+    return header + struct.pack(f">{2 * height}L", *starts, *map(len, runs)) + b"".join(runs)
 
 
 FOUR = np.dstack([DEEP, DEEP[..., :1]])
 OTHER_DEEP = {
     "CMYK": partial(tiff, photometric=5),
     "premultiplied transparency": partial(tiff, photometric=2, extra_samples=1),
+    "CMYK of black alone": lambda levels: tiff(levels * np.uint16([0, 0, 0, 1]), photometric=5),
     "SGI": lambda levels: sgi(levels[..., 0]),
+    "SGI, packed": lambda levels: sgi(levels[..., 0], packed=True),
 }
 
 
@@ -367,7 +378,7 @@ def test_the_mark_of_missing_cells_that_a_tiff_names(tmp_path: Path, dtype: type
 
 def test_an_image_without_a_level_is_refused(tmp_path: Path):
     Image.fromarray(np.full((16, 256), np.nan, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif cannot be read as an image \(none of its levels is a number\)"):
+    with pytest.raises(InputError, match=r"a\.tif cannot be read as an image \(none of its levels is a number, or all"):
         read_image(tmp_path / "a.tif")
 
 

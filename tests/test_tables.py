@@ -35,6 +35,11 @@ FORMS = {
         json.dumps({f"{i}.jpg": [{"caption": "a red ball", "id": i}] if i % 2 else "a red ball" for i in range(6)}),
         ONE,
     ),
+    "an inch mark in a short row between bars": (
+        "c__csv",
+        csv_rows("image|caption|split", '{}.jpg|a red ball of 5"'),
+        ['a red ball of 5"'],
+    ),
     "JSON object from names to one row each": (
         "c__json",
         json.dumps({f"{i}.jpg": {"captions": TWO} for i in range(6)}),
@@ -437,7 +442,7 @@ REFUSED = {
     "a caption of two lines between pipes": (
         "c__csv",
         csv_rows("image|caption", '{}.jpg|"a red\nball"'),
-        r"line 3, has a quotation mark that is not closed in the line",
+        r"line 3, has 1 of the header's 2 columns; write the others, too, in one line",
     ),
     "Karpathy's": ("c__json", json.dumps({"images": [{"sentences": []}]}), r"annotation file of COCO or Karpathy"),
     "COCO's own": ("c__json", json.dumps({"images": [], "annotations": []}), r"annotation file of COCO"),
@@ -493,13 +498,19 @@ def test_an_empty_caption_of_a_list_in_a_cell_is_counted(tmp_path, capsys, cell)
     assert "left out 6 empty captions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("marked", ["<start> a red ball <end>", "startseq a red ball endseq", "<s> a red ball </s>"])
+@pytest.mark.parametrize("marked", ["<start> a red ball <end>", "startseq a red ball endseq", "<s>a red ball</s>"])
 def test_captions_with_marks_of_start_and_end_are_told(tmp_path, capsys, marked):
     importers.import_folder(
         six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,{marked}")), tmp_path / "a"
     )
     told = "read 6 captions with marks of the start and the end, which are learned as words, the first is"
     assert capsys.readouterr().err == f"{told} {tmp_path}/in/c.csv, line 2\n"
+
+
+def test_a_caption_that_starts_and_ends_with_these_words_has_no_marks(tmp_path, capsys):
+    table = csv_rows("image,caption", "{}.jpg,start of a race seen from the end")
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert capsys.readouterr().err == ""
 
 
 def test_columns_called_like_captions_that_are_not_used_are_reported(tmp_path, capsys):
@@ -672,7 +683,12 @@ def test_an_unrelated_metadata_file_is_left_out(tmp_path, capsys):
             r"; for captions such as .*/0\.txt, name .*/captions with --images .*/images",
         ),
         ("labels/train/0.txt", "0 0.5", ""),
-        ("images/train/0.json", '{"text": "a red ball"}', r"; .*/0\.json has neither"),
+        ("images/train/0.json", '{"text": "a red ball"}', ""),
+        (
+            "images/train/0.json",
+            '{"caption": "a red ball", "is_rejected": true}',
+            r"; left out 1 rejected caption: .*/0\.json",
+        ),
         (
             "annotations/captions_train.json",
             "{}",
@@ -703,7 +719,7 @@ def test_rejected_captions_are_left_out_and_counted(tmp_path, capsys, name, mark
     elif name == "c.json":
         (source / name).write_text(json.dumps([*ROWS, {"image": "5.jpg", **spam}]))
     else:
-        rows = csv_rows(f"image,caption,{','.join(mark)}", "{}.jpg,a red ball," + "0" * len(mark))
+        rows = csv_rows(f"image,caption,{','.join(mark)}", "{}.jpg,a red ball," + ",".join("0" * len(mark)))
         (source / name).write_text(f"{rows}5.jpg,{spam['caption']},{','.join(map(str, mark.values()))}\n")
     importers.import_folder(source, tmp_path / "out")
     found = all_captions(tmp_path / "out")
@@ -722,6 +738,34 @@ def test_lists_of_splits_that_are_not_read_are_reported(tmp_path, capsys, form):
     error = capsys.readouterr().err
     assert "left out 3 lists of a split; a table gives its rows' splits in a column named split, the first is" in error
     assert "without an image" not in error
+
+
+def test_a_text_without_an_image_is_no_list_because_its_name_ends_like_one(tmp_path, capsys):
+    source = six(tmp_path / "in", **{f"{i}__txt": "a red ball" for i in range(6)})
+    (source / "more").mkdir()
+    (source / "more" / "beach_test.txt").write_text("a beach")
+    (source / "walk_val.caption").write_text("a walk")
+    importers.import_folder(source, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert f"left out 1 .txt file without an image: {source}/more/beach_test.txt\n" in error
+    assert f"left out 1 .caption file without an image: {source}/walk_val.caption\n" in error
+
+
+def test_the_text_of_an_image_beside_a_named_table_is_no_list(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    (source / "5.jpg").rename(source / "a_test.jpg")
+    (source / "a_test.txt").write_text("a red ball")
+    (source / "c.csv").write_text((source / "c.csv").read_text().replace("5.jpg", "a_test.jpg"))
+    importers.import_folder(source / "c.csv", tmp_path / "out")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_text_beside_a_rejected_caption_is_used(tmp_path, capsys):
+    source = six(tmp_path / "in", **{f"{i}__txt": "a red ball" for i in range(6)})
+    (source / "5.json").write_text('{"caption": "a red ball", "is_rejected": true}')
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    assert capsys.readouterr().err == ""
 
 
 def test_a_list_of_a_split_beside_a_table_holds_no_captions(tmp_path, capsys):

@@ -213,9 +213,12 @@ def test_a_model_that_another_run_wrote_during_the_preparation_is_not_deleted(
 ):
     folder = train(small(models=tmp_path, num_epochs=1))
     files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with pytest.raises(InputError, match=r"small holds a model already; .*--resume .*another --name.*--overwrite"):
-        train(small(models=tmp_path, num_epochs=1, seed=5), overwrite=False)  # `main` had found nothing
+    other = small(models=tmp_path, num_epochs=1, seed=5)
+    with pytest.raises(InputError, match=r"small holds a model already; .*another --name.*--overwrite") as caught:
+        train(other, overwrite=False)  # `main` had found nothing
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
+    train(other)  # the lock is free, although the error and its frames are kept
+    assert (read_description(folder).training["seed"], caught.type) == (5, InputError)
 
 
 def test_weights_without_a_description_are_not_deleted_either(small: Make, tmp_path: Path, run_here: Callable):
