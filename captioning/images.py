@@ -120,8 +120,8 @@ def resized_side(transform: Callable) -> int | None:
         return resized_side(transform.first)
     v2: Any = sys.modules.get("torchvision.transforms.v2", T)  # its import takes seconds; who uses it has imported it
     # Only these are known to take their steps in order, all of them and nothing else.
-    first = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
-    if not isinstance(first, T.Resize | v2.Resize) or first.interpolation in UNREDUCED:
+    first: Any = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
+    if not isinstance(first, (T.Resize, v2.Resize)) or first.interpolation in UNREDUCED:
         return None
     if first.size is None:  # v2 can also resize the longer side
         return None
