@@ -12,6 +12,7 @@ of computing them, and NLTK does not split captions into sentences, which needs 
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 from torchvision import transforms as T
 from torchvision.models import resnet50
+
+from benchmarks.timing import DEVICE
 
 SPECIAL_WORDS = ["<start>", "<end>", "<unk>"]
 
@@ -155,3 +158,14 @@ def caption(path: Path, data: Captions, encoder: Encoder, decoder: Decoder, devi
     tokens = decoder.sample(encoder(image)[:, None])
     words = list(data.index)
     return " ".join(words[token] for token in tokens if token > 2)
+
+
+def main(image: Path, annotations: Path) -> None:
+    """Caption one image with random weights, as a program of its own does."""
+    data = Captions(annotations, image.parent, threshold=1)
+    encoder, decoder = Encoder(256).to(DEVICE).eval(), Decoder(256, 512, len(data.index)).to(DEVICE).eval()
+    print(caption(image, data, encoder, decoder, DEVICE))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

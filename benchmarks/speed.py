@@ -9,6 +9,7 @@ Prints a table, writes it with a profile to benchmarks/results/<device>.json and
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from benchmarks.captioning_speed import RESNET, measure_captioning
 from benchmarks.material import Material, Settings, prepare
 from benchmarks.peer import measure_peer
 from benchmarks.report import draw, format_table
-from benchmarks.timing import device_name, log, top_operations
+from benchmarks.timing import device_name, log, seconds_of, top_operations
 from benchmarks.training_speed import measure_decoders, measure_training, run_training
 from captioning.captioner import Captioner, Decoding
 from captioning.checkpoint import environment
@@ -56,6 +57,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         results["decoders"] = measure_decoders(material, training["recipe_captions_per_second"])
         log("captioning")
         captioning = results["captioning"] = measure_captioning(material, model)
+        log("the first caption of a program")
+        results["first_caption"] = measure_first_caption(material)
         log("the peer")
         image_rate = captioning["backbones"][RESNET]["photos_per_second"]
         results["peer"] = measure_peer(material, training["captions_per_second"], image_rate)
@@ -64,6 +67,23 @@ def measure(settings: Settings) -> dict[str, Any]:
         log(f"start-up with {settings.start_up_captions} captions")
         results["start_up"] = measure_start_up(settings, folder / "simulated")
     return results
+
+
+def measure_first_caption(material: Material) -> dict[str, float]:
+    """Measure the seconds from the start to the end of a program that captions one image: the recipe's, and caption.py.
+
+    caption.py takes models/photos; the recipe has random weights, which it need not read.
+    """
+    image, annotations = material.paths[0], material.data / "annotations" / "captions_val.json"
+    commands = {
+        "recipe_seconds": ["-m", "benchmarks.recipe", image, annotations],
+        "seconds": ["caption.py", image, "--model", "models/photos"],
+    }
+    best = dict.fromkeys(commands, math.inf)
+    for _ in range(material.settings.repeats):
+        for name, arguments in commands.items():
+            best[name] = min(best[name], seconds_of(lambda arguments=arguments: run_python(*arguments)))
+    return {**best, "ratio": best["recipe_seconds"] / best["seconds"]}
 
 
 def measure_profile(material: Material, model: Path) -> dict[str, Any]:
@@ -110,10 +130,14 @@ def measure_start_up(settings: Settings, folder: Path) -> dict[str, Any]:
 
 def start(which: str, *paths: Path) -> tuple[float, float]:
     """Run `benchmarks.start_up` in a new process; returns its seconds and its peak memory in MB."""
-    command = [sys.executable, "-m", "benchmarks.start_up", which, *map(str, paths)]
-    root = Path(__file__).parents[1]
-    seconds, peak = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout.split()
+    seconds, peak = run_python("-m", "benchmarks.start_up", which, *paths).split()
     return float(seconds), float(peak)
+
+
+def run_python(*arguments: str | Path) -> bytes:
+    """Run Python in the project's folder; returns what it printed."""
+    root = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, *arguments], cwd=root, stdout=subprocess.PIPE, check=True).stdout
 
 
 def run(settings: Settings) -> Path:

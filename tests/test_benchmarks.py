@@ -65,11 +65,11 @@ def test_a_small_run_reports_every_measurement(
     assert set(results["decoders"]) == {*DECODERS, *(f"{name}, self-critical" for name in DECODERS)}
     assert results["decoders"]["lstm"]["share_of_lstm"] == 1
     assert set(results["captioning"]["backbones"]) == {"resnet50", "tf_efficientnet_lite2"}
-    parts = [results[part] for part in ("training", "decoders", "captioning", "start_up")]
+    parts = [results[part] for part in ("training", "decoders", "captioning", "first_caption", "start_up")]
     assert all(np.isfinite(n) and n > 0 for n in numbers(parts))
     assert Image.open(settings.figure).width > 500
     printed = capsys.readouterr().out
-    assert printed.count("|\n") == (2 + 10) + (2 + 2) + (2 + 6)
+    assert printed.count("|\n") == (2 + 11) + (2 + 2) + (2 + 6)
     assert results["device"] in printed
     results["peer"] = dict.fromkeys(
         ("captions_per_second", "training_ratio", "photos_per_second", "captioning_ratio"), 2.0

@@ -324,7 +324,8 @@ def test_several_processes_write_the_same_file(
     )
     assert message in lines
     assert f"{output}: {len(captioned.splitlines())} rows written, 0 were there" in lines
-    assert len(lines) == BATCH + 3
+    assert f"{tiny}, backbone in {caption.Captioner.load(tiny).precision}" in lines
+    assert len(lines) == BATCH + 4
 
 
 def test_several_processes_draw_the_samples_of_one(album: Path, tiny: Path, launch: Callable, tmp_path: Path):

@@ -18,8 +18,7 @@ from test_resume import assert_same_model, at_step
 from test_training import judged  # noqa: F401
 from torch import Tensor
 
-import train as train_module
-from captioning import self_critical
+from captioning import checkpoint, self_critical
 from captioning.checkpoint import epochs_saved, load_model, load_resume, read_description
 from captioning.decoding import sample
 from captioning.errors import InputError
@@ -277,7 +276,7 @@ def test_killed_as_the_objective_changes_it_goes_on_with_the_new_one(
     killed = train(config())
     undisturbed = go_on(shutil.copytree(killed, tmp_path / "undisturbed"))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.checkpoint, "save_resume", lambda *_: 1 / 0)
+        patch.setattr(checkpoint, "save_resume", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go_on(killed)
     train(resumed_config(killed))
