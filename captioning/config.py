@@ -36,7 +36,7 @@ RENAMED = {"val_photos": "val_images"}  # former names of options, in older capt
 FROM_ARCHITECTURE = ("backbone", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers")
 FROM_PREPROCESSING = ("image_size", "crop")
 
-MAX_COUNT = 2**31 - 1  # largest number of images, steps, epochs or captions
+MAX_COUNT = 2**63 - 1  # largest number of images, steps, epochs or captions
 # The minimum and the maximum of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "grid_size": (1, checkpoint.MAX_GRID),

@@ -15,7 +15,7 @@ CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw
 DELIMITERS = ",|;\t"
 UNCLOSED_CELL = re.compile(r'\s*"[^"]*(?:"[^"]*"[^"]*)*')  # it starts with one of an odd number of quotation marks
 CLOSE = "close every cell in its own row, with spaces for the line breaks of a caption"
-UNCLOSED = f"has a quotation mark that is not closed in the line; {CLOSE}"
+UNCLOSED = f"has too few columns, or a quotation mark that is not closed in the line; {CLOSE}"
 
 csv.field_size_limit(1 << 30)  # in characters; `clean_caption` limits the length of captions
 
@@ -85,15 +85,17 @@ def _read_cells(
     path: Path, lines: list[str], start: int, delimiter: str, columns: list[str]
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield every row after the header: the number of its first line, and its cells without surrounding space."""
-    tabs = len(columns) - 1
+    tabs, mark = len(columns) - 1, re.escape(delimiter)
+    quoted_separator = re.compile(rf'(?:^|{mark})\s*"[^"]*{mark}[^"]*"\s*(?:{mark}|$)')
     # If no quoted cell spans lines, every row is a line, and an unclosed quotation mark in a whole row is only text.
     if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
         for number, line in enumerate(lines[start:], start + 1):
             if line.strip():
                 cells = line.split(delimiter)
-                if len(cells) != len(columns):
+                if len(cells) != len(columns) or quoted_separator.search(line):
+                    has_unclosed = any(map(UNCLOSED_CELL.fullmatch, cells))
                     cells = _split_line(line, delimiter)
-                    if len(cells) < len(columns) and any(map(UNCLOSED_CELL.fullmatch, line.split(delimiter))):
+                    if len(cells) < len(columns) and has_unclosed:
                         raise InputError(f"{path}, line {number}, {UNCLOSED}.")
                 yield number, [_unquote(cell.strip(), f"{path}, line {number}") for cell in cells]
         return

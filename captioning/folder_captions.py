@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from captioning.csv_tables import CAPTION_COLUMNS
 from captioning.errors import InputError, quoted
 from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
 from captioning.splits import split_of_file
-from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, find_rows, read_table
+from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, find_rows, parse_split, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
@@ -84,6 +85,7 @@ def _find_tables(
         for path in tables:
             read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not empty
         empty = [path for path in tables if not any(find_rows(path, encoding))]
+        empty = [path for path in empty if not (split_of_file(path) and _mentions_captions(path, encoding))]
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path)]
     named = {path: _named_images(path, index, encoding) for path in json_files}
@@ -92,6 +94,12 @@ def _find_tables(
     certain = certain or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
     small = [path for path, n in named.items() if n and path not in certain]
     return _Tables(certain, small, empty, json_files)
+
+
+def _mentions_captions(path: Path, encoding: str | None) -> bool:
+    """Return whether the first line of a table names a column called like one of captions."""
+    header = read_text(path, encoding, ENCODING_ADVICE).lstrip().split("\n", 1)[0].lower()
+    return any(kind in header for kind in CAPTION_COLUMNS)
 
 
 def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:
@@ -104,7 +112,8 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     suffix = path.suffix.lower()
     if suffix in SPREADSHEETS and (path.parent == folder or path.stem == "metadata"):
         return f"; save {path} as CSV"
-    if path.parent == folder / "annotations" and path.name.startswith("captions_") and suffix == ".json":
+    is_coco = path.parent == folder / "annotations" and path.name.startswith("captions_") and suffix == ".json"
+    if is_coco and parse_split(path.stem.removeprefix("captions_")) and (folder / "images").is_dir():
         return f"; {path} is in COCO's layout, which `python train.py --data {quoted(folder)}` takes as it is"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
     rows = find_rows(path, encoding) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else iter(())

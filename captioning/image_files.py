@@ -32,7 +32,7 @@ from captioning.errors import InputError
 from captioning.files import missing_file
 from captioning.image_formats import describe_content, image_formats, register_heif
 from captioning.metadata import limit_metadata
-from captioning.pixels import HIGHLIGHTS, join_bytes, upright_rgb
+from captioning.pixels import HIGHLIGHTS, join_bytes, mark_of_no_data, upright_rgb
 from captioning.shards import Member, is_shard, list_images
 
 MAX_BYTES = 1_000_000_000  # memory limit for decoding one image, in bytes
@@ -268,7 +268,10 @@ def _load(image: Any, file: _TimedFile) -> None:
     if layout is None and not (OTHER_DEEP.fullmatch(raw_mode) or decoder == "SGI16"):
         return
     counts = np.reshape(image.histogram(), (-1, 256))  # of each level
-    if raw_mode.startswith("RGBa"):  # whose colours are divided by the transparency
+    no_data = mark_of_no_data(image)
+    if no_data >= 256 * (DARK + 1):
+        counts[:, int(no_data) >> 8] = 0
+    if raw_mode.startswith("RGBa") and counts[3, :255].any():  # its colours are divided by the transparency
         counts = counts[3:]
     elif image.mode != "CMYK":
         counts = counts[:3]
@@ -277,7 +280,7 @@ def _load(image: Any, file: _TimedFile) -> None:
             image.info["transparency"] = tuple(level >> 8 for level in colour)
         return
     if layout is None or getattr(image, "tag_v2", {}).get(Base.PlanarConfiguration) == 2:
-        raise ValueError("it uses fewer than 13 of its 16 bits per channel; save it with 8 bits")
+        raise ValueError("nearly all of its levels use fewer than 13 of their 16 bits; save it with 8 bits per channel")
     _check_size(image, besides=4)
     file.seek(0)
     lower: Any = Image.open(file, formats=[image.format])
@@ -285,7 +288,7 @@ def _load(image: Any, file: _TimedFile) -> None:
     mode = "RGBA" if grey else f"{layout[1]};16{OTHER_ORDER[layout[2]]}"
     lower.tile = [_with_raw_mode(tile, mode) for tile in lower.tile]
     lower.load()
-    join_bytes(image, lower, (1, 1, 1, 3) if grey else range(len(image.getbands())))
+    join_bytes(image, lower, (1, 1, 1, 3) if grey else range(len(image.getbands())), no_data)
 
 
 def _has_false_alpha(image: Image.Image) -> bool:

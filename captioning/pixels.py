@@ -17,6 +17,7 @@ WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more 
 OVERSHOOT = 16  # highest level in an image of fractions whose white is 1, apart from highlights
 RINGING = 1.1  # factor by which a resize may exceed white in an image of floating-point numbers
 HIGHLIGHTS = 0.001  # maximum share of an image's levels that lie beyond white, or below 0
+SAMPLE = 1 << 17  # number of levels from which the lowest and the highest are taken
 GDAL_NODATA = 42113  # the tag by which a TIFF names its mark of missing cells
 NO_DATA = 1e30  # geographic images also mark missing cells with numbers beyond this one, or with one of these:
 NO_DATA_LEVELS = (-9999, -32768, -99999, -(2**31))
@@ -53,14 +54,14 @@ def upright_rgb(image: Any) -> Image.Image:
         transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(Base.Orientation, 1))
     tags = getattr(image, "tag_v2", {})
     stored = STORED_TYPES.get((image.mode, tags.get(Base.BitsPerSample, (0,))[0], tags.get(Base.SampleFormat, (1,))[0]))
-    upright = _to_rgb(_cut_long(image), stored, _mark_of_no_data(image))
+    upright = _to_rgb(_cut_long(image), stored, mark_of_no_data(image))
     if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:
         upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
     upright.info.clear()  # its orientation and transparency no longer apply
     return upright if transpose is None else upright.transpose(transpose)
 
 
-def _mark_of_no_data(image: Image.Image) -> float:
+def mark_of_no_data(image: Image.Image) -> float:
     """Return the level by which a TIFF marks missing cells, NaN where it names none."""
     try:
         mark = getattr(image, "tag_v2", {})[GDAL_NODATA]
@@ -128,34 +129,39 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_dat
     Formats of 16 or 32 bits, except PGM, do not say how many of these bits are used; see `white_of`. White is 1 for
     fractions of at most `OVERSHOOT`, or beyond it in a few highlights only; of a signed type, it is at most its highest
     number. If more than a few levels exceed all `WHITES` or are negative, the lowest level is black and the highest is
-    white. Raises `ValueError` where no level is a number.
+    white, apart from a few. Raises `ValueError` where no level is a number.
     """
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled the levels by the file's own maximum
         return 0.0, 65535.0
-    pixels = image.width * image.height
     ringing = RINGING if image.mode == "F" else 1
-    low = high = math.nan
-    negative = up_to_1 = beyond_overshoot = 0
+    step = max(1, image.width * image.height // SAMPLE)
+    sample: list[np.ndarray] = []
+    high = -math.inf
+    present = negative = up_to_1 = beyond_overshoot = 0
     beyond = np.zeros(len(WHITES), int)
     fractions = False
     for box in bands(image):
         levels = _levels(image.crop(box), stored, no_data)
-        low, high = np.fmin(low, np.fmin.reduce(levels, axis=None)), np.fmax(high, np.fmax.reduce(levels, axis=None))
+        levels = levels[~np.isnan(levels)]
+        sample.append(levels[::step])
+        high = max(high, levels.max(initial=-math.inf))
+        present += len(levels)
         negative += (levels < 0).sum()
         up_to_1 += (levels <= 1).sum()
         beyond_overshoot += (levels > OVERSHOOT).sum()
         beyond += count_beyond(levels / ringing)
         fractions |= image.mode == "F" and bool((levels % 1 > 0).any())
-    if math.isnan(low):
+    if not present:
         raise ValueError("none of its levels is a number, or all of them mark missing cells")
-    has_highlights = up_to_1 > 0.5 * pixels and beyond_overshoot < HIGHLIGHTS * up_to_1
-    few = HIGHLIGHTS * pixels
+    has_highlights = up_to_1 > 0.5 * present and beyond_overshoot < HIGHLIGHTS * up_to_1
+    few = HIGHLIGHTS * present
     if negative <= few and fractions and (high <= OVERSHOOT or has_highlights):
         return 0.0, 1.0
     if negative > few or beyond[-1] > few:
+        low, high = np.quantile(np.concatenate(sample), (HIGHLIGHTS, 1 - HIGHLIGHTS))
         return float(low), float(high)
     most = np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]
-    return 0.0, float(white_of(beyond, pixels, most))
+    return 0.0, float(white_of(beyond, present, most))
 
 
 def count_beyond(levels: np.ndarray) -> list[int]:
@@ -179,17 +185,19 @@ def _to_8_bits(levels: np.ndarray, low: float, scale: float, transparent: int | 
     return Image.fromarray(grey if transparent is None else np.where(levels == transparent, np.uint8(255), grey))
 
 
-def join_bytes(upper: Image.Image, lower: Image.Image, channels: Sequence[int]) -> None:
+def join_bytes(upper: Image.Image, lower: Image.Image, channels: Sequence[int], no_data: float) -> None:
     """Scale colours of 16 bits to 8 bits, in place, such that the level of white becomes 255.
 
     `upper` and `lower` hold the two bytes of each level; `channels` are those of `lower` that belong to the channels
-    of `upper`. The level of white is `white_of` the levels, in the colours together and in the transparency.
+    of `upper`; levels of `no_data` become black. The level of white is `white_of` the levels, in the colours together
+    and in the transparency.
     """
     pixels = upper.width * upper.height
 
     def levels(box: tuple[int, int, int, int]) -> np.ndarray:
         high, low = (np.asarray(image.crop(box), np.uint16) for image in (upper, lower))
-        return 256 * high + low[..., channels]
+        joined = 256 * high + low[..., channels]
+        return np.where(joined == no_data, 0, joined)
 
     counts = [[count_beyond(channel) for channel in np.moveaxis(levels(box), 2, 0)] for box in bands(upper)]
     beyond = np.sum(counts, 0)  # (channels, whites)

@@ -61,7 +61,7 @@ def read_caption_files(
 def _read_files(
     files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None
 ) -> Iterator[tuple[File, Places | None]]:
-    """Yield each list of captions in the files, None for rejected ones."""
+    """Yield each list of captions in the files, or None for the .json file by which all of them are rejected."""
 
     def read_json(file: File) -> dict[str, Any]:
         data = read(file)
@@ -73,12 +73,17 @@ def _read_files(
             raise InputError(f"{file} is not JSON ({error}).") from None
         return content if isinstance(content, dict) else {}
 
+    if ".json" in files and len(files) > 1:
+        with suppress(InputError):  # it need not be readable if another file holds the captions
+            if is_rejected(read_json(files[".json"])):
+                yield files[".json"], None
+                return
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
             if is_rejected(content):
                 yield file, None
-                continue
+                return
             for key, value in ((key, content[key]) for key in ("captions", "caption") if key in content):
                 is_text = key == "captions" and isinstance(value, str)  # with a caption in each line
                 captions = split_lines(value) if is_text else value if isinstance(value, list) else [value]

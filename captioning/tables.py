@@ -253,7 +253,7 @@ def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             "next to images/train/, or use `importers.py karpathy`."
         )
     if isinstance(document, dict) and _holds_columns(document):
-        raise InputError(f"{path} holds columns instead of rows; in pandas, write it with orient='records'.")
+        raise InputError(f"{path} holds no object for each row; in pandas, write it with orient='records'.")
     if isinstance(document, dict) and not _names_image(document):
         yield from _read_object(path, document)
         return
@@ -302,9 +302,11 @@ def _holds_columns(document: dict[str, Any]) -> bool:
     lists = {name.lower(): value for name, value in document.items() if isinstance(value, list)}
     if {"columns", "index", "data"} <= lists.keys():
         return True
-    have_texts = all(isinstance(cell, str) for cells in lists.values() for cell in cells)
-    one_length = len({len(cells) for cells in lists.values()}) == 1
-    return len(lists) == len(document) and have_texts and one_length and 0 < len(caption_columns([*lists])) < len(lists)
+    names_images = any(
+        cells and all(isinstance(cell, str) and Path(cell).suffix.lower() in image_suffixes() for cell in cells)
+        for cells in lists.values()
+    )
+    return names_images and bool(caption_columns(list(lists)))
 
 
 def _has_image(record: dict[str, Any]) -> bool:

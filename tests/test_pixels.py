@@ -84,6 +84,22 @@ LEVELS = {  # what a file holds, and what is read, 0 to 255
             (np.float32, 257, 1e6, 255),
         )
     },
+    **{
+        f"levels of {low} to {high} with one of {level:g}": (
+            np.where(np.isnan(SPOILT), level, low + GREY / 255 * (high - low)).astype(np.float32),
+            np.where(np.isnan(SPOILT), shown, GREY),
+        )
+        for low, high, level, shown in (
+            (-1500, 1500, 1e9, 255),
+            (-1500, 1500, -1e9, 0),
+            (0, 1e6, 1e12, 255),
+            (0, 1e6, -1e9, 0),
+        )
+    },
+    "float of 0 to 1, mostly missing, with a highlight": (
+        np.where(np.isnan(SPOILT), 20, np.where(np.arange(16)[:, None] > 5, np.nan, SPOILT)).astype(np.float32),
+        np.where(np.isnan(SPOILT), 1, np.where(np.arange(16)[:, None] > 5, 0, np.nan_to_num(SPOILT))) * 255,
+    ),
     "nothing but zeros": (np.zeros((16, 256), np.int32), np.zeros((16, 256))),
 }
 
@@ -116,6 +132,7 @@ def tiff(levels: np.ndarray, sample_format: int = 1, photometric: int = 1, **opt
     tags |= {279: [len(strip) for strip in strips], 284: [1 + len(strips) // 2]}
     tags |= {338: [options["extra_samples"]]} if "extra_samples" in options else {}
     tags |= {**({320: options["palette"]} if "palette" in options else {}), 339: [sample_format] * channels}
+    tags |= {42113: [options["no_data"]]} if "no_data" in options else {}
     longs = 8 + 2 + 12 * len(tags) + 4  # where the numbers begin that do not fit into the list of tags
     at = longs + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
     for i, strip in enumerate(strips):
@@ -308,8 +325,18 @@ def test_what_a_file_says_of_its_levels_counts(name: str, tmp_path: Path):
 
 def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Path):
     (tmp_path / "a.tif").write_bytes(tiff(DEEP >> 4, photometric=2, planes=True))
-    with pytest.raises(InputError, match=r"a\.tif .*fewer than 13 of its 16 bits per channel; save it with 8 bits"):
+    with pytest.raises(InputError, match=r"a\.tif .*fewer than 13 of their 16 bits; save it with 8 bits"):
         read_image(tmp_path / "a.tif")
+
+
+def test_the_mark_of_missing_cells_in_a_colour_tiff(tmp_path: Path):
+    levels = DEEP >> 4
+    levels[:6] = 65535
+    content = tiff(levels, photometric=2, no_data=65535)
+    (tmp_path / "a.tif").write_bytes(content)
+    shown = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
+    assert (shown[:6] == 0).all()
+    assert np.abs(shown[6:] - COLOURS[6:].astype(int)).max() <= 2
 
 
 def sgi(levels: np.ndarray, packed: bool = False) -> bytes:
@@ -342,7 +369,7 @@ OTHER_DEEP = {
 def test_other_dark_files_of_16_bits_are_refused(form: str, tmp_path: Path):
     path = tmp_path / "a"
     path.write_bytes(OTHER_DEEP[form](FOUR >> 4))
-    with pytest.raises(InputError, match=r"fewer than 13 of its 16 bits per channel; save it with 8 bits"):
+    with pytest.raises(InputError, match=r"fewer than 13 of their 16 bits; save it with 8 bits per channel"):
         read_image(path)
     path.write_bytes(OTHER_DEEP[form](FOUR))
     assert np.asarray(read_image(path)).std() > 10

@@ -35,6 +35,12 @@ FORMS = {
         json.dumps({f"{i}.jpg": [{"caption": "a red ball", "id": i}] if i % 2 else "a red ball" for i in range(6)}),
         ONE,
     ),
+    "a bar in a quoted cell": ("c__csv", csv_rows("image|caption", '{}.jpg|"red | blue"'), ["red | blue"]),
+    "an unclosed quotation mark in a whole row between bars": (
+        "c__csv",
+        csv_rows("image|caption|number", '{}.jpg|"a red ball|0'),
+        ['"a red ball'],
+    ),
     "an inch mark in a short row between bars": (
         "c__csv",
         csv_rows("image|caption|split", '{}.jpg|a red ball of 5"'),
@@ -355,17 +361,22 @@ REFUSED = {
     "a line break at the end of a quoted cell, between bars": (
         "c__csv",
         csv_rows("image|caption", '{}.jpg|"a red ball\n"'),
-        r"c\.csv, line 3, has a quotation mark that is not closed in the line",
+        r"c\.csv, line 3, has too few columns, or a quotation mark that is not closed in the line",
+    ),
+    "a bar in a quoted cell of a short row": (
+        "c__csv",
+        csv_rows("image|caption|source", '{}.jpg|"red | blue"'),
+        r"c\.csv, line 2, has too few columns, or a quotation mark",
     ),
     "a line break at the start of a quoted cell, between bars": (
         "c__csv",
         csv_rows("caption|image", '"\r\na red ball"|{}.jpg'),
-        r"c\.csv, line 2, has a quotation mark that is not closed in the line",
+        r"c\.csv, line 2, has too few columns, or a quotation mark that is not closed in the line",
     ),
     "a line break in a quoted cell before another, between bars": (
         "c__csv",
         csv_rows("image|caption|number", '{}.jpg|"a red\nball"|0'),
-        r"c\.csv, line 2, has a quotation mark that is not closed in the line",
+        r"c\.csv, line 2, has too few columns, or a quotation mark that is not closed in the line",
     ),
     **{
         f"quotation marks after backslashes, {suffix}": (
@@ -377,13 +388,13 @@ REFUSED = {
     },
     "lists of cells": (
         "c__json",
-        json.dumps({"image_urls": ["http://x/0.jpg", "http://x/1.jpg"], "captions": ["a ball", "a dog"]}),
-        r"c\.json holds columns instead of rows; in pandas, write it with orient='records'",
+        json.dumps({"image_urls": ["http://x/0.jpg", "http://x/1.JPG"], "captions": ["a ball", "a dog"]}),
+        r"c\.json holds no object for each row; in pandas, write it with orient='records'",
     ),
     "rows apart from the columns": (
         "c__json",
         json.dumps({"columns": ["image", "caption"], "index": [0], "data": [["0.jpg", "a ball"]]}),
-        r"c\.json holds columns instead of rows; in pandas, write it with orient='records'",
+        r"c\.json holds no object for each row; in pandas, write it with orient='records'",
     ),
     "no such image": ("c__csv", csv_rows("image,caption") + "7.jpg,a ball\n", r"line 8: 7\.jpg is not under"),
     "an image as a number": (
@@ -694,6 +705,7 @@ def test_an_unrelated_metadata_file_is_left_out(tmp_path, capsys):
             "{}",
             r"; .*/captions_train\.json is in COCO's layout, which `python train\.py --data .*/in` takes as it is",
         ),
+        ("annotations/captions_all.json", "{}", ""),
     ],
 )
 def test_where_else_captions_may_be_is_said(tmp_path, name, content, advice):
@@ -760,12 +772,31 @@ def test_the_text_of_an_image_beside_a_named_table_is_no_list(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_text_beside_a_rejected_caption_is_used(tmp_path, capsys):
+def test_the_text_beside_a_rejected_caption_is_left_out_too(tmp_path, capsys):
+    """img2dataset writes both files."""
     source = six(tmp_path / "in", **{f"{i}__txt": "a red ball" for i in range(6)})
     (source / "5.json").write_text('{"caption": "a red ball", "is_rejected": true}')
     importers.import_folder(source, tmp_path / "out")
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
-    assert capsys.readouterr().err == ""
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(5)}
+    assert f"left out 1 rejected caption: {source}/5.json\n" in capsys.readouterr().err
+
+
+def test_a_table_of_a_split_that_cannot_be_read_is_no_list(tmp_path):
+    source = six(
+        tmp_path / "in", captions__csv=csv_rows("image,caption"), val__csv='image,caption\n3.jpg,"a "red" dog"\n'
+    )
+    with pytest.raises(InputError, match=r"captions\.csv and .*val\.csv may both hold the captions"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stems", [("text_1", "logo_1"), ("caption", "bus")])
+def test_images_called_like_columns_are_images(tmp_path, stems):
+    names = [*stems, "tree", "park", "rain", "road"]
+    source = six(tmp_path / "in", c__json=json.dumps({name: ["a red ball"] for name in names}))
+    for i, name in enumerate(names):
+        (source / f"{i}.jpg").rename(source / f"{name}.jpg")
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{name}.jpg": ONE for name in names}
 
 
 def test_a_list_of_a_split_beside_a_table_holds_no_captions(tmp_path, capsys):
