@@ -179,13 +179,16 @@ def _check_image(data: bytes, width: int, height: int) -> str | None:
 
 async def _fetch_image(client: httpx.AsyncClient, image: dict[str, Any], path: Path) -> str | None:
     """Download one image; returns the reason if that fails."""
-    try:
-        data = await read(client, image["coco_url"], MAX_IMAGE_BYTES)
-    except NetworkError as error:
-        return str(error)
-    problem = await asyncio.to_thread(_check_image, data, image["width"], image["height"])
-    if problem is None:
-        write_file(path, lambda file: file.write(data), sync=False)
+    problem = None
+    for _ in range(2):  # a body that is cut off need not raise an error
+        try:
+            data = await read(client, image["coco_url"], MAX_IMAGE_BYTES)
+        except NetworkError as error:
+            return str(error)
+        problem = await asyncio.to_thread(_check_image, data, image["width"], image["height"])
+        if problem is None:
+            write_file(path, lambda file, data=data: file.write(data), sync=False)
+            break
     return problem
 
 

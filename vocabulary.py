@@ -8,12 +8,12 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.errors import InputError
-from captioning.files import read_text, write_file
+from captioning.files import read_text, require_access, write_file
 
 if TYPE_CHECKING:
     from nltk.tokenize import NLTKWordTokenizer, TreebankWordDetokenizer
@@ -84,8 +84,10 @@ class Vocabulary:
     def build(cls, captions: Iterable[str], threshold: int) -> Vocabulary:
         """Take every word that occurs at least `threshold` times in the captions, in order of first appearance.
 
-        Raises `InputError` if there is none.
+        Raises `InputError` if there is none, and for a single text in place of captions.
         """
+        if isinstance(captions, str):
+            raise InputError("captions are a list of texts, not one text.")
         return cls.from_counts(Counter(token for caption in captions for token in tokenize(caption)), threshold)
 
     @classmethod
@@ -101,6 +103,12 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.words)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.words)
+
+    def __contains__(self, word: object) -> bool:
+        return word in self.index
 
     def __getitem__(self, word: str) -> int:
         """Return the word's index, or `UNK` for a word that is not in the vocabulary."""
@@ -149,6 +157,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary written by `save`; raises `InputError` where it is missing or not a vocabulary."""
+        require_access(Path(path).parent)
         if not os.path.exists(path):
             raise InputError(f"{path} does not exist; check the path, or build one with vocab_from_file=False.")
         text = read_text(Path(path))

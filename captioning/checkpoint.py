@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 
 from captioning.backbones import RESNET50, Preprocessing, preprocessing_of, rebuild
 from captioning.errors import InputError, quoted, warn_once
-from captioning.files import decode_text, missing_file, read_bytes, web_address, write_file
+from captioning.files import decode_text, missing_file, read_bytes, require_access, web_address, write_file
 from captioning.lazy_compiler import meta_device
 from captioning.weights import as_state_dict, load_weights, read_saved, read_state_dict
 from model import DECODERS, DecoderModule, EncoderCNN
@@ -165,6 +165,7 @@ def _no_model(folder: Path) -> InputError:
         return InputError(f"{on_hub[1]} is the name of this model on the Hub; write it without the address.")
     if web_address(folder):
         return missing_file(folder)
+    require_access(folder)
     if os.path.isfile(folder) and os.path.exists(folder.parent / DESCRIPTION):
         return InputError(f"{folder} is a file of a model; name its folder, {folder.parent}.")
     elsewhere = MODELS / folder.name
@@ -398,10 +399,10 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
     problems: list[str] = []
     for name in ("resume.pt", "resume-previous.pt"):
         path = folder / name
-        if not path.exists():
-            problems.append(f"{path} is missing")
-            continue
         try:
+            if not path.exists():
+                raise InputError(f"{path} is missing.")
+            path.open("rb").close()  # a file that may not be read is not damaged
             state = read_saved(path)
             if isinstance(state, dict):  # older versions lack these keys
                 added = dict.fromkeys(("total_steps", "batch_size", "captions"), 0)
@@ -410,12 +411,11 @@ def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
                 raise InputError(f"{path} is not the state of a training run.")
             for part in ("encoder", "decoder"):
                 state[part] = as_state_dict(state[part], path)
-        except InputError as error:
-            problems.append(str(error).rstrip("."))
-        else:
             if problems:
                 log(f"{problems[0]}; resuming from {path}")
             return state
+        except InputError as error:
+            problems.append(str(error).rstrip("."))
     raise InputError(f"{folder} cannot be resumed: {' and '.join(problems)}; start a new run.")
 
 

@@ -187,8 +187,9 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
         write_file(path, write)
     except InputError as error:
         reason = getattr(error.__cause__, "strerror", error)
+        needed = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
         raise InputError(
-            f"{path} needs {size / 1e9:.1f} GB and cannot be created ({reason}); make room or use fewer views."
+            f"{path} needs {needed} and cannot be created ({reason}); make room or use fewer views."
         ) from None
 
 

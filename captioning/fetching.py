@@ -186,6 +186,9 @@ async def fetch(
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
+    if have > size:  # it is of another file
+        part.unlink()
+        have = 0
     tasks.advance(min(have, size))
     failures = 0
     while have < size:

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from captioning.errors import InputError
-from captioning.files import missing_file
+from captioning.files import missing_file, require_access
 from captioning.image_formats import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
@@ -86,6 +86,7 @@ def _is_safetensors(path: str | Path) -> bool:
 
 
 def _require_file(path: str | Path) -> None:
+    require_access(Path(path).parent)
     if not os.path.exists(path):
         raise missing_file(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have, too
@@ -93,6 +94,8 @@ def _require_file(path: str | Path) -> None:
 
 
 def _unsafe(path: str | Path, error: Exception) -> InputError:
+    if isinstance(error, OSError) and error.strerror:
+        return InputError(f"{path} cannot be read ({error.strerror}).")
     reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
     if isinstance(error, zipfile.BadZipFile):
         reason = "it is damaged or not complete"

@@ -29,7 +29,7 @@ from captioning.hub import find_model
 from captioning.training import train
 from captioning.weights import read_state_dict
 from train import resumed_config
-from vocabulary import SPECIAL_WORDS
+from vocabulary import SPECIAL_WORDS, Vocabulary
 
 
 @pytest.fixture
@@ -382,3 +382,32 @@ def test_weights_that_do_not_go_with_the_description_are_named(folder: Path, cha
     edit_description(folder, **changes)
     with pytest.raises(InputError, match=r"(en|de)coder-1\.pkl (has|lacks)"):
         load_model(folder)
+
+
+def test_a_state_that_may_not_be_read_is_not_taken_for_a_damaged_one(
+    trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copy(trained / "resume.pt", folder)
+    save_resume(folder, load_resume(folder, print))
+    real = Path.open
+
+    def refuse(path: Path, *arguments: object) -> object:
+        if path.name == "resume.pt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"resume\.pt"):
+        load_resume(folder, print)
+
+
+@pytest.mark.parametrize("read", [read_description, lambda folder: Vocabulary.load(folder / "vocab.json")])
+def test_a_folder_that_may_not_be_entered_is_not_taken_for_an_empty_one(
+    read: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="cannot be read \\(Permission denied\\); change its permissions"):
+        read(tmp_path)

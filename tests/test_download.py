@@ -430,6 +430,17 @@ def test_an_image_whose_connection_breaks_is_retried(coco, tmp_path):
     assert image.read_bytes() == coco.files["/val2017/000000000100.jpg"]
 
 
+def test_an_image_that_came_damaged_once_is_asked_for_again(coco, tmp_path, monkeypatch):
+    answers = iter([b"\xff\xd8\xff cut off"])
+
+    async def read_damaged(*arguments, **options):
+        return next(answers, None) or await fetching.read(*arguments, **options)
+
+    monkeypatch.setattr(download, "read", read_damaged)
+    download.coco(tmp_path, limit=3)
+    assert len(list((tmp_path / "images").rglob("*.jpg"))) == 9
+
+
 def test_images_downloaded_before_the_network_failed_serve_the_next_run(coco, tmp_path):
     coco.status["/test2017/000000000202.jpg"] = [500] * fetching.ATTEMPTS
     with pytest.raises(InputError, match=r"000000000202.jpg cannot be downloaded: .*500.* run the same"):

@@ -1,6 +1,7 @@
 """Downloads from a server that sends what it should not."""
 
 import asyncio
+import hashlib
 import socket
 import threading
 import time
@@ -190,6 +191,12 @@ def test_a_server_that_breaks_off_at_the_same_byte_is_not_asked_for_ever(answer,
     monkeypatch.setattr(fetching, "CHUNK_BYTES", 1000)
     with pytest.raises(InputError, match="run the same command again to resume"):
         fetch(answer([OK + b"Content-Length: 9000\r\n\r\n" + b"x" * 5000]), tmp_path / "a.zip", 9000)
+
+
+def test_a_part_longer_than_the_file_is_replaced(answer, tmp_path):
+    (tmp_path / "a.zip.part").write_bytes(b"y" * 30)
+    with pytest.raises(InputError, match=f"has the SHA-256 {hashlib.sha256(b'x' * 20).hexdigest()} instead of 0000"):
+        fetch(answer([OK + b"Content-Length: 20\r\n\r\n" + b"x" * 20]), tmp_path / "a.zip", 20)
 
 
 def test_another_part_than_was_asked_for_is_refused(answer, tmp_path):

@@ -121,6 +121,18 @@ def test_words_and_a_full_stop_are_decoded_without_nltk():
     assert run_code(code).stdout == "a dog. False\n"
 
 
+def test_a_vocabulary_holds_and_lists_its_words(vocab: Vocabulary):
+    assert "dog" in vocab
+    assert "zebra" not in vocab
+    assert 4 not in vocab
+    assert list(vocab) == vocab.words
+
+
+def test_one_text_is_not_taken_for_captions_of_a_letter_each():
+    with pytest.raises(InputError, match="captions are a list of texts, not one text"):
+        Vocabulary.build("a dog runs", 1)
+
+
 @pytest.mark.parametrize("index", [-1, -100, 10**6])
 def test_an_index_without_a_word_is_refused(vocab: Vocabulary, index: int):
     with pytest.raises(InputError, match=f"has none with the index {index}"):
