@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.errors import InputError
-from captioning.files import read_text, require_access, write_file
+from captioning.files import read_text, require_access, web_address, write_file
 
 if TYPE_CHECKING:
     from nltk.tokenize import NLTKWordTokenizer, TreebankWordDetokenizer
@@ -108,7 +108,7 @@ class Vocabulary:
         return iter(self.words)
 
     def __contains__(self, word: object) -> bool:
-        return word in self.index
+        return isinstance(word, str) and word in self.index
 
     def __getitem__(self, word: str) -> int:
         """Return the word's index, or `UNK` for a word that is not in the vocabulary."""
@@ -157,8 +157,9 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary written by `save`; raises `InputError` where it is missing or not a vocabulary."""
-        require_access(Path(path).parent)
         if not os.path.exists(path):
+            if not web_address(path):
+                require_access(Path(path).parent)
             raise InputError(f"{path} does not exist; check the path, or build one with vocab_from_file=False.")
         text = read_text(Path(path))
         try:

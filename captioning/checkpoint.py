@@ -392,17 +392,15 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_resume(folder: Path, log: Callable[[str], object]) -> dict[str, Any]:
-    """Read resume.pt or, if it is damaged, the state before it, which is reported to `log`.
-
-    Raises `InputError` if neither can be read.
-    """
+    """Read resume.pt or, if it is damaged, the state before it, reported to `log`; else raises `InputError`."""
     problems: list[str] = []
     for name in ("resume.pt", "resume-previous.pt"):
         path = folder / name
         try:
             if not path.exists():
                 raise InputError(f"{path} is missing.")
-            path.open("rb").close()  # a file that may not be read is not damaged
+            if path.is_file():
+                path.open("rb").close()  # raises if it may not be read, and is not damaged
             state = read_saved(path)
             if isinstance(state, dict):  # older versions lack these keys
                 added = dict.fromkeys(("total_steps", "batch_size", "captions"), 0)

@@ -86,7 +86,7 @@ def _read_cells(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield every row after the header: the number of its first line, and its cells without surrounding space."""
     tabs, mark = len(columns) - 1, re.escape(delimiter)
-    quoted_separator = re.compile(rf'(?:^|{mark})\s*"[^"]*{mark}[^"]*"\s*(?:{mark}|$)')
+    quoted_separator = re.compile(rf'(?:^|{mark})\s*"(?:[^"]|"")*{mark}(?:[^"]|"")*"\s*(?:{mark}|$)')
     # If no quoted cell spans lines, every row is a line, and an unclosed quotation mark in a whole row is only text.
     if delimiter == "|" or (delimiter == "\t" and all(line.count("\t") == tabs for line in lines[start:] if line)):
         for number, line in enumerate(lines[start:], start + 1):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     """Allocate the array's file on disk; writing to a hole of a sparse file would kill the process on a full disk."""
     if path.exists():
         return
-    size = 2 * int(np.prod(shape))
+    size = 2 * math.prod(shape)
 
     def write(file: BinaryIO) -> None:
         if shutil.disk_usage(path.parent).free < size:

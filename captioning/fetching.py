@@ -189,7 +189,7 @@ async def fetch(
     if have > size:  # it is of another file
         part.unlink()
         have = 0
-    tasks.advance(min(have, size))
+    tasks.advance(have)
     failures = 0
     while have < size:
         reason, before = "the connection broke", have

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioning.csv_tables import CAPTION_COLUMNS
+from captioning.csv_tables import caption_columns
 from captioning.errors import InputError, quoted
 from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
@@ -85,7 +86,7 @@ def _find_tables(
         for path in tables:
             read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not empty
         empty = [path for path in tables if not any(find_rows(path, encoding))]
-        empty = [path for path in empty if not (split_of_file(path) and _mentions_captions(path, encoding))]
+        empty = [path for path in empty if not (split_of_file(path) and _is_faulty(path, encoding))]
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path)]
     named = {path: _named_images(path, index, encoding) for path in json_files}
@@ -96,10 +97,16 @@ def _find_tables(
     return _Tables(certain, small, empty, json_files)
 
 
-def _mentions_captions(path: Path, encoding: str | None) -> bool:
-    """Return whether the first line of a table names a column called like one of captions."""
+def _is_faulty(path: Path, encoding: str | None) -> bool:
+    """Return whether a table has a column of captions but cannot be read."""
     header = read_text(path, encoding, ENCODING_ADVICE).lstrip().split("\n", 1)[0].lower()
-    return any(kind in header for kind in CAPTION_COLUMNS)
+    if not caption_columns(re.split(r'[,|;\t:{}"]+\s*', header)):
+        return False
+    try:
+        list(read_table(path, encoding, Report()))
+    except InputError:
+        return True
+    return False
 
 
 def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:

@@ -256,7 +256,8 @@ def _load(image: Any, file: _TimedFile) -> None:
     """Decode an image.
 
     Pillow keeps only the upper byte of 16-bit levels. If nearly all of a file's levels use at most 12 of the bits, that
-    is nearly black; the file is then decoded again in the other byte order, which gives the lower byte.
+    is nearly black; the file is then decoded again in the other byte order, which gives the lower byte. The level by
+    which a file marks missing cells does not count.
     """
     raw_mode, decoder = (_raw_mode(image.tile[0]), image.tile[0].codec_name) if image.tile else ("", "")
     image.load()
@@ -269,8 +270,8 @@ def _load(image: Any, file: _TimedFile) -> None:
         return
     counts = np.reshape(image.histogram(), (-1, 256))  # of each level
     no_data = mark_of_no_data(image)
-    if no_data >= 256 * (DARK + 1):
-        counts[:, int(no_data) >> 8] = 0
+    if 256 * (DARK + 1) <= no_data < 65536:
+        counts[:3, int(no_data) >> 8] = 0
     if raw_mode.startswith("RGBa") and counts[3, :255].any():  # its colours are divided by the transparency
         counts = counts[3:]
     elif image.mode != "CMYK":

@@ -17,7 +17,7 @@ WHITES = (1, 255, 1023, 4095, 65535)  # usual levels of white in images of more 
 OVERSHOOT = 16  # highest level in an image of fractions whose white is 1, apart from highlights
 RINGING = 1.1  # factor by which a resize may exceed white in an image of floating-point numbers
 HIGHLIGHTS = 0.001  # maximum share of an image's levels that lie beyond white, or below 0
-SAMPLE = 1 << 17  # number of levels from which the lowest and the highest are taken
+SAMPLE = 1 << 17  # number of levels, or up to four times as many, from which the lowest and the highest are taken
 GDAL_NODATA = 42113  # the tag by which a TIFF names its mark of missing cells
 NO_DATA = 1e30  # geographic images also mark missing cells with numbers beyond this one, or with one of these:
 NO_DATA_LEVELS = (-9999, -32768, -99999, -(2**31))
@@ -134,16 +134,17 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_dat
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled the levels by the file's own maximum
         return 0.0, 65535.0
     ringing = RINGING if image.mode == "F" else 1
-    step = max(1, image.width * image.height // SAMPLE)
     sample: list[np.ndarray] = []
-    high = -math.inf
+    step, high = 1, -math.inf
     present = negative = up_to_1 = beyond_overshoot = 0
     beyond = np.zeros(len(WHITES), int)
     fractions = False
     for box in bands(image):
         levels = _levels(image.crop(box), stored, no_data)
         levels = levels[~np.isnan(levels)]
-        sample.append(levels[::step])
+        sample.append(levels[::step].copy())
+        if sum(map(len, sample)) > 4 * SAMPLE:
+            sample, step = [part[::3].copy() for part in sample], 3 * step  # 3, as widths are often powers of 2
         high = max(high, levels.max(initial=-math.inf))
         present += len(levels)
         negative += (levels < 0).sum()
@@ -189,7 +190,7 @@ def join_bytes(upper: Image.Image, lower: Image.Image, channels: Sequence[int], 
     """Scale colours of 16 bits to 8 bits, in place, such that the level of white becomes 255.
 
     `upper` and `lower` hold the two bytes of each level; `channels` are those of `lower` that belong to the channels
-    of `upper`; levels of `no_data` become black. The level of white is `white_of` the levels, in the colours together
+    of `upper`; colours of `no_data` become black. The level of white is `white_of` the levels, in the colours together
     and in the transparency.
     """
     pixels = upper.width * upper.height
@@ -197,7 +198,9 @@ def join_bytes(upper: Image.Image, lower: Image.Image, channels: Sequence[int], 
     def levels(box: tuple[int, int, int, int]) -> np.ndarray:
         high, low = (np.asarray(image.crop(box), np.uint16) for image in (upper, lower))
         joined = 256 * high + low[..., channels]
-        return np.where(joined == no_data, 0, joined)
+        colours = joined[..., :3]
+        colours[colours == no_data] = 0
+        return joined
 
     counts = [[count_beyond(channel) for channel in np.moveaxis(levels(box), 2, 0)] for box in bands(upper)]
     beyond = np.sum(counts, 0)  # (channels, whites)

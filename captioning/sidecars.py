@@ -19,7 +19,8 @@ from captioning.image_index import ImageIndex
 from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, parse_json
 
-CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # of several files, the first that holds a caption is used
+# Of several files, the first that holds a caption is used, or none if the .json file marks it as rejected.
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 
 File = TypeVar("File")
 Places = list[tuple[str, Any]]  # captions, each after its place as messages name it

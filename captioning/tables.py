@@ -303,10 +303,13 @@ def _holds_columns(document: dict[str, Any]) -> bool:
     if {"columns", "index", "data"} <= lists.keys():
         return True
     names_images = any(
-        cells and all(isinstance(cell, str) and Path(cell).suffix.lower() in image_suffixes() for cell in cells)
-        for cells in lists.values()
+        cells and all(isinstance(cell, str) and _is_image_name(cell) for cell in cells) for cells in lists.values()
     )
-    return names_images and bool(caption_columns(list(lists)))
+    return names_images and bool(caption_columns([key for key, cells in lists.items() if not _is_list_of_rows(cells)]))
+
+
+def _is_image_name(cell: str) -> bool:
+    return Path(cell.partition("?")[0]).suffix.lower() in image_suffixes()  # also of a web address
 
 
 def _has_image(record: dict[str, Any]) -> bool:

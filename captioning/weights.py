@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from captioning.errors import InputError
-from captioning.files import missing_file, require_access
+from captioning.files import missing_file, require_access, web_address
 from captioning.image_formats import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
@@ -86,8 +86,9 @@ def _is_safetensors(path: str | Path) -> bool:
 
 
 def _require_file(path: str | Path) -> None:
-    require_access(Path(path).parent)
     if not os.path.exists(path):
+        if not web_address(path):
+            require_access(Path(path).parent)
         raise missing_file(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have, too
         raise InputError(f"{path} is not a file; check the path.")

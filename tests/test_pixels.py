@@ -329,6 +329,28 @@ def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Pa
         read_image(tmp_path / "a.tif")
 
 
+def test_the_lowest_and_the_highest_level_are_those_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixels, "SAMPLE", 256)
+    monkeypatch.setattr(pixels, "BAND_PIXELS", 512)
+    levels = np.where(np.arange(256) % 128, 1500.0, -500.0).astype(np.float32)[None].repeat(64, 0)
+    levels[:, 1::2] = 500
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    shown = np.asarray(read_image(tmp_path / "a.tif"))[..., 0].astype(int)
+    assert np.abs(shown - (levels + 500) * 255 / 2000).max() <= 1
+
+
+@pytest.mark.parametrize("mark", [65536, 99999])
+def test_a_mark_that_no_level_can_have_is_ignored(tmp_path: Path, mark: int):
+    (tmp_path / "a.tif").write_bytes(tiff(DEEP, photometric=2, no_data=mark))
+    assert np.abs(np.asarray(read_image(tmp_path / "a.tif")).astype(int) - COLOURS).max() <= 2
+
+
+def test_the_mark_of_missing_cells_is_none_of_transparency(tmp_path: Path):
+    content = tiff(np.dstack([DEEP >> 4, ALPHA]), photometric=2, extra_samples=2, no_data=65535)
+    (tmp_path / "a.tif").write_bytes(content)
+    assert np.abs(np.asarray(read_image(tmp_path / "a.tif")).astype(int) - COLOURS).max() <= 2
+
+
 def test_the_mark_of_missing_cells_in_a_colour_tiff(tmp_path: Path):
     levels = DEEP >> 4
     levels[:6] = 65535

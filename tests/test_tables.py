@@ -368,6 +368,11 @@ REFUSED = {
         csv_rows("image|caption|source", '{}.jpg|"red | blue"'),
         r"c\.csv, line 2, has too few columns, or a quotation mark",
     ),
+    "a bar and quotation marks in a quoted cell of a short row": (
+        "c__csv",
+        csv_rows("image|caption|source", '{}.jpg|"a ""red"" | blue"'),
+        r"c\.csv, line 2, has too few columns, or a quotation mark",
+    ),
     "a line break at the start of a quoted cell, between bars": (
         "c__csv",
         csv_rows("caption|image", '"\r\na red ball"|{}.jpg'),
@@ -388,7 +393,7 @@ REFUSED = {
     },
     "lists of cells": (
         "c__json",
-        json.dumps({"image_urls": ["http://x/0.jpg", "http://x/1.JPG"], "captions": ["a ball", "a dog"]}),
+        json.dumps({"image_urls": ["http://x/0.jpg", "http://x/1.JPG?w=1"], "captions": ["a ball", "a dog"]}),
         r"c\.json holds no object for each row; in pandas, write it with orient='records'",
     ),
     "rows apart from the columns": (
@@ -779,6 +784,23 @@ def test_the_text_beside_a_rejected_caption_is_left_out_too(tmp_path, capsys):
     importers.import_folder(source, tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(5)}
     assert f"left out 1 rejected caption: {source}/5.json\n" in capsys.readouterr().err
+
+
+def test_lists_of_images_beside_rows_are_no_columns(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": "a red ball"} for i in range(6)]
+    document = {"images": [f"{i}.jpg" for i in range(6)], "captions": rows}
+    importers.import_folder(six(tmp_path / "in", c__json=json.dumps(document)), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    "content", ["image,caption\n", "texture_0.jpg\n", "image,context\n0.jpg,a\n", "image,caption\n0.jpg,\n"]
+)
+def test_a_list_of_a_split_is_no_table_of_captions(tmp_path, capsys, content):
+    source = six(tmp_path / "in", captions__csv=csv_rows("image,caption"), test__csv=content)
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    assert f"caption can be read: {source}/test.csv" in capsys.readouterr().err
 
 
 def test_a_table_of_a_split_that_cannot_be_read_is_no_list(tmp_path):
