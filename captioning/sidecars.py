@@ -5,6 +5,7 @@ The files are in a folder or, for `shards`, in a tar file.
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +65,7 @@ def _read_files(
 ) -> Iterator[tuple[File, Places | None]]:
     """Yield each list of captions in the files, or None for the .json file by which all of them are rejected."""
 
+    @functools.cache  # it is asked for up to three times
     def read_json(file: File) -> dict[str, Any]:
         data = read(file)
         try:
@@ -74,7 +76,7 @@ def _read_files(
             raise InputError(f"{file} is not JSON ({error}).") from None
         return content if isinstance(content, dict) else {}
 
-    if ".json" in files and len(files) > 1:
+    if ".json" in files:
         with suppress(InputError):  # it need not be readable if another file holds the captions
             if is_rejected(read_json(files[".json"])):
                 yield files[".json"], None
@@ -82,9 +84,6 @@ def _read_files(
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
-            if is_rejected(content):
-                yield file, None
-                return
             for key, value in ((key, content[key]) for key in ("captions", "caption") if key in content):
                 is_text = key == "captions" and isinstance(value, str)  # with a caption in each line
                 captions = split_lines(value) if is_text else value if isinstance(value, list) else [value]
