@@ -141,10 +141,15 @@ class _CatchErrors(Dataset):
             return error
 
 
-def _ignore_signals(_: int) -> None:
-    """Make a worker ignore signals; it ends with its parent."""
+def _start_worker(_: int) -> None:
+    """Make a worker ignore signals, since it ends with its parent, and leave the cores to the parent's backbone.
+
+    The threads of the backbone wait for one another, so that each worker that displaces one of them delays them all.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(19)
 
 
 def split_batches(count: int, size: int) -> list[range]:
@@ -172,7 +177,7 @@ def read_batches(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_start_worker,
     )
     for keys, (images, failed) in zip(batches, _name_lost_workers(loader), strict=True):
         for position, error in failed.items():
