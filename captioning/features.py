@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from captioning.backbones import Preprocessing
 from captioning.distributed import choose_dtype, this_process
 from captioning.errors import InputError, summarize_errors
-from captioning.files import CACHE, write_file
+from captioning.files import CACHE, format_bytes, write_file
 from captioning.image_formats import HEIF_SUFFIXES
 from captioning.images import ImageDataset, Views, find_unreadable, read_batches, split_batches
 from captioning.shards import Member, stamp
@@ -188,9 +188,8 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
         write_file(path, write)
     except InputError as error:
         reason = getattr(error.__cause__, "strerror", error)
-        needed = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
         raise InputError(
-            f"{path} needs {needed} and cannot be created ({reason}); make room or use fewer views."
+            f"{path} needs {format_bytes(size)} and cannot be created ({reason}); make room or use fewer views."
         ) from None
 
 

@@ -18,7 +18,7 @@ import httpx
 from tqdm import tqdm
 
 from captioning.errors import InputError, is_offline
-from captioning.files import is_within
+from captioning.files import format_bytes, is_within
 
 ATTEMPTS = 5  # maximum number of consecutive attempts that fetch less than a chunk
 RETRY_SECONDS = 0.5  # first delay before another attempt, doubled after every failure
@@ -248,9 +248,8 @@ def require_space(folder: Path, needed: int) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        size, unit = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
         raise InputError(
-            f"{folder} needs {needed / size:.1f} {unit} of free disk space and has {free / size:.1f} {unit}; "
+            f"{folder} needs {format_bytes(needed)} of free disk space and has {format_bytes(free)}; "
             "free some, or name a folder on another disk."
         )
 

@@ -60,6 +60,11 @@ def hash_file(path: Path, prefix: bytes = b"") -> str:
     return digest.hexdigest()
 
 
+def format_bytes(size: float) -> str:
+    """Write a number of bytes in MB or, from one on, in GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def require_regular(path: str | Path) -> None:
     """Raise `InputError` for a web address, and for a pipe, device or folder, which could block its reader forever."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,24 @@ STORED_TYPES: dict[tuple[str, int, int], type[np.integer]] = {
 }
 
 
+@dataclass
+class _Encoding:
+    """How a grey image encodes its levels.
+
+    stored: the type of the levels, if the image's mode has another one. no_data: the level of missing cells, or NaN.
+    """
+
+    stored: type[np.integer] | None
+    no_data: float
+
+    def levels(self, band: Image.Image) -> np.ndarray:
+        """Return the levels of a band as float64, NaN for missing ones."""
+        levels = np.asarray(band)
+        levels = (levels if self.stored is None else levels.astype(self.stored)).astype(np.float64)
+        present = (np.abs(levels) < NO_DATA) & ~np.isin(levels, (*NO_DATA_LEVELS, self.no_data))
+        return np.where(present, levels, np.nan)
+
+
 def upright_rgb(image: Any) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB, upright, transparency over white.
 
@@ -54,7 +73,7 @@ def upright_rgb(image: Any) -> Image.Image:
         transpose = TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(Base.Orientation, 1))
     tags = getattr(image, "tag_v2", {})
     stored = STORED_TYPES.get((image.mode, tags.get(Base.BitsPerSample, (0,))[0], tags.get(Base.SampleFormat, (1,))[0]))
-    upright = _to_rgb(_cut_long(image), stored, mark_of_no_data(image))
+    upright = _to_rgb(_cut_long(image), _Encoding(stored, mark_of_no_data(image)))
     if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:
         upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
     upright.info.clear()  # its orientation and transparency no longer apply
@@ -81,14 +100,13 @@ def _cut_long(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top))
 
 
-def _to_rgb(image: Image.Image, stored: type[np.integer] | None, no_data: float) -> Image.Image:
-    """Convert an image to RGB; see `_levels` for `stored` and `no_data`."""
+def _to_rgb(image: Image.Image, encoding: _Encoding) -> Image.Image:
     transparent = image.info.get("transparency")
-    if stored is not None or image.mode.startswith(("I", "F")):
-        low, high = _black_and_white(image, stored, no_data)
+    if encoding.stored is not None or image.mode.startswith(("I", "F")):
+        low, high = _black_and_white(image, encoding)
         scale = 255 / (high - low) if high > low else 0.0
         hidden = transparent if isinstance(transparent, int) else None
-        return _convert_bands(image, lambda band: _to_8_bits(_levels(band, stored, no_data), low, scale, hidden))
+        return _convert_bands(image, lambda band: _to_8_bits(encoding.levels(band), low, scale, hidden))
     if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or transparent is not None:
         return _convert_bands(image, _over_white)
     return image.convert("RGB")
@@ -113,18 +131,8 @@ def _over_white(band: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
 
 
-def _levels(band: Image.Image, stored: type[np.integer] | None, no_data: float) -> np.ndarray:
-    """Return the levels of a grey image as float64, NaN for missing ones.
-
-    `stored` is the type of the levels if the image's mode has another one, and `no_data` the level of missing ones.
-    """
-    levels = np.asarray(band)
-    levels = (levels if stored is None else levels.astype(stored)).astype(np.float64)
-    return np.where((np.abs(levels) < NO_DATA) & ~np.isin(levels, (*NO_DATA_LEVELS, no_data)), levels, np.nan)
-
-
-def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_data: float) -> tuple[float, float]:
-    """Return the levels of black and white; see `_levels` for `stored` and `no_data`.
+def _black_and_white(image: Image.Image, encoding: _Encoding) -> tuple[float, float]:
+    """Return the levels of black and white.
 
     Formats of 16 or 32 bits, except PGM, do not say how many of these bits are used; see `white_of`. White is 1 for
     fractions of at most `OVERSHOOT`, or beyond it in a few highlights only; of a signed type, it is at most its highest
@@ -140,7 +148,7 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_dat
     beyond = np.zeros(len(WHITES), int)
     fractions = False
     for box in bands(image):
-        levels = _levels(image.crop(box), stored, no_data)
+        levels = encoding.levels(image.crop(box))
         levels = levels[~np.isnan(levels)]
         sample.append(levels[::step].copy())
         if sum(map(len, sample)) > 4 * SAMPLE:
@@ -161,7 +169,7 @@ def _black_and_white(image: Image.Image, stored: type[np.integer] | None, no_dat
     if negative > few or beyond[-1] > few:
         low, high = np.quantile(np.concatenate(sample), (HIGHLIGHTS, 1 - HIGHLIGHTS))
         return float(low), float(high)
-    most = np.iinfo(stored).max if stored in (np.int8, np.int16) else WHITES[-1]
+    most = np.iinfo(encoding.stored).max if encoding.stored in (np.int8, np.int16) else WHITES[-1]
     return 0.0, float(white_of(beyond, present, most))
 
 
