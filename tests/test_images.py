@@ -475,6 +475,22 @@ def test_avif_is_read(tmp_path: Path):
     assert np.abs(np.asarray(read_image(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
 
 
+def test_avif_is_read(tmp_path: Path):
+    RED.save(tmp_path / "a.avif")
+    assert np.abs(np.asarray(read_image(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="the system has no priorities of this kind")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_leave_the_cores_to_the_process_that_computes(tmp_path: Path, workers: int):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    before = os.nice(0)
+    dataset = ImageDataset([tmp_path / "a.png"], lambda image: torch.tensor(os.nice(0)))
+    ((_, priority),) = read_batches(dataset, [[0]], workers)
+    assert priority.item() == (19 if workers else before)
+    assert os.nice(0) == before
+
+
 @pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a"])
 def test_heic_is_read_whatever_its_name(tmp_path: Path, name: str):
     pillow_heif = pytest.importorskip("pillow_heif")
