@@ -12,7 +12,6 @@ be edited in place, and copies elsewhere.
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from captioning.annotations import parse_image_id
-from captioning.captions import clean_caption
+from captioning.captions import MARKS, clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
@@ -29,10 +28,7 @@ from captioning.folder_captions import read_captions_of_folder, read_tables, rep
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.splits import assign_splits, read_split_files, set_split, splits_by_folder
-from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file
-
-# A caption between the marks that tutorials add to it, such as "startseq a dog endseq".
-MARKED = re.compile(r"(<(start|s|bos|sos)>|(start|bos|sos)seq).*(<(end|/s|eos)>|(end|eos)seq)", re.IGNORECASE)
+from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file, starts_as_token_file
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
@@ -44,6 +40,15 @@ def _source_folder(source: Path) -> Path:
     if not os.path.exists(source):  # unlike Path.exists, also False for a name that no file can have
         raise InputError(f"{source} does not exist; name the folder that the data set was unpacked into.")
     return source if source.is_dir() else source.parent
+
+
+def _image_folder(images: Path | None, folder: Path) -> Path:
+    """Return the folder of images: that of --images, which must be one, or `folder`."""
+    if images is None:
+        return folder
+    if os.path.isfile(images):
+        raise InputError(f"{images} is a file; unpack it if it is an archive, and name the folder with --images.")
+    return _source_folder(images)
 
 
 def _write(images: list[SourceImage], source: Path, destination: Path, report: Report) -> None:
@@ -66,8 +71,8 @@ def _captions(row: Row, report: Report) -> list[str]:
     for caption in row.captions:
         if not caption:
             report.add("empty caption{s}", row.where)
-        elif MARKED.fullmatch(caption):
-            report.add("caption{s} with marks of the start and the end, which are learned as words", row.where, "read")
+        elif MARKS.search(caption):
+            report.add("caption{s} with marks such as <start>, which are learned as words", row.where, "read")
     return [caption for caption in row.captions if caption]
 
 
@@ -129,13 +134,13 @@ def import_flickr(
     table = _flickr_captions(folder, files) if source.is_dir() else source
     captions: dict[str, list[str]] = {}  # by the name of the image in Unicode's composed form
     splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
-    is_token_file = ".token" in table.name.lower()
+    is_token_file = ".token" in table.name.lower() or starts_as_token_file(table, encoding)
     for row in read_token_file(table, encoding) if is_token_file else read_table(table, encoding, report):
         row.image = unicodedata.normalize("NFC", row.image)
         captions.setdefault(row.image, []).extend(_captions(row, report))
         if row.split:
             set_split(splits, row.image, row.where, row.split)
-    index = ImageIndex(_source_folder(images or folder))
+    index = ImageIndex(_image_folder(images, folder))
     split_files = [path for path in files if path != table and SPLIT_FILE.search(path.stem)]
     read_split_files(split_files, captions, table, encoding, splits)
     rows: list[Row] = []
@@ -162,6 +167,7 @@ def import_flickr(
         for key in sorted(index.paths.keys() - keys.keys()):
             report.add("image{s} without a caption", str(index.paths[key][0]))
         if not splits:
+            report_split_files((path for path in walk_files(folder) if path != table), report)
             for key, split in splits_by_folder(keys, report).items():
                 keys[key].split = split
     _write(_name_images(keys, index), table, destination, report)
@@ -215,11 +221,13 @@ def import_karpathy(source: Source, destination: Destination, images: Path | Non
         raise InputError(f"{paths[0]} is not a Karpathy split: it should be JSON with a list `images`.")
     rows = [_karpathy_row(entry, f"{paths[0]}, images[{number}]") for number, entry in enumerate(entries)]
 
-    index = ImageIndex(_source_folder(images or folder))
+    index = ImageIndex(_image_folder(images, folder))
     direct = index.holds_any(row.image for row in rows)
     keys_of_rows = [index.find(row.image, row.where, anywhere=not direct) for row in rows]
     if not any(keys_of_rows):  # all images in one folder, whatever their filepath
         keys_of_rows = [index.find(row.image.rpartition("/")[2], row.where) for row in rows]
+        for row in rows:
+            report.add(f"image{{s}} in {index.folder}, not in the folder of its filepath", row.image, "found")
     keys: dict[str, Row] = {}
     for row, key in zip(rows, keys_of_rows, strict=True):
         if key is None:
@@ -249,7 +257,7 @@ def _karpathy_row(entry: Any, where: str) -> Row:
         raise InputError(f"{where} is not an entry with filename, split and sentences as Karpathy has them.") from None
     known_split = parse_split(split) if isinstance(split, str) else None
     if known_split is None or not isinstance(name, str):
-        raise InputError(f"{where}: the split {split!r} is unknown, or the filename {name!r} is not text.")
+        raise InputError(f"{where}: the split {split!r:.80} is unknown, or the filename {name!r:.80} is not text.")
     return Row(where, image, captions, known_split)
 
 
@@ -296,7 +304,7 @@ def import_folder(
     require_new_folder(destination)
     folder, report = _source_folder(source), Report()
     rows, kind = ([], "") if source.is_dir() else (read_tables([source], folder, encoding, report), "row")
-    index = ImageIndex(_source_folder(images or folder))
+    index = ImageIndex(_image_folder(images, folder))
     if source.is_dir():
         rows, kind = read_captions_of_folder(folder, index, encoding, report)
     else:

@@ -13,11 +13,16 @@ from typing import Any
 
 from captioning.errors import InputError
 
-MISSING = {  # spellings of a cell without a value, and Excel's errors in English and German
+MISSING = {  # spellings of a cell without a value, and errors of spreadsheets, some in German and Spanish
     *("nan", "none", "null", "n/a", "na", "<na>"),
     *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!", "#div/0!", "#null!", "#num!", "#zahl!"),
+    *("#error!", "#spill!", "#calc!", "#nombre?", "#valor!", "loading..."),
 }
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
+MARKS = re.compile(  # that tutorials and tokenizers add to a caption, such as "startseq a dog endseq"
+    r"<(start|end|s|/s|bos|eos|sos|pad|unk)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]|\b(start|end|bos|eos|sos)seq\b",
+    re.IGNORECASE,
+)
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",

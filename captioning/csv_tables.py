@@ -38,12 +38,16 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     start = next((at for at, line in enumerate(lines) if line.strip() and not re.fullmatch("sep=.", line)), 0)
     delimiter, columns = _read_header(path, start + 1, lines[start])
     image = next(index for index, name in enumerate(columns) if name in IMAGE_COLUMNS)
-    caption = min(map(columns.index, caption_columns(columns)))
+    captions = [columns.index(name) for name in caption_columns(columns)]
+    caption, after = min(captions), max(captions) + 1
     last_needed = max(image, caption)
     nameless = [at for at in range(caption, len(columns)) if re.fullmatch(r"(unnamed: \d+)?(\.\d+)?", columns[at])]
     for number, cells in _read_cells(path, lines, start + 1, delimiter, columns):
         where = f"{path}, line {number}"
-        if any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
+        additional = len(cells) - len(columns)
+        # Where the last cells are blank, those of a caption that contains the separator are after its column.
+        shifted = additional > 0 and any(cells[after : after + additional])
+        if shifted or any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
             raise InputError(
                 f"{where}, has more columns than the header's {len(columns) - len(nameless)}; put a caption that "
                 "contains the separator in double quotes, or name the column in the header."

@@ -40,8 +40,12 @@ BINARY_FILES = {  # files that are mistaken for text, by first bytes
     b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow file",  # of the streaming format
     b"%PDF-": "a PDF file",
+    b"SQLite format 3": "an SQLite database",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
     **dict.fromkeys((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), "a Python pickle"),
 }
+LATIN = ("cp1252", "iso8859-1", "iso8859-15")  # names in `codecs`
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
 _WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
@@ -121,9 +125,24 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
         at = getattr(error, "start", 0)
         line = data.count(b"\n", 0, at) + 1
         raise InputError(f"{path}, line {line}, is not {name.upper()} text (byte {at}); {advice}.") from None
+    if name == encoding and codecs.lookup(name).name in LATIN:
+        _check_latin(data, text, path, name)
     if "\0" in text:
         raise InputError(f"{path} holds zero bytes, as UTF-16 without a byte order mark does; {advice}.")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_latin(data: bytes, text: str, path: object, encoding: str) -> None:
+    """Raise `InputError` where a Latin encoding, with which any bytes can be decoded, is not that of the bytes."""
+    for number, (line, decoded) in enumerate(zip(data.split(b"\n"), text.split("\n"), strict=True), 1):
+        if not line.isascii() and _is_utf8(line):
+            raise InputError(
+                f"{path}, line {number}, is UTF-8, but others are not; save the whole file in UTF-8 or in {encoding}."
+            )
+        if control := re.search("[\x80-\x84\x86-\x9f]", decoded):
+            raise InputError(
+                f"{path}, line {number}, holds the control character {control[0]!r} in {encoding}; try cp1252."
+            )
 
 
 def _is_utf8(data: bytes) -> bool:

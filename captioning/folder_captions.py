@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioning.csv_tables import caption_columns
+from captioning.csv_tables import IMAGE_COLUMNS, caption_columns
 from captioning.errors import InputError, quoted
 from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
@@ -17,6 +18,7 @@ from captioning.splits import split_of_file
 from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, find_rows, parse_split, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+SPLIT_FILE_SUFFIXES = (".txt", ".lst", ".json", *TABLE_SUFFIXES)
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather")
 
@@ -47,7 +49,8 @@ def read_captions_of_folder(
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
         tables, found.empty = found.empty or found.json_files, []
-    report_split_files(here, report)
+    read = {*sidecars, *tables, *found.certain, *found.small, *found.empty}
+    report_split_files((path for path in files if path not in read), report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         left_out = "".join(f"; {line}" for line in report.lines())
@@ -67,10 +70,11 @@ def read_captions_of_folder(
     return read_tables(tables, folder, encoding, report), "row"
 
 
-def report_split_files(files: list[Path], report: Report) -> None:
-    """Report text files that are called like lists of a split's images, which are not read."""
+def report_split_files(files: Iterable[Path], report: Report) -> None:
+    """Report files that are called like lists of a split's images, which are not read."""
     for path in files:
-        if path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem):
+        is_list = SPLIT_FILE.search(path.stem) or path.stem.lower() in ("split", "splits")
+        if is_list and path.suffix.lower() in SPLIT_FILE_SUFFIXES:
             report.add("list{s} of a split; a table gives its rows' splits in a column named split", str(path))
 
 
@@ -88,7 +92,7 @@ def _find_tables(
         empty = [path for path in tables if not any(find_rows(path, encoding))]
         empty = [path for path in empty if not (split_of_file(path) and _is_faulty(path, encoding))]
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
-            empty = [path for path in empty if not split_of_file(path)]
+            empty = [path for path in empty if not split_of_file(path) or _lacks_captions(path, encoding)]
     named = {path: _named_images(path, index, encoding) for path in json_files}
     half = len(index.paths) / 2
     certain = [path for path in tables if path not in empty]
@@ -99,14 +103,24 @@ def _find_tables(
 
 def _is_faulty(path: Path, encoding: str | None) -> bool:
     """Return whether a table has a column of captions but cannot be read."""
-    header = read_text(path, encoding, ENCODING_ADVICE).lstrip().split("\n", 1)[0].lower()
-    if not caption_columns(re.split(r'[,|;\t:{}"]+\s*', header)):
+    if not caption_columns(_first_words(path, encoding)):
         return False
     try:
         list(read_table(path, encoding, Report()))
     except InputError:
         return True
     return False
+
+
+def _lacks_captions(path: Path, encoding: str | None) -> bool:
+    """Return whether a table has a column of images and none of captions, as one of a challenge's test split."""
+    words = _first_words(path, encoding)
+    return not set(words).isdisjoint(IMAGE_COLUMNS) and not caption_columns(words)
+
+
+def _first_words(path: Path, encoding: str | None) -> list[str]:
+    """Return what may be names of columns in a table's first line."""
+    return re.split(r'[,|;\t:{}"]+\s*', read_text(path, encoding, ENCODING_ADVICE).lstrip().split("\n", 1)[0].lower())
 
 
 def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:

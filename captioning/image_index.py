@@ -6,7 +6,7 @@ import os
 import posixpath
 import stat
 import unicodedata
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,9 @@ def walk_files(folder: Path) -> Iterator[Path]:
             visited.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
-            raise InputError(f"{here} cannot be read ({error.strerror}).") from None
+            raise InputError(
+                f"{here} cannot be read ({error.strerror}); change its permissions, or move it out of {folder}."
+            ) from None
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -86,6 +88,7 @@ class ImageIndex:
         self.by_stem: dict[str, set[str]] = defaultdict(set)  # file name without its suffix -> keys
         self.by_casefold: dict[str, list[str]] = defaultdict(list)  # key without its case -> keys
         self.by_tail: dict[int, dict[str, list[str]]] = {}  # number of parts -> last parts without a suffix -> keys
+        others: Counter[str] = Counter()  # suffixes of other files
         for path in walk_files(folder):
             if path.suffix.lower() in image_suffixes():
                 key = _normalize(path.relative_to(folder).as_posix())
@@ -96,10 +99,15 @@ class ImageIndex:
                 self.by_casefold[key.casefold()].append(key)
             elif path.suffix.lower() in HEIF_SUFFIXES:
                 self.unreadable.append(path)
+            else:
+                others[path.suffix or "none"] += 1
         if not self.paths:
-            what = (
-                "no images but HEIC; `pip install pillow-heif` makes them readable" if self.unreadable else "no images"
-            )
+            what = "no images"
+            if self.unreadable:
+                what += " but HEIC; `pip install pillow-heif` makes them readable"
+            elif others:
+                suffix, count = others.most_common(1)[0]
+                what += f" that are recognized by their suffix; the suffix of {count:,} files is {suffix}"
             raise InputError(f"{folder} holds {what}; name the folder that holds others with --images.")
 
     def holds_any(self, names: Iterable[str]) -> bool:

@@ -29,7 +29,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captioning.annotations import lacks_spaces, parse_image_id, read_captions
-from captioning.captions import is_structure
+from captioning.captions import MARKS, is_structure
 from captioning.errors import InputError, warn_once
 from captioning.files import require_regular
 from captioning.tables import parse_json
@@ -343,6 +343,8 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
             f"{results_file}: captions have no spaces between words, so that each whole sentence counts as one word; "
             "split results and references into words first (as jieba, MeCab and PyThaiNLP do)."
         )
+    if marked := next(filter(MARKS.search, hypotheses.values()), None):
+        warn_once(f"{results_file}: marks such as those of {marked!r:.80} count as words; remove them first.")
     return score(hypotheses, references, java=java)
 
 

@@ -123,12 +123,20 @@ def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tup
     for stem, image in images.items():
         own = texts.pop(stem, {})
         if not own and len(images) == 1:
-            others = [pair for files in texts.values() for pair in files.items()]
+            # frame_0.5 and frame_0.7 are two samples, though WebDataset's key of both is frame_0.
+            number = _follows_point(key, stem)
+            alike = [files for other, files in texts.items() if not (number and _follows_point(key, other))]
+            others = [pair for files in alike for pair in files.items()]
             if len(dict(others)) == len(others):  # else they are ambiguous
                 own = dict(others)
-                texts.clear()
+                texts = {other: files for other, files in texts.items() if files not in alike}
         yield image, own
     yield from ((None, files) for files in texts.values())
+
+
+def _follows_point(key: str, stem: str) -> bool:
+    """Return whether a digit follows the point after the key of a file, as in 0.5."""
+    return stem[len(key) + 1 : len(key) + 2].isdigit()
 
 
 def _describe_start(shard: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -69,6 +70,12 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     split_column = _split_column([record for _, record in records])
     if split_column not in SPLIT_COLUMNS:
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
+    for column in dict.fromkeys(chain.from_iterable(record for _, record in records)):
+        if "split" in column and column != split_column and any(_names_split(record, column) for _, record in records):
+            report.add("column{s} of splits; name the one that counts split", f"{path}, {column}", "ignored")
+        elif column == "filepath":
+            report.add("column{s} of folders; write folder and name in one column", f"{path}, {column}", "ignored")
+    folders: dict[str, Any] = {}  # image -> its filepath
     for where, record in records:
         columns = caption_columns(list(record))
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
@@ -77,10 +84,18 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
             report.add("rejected caption{s}", where)
         elif not all(map(_is_blank, record.values())):
             for column, value in record.items():
-                if column.startswith("caption") and column not in columns and _is_text(value):
+                if "caption" in column and column not in columns and _is_text(value):
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
-            yield Row(where, _image(record, where), _captions(record, where), split)
+            row = Row(where, _image(record, where), _captions(record, where), split)
+            if folders.setdefault(row.image, folder := record.get("filepath")) != folder:
+                raise InputError(
+                    f"{where}: {row.image} has the filepath {folder!s:.80}, and {folders[row.image]!s:.80} in another "
+                    "row; write folder and name in one column called image."
+                )
+            if len(row.captions) > 2 and all(text.isascii() and " " not in text for text in row.captions):
+                report.add("row{s} with captions of one word each; join words that are one caption", where, "read")
+            yield row
 
 
 def find_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
@@ -92,6 +107,12 @@ def find_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
                 row = Row(where, _image(record, where), _captions(record, where), "")
                 if any(row.captions):
                     yield row
+
+
+def starts_as_token_file(path: Path, encoding: str | None = None) -> bool:
+    """Return whether a file has the format that `read_token_file` reads, by its first line with text."""
+    first = next((line for line in read_text(path, encoding, ENCODING_ADVICE).split("\n") if line.strip()), "")
+    return re.match(r"[^\t]+#\d+\t", first) is not None
 
 
 def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
@@ -170,12 +191,18 @@ def _image(record: dict[str, Any], where: str) -> str:
         raise InputError(f"{where}, has no image (a column called {', '.join(IMAGE_COLUMNS[:-1])} or image_path).")
     if not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{where}, must give the image's file name as text, each row in its own object.")
-    if len(set(names.values())) > 1:
+    name = max(map(str.strip, names.values()), key=len)
+    if not all(_is_end(other.strip(), name) for other in names.values()):
         raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
-    name = next(iter(names.values())).strip()
     if is_structure(name):  # as when a column of images is saved as text
         raise InputError(f"{where}, has an image that is not a file name: {name:.80}; save the images as files.")
     return name
+
+
+def _is_end(name: str, path: str) -> bool:
+    """Return whether a name, whose suffix may be missing, consists of the last parts of a path."""
+    name, path = (f"/{text}".replace("\\", "/") for text in (name, path))
+    return path.endswith(name) or os.path.splitext(path)[0].endswith(name)
 
 
 def _captions(record: dict[str, Any], where: str) -> list[str]:
@@ -215,6 +242,10 @@ def _split_column(records: list[dict[str, Any]]) -> str:
     columns = [name for name in names if all(parse_split(str(record.get(name))) for record in records)]
     columns = [name for name in columns if len({parse_split(str(record[name])) for record in records}) > 1]
     return columns[0] if len(columns) == 1 else "split"
+
+
+def _names_split(record: dict[str, Any], column: str) -> bool:
+    return parse_split(str(record.get(column))) is not None
 
 
 def _split(value: Any, where: str) -> str:

@@ -467,19 +467,6 @@ def test_a_worker_that_the_system_ends_is_a_sentence(tmp_path: Path):
         list(read_batches(dataset, [[0]], -1))
 
 
-# Formats
-
-
-def test_avif_is_read(tmp_path: Path):
-    RED.save(tmp_path / "a.avif")
-    assert np.abs(np.asarray(read_image(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
-
-
-def test_avif_is_read(tmp_path: Path):
-    RED.save(tmp_path / "a.avif")
-    assert np.abs(np.asarray(read_image(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
-
-
 @pytest.mark.skipif(not hasattr(os, "nice"), reason="the system has no priorities of this kind")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_workers_leave_the_cores_to_the_process_that_computes(tmp_path: Path, workers: int):
@@ -489,6 +476,14 @@ def test_workers_leave_the_cores_to_the_process_that_computes(tmp_path: Path, wo
     ((_, priority),) = read_batches(dataset, [[0]], workers)
     assert priority.item() == (19 if workers else before)
     assert os.nice(0) == before
+
+
+# Formats
+
+
+def test_avif_is_read(tmp_path: Path):
+    RED.save(tmp_path / "a.avif")
+    assert np.abs(np.asarray(read_image(tmp_path / "a.avif"), int) - (255, 0, 0)).max() < 9
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a"])

@@ -245,6 +245,13 @@ def test_flickr30k_token_file_with_bare_numbers_in_the_splits(tmp_path):
     assert captions(tmp_path / "out", "val") == {"10002456.jpg": ["A crane ."]}
 
 
+def test_a_token_file_of_any_name(flickr8k, tmp_path):
+    tokens = next(flickr8k.rglob("Flickr8k.token.txt"))
+    arabic = tokens.rename(tokens.with_name("arabic.tsv"))
+    importers.import_flickr(arabic, tmp_path / "out", images=flickr8k)
+    assert all_captions(tmp_path / "out")
+
+
 def test_flickr30k_csv_with_its_broken_row(tmp_path):
     source = tmp_path / "flickr30k"
     rows = ["image_name| comment_number| comment"]
@@ -1098,7 +1105,7 @@ def test_karpathys_filepath_tells_images_of_one_name_apart(tmp_path):
 
 
 @pytest.mark.parametrize("where", [".", "extra/train2014", "images"])
-def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, where):
+def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, capsys, where):
     for i in range(3):
         make_image(tmp_path / "in" / where / f"{i}.jpg")
     sentences = [{"tokens": ["a", "cat"]}]
@@ -1111,6 +1118,8 @@ def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, where):
             importers.import_karpathy(tmp_path / "in", tmp_path / "out")
     importers.import_karpathy(tmp_path / "in", tmp_path / "out", images=tmp_path / "in" / where.split("/")[0])
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a cat"] for i in range(3)}
+    told = "not in the folder of its filepath, the first is train2014/0.jpg" in capsys.readouterr().err
+    assert told == (where != "extra/train2014")
 
 
 def test_karpathys_tokens_are_a_list(tmp_path):

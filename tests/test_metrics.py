@@ -508,6 +508,16 @@ def test_cider_d_equals_the_score_of_coco_captions():
     np.testing.assert_allclose(mine, [scores.per_caption[i]["CIDEr"] for i in hypotheses], rtol=0, atol=1e-9)
 
 
+def test_marks_in_results_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
+    document = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a cat on a table"}]}
+    (tmp_path / "captions.json").write_text(json.dumps(document))
+    for caption in ("<start> a cat <end>", "a cat"):
+        warn_once.cache_clear()
+        (tmp_path / "results.json").write_text(json.dumps([{"image_id": 1, "caption": caption}]))
+        score_results(tmp_path / "captions.json", tmp_path / "results.json", java=False)
+        assert ("count as words; remove them" in capsys.readouterr().err) == ("<" in caption)
+
+
 def test_sentences_without_spaces_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
     document = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "一只猫坐在桌子上"}]}
     references, results = tmp_path / "captions.json", tmp_path / "results.json"

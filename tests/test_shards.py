@@ -236,6 +236,16 @@ def test_texts_of_which_any_may_be_the_image_s_are_left_out(tmp_path: Path, caps
     assert "2024.01.png" in error
 
 
+def test_the_text_of_another_decimal_is_not_the_image_s(tmp_path: Path, capsys: pytest.CaptureFixture):
+    files = [("frame_0.5.png", PNG), ("frame_0.7.txt", b"a kite"), ("1.png", PNG), ("1.txt", BALL)]
+    pack(tmp_path / "train-0.tar", files)
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert list(data.references().values()) == [["a red ball"]]
+    error = capsys.readouterr().err
+    assert "frame_0.5.png" in error
+    assert "frame_0.7.txt" in error
+
+
 def test_missing_values_and_line_breaks_as_img2dataset_writes_them(tmp_path: Path):
     whole = json.dumps({"caption": "Vintage lamp\nby Philips"}).encode()
     files = [("0.png", PNG), ("0.txt", b"Vintage lamp\nby Philips"), ("0.json", whole)]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_importers import all_captions, captions, csv_rows, json_rows, lines, make_image, six
+from test_importers import all_captions, captions, csv_rows, json_rows, lines, make_image, six, text
 
 import importers
 from captioning.captions import MAX_CAPTION, clean_caption
@@ -514,12 +514,21 @@ def test_an_empty_caption_of_a_list_in_a_cell_is_counted(tmp_path, capsys, cell)
     assert "left out 6 empty captions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("marked", ["<start> a red ball <end>", "startseq a red ball endseq", "<s>a red ball</s>"])
+MARKED = [
+    "<start> a red ball <end>",
+    "startseq a red ball endseq",
+    "<s>a red ball</s>",
+    "a red ball <end> <pad> <pad> .",
+]
+MARKED += ["[CLS] a red ball [SEP]", "a red ball<|endoftext|>", "a red <unk>"]
+
+
+@pytest.mark.parametrize("marked", MARKED)
 def test_captions_with_marks_of_start_and_end_are_told(tmp_path, capsys, marked):
     importers.import_folder(
         six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,{marked}")), tmp_path / "a"
     )
-    told = "read 6 captions with marks of the start and the end, which are learned as words, the first is"
+    told = "read 6 captions with marks such as <start>, which are learned as words, the first is"
     assert capsys.readouterr().err == f"{told} {tmp_path}/in/c.csv, line 2\n"
 
 
@@ -535,6 +544,90 @@ def test_columns_called_like_captions_that_are_not_used_are_reported(tmp_path, c
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
     expected = f"left out 6 texts in the column 'caption_a', the first is {tmp_path}/in/c.csv, line 2\n"
     assert capsys.readouterr().err == expected
+    table = csv_rows("image,en_caption,comment", "{}.jpg,a red ball,checked by Anna")
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "second")
+    assert "left out 6 texts in the column 'en_caption', the first is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
+def test_a_caption_with_the_separator_is_not_cut_where_the_cells_after_it_are_blank(tmp_path, separator):
+    table = csv_rows("image,caption,notes,by", "{}.jpg,a dog, brown,,").replace(",", separator)
+    source = six(tmp_path / "in", c__csv=table)
+    with pytest.raises(InputError, match="line 2, has more columns than the header's 4; put a caption"):
+        importers.import_folder(source, tmp_path / "out")
+    (source / "c.csv").write_text(csv_rows("image,caption,notes", "{}.jpg,a red ball,,").replace(",", separator))
+    importers.import_folder(source, tmp_path / "out")  # separators at the ends of lines
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+
+
+def test_a_column_filepath_that_tells_images_apart_is_refused_and_else_told(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("filepath,filename,caption", "a,{}.jpg,a red ball"))
+    importers.import_folder(source, tmp_path / "out")
+    assert "ignored 1 column of folders; write folder and name in one column: " in capsys.readouterr().err
+    with open(source / "c.csv", "a") as file:
+        file.write("b,0.jpg,a blue ball\n")
+    with pytest.raises(InputError, match=r"line 8: 0\.jpg has the filepath b, and a in another row; write folder"):
+        importers.import_folder(source, tmp_path / "second")
+
+
+@pytest.mark.parametrize("columns", ["data_split", "original_split,karpathy_split"])
+def test_a_column_of_splits_that_is_not_used_is_told(tmp_path, capsys, columns):
+    names = columns.split(",")
+    table = csv_rows(f"image,caption,{columns}", "{}.jpg,a red ball" + ",train" * len(names))
+    importers.import_folder(
+        six(tmp_path / "in", c__csv=table.replace("5.jpg,a red ball,train", "5.jpg,a red ball,")), tmp_path / "out"
+    )
+    assert f"ignored {len(names)} column" in capsys.readouterr().err
+
+
+def test_captions_of_one_word_each_are_told(tmp_path, capsys):
+    rows = [{**row, "caption": ["a", "red", "ball"]} for row in json_rows(image="{}.jpg")]
+    importers.import_folder(six(tmp_path / "in", c__jsonl=lines(rows)), tmp_path / "out")
+    assert "read 6 rows with captions of one word each; join words that are one caption" in capsys.readouterr().err
+
+
+def test_two_columns_may_name_an_image_with_and_without_its_folder(tmp_path):
+    table = csv_rows("image_name,image_path,caption", "{0},in\\{0}.jpg,a red ball")
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+
+
+def test_a_table_of_images_without_captions_is_told(tmp_path, capsys):
+    source = six(tmp_path / "in", train__csv=csv_rows("image,caption"), test__csv="image\n0.jpg\n")
+    importers.import_folder(source, tmp_path / "out")
+    assert f"in which no row with an image and a caption can be read: {source}/test.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "message"),
+    [
+        (
+            "cp1252",
+            "0.jpg,caf\xe9\n".encode() + b"1.jpg,caf\xe9\n",
+            "line 2, is UTF-8, but others are not; save the whole",
+        ),
+        ("latin-1", b"0.jpg,the dog\x92s ball\n", "line 2, holds the control character .* in latin-1; try cp1252"),
+    ],
+)
+def test_an_encoding_that_is_not_that_of_all_lines_is_refused(tmp_path, encoding, content, message):
+    source = six(tmp_path / "in", c__csv=b"image,caption\n" + content)
+    with pytest.raises(InputError, match=message):
+        importers.import_folder(source, tmp_path / "out", encoding=encoding)
+
+
+def test_images_has_to_be_a_folder(tmp_path):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"), photos__zip=b"PK")
+    with pytest.raises(InputError, match=r"photos\.zip is a file; unpack it if it is an archive, and name the folder"):
+        importers.import_folder(source, tmp_path / "out", images=source / "photos.zip")
+
+
+def test_the_suffix_of_files_that_are_no_images_is_said(tmp_path):
+    for i in range(3):
+        text(tmp_path / "in" / f"{i}.jpg_large", "")
+    with pytest.raises(
+        InputError, match=r"no images that are recognized by their suffix; the suffix of 3 files is \.jpg_l"
+    ):
+        importers.import_folder(tmp_path / "in", tmp_path / "out")
 
 
 def test_rows_with_an_error_in_place_of_a_caption_are_left_out_and_counted(tmp_path, capsys):
@@ -742,6 +835,16 @@ def test_rejected_captions_are_left_out_and_counted(tmp_path, capsys, name, mark
     found = all_captions(tmp_path / "out")
     assert found == {f"{i}.jpg": ONE for i in range(5 if name == "sidecars" else 6)}
     assert "left out 1 rejected caption: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["splits.json", "train.lst", "splits/train.txt", "train.json", "splits.csv"])
+def test_lists_of_splits_in_other_forms_are_reported(tmp_path, capsys, name):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    text(source / name, json.dumps({"train": ["0.jpg"]} if "splits" in name else ["0.jpg"]))
+    importers.import_folder(source, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert "list of a split" in error or "no row with an image and a caption" in error
+    assert str(source / name) in error
 
 
 @pytest.mark.parametrize("form", ["sidecars", "a table in the folder", "a table that is named"])
