@@ -35,6 +35,7 @@ from captioning.backbones import TITLES
 from captioning.captioner import Captioner
 from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, describe_network_error, run_command, warn_once
+from captioning.files import require_local
 from captioning.image_files import open_image
 from captioning.listing import find_images
 from captioning.page import (
@@ -402,6 +403,7 @@ def main(
     """
     captioners = load_models(model or (default_model(),))
     if flag_folder is not None:
+        require_local(flag_folder)
         try:
             flag_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -382,5 +382,6 @@ def _headless(resnet: nn.Module) -> nn.Sequential:
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the backbone's part of the state dict of a network that has it; a backbone's own is unchanged."""
-    prefix = next((each for each in PREFIXES if any(key.startswith(each) for key in state)), "")
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    while prefix := next((each for each in PREFIXES if any(key.startswith(each) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state

@@ -196,8 +196,8 @@ def _read_rows(
     count = size = 0
     file.seek(0)
     for line in file:
-        if not line.endswith(b"\n") and b'{"photo": '.startswith(line[:10]):  # an interrupted run wrote a part of it
-            break
+        if not line.endswith(b"\n") and b'{"photo": '.startswith(line[:10]) and not _is_json(line):
+            break  # an interrupted run wrote a part of it
         image, row = _match_row(line, next(images, None), f"{file.name}, line {count + 1}")
         if count % BATCH == 0:
             before += batch
@@ -212,6 +212,8 @@ def _read_rows(
         count, size = count + 1, size + len(line)
     if size < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
         file.truncate(size)
+    elif count and not line.endswith(b"\n"):  # as an editor may leave it
+        file.write(b"\n")
     if changed and log is not None:
         images_are = "1 image is" if len(changed) == 1 else f"{len(changed):,} images are"
         log(f"{images_are} newer than {file.name}, such as {changed[0]}; delete the file to caption all images again")
@@ -222,11 +224,18 @@ def _match_row(line: bytes, image: Path | Member | None, where: str) -> tuple[Pa
     """Return an image and its row of an earlier run; raises `InputError` if the line is not the row of this image."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         row = json.loads(line)
-        if image is not None and row["photo"] == str(image):
+        if image is not None and row["photo"] == str(image) and isinstance(row.get("caption", row.get("error")), str):
             return image, row
     raise InputError(
         f"{where} does not belong to {image or 'any of the images'}; name the first run's images, or another file."
     )
+
+
+def _is_json(line: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        json.loads(line)
+        return True
+    return False
 
 
 def _is_newer(image: Path | Member, time: float) -> bool:

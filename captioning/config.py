@@ -247,7 +247,11 @@ def _convert_value(field: dataclasses.Field, kind: Any, value: Any) -> Any:
         value = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
-    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+    if not isinstance(value, Path):
+        return value
+    if "\0" in str(value):
+        raise InputError(f"{field.name} holds a zero character, which no path can have.")
+    return Path(os.path.expanduser(value))
 
 
 def explain_ineffective(config: TrainingConfig, given: Collection[str]) -> list[str]:

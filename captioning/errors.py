@@ -112,6 +112,10 @@ def run_command(main: Callable[[], object]) -> None:
         if error.errno == errno.EPIPE:  # the reader, such as `head`, has closed the pipe
             sys.exit(1)
         _end(f"error: standard output cannot be written ({error.strerror}).", 2)
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
+            raise
+        _end(f"error: this system's locale cannot write the path {error.object!r:.200}; set PYTHONUTF8=1.", 2)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # numpy's or torch's
             _end("error: there is too little memory; end what else uses it, or use smaller batches or images.", 2)

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 from captioning.errors import InputError
@@ -52,10 +52,16 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
 
 
 def _expand(pattern: Path) -> list[Path]:
-    """List the paths that match a pattern, in name order; one that exists, or has no match, is taken literally."""
-    is_pattern = "\0" not in str(pattern) and not os.path.lexists(pattern)
-    matches = glob(str(pattern)) if is_pattern else []
-    return sorted(map(Path, matches)) or [pattern]
+    """List the paths that match a pattern with * or ?, in name order; "**" means folders of any depth.
+
+    What exists is taken literally: a path, and the folders at the start of a pattern, such as those of album [1]/*.jpg.
+    """
+    folder = next((parent for parent in (pattern, *pattern.parents) if os.path.lexists(parent)), Path())
+    rest = os.path.relpath(pattern, folder) if folder != pattern and "\0" not in str(pattern) else ""
+    if not set(rest) & {"*", "?"}:
+        return [pattern]
+    matches = map(Path, glob(os.path.join(escape(str(folder)), rest), recursive=True))
+    return sorted(path for path in matches if "**" not in rest or not path.is_dir()) or [pattern]
 
 
 def _stream(paths: list[Path], recursive: bool, log: Log | None) -> Iterator[Path | Member]:

@@ -181,6 +181,8 @@ def unpack_images(
             for i, (name, info) in enumerate(members):
                 target = folder / f"{i:04}{name.suffix.lower()}"
                 try:
+                    if info.flag_bits & 1:
+                        raise ValueError("it is encrypted; send a zip file without a password")
                     target.write_bytes(archive.read(info))
                     images.append((str(name), target))
                 except Exception as error:  # a broken archive makes its decoders raise nearly anything

@@ -166,7 +166,7 @@ def as_state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(key, str) and _is_whole(content[key]) for key in content):
-        raise InputError(f"{path} holds no state dict, which maps names to tensors.")
+        raise InputError(f"{path} holds no state dict; save it alone: torch.save(model.state_dict(), FILE).")
     if sum(value.nbytes for value in content.values()) > 2 * os.path.getsize(path):  # tied weights are there twice
         raise InputError(f"{path} holds no state dict: its tensors are larger than the file.")
     state: dict[str, Tensor] = {}

@@ -391,7 +391,7 @@ def test_a_run_names_the_weights_that_it_starts_from():
     assert TrainingConfig().backbone == "resnet50"
 
 
-@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "model.", "module.backbone.", "model.backbone."])
 @pytest.mark.parametrize("name", ["resnet50", "resnet18"])
 def test_a_backbone_is_found_in_another_network_s_weights(name: str, prefix: str, tmp_path: Path):
     expected = EncoderCNN(8, name, weights="random").network.state_dict()

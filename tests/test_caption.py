@@ -435,6 +435,31 @@ def test_a_run_that_finds_all_rows_written_reports_them(command: Callable, train
     assert [row["photo"] for row in rows] == list(map(str, good))
 
 
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_rows_of_ones_own_are_neither_taken_for_captions_nor_deleted(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path, end: str
+):
+    output = tmp_path / "own.jsonl"
+    for row in ({"photo": str(image_path), "label": "cat"}, {"photo": "other.jpg", "caption": "by hand"}):
+        output.write_text(json.dumps(row) + end)
+        code, _, errors = command(image_path, "--model", trained, "--output", output)
+        assert (code, "line 1 does not belong to" in errors) == (2, True)
+        assert output.read_text() == json.dumps(row) + end
+
+
+def test_a_last_row_that_an_editor_left_without_a_line_end_counts(
+    command: Callable, trained: Path, album: Path, tmp_path: Path
+):
+    output, arguments = tmp_path / "c.jsonl", ("--model", trained, "--output", tmp_path / "c.jsonl")
+    command(album / "01.png", album / "02.png", album / "03.png", *arguments)
+    expected = output.read_text()
+    command(album / "01.png", album / "02.png", "--model", trained, "--output", tmp_path / "first.jsonl")
+    output.write_text((tmp_path / "first.jsonl").read_text().rstrip("\n"))
+    code, _, errors = command(album / "01.png", album / "02.png", album / "03.png", *arguments)
+    assert (code, "1 rows written, 2 were there" in errors) == (0, True)
+    assert output.read_text() == expected
+
+
 def test_left_out_files_are_reported(command: Callable, trained: Path, image_path: Path, tmp_path: Path):
     folder = tmp_path / "album"
     (folder / "2024").mkdir(parents=True)

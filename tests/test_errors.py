@@ -169,10 +169,15 @@ def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):
         (MemoryError(), "error: there is too little memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: there is too little memory"),
         (PermissionError(13, "Permission denied", "a/x"), "error: a/x may not be accessed (Permission denied)"),
+        (UnicodeEncodeError("latin-1", "写.jpg", 0, 1, ""), "error: this system's locale cannot write the path"),
     ],
     ids=repr,
 )
-def test_what_the_machine_refuses_is_a_sentence(raised: Exception, sentence: str, run_here: Callable):
+def test_what_the_machine_refuses_is_a_sentence(
+    raised: Exception, sentence: str, run_here: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
+
     def fail() -> None:
         raise raised
 

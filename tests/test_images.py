@@ -516,6 +516,14 @@ def test_heic_without_pillow_heif_is_a_sentence_that_names_it(tmp_path: Path, mo
     assert {".heic", ".jpg"} <= image_formats.image_suffixes.__wrapped__()
 
 
+@pytest.mark.parametrize(("form", "options"), [("TIFF", {"compression": "tiff_lzw"}), ("AVIF", {})])
+def test_a_file_whose_end_is_missing_is_cut_off(tmp_path: Path, form: str, options: dict):
+    content = encode(draw_noise(0, (320, 240)), form, **options)
+    (tmp_path / "a").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"a cannot be read as an image \(it is cut off\)"):
+        read_image(tmp_path / "a")
+
+
 @pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".msp", ".xpm", ".pdf", ".grib"])
 def test_files_that_are_no_images_are_not_taken_for_such(suffix: str):
     assert suffix not in image_formats.image_suffixes()

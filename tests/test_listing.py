@@ -166,6 +166,22 @@ def test_a_pattern_that_no_shell_expanded_means_what_matches(album: Path, patter
     assert names(album, find_images([album / pattern])) == expected
 
 
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path):
+    for name in ("album [2023]", "album 2"):
+        (tmp_path / name).mkdir()
+        draw_noise(0).save(tmp_path / name / "a.jpg")
+    draw_noise(0).save(tmp_path / "album 2" / "b.jpg")
+    assert find_images([tmp_path / "album [2023]" / "*.jpg"]) == [tmp_path / "album [2023]" / "a.jpg"]
+    missing = tmp_path / "album [2023]" / "b.jpg"
+    assert find_images([missing]) == [missing]
+
+
+def test_two_asterisks_mean_folders_of_any_depth(album: Path):
+    found = names(album, find_images([album / "**" / "*.*"]))
+    assert {"2025/trip/c.JPG", "a.jpg", "z.jpg"} <= set(found)
+    assert len(set(found)) == len(found)
+
+
 def test_a_damaged_tar_file_costs_no_other_image(album: Path):
     with tarfile.open(album / "good.tar", "w") as tar:
         tar.add(album / "a.jpg", "in.jpg")

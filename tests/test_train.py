@@ -399,6 +399,12 @@ def test_a_run_is_resumed_or_starts_from_a_model(trained: Path, tmp_path: Path):
         train_module.parse_options(["--start-from", str(tmp_path)])
 
 
+def test_a_path_without_any_file_is_one_sentence(tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text('data = "a\\u0000b"')
+    with pytest.raises(InputError, match=r"recipe\.toml cannot be used: data holds a zero character"):
+        train_module.parse_options(["--config", str(tmp_path / "recipe.toml")])
+
+
 def test_dropout_has_no_effect_on_self_critical_training(trained: Path):
     with pytest.raises(InputError, match="--dropout has no effect on self-critical training"):
         train_module.parse_options(["--resume", str(trained), "--objective", "cider", "--dropout", "0.3"])

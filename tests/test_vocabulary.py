@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -186,3 +187,9 @@ def test_real_captions_leave_no_token_with_white_space_or_a_full_stop_stuck_to_i
     frequent = Vocabulary.build(captions, threshold=5)
     assert len(frequent) < 0.5 * len(vocab)
     assert frequent.encode(captions[0]) == [START, *(frequent[word] for word in tokenize(captions[0])), END]
+
+
+def test_a_pickled_vocabulary_is_pointed_to_its_importer(tmp_path):
+    (tmp_path / "vocab.pkl").write_bytes(pickle.dumps({}))
+    with pytest.raises(InputError, match=r"vocab\.pkl is a pickle; `python importers\.py weights` converts it"):
+        Vocabulary.load(tmp_path / "vocab.pkl")
