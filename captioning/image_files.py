@@ -201,6 +201,8 @@ def _check_file_size(size: int) -> None:
 
 def _open_image(file: _TimedFile) -> Image.Image:
     start = file.read(64)
+    if _is_cut_off(file, start):
+        raise ValueError("it is cut off")
     file.seek(0)
     if start.startswith(JPEG_START):
         scans = _count_scans(file.read())
@@ -216,8 +218,6 @@ def _open_image(file: _TimedFile) -> Image.Image:
     except UnidentifiedImageError:
         if content := describe_content(start):
             raise ValueError(content) from None
-        if _is_cut_off(file, start):
-            raise ValueError("it is cut off") from None
         if start.startswith((b"II*\0", b"MM\0*")):
             raise ValueError("it is a TIFF of a kind that cannot be read; save it as PNG or JPEG") from None
         if start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS:
