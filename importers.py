@@ -32,6 +32,7 @@ from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_tabl
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
+Models = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL MODEL ...")]
 Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 
 
@@ -367,21 +368,17 @@ def import_weights(
     convert_weights(encoder, decoder, vocab, folder)
 
 
-def average(
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
-    epochs: tuple[int, ...],
-) -> None:
-    """Average the weights of several epochs of a model into one model.
+def average(models: Models, folder: Destination, epochs: tuple[int, ...] = ()) -> None:
+    """Average the weights of several epochs of a model, or of the best epochs of several models, into one model.
 
     Args:
-        model: The trained model.
+        models: The trained model, or models that differ in their weights only.
         folder: The model to write; it must not exist yet, or be empty.
-        epochs: Two or more epochs that were saved, such as the best by cross-entropy and the best by CIDEr-D.
+        epochs: Two or more epochs of one model that were saved, such as the best by cross-entropy and by CIDEr-D.
     """
-    from captioning.averaging import average_epochs  # imports torch, which takes seconds
+    from captioning.averaging import average_weights  # imports torch, which takes seconds
 
-    average_epochs(model, epochs, folder)
+    average_weights(models, epochs, folder)
 
 
 def main() -> None:
@@ -396,7 +393,7 @@ def main() -> None:
             "weights": import_weights,
             "average": average,
         },
-        description="Convert other data sets and weights to this project's layouts, or average the epochs of a model.",
+        description="Convert other data sets and weights to this project's layouts, or average weights.",
         config=(tyro.conf.DisallowNone,),
     )
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from captioning.averaging import average_epochs
-from captioning.checkpoint import load_model
+from captioning.averaging import average_weights
+from captioning.checkpoint import load_model, name_weights
 from captioning.errors import InputError
 from captioning.training import TrainingConfig, train
 
@@ -21,7 +21,7 @@ def epochs(request: pytest.FixtureRequest, small: Callable[..., TrainingConfig],
 
 @pytest.mark.slow
 def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_path: Path, capsys):
-    average_epochs(epochs, (3, 1), tmp_path / "average")
+    average_weights([epochs], (3, 1), tmp_path / "average")
     assert capsys.readouterr().out == f"{tmp_path}/average: the mean of epochs 1, 3; evaluate.py scores it\n"
     encoder, decoder, _, description = load_model(tmp_path / "average")
     first, third = load_model(epochs, 1), load_model(epochs, 3)
@@ -38,9 +38,26 @@ def test_every_weight_of_an_average_is_the_mean_of_the_epochs(epochs: Path, tmp_
 
 def test_an_average_that_cannot_be_made_is_one_sentence(trained: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"has no weights of epoch 9; it has those of 1, "):
-        average_epochs(trained, (1, 9), tmp_path / "average")
-    with pytest.raises(InputError, match="two epochs or more"):
-        average_epochs(trained, (1, 1), tmp_path / "average")
+        average_weights([trained], (1, 9), tmp_path / "average")
+    with pytest.raises(InputError, match="two epochs or more, named with --epochs, or two models or more"):
+        average_weights([trained], (1, 1), tmp_path / "average")
+    with pytest.raises(InputError, match="two epochs or more, named with --epochs, or two models or more"):
+        average_weights([], (1, 2), tmp_path / "average")
     with pytest.raises(InputError, match="exists and is not empty"):
-        average_epochs(trained, (1, 2), trained)
+        average_weights([trained], (1, 2), trained)
     assert not (tmp_path / "average").exists()
+
+
+def test_models_of_one_kind_have_a_mean(trained: Path, small: Callable[..., TrainingConfig], tmp_path: Path):
+    second = train(small(name="second", start_from=trained, num_epochs=1, seed=7))
+    average_weights([trained, second], (), tmp_path / "average")
+    one, other, mean = (load_model(path)[1].state_dict() for path in (trained, second, tmp_path / "average"))
+    assert not torch.equal(one["embed.weight"], other["embed.weight"])
+    assert all(torch.equal(mean[key], (one[key] + other[key]) / 2) for key in mean)
+    assert name_weights(load_model(tmp_path / "average")[3], 1) == f"mean of epochs {trained.name}-2, second-1"
+    with pytest.raises(InputError, match="--epochs has no effect on several models"):
+        average_weights([trained, second], (1, 2), tmp_path / "other")
+    wider = train(small(name="wider", num_epochs=1, hidden_size=24))
+    with pytest.raises(InputError, match=f"{trained} and {wider} differ in architecture, preprocessing or vocabulary"):
+        average_weights([trained, wider], (), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
