@@ -24,10 +24,10 @@ from captioning.captions import MARKS, clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
-from captioning.folder_captions import read_captions_of_folder, read_tables, report_split_files
+from captioning.folder_captions import read_captions_of_folder, read_tables
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
-from captioning.splits import assign_splits, read_split_files, set_split, splits_by_folder
+from captioning.splits import assign_splits, read_split_files, report_split_lists, set_split, splits_by_folder
 from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file, starts_as_token_file
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -44,7 +44,7 @@ def _source_folder(source: Path) -> Path:
 
 
 def _image_folder(images: Path | None, folder: Path) -> Path:
-    """Return the folder of images: that of --images, which must be one, or `folder`."""
+    """Return the folder that --images names, else `folder`."""
     if images is None:
         return folder
     if os.path.isfile(images):
@@ -168,7 +168,8 @@ def import_flickr(
         for key in sorted(index.paths.keys() - keys.keys()):
             report.add("image{s} without a caption", str(index.paths[key][0]))
         if not splits:
-            report_split_files((path for path in walk_files(folder) if path != table), report)
+            unread = (path for path in walk_files(folder) if path != table and path not in files)
+            report_split_lists(unread, folder, report, "write the names in train.txt, val.txt and test.txt")
             for key, split in splits_by_folder(keys, report).items():
                 keys[key].split = split
     _write(_name_images(keys, index), table, destination, report)
@@ -228,7 +229,7 @@ def import_karpathy(source: Source, destination: Destination, images: Path | Non
     if not any(keys_of_rows):  # all images in one folder, whatever their filepath
         keys_of_rows = [index.find(row.image.rpartition("/")[2], row.where) for row in rows]
         for row in rows:
-            report.add(f"image{{s}} in {index.folder}, not in the folder of its filepath", row.image, "found")
+            report.add("image{s} outside the folder that filepath names", row.image, "took")
     keys: dict[str, Row] = {}
     for row, key in zip(rows, keys_of_rows, strict=True):
         if key is None:
@@ -310,7 +311,7 @@ def import_folder(
         rows, kind = read_captions_of_folder(folder, index, encoding, report)
     else:
         texts = (path for path in folder.iterdir() if path.is_file() and path.stem not in index.by_stem)
-        report_split_files(sorted(path for path in texts if path != source), report)
+        report_split_lists(sorted(path for path in texts if path != source), folder, report)
     result: dict[str, SourceImage] = {}
     first: dict[str, str] = {}  # where each image's first row is
     for row, key in zip(rows, _find_images(rows, index), strict=True):

@@ -162,7 +162,7 @@ def build_backbone(name: str, weights: str | Path = "pretrained") -> nn.Module:
         classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
         state = {
             key: value
-            for key, value in _without_prefix(read_state_dict(weights)).items()
+            for key, value in _without_prefix(read_state_dict(weights), backbone).items()
             if not key.startswith(tuple(f"{classifier}." for classifier in classifiers))
         }
         load_weights(backbone, state, weights)
@@ -368,7 +368,7 @@ def _build_resnet50(weights: str | Path) -> nn.Sequential:
     whole = resnet50(weights=None)
     names = [name for name, _ in whole.named_children()]
     state = {}
-    for key, value in _without_prefix(read_state_dict(weights)).items():
+    for key, value in _without_prefix(read_state_dict(weights), whole).items():
         first, _, rest = key.partition(".")  # an EncoderCNN's resnet.<i> is the i-th child
         if first != "fc":
             state[f"{names[int(first)]}.{rest}" if first.isdigit() and int(first) < len(names) else key] = value
@@ -380,8 +380,12 @@ def _headless(resnet: nn.Module) -> nn.Sequential:
     return nn.Sequential(*list(resnet.children())[:-1])
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """Return the backbone's part of the state dict of a network that has it; a backbone's own is unchanged."""
-    while prefix := next((each for each in PREFIXES if any(key.startswith(each) for key in state)), ""):
+    own = tuple(f"{name}." for name, _ in backbone.named_children())
+    while not any(key.startswith(own) for key in state):
+        prefix = next((each for each in PREFIXES if any(key.startswith(each) for key in state)), None)
+        if prefix is None:
+            break
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state

@@ -222,10 +222,13 @@ def _read_rows(
 
 def _match_row(line: bytes, image: Path | Member | None, where: str) -> tuple[Path | Member, dict[str, Any]]:
     """Return an image and its row of an earlier run; raises `InputError` if the line is not the row of this image."""
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
+    row: Any = None
+    with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if image is not None and row["photo"] == str(image) and isinstance(row.get("caption", row.get("error")), str):
-            return image, row
+    if image is not None and isinstance(row, dict) and row.get("photo") == str(image):
+        if not isinstance(row.get("caption", row.get("error")), str):
+            raise InputError(f"{where} holds no caption; name another file.")
+        return image, row
     raise InputError(
         f"{where} does not belong to {image or 'any of the images'}; name the first run's images, or another file."
     )

@@ -250,7 +250,7 @@ def _convert_value(field: dataclasses.Field, kind: Any, value: Any) -> Any:
     if not isinstance(value, Path):
         return value
     if "\0" in str(value):
-        raise InputError(f"{field.name} holds a zero character, which no path can have.")
+        raise InputError(f"{field.name} holds a null character, which no path can have.")
     return Path(os.path.expanduser(value))
 
 

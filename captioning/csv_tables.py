@@ -39,14 +39,16 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     delimiter, columns = _read_header(path, start + 1, lines[start])
     image = next(index for index, name in enumerate(columns) if name in IMAGE_COLUMNS)
     captions = [columns.index(name) for name in caption_columns(columns)]
-    caption, after = min(captions), max(captions) + 1
+    caption, after_captions = min(captions), max(captions) + 1
     last_needed = max(image, caption)
     nameless = [at for at in range(caption, len(columns)) if re.fullmatch(r"(unnamed: \d+)?(\.\d+)?", columns[at])]
-    for number, cells in _read_cells(path, lines, start + 1, delimiter, columns):
+    rows = list(_read_cells(path, lines, start + 1, delimiter, columns))
+    trailing = max(0, min((len(cells) for _, cells in rows if any(cells)), default=0) - len(columns))
+    for number, cells in rows:
         where = f"{path}, line {number}"
-        additional = len(cells) - len(columns)
-        # Where the last cells are blank, those of a caption that contains the separator are after its column.
-        shifted = additional > 0 and any(cells[after : after + additional])
+        # A caption that contains the separator displaces the cells after it, of which the last may be blank.
+        additional = len(cells) - len(columns) - trailing
+        shifted = image < caption and additional > 0 and any(cells[after_captions : after_captions + additional])
         if shifted or any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
             raise InputError(
                 f"{where}, has more columns than the header's {len(columns) - len(nameless)}; put a caption that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import functools
 import os
@@ -113,7 +114,8 @@ def run_command(main: Callable[[], object]) -> None:
             sys.exit(1)
         _end(f"error: standard output cannot be written ({error.strerror}).", 2)
     except UnicodeEncodeError as error:
-        if error.encoding != sys.getfilesystemencoding() or error.encoding == "utf-8":
+        encoding = codecs.lookup(error.encoding)
+        if encoding != codecs.lookup(sys.getfilesystemencoding()) or encoding.name == "utf-8":
             raise
         _end(f"error: this system's locale cannot write the path {error.object!r:.200}; set PYTHONUTF8=1.", 2)
     except (RuntimeError, MemoryError) as error:

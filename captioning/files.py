@@ -46,6 +46,7 @@ BINARY_FILES = {  # files that are mistaken for text, by first bytes
     **dict.fromkeys((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), "a Python pickle"),
 }
 LATIN = ("cp1252", "iso8859-1", "iso8859-15")  # names in `codecs`
+LATIN_IN_UTF8 = re.compile(rb"[\xc2\xc3\xe2]")  # first bytes of accented letters and typographic marks
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
 _WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
@@ -65,7 +66,7 @@ def hash_file(path: Path, prefix: bytes = b"") -> str:
 
 
 def format_bytes(size: float) -> str:
-    """Write a number of bytes in MB or, from one on, in GB."""
+    """Write a number of bytes in MB, or in GB from 1 GB on."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
@@ -111,7 +112,8 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     kind = next((kind for start, kind in BINARY_FILES.items() if data.startswith(start)), None)
     kind = "a tar archive" if data[257:262] == b"ustar" else kind
     if kind is not None:
-        raise InputError(f"{path} is {kind}, not a text file; {BINARY_ADVICE}.")
+        advice = "name the table or the folder of captions" if kind.endswith("image") else BINARY_ADVICE
+        raise InputError(f"{path} is {kind}, not a text file; {advice}.")
     if data.startswith(LFS_START):
         raise InputError(f"{path} {LFS_POINTER}.")
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
@@ -135,7 +137,7 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
 def _check_latin(data: bytes, text: str, path: object, encoding: str) -> None:
     """Raise `InputError` where a Latin encoding, with which any bytes can be decoded, is not that of the bytes."""
     for number, (line, decoded) in enumerate(zip(data.split(b"\n"), text.split("\n"), strict=True), 1):
-        if not line.isascii() and _is_utf8(line):
+        if LATIN_IN_UTF8.search(line) and _is_utf8(line):
             raise InputError(
                 f"{path}, line {number}, is UTF-8, but others are not; save the whole file in UTF-8 or in {encoding}."
             )

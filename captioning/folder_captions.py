@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from captioning.files import read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
-from captioning.splits import split_of_file
-from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, find_rows, parse_split, read_table
+from captioning.splits import report_split_lists, split_of_file
+from captioning.tables import ENCODING_ADVICE, Row, find_rows, parse_split, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-SPLIT_FILE_SUFFIXES = (".txt", ".lst", ".json", *TABLE_SUFFIXES)
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".feather")
 
@@ -50,7 +48,7 @@ def read_captions_of_folder(
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
         tables, found.empty = found.empty or found.json_files, []
     read = {*sidecars, *tables, *found.certain, *found.small, *found.empty}
-    report_split_files((path for path in files if path not in read), report)
+    report_split_lists([path for path in files if path not in read], folder, report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         left_out = "".join(f"; {line}" for line in report.lines())
@@ -70,14 +68,6 @@ def read_captions_of_folder(
     return read_tables(tables, folder, encoding, report), "row"
 
 
-def report_split_files(files: Iterable[Path], report: Report) -> None:
-    """Report files that are called like lists of a split's images, which are not read."""
-    for path in files:
-        is_list = SPLIT_FILE.search(path.stem) or path.stem.lower() in ("split", "splits")
-        if is_list and path.suffix.lower() in SPLIT_FILE_SUFFIXES:
-            report.add("list{s} of a split; a table gives its rows' splits in a column named split", str(path))
-
-
 def _find_tables(
     files: list[Path], here: list[Path], has_sidecars: bool, index: ImageIndex, encoding: str | None
 ) -> _Tables:
@@ -92,7 +82,7 @@ def _find_tables(
         empty = [path for path in tables if not any(find_rows(path, encoding))]
         empty = [path for path in empty if not (split_of_file(path) and _is_faulty(path, encoding))]
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
-            empty = [path for path in empty if not split_of_file(path) or _lacks_captions(path, encoding)]
+            empty = [path for path in empty if not split_of_file(path) or _is_test_without_captions(path, encoding)]
     named = {path: _named_images(path, index, encoding) for path in json_files}
     half = len(index.paths) / 2
     certain = [path for path in tables if path not in empty]
@@ -112,10 +102,10 @@ def _is_faulty(path: Path, encoding: str | None) -> bool:
     return False
 
 
-def _lacks_captions(path: Path, encoding: str | None) -> bool:
-    """Return whether a table has a column of images and none of captions, as one of a challenge's test split."""
+def _is_test_without_captions(path: Path, encoding: str | None) -> bool:
+    """Return whether a table of a test split has a column of images and none of captions, as challenges publish it."""
     words = _first_words(path, encoding)
-    return not set(words).isdisjoint(IMAGE_COLUMNS) and not caption_columns(words)
+    return split_of_file(path) == "test" and not set(words).isdisjoint(IMAGE_COLUMNS) and not caption_columns(words)
 
 
 def _first_words(path: Path, encoding: str | None) -> list[str]:

@@ -54,6 +54,7 @@ DEEP = re.compile(r"(RGB|RGBA|RGBX|LA);16([LBN])")
 OTHER_DEEP = re.compile(r"(RGBa|CMYK|L);16[LBN]")  # whose lower byte cannot be had
 GREY_LEVELS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies the levels of 2 and 4 bits
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+BOXES = (b"ftyp", b"meta", b"mdat", b"moov", b"free", b"skip")  # types of boxes of HEIC and AVIF files
 MAX_BOXES = 100  # boxes of a HEIC or AVIF file whose ends are compared with the file's
 DARK = 15  # highest upper byte of levels that use 12 of 16 bits
 
@@ -84,7 +85,7 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(source, Image.Image) and not _is_undecoded(source):
-                return upright_rgb(_without_stale_transparency(source))
+                return upright_rgb(source)
             with _open_file(source) as file:
                 image = _open_image(file)
                 _draft(image, shorter_side)
@@ -99,15 +100,6 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
             deque(list_images(Path(name)), maxlen=0)  # says what is wrong with a tar file
         reason = describe_failure(error)
     raise InputError(f"{name} cannot be read as an image ({reason}).")
-
-
-def _without_stale_transparency(image: Image.Image) -> Image.Image:
-    """Return an image without the transparent colour that a conversion to RGB or L has kept, but also filled."""
-    if image.mode not in ("RGB", "L") or isinstance(image, ImageFile.ImageFile) or "transparency" not in image.info:
-        return image
-    image = image.copy()
-    del image.info["transparency"]
-    return image
 
 
 def is_content(source: object) -> bool:
@@ -230,17 +222,17 @@ def _open_image(file: _TimedFile) -> Image.Image:
 
 def _is_cut_off(file: Any, start: bytes) -> bool:
     """Return whether a TIFF's directory, or a box of a HEIC or AVIF image, is beyond the end of the file."""
-    size, at = file.seek(0, os.SEEK_END), 0
+    size = file.seek(0, os.SEEK_END)
     if start.startswith((b"II*\0", b"MM\0*")):
         return int.from_bytes(start[4:8], "little" if start.startswith(b"II") else "big") >= size
+    end = 0  # of the boxes so far
     for _ in range(MAX_BOXES if start[4:8] == b"ftyp" else 0):
-        file.seek(at)
+        file.seek(end)
         header = file.read(16)
-        length = int.from_bytes(header[8:] if header[:4] == b"\0\0\0\1" else header[:4], "big")
-        at += length
-        if at >= size or length < 8:
+        if header[4:8] not in BOXES:
             break
-    return at > size
+        end += int.from_bytes(header[8:] if header[:4] == b"\0\0\0\1" else header[:4], "big")
+    return end > size
 
 
 def _count_scans(jpeg: bytes) -> int:

@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from captioning.errors import InputError
 from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
 
+TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".md", ".zip")
+
 
 def walk_files(folder: Path) -> Iterator[Path]:
     """Yield all files under `folder`, in name order, those of shallow folders first.
@@ -31,9 +33,9 @@ def walk_files(folder: Path) -> Iterator[Path]:
             visited.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
-            raise InputError(
-                f"{here} cannot be read ({error.strerror}); change its permissions, or move it out of {folder}."
-            ) from None
+            advice = "; change its permissions" if isinstance(error, PermissionError) else ""
+            advice += f", or move it out of {folder}" if advice and here != folder else ""
+            raise InputError(f"{here} cannot be read ({error.strerror}){advice}.") from None
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -99,16 +101,16 @@ class ImageIndex:
                 self.by_casefold[key.casefold()].append(key)
             elif path.suffix.lower() in HEIF_SUFFIXES:
                 self.unreadable.append(path)
-            else:
-                others[path.suffix or "none"] += 1
+            elif path.suffix and path.suffix.lower() not in TEXT_SUFFIXES:
+                others[path.suffix] += 1
         if not self.paths:
-            what = "no images"
+            what = "; name the folder of images with --images"
             if self.unreadable:
-                what += " but HEIC; `pip install pillow-heif` makes them readable"
+                what = f" but HEIC; `pip install pillow-heif` makes them readable{what}"
             elif others:
                 suffix, count = others.most_common(1)[0]
-                what += f" that are recognized by their suffix; the suffix of {count:,} files is {suffix}"
-            raise InputError(f"{folder} holds {what}; name the folder that holds others with --images.")
+                what = f", but {count:,} of {suffix}, which is not the suffix of an image; rename them{what}"
+            raise InputError(f"{folder} holds no images{what}.")
 
     def holds_any(self, names: Iterable[str]) -> bool:
         """Return whether one of the names is an image's path relative to the folder."""

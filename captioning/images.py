@@ -148,7 +148,7 @@ def _start_worker(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if hasattr(os, "nice"):  # not on Windows
+    if hasattr(os, "nice") and not torch.cuda.device_count():  # Windows has no such function
         os.nice(19)
 
 

@@ -56,12 +56,15 @@ def _expand(pattern: Path) -> list[Path]:
 
     What exists is taken literally: a path, and the folders at the start of a pattern, such as those of album [1]/*.jpg.
     """
-    folder = next((parent for parent in (pattern, *pattern.parents) if os.path.lexists(parent)), Path())
-    rest = os.path.relpath(pattern, folder) if folder != pattern and "\0" not in str(pattern) else ""
-    if not set(rest) & {"*", "?"}:
+    folder = next((parent for parent in (pattern, *pattern.parents) if os.path.lexists(parent)), pattern)
+    rest = str(pattern.relative_to(folder))
+    if not set(rest) & {"*", "?"} or "\0" in rest:
         return [pattern]
-    matches = map(Path, glob(os.path.join(escape(str(folder)), rest), recursive=True))
-    return sorted(path for path in matches if "**" not in rest or not path.is_dir()) or [pattern]
+    matches = sorted(map(Path, glob(os.path.join(escape(str(folder)), rest), recursive=True)))
+    if "**" in rest:  # which also matches the folders above a file, and follows links in a circle
+        matches = [path for path in matches if not path.is_dir()] or matches
+        matches = list({os.path.realpath(path): path for path in reversed(matches)}.values())[::-1]
+    return matches or [pattern]
 
 
 def _stream(paths: list[Path], recursive: bool, log: Log | None) -> Iterator[Path | Member]:

@@ -343,8 +343,8 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
             f"{results_file}: captions have no spaces between words, so that each whole sentence counts as one word; "
             "split results and references into words first (as jieba, MeCab and PyThaiNLP do)."
         )
-    if marked := next(filter(MARKS.search, hypotheses.values()), None):
-        warn_once(f"{results_file}: marks such as those of {marked!r:.80} count as words; remove them first.")
+    if mark := next(filter(None, map(MARKS.search, hypotheses.values())), None):
+        warn_once(f"{results_file}: marks in captions, such as {mark[0]}, count as words; remove them first.")
     return score(hypotheses, references, java=java)
 
 

@@ -124,19 +124,14 @@ def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tup
         own = texts.pop(stem, {})
         if not own and len(images) == 1:
             # frame_0.5 and frame_0.7 are two samples, though WebDataset's key of both is frame_0.
-            number = _follows_point(key, stem)
-            alike = [files for other, files in texts.items() if not (number and _follows_point(key, other))]
-            others = [pair for files in alike for pair in files.items()]
+            decimals = {other for other in texts if all(text[len(key) + 1 :].isdecimal() for text in (stem, other))}
+            candidates = [files for other, files in texts.items() if other not in decimals]
+            others = [pair for files in candidates for pair in files.items()]
             if len(dict(others)) == len(others):  # else they are ambiguous
                 own = dict(others)
-                texts = {other: files for other, files in texts.items() if files not in alike}
+                texts = {other: texts[other] for other in texts if other in decimals}
         yield image, own
     yield from ((None, files) for files in texts.values())
-
-
-def _follows_point(key: str, stem: str) -> bool:
-    """Return whether a digit follows the point after the key of a file, as in 0.5."""
-    return stem[len(key) + 1 : len(key) + 2].isdigit()
 
 
 def _describe_start(shard: Path) -> str | None:
@@ -226,7 +221,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'10' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
+    name = f"shards/{hashlib.sha256(b'11' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path

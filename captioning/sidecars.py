@@ -18,7 +18,7 @@ from captioning.errors import InputError
 from captioning.files import decode_text, read_bytes
 from captioning.image_index import ImageIndex
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, SPLIT_FILE, Row, parse_json
+from captioning.tables import ENCODING_ADVICE, Row, is_split_list, parse_json
 
 # Of several files, the first that holds a caption is used, or none if the .json file marks it as rejected.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
@@ -152,8 +152,7 @@ def read_folder(
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
-            is_list = path.parent == folder and path.suffix.lower() == ".txt" and SPLIT_FILE.search(path.stem)
-            if path.suffix.lower() != ".json" and not is_list:  # which is reported as such
+            if path.suffix.lower() != ".json" and not is_split_list(path, folder):  # which is reported as such
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows
 

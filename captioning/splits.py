@@ -7,7 +7,7 @@ import hashlib
 import posixpath
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from captioning.coco_layout import SourceImage
@@ -15,7 +15,7 @@ from captioning.csv_tables import IMAGE_COLUMNS
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.reports import Report
-from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_FILE, parse_split
+from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_FILE, is_split_list, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
 SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPLIT_ALIASES)})(?![a-z])", re.IGNORECASE)
@@ -67,6 +67,15 @@ def split_of_file(path: Path) -> str:
     """Return the split after which a file such as captions_val2017.json or train_list.txt is named, or ""."""
     match = SPLIT_FILE.search(path.stem)
     return SPLIT_ALIASES[match[1].lower()] if match else ""
+
+
+def report_split_lists(
+    files: Iterable[Path], folder: Path, report: Report, advice: str = "a table gives splits in a column called split"
+) -> None:
+    """Report the lists of splits among the files, which are not read."""
+    for path in files:
+        if is_split_list(path, folder):
+            report.add(f"list{{s}} of a split; {advice}", str(path))
 
 
 def read_split_files(

@@ -70,12 +70,9 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     split_column = _split_column([record for _, record in records])
     if split_column not in SPLIT_COLUMNS:
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
-    for column in dict.fromkeys(chain.from_iterable(record for _, record in records)):
-        if "split" in column and column != split_column and any(_names_split(record, column) for _, record in records):
-            report.add("column{s} of splits; name the one that counts split", f"{path}, {column}", "ignored")
-        elif column == "filepath":
-            report.add("column{s} of folders; write folder and name in one column", f"{path}, {column}", "ignored")
-    folders: dict[str, Any] = {}  # image -> its filepath
+    for column in _unused_split_columns([record for _, record in records], split_column):
+        report.add("column{s} of splits; the column called split is used", f"{path}, {column}", "ignored")
+    folders: dict[str, str] = {}  # image -> its filepath
     for where, record in records:
         columns = caption_columns(list(record))
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
@@ -88,12 +85,15 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
             row = Row(where, _image(record, where), _captions(record, where), split)
-            if folders.setdefault(row.image, folder := record.get("filepath")) != folder:
-                raise InputError(
-                    f"{where}: {row.image} has the filepath {folder!s:.80}, and {folders[row.image]!s:.80} in another "
-                    "row; write folder and name in one column called image."
-                )
-            if len(row.captions) > 2 and all(text.isascii() and " " not in text for text in row.captions):
+            if folder := _folder(record, row.image):
+                report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
+                if folders.setdefault(row.image, folder) != folder:
+                    raise InputError(
+                        f"{where}: {row.image} is in {folders[row.image]:.80} and in {folder:.80}; "
+                        "write folder and name in one column called image."
+                    )
+            texts = [text for text in row.captions if text]
+            if len(texts) > 2 and all(text.isascii() and " " not in text for text in texts):
                 report.add("row{s} with captions of one word each; join words that are one caption", where, "read")
             yield row
 
@@ -107,6 +107,17 @@ def find_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
                 row = Row(where, _image(record, where), _captions(record, where), "")
                 if any(row.captions):
                     yield row
+
+
+def is_split_list(path: Path, folder: Path) -> bool:
+    """Return whether a file under `folder` is called like a list of a split's images and holds no captions."""
+    suffix, of_splits = path.suffix.lower(), path.stem.lower() in ("split", "splits")
+    if suffix in (".txt", ".lst"):
+        near = path.parent == folder and SPLIT_FILE.search(path.stem)
+        return bool(of_splits or near or parse_split(path.stem))
+    if suffix not in (".json", ".csv", ".tsv"):
+        return False
+    return of_splits or (parse_split(path.stem) is not None and not any(find_rows(path)))
 
 
 def starts_as_token_file(path: Path, encoding: str | None = None) -> bool:
@@ -191,12 +202,21 @@ def _image(record: dict[str, Any], where: str) -> str:
         raise InputError(f"{where}, has no image (a column called {', '.join(IMAGE_COLUMNS[:-1])} or image_path).")
     if not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{where}, must give the image's file name as text, each row in its own object.")
+    relative = {column: text for column, text in names.items() if not re.match(r"/|\\|[a-z]+:", text.strip(), re.I)}
+    names = relative or names
     name = max(map(str.strip, names.values()), key=len)
     if not all(_is_end(other.strip(), name) for other in names.values()):
         raise InputError(f"{where}, names different images in {' and '.join(names)}; keep one of these columns.")
     if is_structure(name):  # as when a column of images is saved as text
         raise InputError(f"{where}, has an image that is not a file name: {name:.80}; save the images as files.")
     return name
+
+
+def _folder(record: dict[str, Any], image: str) -> str:
+    """Return the folder in the column filepath of Karpathy's splits, "" if there is none or the image's name has it."""
+    value = record.get("filepath")
+    text = value.strip() if isinstance(value, str) else ""
+    return "" if os.path.splitext(text)[1] or _is_end(text, os.path.dirname(image)) else text
 
 
 def _is_end(name: str, path: str) -> bool:
@@ -244,8 +264,11 @@ def _split_column(records: list[dict[str, Any]]) -> str:
     return columns[0] if len(columns) == 1 else "split"
 
 
-def _names_split(record: dict[str, Any], column: str) -> bool:
-    return parse_split(str(record.get(column))) is not None
+def _unused_split_columns(records: list[dict[str, Any]], split_column: str) -> list[str]:
+    """List the columns called like splits, besides the one that is used, that name a split in some row."""
+    columns = dict.fromkeys(column for record in records for column in record if "split" in column)
+    columns.pop(split_column, None)
+    return [column for column in columns if any(parse_split(str(record.get(column))) for record in records)]
 
 
 def _split(value: Any, where: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from captioning import backbones
 from captioning.backbones import PACKAGED, Preprocessing, fold_batch_norms, preprocessing_of, stage_parameters
 from captioning.captioner import Captioner
 from captioning.checkpoint import load_model, read_description, write_model
@@ -403,3 +404,10 @@ def test_a_backbone_is_found_in_another_network_s_weights(name: str, prefix: str
     torch.save(state, tmp_path / "weights.pth")
     loaded = EncoderCNN(8, name, weights=tmp_path / "weights.pth").network.state_dict()
     torch.testing.assert_close(loaded, expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_backbone_whose_own_names_look_like_a_prefix_keeps_them(prefix: str):
+    backbone = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2)})
+    state = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
+    assert backbones._without_prefix(state, backbone).keys() == backbone.state_dict().keys()

@@ -176,7 +176,7 @@ def test_a_warning_cannot_control_the_terminal(capsys: pytest.CaptureFixture):
 def test_what_the_machine_refuses_is_a_sentence(
     raised: Exception, sentence: str, run_here: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "latin-1")
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
 
     def fail() -> None:
         raise raised

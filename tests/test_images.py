@@ -519,9 +519,11 @@ def test_heic_without_pillow_heif_is_a_sentence_that_names_it(tmp_path: Path, mo
 @pytest.mark.parametrize(("form", "options"), [("TIFF", {"compression": "tiff_lzw"}), ("AVIF", {})])
 def test_a_file_whose_end_is_missing_is_cut_off(tmp_path: Path, form: str, options: dict):
     content = encode(draw_noise(0, (320, 240)), form, **options)
-    (tmp_path / "a").write_bytes(content[: len(content) // 2])
+    (tmp_path / "a").write_bytes(content[: len(content) * 3 // 4])
     with pytest.raises(InputError, match=r"a cannot be read as an image \(it is cut off\)"):
         read_image(tmp_path / "a")
+    (tmp_path / "a").write_bytes(content + b"\n more of a phone")
+    assert read_image(tmp_path / "a").size == (320, 240)
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".msp", ".xpm", ".pdf", ".grib"])

@@ -413,7 +413,7 @@ def test_lists_of_splits_beside_a_table_are_reported(tmp_path, capsys):
     (source / "train.txt").write_text("0.jpg\n1.jpg\n")
     (source / "test.txt").write_text("2.jpg\n")
     importers.import_folder(source, tmp_path / "out")
-    message = "left out 2 lists of a split; a table gives its rows' splits in a column named split, the first is"
+    message = "left out 2 lists of a split; a table gives splits in a column called split, the first is"
     assert f"{message} {source / 'test.txt'}" in capsys.readouterr().err
 
 
@@ -1118,7 +1118,7 @@ def test_karpathys_images_in_other_folders_than_filepath_says(tmp_path, capsys, 
             importers.import_karpathy(tmp_path / "in", tmp_path / "out")
     importers.import_karpathy(tmp_path / "in", tmp_path / "out", images=tmp_path / "in" / where.split("/")[0])
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a cat"] for i in range(3)}
-    told = "not in the folder of its filepath, the first is train2014/0.jpg" in capsys.readouterr().err
+    told = "took 3 images outside the folder that filepath names, the first is train2014/0" in capsys.readouterr().err
     assert told == (where != "extra/train2014")
 
 

@@ -450,14 +450,3 @@ def test_a_colour_profile_is_ignored(tmp_path: Path):
     photo = Image.fromarray(COLOURS)
     photo.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes())
     assert (np.asarray(read_image(tmp_path / "a.png")) == COLOURS).all()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_conversion_has_no_transparent_colour(tmp_path: Path, mode: str):
-    levels = np.zeros((20, 20), np.uint8)
-    levels[:, 10:] = 1  # opaque, and black like the transparent level 0
-    image = Image.fromarray(levels, "P")
-    image.putpalette([0, 0, 0, 0, 0, 0, *[9, 9, 9] * 254])
-    image.save(tmp_path / "a.gif", transparency=0)
-    converted = Image.open(tmp_path / "a.gif").convert(mode)
-    assert np.asarray(read_image(converted))[5, 15].tolist() == [0, 0, 0]

@@ -236,6 +236,13 @@ def test_texts_of_which_any_may_be_the_image_s_are_left_out(tmp_path: Path, caps
     assert "2024.01.png" in error
 
 
+@pytest.mark.parametrize(("image", "caption"), [("frame_0.5", "frame_0.5.en"), ("a.1024x768", "a.0"), ("0.b", "0.c")])
+def test_the_only_text_with_an_image_s_key_is_its_caption(tmp_path: Path, image: str, caption: str):
+    pack(tmp_path / "train-0.tar", [(f"{image}.png", PNG), (f"{caption}.txt", BALL)])
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert list(data.references().values()) == [["a red ball"]]
+
+
 def test_the_text_of_another_decimal_is_not_the_image_s(tmp_path: Path, capsys: pytest.CaptureFixture):
     files = [("frame_0.5.png", PNG), ("frame_0.7.txt", b"a kite"), ("1.png", PNG), ("1.txt", BALL)]
     pack(tmp_path / "train-0.tar", files)

@@ -551,23 +551,34 @@ def test_columns_called_like_captions_that_are_not_used_are_reported(tmp_path, c
 
 @pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
 def test_a_caption_with_the_separator_is_not_cut_where_the_cells_after_it_are_blank(tmp_path, separator):
-    table = csv_rows("image,caption,notes,by", "{}.jpg,a dog, brown,,").replace(",", separator)
-    source = six(tmp_path / "in", c__csv=table)
+    table = csv_rows("image,caption,notes,by", "{}.jpg,a red ball,,").replace("a red ball,,", "a dog, brown,,", 1)
+    source = six(tmp_path / "in", c__csv=table.replace(",", separator))
     with pytest.raises(InputError, match="line 2, has more columns than the header's 4; put a caption"):
         importers.import_folder(source, tmp_path / "out")
-    (source / "c.csv").write_text(csv_rows("image,caption,notes", "{}.jpg,a red ball,,").replace(",", separator))
-    importers.import_folder(source, tmp_path / "out")  # separators at the ends of lines
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    for number, (header, row) in enumerate(
+        [
+            ("image,caption,notes", "{}.jpg,a red ball,,"),  # separators at the ends of lines
+            ("image,caption,split", "{}.jpg,a red ball,train,"),
+            ("caption,image", "a red ball,{}.jpg,,"),
+        ]
+    ):
+        (source / "c.csv").write_text(csv_rows(header, row).replace(",", separator))
+        importers.import_folder(source, tmp_path / f"{number}")
+        assert all_captions(tmp_path / f"{number}") == {f"{i}.jpg": ONE for i in range(6)}
 
 
 def test_a_column_filepath_that_tells_images_apart_is_refused_and_else_told(tmp_path, capsys):
     source = six(tmp_path / "in", c__csv=csv_rows("filepath,filename,caption", "a,{}.jpg,a red ball"))
     importers.import_folder(source, tmp_path / "out")
-    assert "ignored 1 column of folders; write folder and name in one column: " in capsys.readouterr().err
+    assert "ignored 6 filepaths; write folder and name in one column called image, the first" in capsys.readouterr().err
     with open(source / "c.csv", "a") as file:
         file.write("b,0.jpg,a blue ball\n")
-    with pytest.raises(InputError, match=r"line 8: 0\.jpg has the filepath b, and a in another row; write folder"):
+    with pytest.raises(InputError, match=r"line 8: 0\.jpg is in a and in b; write folder and name in one column"):
         importers.import_folder(source, tmp_path / "second")
+    for path in ("in", "in/{}.jpg", "{}_1.wav", ""):
+        (source / "c.csv").write_text(csv_rows("filepath,filename,caption", f"{path},in/{{}}.jpg,a red ball"))
+        importers.import_folder(source, tmp_path / f"out{path[:2]}{len(path)}".replace("/", ""))
+        assert "filepath" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", ["data_split", "original_split,karpathy_split"])
@@ -587,15 +598,19 @@ def test_captions_of_one_word_each_are_told(tmp_path, capsys):
 
 
 def test_two_columns_may_name_an_image_with_and_without_its_folder(tmp_path):
-    table = csv_rows("image_name,image_path,caption", "{0},in\\{0}.jpg,a red ball")
-    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+    for number, path in enumerate(["in\\{0}.jpg", "/content/drive/{0}.jpg", "https://a.org/{0}.jpg"]):
+        table = csv_rows("image_name,image_path,caption", f"{{0}},{path},a red ball")
+        importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / f"{number}")
+        assert all_captions(tmp_path / f"{number}") == {f"{i}.jpg": ONE for i in range(6)}
 
 
 def test_a_table_of_images_without_captions_is_told(tmp_path, capsys):
     source = six(tmp_path / "in", train__csv=csv_rows("image,caption"), test__csv="image\n0.jpg\n")
     importers.import_folder(source, tmp_path / "out")
     assert f"in which no row with an image and a caption can be read: {source}/test.csv" in capsys.readouterr().err
+    text(source / "val.csv", "image,captoin\n0.jpg,a red ball\n")
+    with pytest.raises(InputError, match=r"val\.csv, line 1, should name a column"):
+        importers.import_folder(source, tmp_path / "second")
 
 
 @pytest.mark.parametrize(
@@ -615,6 +630,14 @@ def test_an_encoding_that_is_not_that_of_all_lines_is_refused(tmp_path, encoding
         importers.import_folder(source, tmp_path / "out", encoding=encoding)
 
 
+@pytest.mark.parametrize("caption", ["CAFÉ’S", "NESTLÉ®"])
+def test_text_may_be_utf_8_by_chance(tmp_path, caption):
+    rows = "".join(f"{i}.jpg,{caption if i else 'a café'}\n" for i in range(6))
+    source = six(tmp_path / "in", c__csv=f"image,caption\n{rows}".encode("cp1252"))
+    importers.import_folder(source, tmp_path / "out", encoding="cp1252")
+    assert all_captions(tmp_path / "out")["1.jpg"] == [caption]
+
+
 def test_images_has_to_be_a_folder(tmp_path):
     source = six(tmp_path / "in", c__csv=csv_rows("image,caption"), photos__zip=b"PK")
     with pytest.raises(InputError, match=r"photos\.zip is a file; unpack it if it is an archive, and name the folder"):
@@ -625,7 +648,7 @@ def test_the_suffix_of_files_that_are_no_images_is_said(tmp_path):
     for i in range(3):
         text(tmp_path / "in" / f"{i}.jpg_large", "")
     with pytest.raises(
-        InputError, match=r"no images that are recognized by their suffix; the suffix of 3 files is \.jpg_l"
+        InputError, match=r"no images, but 3 of \.jpg_large, which is not the suffix of an image; rename"
     ):
         importers.import_folder(tmp_path / "in", tmp_path / "out")
 
@@ -844,7 +867,11 @@ def test_lists_of_splits_in_other_forms_are_reported(tmp_path, capsys, name):
     importers.import_folder(source, tmp_path / "out")
     error = capsys.readouterr().err
     assert "list of a split" in error or "no row with an image and a caption" in error
-    assert str(source / name) in error
+    assert error.count(str(source / name)) == 1
+    for other in ("code/requirements-dev.txt", "annotations/captions_val2017.json"):
+        text(source / other, "[]")
+    importers.import_folder(source, tmp_path / "second")
+    assert capsys.readouterr().err == error
 
 
 @pytest.mark.parametrize("form", ["sidecars", "a table in the folder", "a table that is named"])
@@ -856,7 +883,7 @@ def test_lists_of_splits_that_are_not_read_are_reported(tmp_path, capsys, form):
         six(source, c__csv=csv_rows("image,caption"))
     importers.import_folder(source / "c.csv" if form.endswith("named") else source, tmp_path / "out")
     error = capsys.readouterr().err
-    assert "left out 3 lists of a split; a table gives its rows' splits in a column named split, the first is" in error
+    assert "left out 3 lists of a split; a table gives splits in a column called split, the first is" in error
     assert "without an image" not in error
 
 

@@ -399,9 +399,9 @@ def test_a_run_is_resumed_or_starts_from_a_model(trained: Path, tmp_path: Path):
         train_module.parse_options(["--start-from", str(tmp_path)])
 
 
-def test_a_path_without_any_file_is_one_sentence(tmp_path: Path):
+def test_a_null_character_in_a_path_is_one_sentence(tmp_path: Path):
     (tmp_path / "recipe.toml").write_text('data = "a\\u0000b"')
-    with pytest.raises(InputError, match=r"recipe\.toml cannot be used: data holds a zero character"):
+    with pytest.raises(InputError, match=r"recipe\.toml cannot be used: data holds a null character"):
         train_module.parse_options(["--config", str(tmp_path / "recipe.toml")])
 
 
