@@ -575,8 +575,8 @@ def test_a_column_filepath_that_tells_images_apart_is_refused_and_else_told(tmp_
         file.write("b,0.jpg,a blue ball\n")
     with pytest.raises(InputError, match=r"line 8: 0\.jpg is in a and in b; write folder and name in one column"):
         importers.import_folder(source, tmp_path / "second")
-    for path in ("in", "in/{}.jpg", "{}_1.wav", ""):
-        (source / "c.csv").write_text(csv_rows("filepath,filename,caption", f"{path},in/{{}}.jpg,a red ball"))
+    for path in ("in", "in/{0}.jpg", "{0}_1.wav", ""):
+        (source / "c.csv").write_text(csv_rows("filepath,filename,caption", f"{path},in/{{0}}.jpg,a red ball"))
         importers.import_folder(source, tmp_path / f"out{path[:2]}{len(path)}".replace("/", ""))
         assert "filepath" not in capsys.readouterr().err
 
