@@ -38,6 +38,8 @@ from captioning.scenes.checking import is_scene
 from captioning.shards import TAR_SUFFIX, index_shards, is_shard
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
+# What follows a split's name in that of a tar file which is not of the split, such as value-0.tar and testimonials.tar.
+OTHER_WORDS = "(?!ing|id|ate|set|data|image|img|photo|split|sample|shard)[a-z]", "is another word"
 UNKNOWN_SHARE = 0.2  # share of unknown training words above which there is a warning
 LONG_SHARE = 0.2  # share of training captions longer than `DEFAULT_LENGTH` above which there is a warning
 UNFINISHED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".part", ".partial", ".download")  # added to the names of tar files
@@ -56,12 +58,14 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
     if not os.path.isdir(folder):  # unlike Path.is_dir, False for a path of any length
         raise _no_folder(folder)
     annotation_file = next(find_annotation_files(folder, mode), None)
-    if annotation_file is not None:
-        return annotation_file, image_folder_of(annotation_file)
     try:
         shards = sorted(path for path in folder.glob(f"{mode}*") if is_shard(path))
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
+    if annotation_file is not None:
+        if shards:
+            warn_once(f"{shards[0]} is not read, because {annotation_file} holds the {mode} split.")
+        return annotation_file, image_folder_of(annotation_file)
     if shards:
         shards = _check_shards(shards, folder, mode)
         return index_shards(shards, mode, cache), folder
@@ -70,10 +74,11 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
 
 def _check_shards(shards: list[Path], folder: Path, mode: str) -> list[Path]:
     """Return the split's shards without those of several splits, such as trainval-0.tar; warns of what is left out."""
-    several = [path for path in shards if re.match(rf"{mode}[-_]?({'|'.join(SPLITS)})", path.name)]
-    if several and len(several) < len(shards):
-        warn_once(f"{several[0]} is left out of the {mode} split, because its name contains more than one split.")
-        shards = [path for path in shards if path not in several]
+    for other, problem in ((f"[-_]?({'|'.join(SPLITS)})", "contains more than one split"), OTHER_WORDS):
+        others = [path for path in shards if re.match(mode + other, path.name)]
+        if others and len(others) < len(shards):
+            warn_once(f"{others[0]} is left out of the {mode} split, because its name {problem}.")
+            shards = [path for path in shards if path not in others]
     packed = [path for path in _packed_shards(folder, mode) if path.suffix.lower() in UNFINISHED]
     if packed:
         warn_once(f"{packed[0]} is left out of the {mode} split; unpack it to a plain {TAR_SUFFIX} file, or delete it.")

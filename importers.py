@@ -25,6 +25,7 @@ from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
 from captioning.folder_captions import read_captions_of_folder, read_tables
+from captioning.image_formats import image_suffixes
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.splits import assign_splits, read_split_files, report_split_lists, set_split, splits_by_folder
@@ -74,6 +75,8 @@ def _captions(row: Row, report: Report) -> list[str]:
             report.add("empty caption{s}", row.where)
         elif MARKS.search(caption):
             report.add("caption{s} with marks such as <start>, which are learned as words", row.where, "read")
+        elif " " not in caption and Path(caption).suffix.lower() in image_suffixes():
+            report.add("caption{s} that are names of images", row.where, "read")
     return [caption for caption in row.captions if caption]
 
 

@@ -118,6 +118,8 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
         raise InputError(f"{path} {LFS_POINTER}.")
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
     name = marked or (encoding if encoding and not _is_utf8(data) else "utf-8")
+    if name.lower().replace("_", "-") == "utf-16" and not marked and data[::2].count(0) > data[1::2].count(0):
+        name = "utf-16-be"  # Python would take the system's byte order
     try:
         codecs.lookup(encoding or name)
         text = data.decode(name)

@@ -46,9 +46,15 @@ def read_captions_of_folder(
     tables = found.certain + found.small if found.certain else []
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
-        tables, found.empty = found.empty or found.json_files, []
+        tables = found.small
+        if not tables:
+            tables, found.empty = found.empty or found.json_files, []
     read = {*sidecars, *tables, *found.certain, *found.small, *found.empty}
-    report_split_lists([path for path in files if path not in read], folder, report)
+    unread = [path for path in files if path not in read]
+    report_split_lists(unread, folder, report)
+    for path in unread:
+        if path.parent != folder and path.suffix.lower() in TABLE_SUFFIXES and _named_images(path, index, encoding):
+            report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         left_out = "".join(f"; {line}" for line in report.lines())

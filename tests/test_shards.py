@@ -90,13 +90,26 @@ def test_tars_that_are_left_out_of_a_split_are_named(tmp_path: Path, capsys: pyt
     for i, name in enumerate(("train-000", "train-001", "trainval-000", "train_val-000", "val-000")):
         write_shard(tmp_path / f"{name}.tar", [{"__key__": str(i), "png": encoded(i), "txt": f"picture {i}"}])
     (tmp_path / "train-001.tar").rename(tmp_path / "train-001.TAR")
+    write_shard(tmp_path / "trainers.tar", [{"__key__": "a", "png": encoded(9), "txt": "shoes"}])
     (tmp_path / "train-002.tar.gz").write_bytes(b"")
     warn_once.cache_clear()
     data = CaptionDataset(tmp_path, "train", vocab_threshold=1, cache=tmp_path / "cache")
     assert [Path(path.shard).name for path in data.paths] == ["train-000.tar", "train-001.TAR"]
     error = capsys.readouterr().err
     assert "train_val-000.tar is left out of the train split, because its name contains more than one split" in error
+    assert "trainers.tar is left out of the train split, because its name is another word" in error
     assert "train-002.tar.gz is left out of the train split; unpack it" in error
+
+
+def test_tars_beside_an_annotation_file_of_their_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_shard(tmp_path / "train-000.tar", [{"__key__": "a", "png": encoded(0), "txt": "a ball"}])
+    (tmp_path / "annotations").mkdir()
+    captions = [{"id": 1, "image_id": 1, "caption": "a cat"}]
+    document = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": captions}
+    (tmp_path / "annotations" / "captions_train.json").write_text(json.dumps(document))
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache", must_exist=False)
+    assert list(data.references().values()) == [["a cat"]]
+    assert "train-000.tar is not read, because" in capsys.readouterr().err
 
 
 def test_a_shard_s_images_are_read_where_they_lie(shard: Path):

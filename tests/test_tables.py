@@ -1002,3 +1002,34 @@ def test_a_table_that_is_called_like_a_text_file_has_rows(tmp_path, capsys):
     source = six(tmp_path / "in", c__txt="".join(csv_rows("image,caption").splitlines(True)[:-1]))
     importers.import_folder(source / "c.txt", tmp_path / "out")
     assert f"left out 1 image without a row: {source}/5.jpg" in capsys.readouterr().err
+
+
+def test_captions_that_are_names_of_images_are_told(tmp_path, capsys):
+    document = {f"{i}": [f"{i}.jpg", "a red ball"] for i in range(6)}
+    importers.import_folder(six(tmp_path / "in", c__json=json.dumps(document)), tmp_path / "out")
+    assert "read 6 captions that are names of images, the first is" in capsys.readouterr().err
+
+
+def test_a_table_in_a_subfolder_is_told(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    text(source / "more" / "captions.csv", csv_rows("image,caption"))
+    text(source / "more" / "prices.csv", "item,price\nball,3\n")
+    importers.import_folder(source, tmp_path / "out")
+    told = "left out 1 table in a subfolder, where only metadata.csv and metadata.jsonl are read"
+    assert capsys.readouterr().err == f"{told}: {source}/more/captions.csv\n"
+
+
+def test_a_json_table_of_few_images_is_read_where_nothing_else_holds_captions(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": "a red ball"} for i in range(3)]
+    source = six(tmp_path / "in", captions__json=json.dumps(rows), urls__csv="url,width\na,3\n")
+    for i in range(6, 20):
+        make_image(source / f"{i}.jpg")
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(3)}
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_utf_16_without_a_mark_is_read_in_either_byte_order(tmp_path, order):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption").encode(f"utf-16-{order}"))
+    importers.import_folder(source, tmp_path / "out", encoding="utf-16")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
