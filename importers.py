@@ -33,7 +33,7 @@ from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_tabl
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE SOURCE ...")]
-Models = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL MODEL ...")]
+Models = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...] OUT")]
 Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 
 
@@ -372,17 +372,20 @@ def import_weights(
     convert_weights(encoder, decoder, vocab, folder)
 
 
-def average(models: Models, folder: Destination, epochs: tuple[int, ...] = ()) -> None:
+def average(models: Models, epochs: tuple[int, ...] = ()) -> None:
     """Average the weights of several epochs of a model, or of the best epochs of several models, into one model.
 
     Args:
-        models: The trained model, or models that differ in their weights only.
-        folder: The model to write; it must not exist yet, or be empty.
+        models: The trained model, or models that differ in their weights only, and then the model to write, which must
+            not exist yet, or be empty.
         epochs: Two or more epochs of one model that were saved, such as the best by cross-entropy and by CIDEr-D.
     """
     from captioning.averaging import average_weights  # imports torch, which takes seconds
 
-    average_weights(models, epochs, folder)
+    if len(models) < 2:
+        raise InputError("name the model, or several, and then the folder to write: importers.py average MODEL OUT.")
+    *sources, folder = models  # two positional arguments would take the epochs on a command line
+    average_weights(sources, epochs, folder)
 
 
 def main() -> None:

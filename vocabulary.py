@@ -61,6 +61,8 @@ def tokenize(caption: str) -> list[str]:
 
         "A dog runs.  It's wet." -> ["a", "dog", "runs", ".", "it", "'s", "wet", "."]
     """
+    if not isinstance(caption, str):
+        raise InputError(f"a caption is text, not {caption!r:.80}.")
     text = unicodedata.normalize("NFC", caption.lower().translate(_REPLACEMENTS))
     return [token for chunk in text.split() for token in _tokenize_chunk(chunk)]
 

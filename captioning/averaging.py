@@ -27,6 +27,8 @@ def average_weights(models: Sequence[Path], epochs: Sequence[int], folder: Path)
     chosen = [(model, epoch) for model in models for epoch in sorted(set(epochs))]
     if len(models) > 1:
         chosen = [(model, choose_epoch(model, read_description(model))) for model in models]
+    if len({model.resolve() for model in models}) < len(models):
+        raise InputError("a model is named twice; name each once.")
     if len(chosen) < 2:
         raise InputError("an average takes two epochs or more, named with --epochs, or two models or more.")
     loaded = [load_model(model, epoch) for model, epoch in chosen]

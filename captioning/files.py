@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +48,7 @@ BINARY_FILES = {  # files that are mistaken for text, by first bytes
 }
 LATIN = ("cp1252", "iso8859-1", "iso8859-15")  # names in `codecs`
 LATIN_IN_UTF8 = re.compile(rb"[\xc2\xc3\xe2]")  # first bytes of accented letters and typographic marks
+SPACES = b" \n\r\t,"  # characters that show the byte order of UTF-16; others have the zero byte in either order
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
 _WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
@@ -118,10 +120,9 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
         raise InputError(f"{path} {LFS_POINTER}.")
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
     name = marked or (encoding if encoding and not _is_utf8(data) else "utf-8")
-    if name.lower().replace("_", "-") == "utf-16" and not marked and data[::2].count(0) > data[1::2].count(0):
-        name = "utf-16-be"  # Python would take the system's byte order
     try:
-        codecs.lookup(encoding or name)
+        if codecs.lookup(encoding or name).name == "utf-16" and not marked and name == encoding:
+            name = _utf_16_of(data, path)
         text = data.decode(name)
     except LookupError:
         raise InputError(f"{encoding} is not a text encoding that Python knows; examples are cp1252, utf-16.") from None
@@ -134,6 +135,15 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     if "\0" in text:
         raise InputError(f"{path} holds zero bytes, as UTF-16 without a byte order mark does; {advice}.")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _utf_16_of(data: bytes, path: object) -> str:
+    """Return the form of UTF-16 without a byte order mark, for which Python would take the system's, by its spaces."""
+    units = Counter(zip(data[::2], data[1::2], strict=False))
+    little, big = (sum(units[unit] for unit in forms) for forms in (((x, 0) for x in SPACES), ((0, x) for x in SPACES)))
+    if little == big:
+        raise InputError(f"{path} has no byte order mark; name its encoding as utf-16-le or utf-16-be with --encoding.")
+    return "utf-16-le" if little > big else "utf-16-be"
 
 
 def _check_latin(data: bytes, text: str, path: object, encoding: str) -> None:

@@ -52,9 +52,6 @@ def read_captions_of_folder(
     read = {*sidecars, *tables, *found.certain, *found.small, *found.empty}
     unread = [path for path in files if path not in read]
     report_split_lists(unread, folder, report)
-    for path in unread:
-        if path.parent != folder and path.suffix.lower() in TABLE_SUFFIXES and _named_images(path, index, encoding):
-            report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         left_out = "".join(f"; {line}" for line in report.lines())
@@ -62,6 +59,9 @@ def read_captions_of_folder(
             f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
             f'or .caption file, nor a .json file with "caption" or "captions"{left_out}{advice}.'
         )
+    for path in unread:
+        if path.parent != folder and path.suffix.lower() in TABLE_SUFFIXES and _named_images(path, index, encoding):
+            report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
     for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
     if not tables:

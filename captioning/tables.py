@@ -40,6 +40,7 @@ SPLIT_FILE = re.compile(  # the stem of a file of a split
     rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
 )
 SPLIT_COLUMNS = ("split", "set", "subset")
+SPLIT_MARK = re.compile(rf"split|^(?:is_)?(?:{'|'.join(SPLIT_ALIASES)})$")  # columns such as is_train, of 0 and 1
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 
@@ -81,7 +82,8 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
             report.add("rejected caption{s}", where)
         elif not all(map(_is_blank, record.values())):
             for column, value in record.items():
-                if "caption" in column and column not in columns and _is_text(value):
+                like_captions = "caption" in column or caption_columns([column])
+                if like_captions and column not in columns and _is_text(value):
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
             row = Row(where, _image(record, where), _captions(record, where), split)
@@ -265,10 +267,16 @@ def _split_column(records: list[dict[str, Any]]) -> str:
 
 
 def _unused_split_columns(records: list[dict[str, Any]], split_column: str) -> list[str]:
-    """List the columns called like splits, besides the one that is used, that name a split in some row."""
-    columns = dict.fromkeys(column for record in records for column in record if "split" in column)
-    columns.pop(split_column, None)
-    return [column for column in columns if any(parse_split(str(record.get(column))) for record in records)]
+    """List the columns called like splits, besides the one that is used, that name a split or differ between rows."""
+    columns = dict.fromkeys(column for record in records for column in record if column != split_column)
+    values = {
+        column: {str(record.get(column)) for record in records} for column in columns if SPLIT_MARK.search(column)
+    }
+    return [
+        column
+        for column, texts in values.items()
+        if any(map(parse_split, texts)) or (len(texts) > 1 and "split" not in column)
+    ]
 
 
 def _split(value: Any, where: str) -> str:

@@ -1,11 +1,13 @@
 """The average of several epochs is a model whose every weight is their mean."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import importers
 from captioning.averaging import average_weights
 from captioning.checkpoint import load_model, name_weights
 from captioning.errors import InputError
@@ -48,6 +50,17 @@ def test_an_average_that_cannot_be_made_is_one_sentence(trained: Path, tmp_path:
     assert not (tmp_path / "average").exists()
 
 
+@pytest.mark.parametrize("arguments", ["{0} {1} --epochs 1 2", "--epochs 1 2 -- {0} {1}"])
+def test_the_command_takes_the_epochs_last_or_first(trained: Path, tmp_path: Path, monkeypatch, arguments: str):
+    arguments = f"importers.py average {arguments.format(trained, tmp_path / 'average')}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    importers.main()
+    assert load_model(tmp_path / "average")[3].training["averaged_epochs"] == [1, 2]
+    monkeypatch.setattr(sys, "argv", ["importers.py", "average", str(trained)])
+    with pytest.raises(InputError, match="name the model, or several, and then the folder to write"):
+        importers.main()
+
+
 def test_models_of_one_kind_have_a_mean(trained: Path, small: Callable[..., TrainingConfig], tmp_path: Path):
     second = train(small(name="second", start_from=trained, num_epochs=1, seed=7))
     average_weights([trained, second], (), tmp_path / "average")
@@ -55,6 +68,8 @@ def test_models_of_one_kind_have_a_mean(trained: Path, small: Callable[..., Trai
     assert not torch.equal(one["embed.weight"], other["embed.weight"])
     assert all(torch.equal(mean[key], (one[key] + other[key]) / 2) for key in mean)
     assert name_weights(load_model(tmp_path / "average")[3], 1) == f"mean of epochs {trained.name}-2, second-1"
+    with pytest.raises(InputError, match="a model is named twice"):
+        average_weights([trained, second, trained], (), tmp_path / "other")
     with pytest.raises(InputError, match="--epochs has no effect on several models"):
         average_weights([trained, second], (1, 2), tmp_path / "other")
     wider = train(small(name="wider", num_epochs=1, hidden_size=24))

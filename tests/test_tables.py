@@ -115,7 +115,7 @@ FORMS = {
     ),
     "a description and a comment on it": (
         "c__csv",
-        csv_rows("filename,description,comment", "{}.jpg,a red ball,checked by Anna"),
+        csv_rows("filename,description,comment", "{}.jpg,a red ball,checked"),
         ONE,
     ),
     "brackets are no list": ("c__csv", csv_rows("filename,caption", "{}.jpg,[a red ball]"), ["[a red ball]"]),
@@ -547,6 +547,9 @@ def test_columns_called_like_captions_that_are_not_used_are_reported(tmp_path, c
     table = csv_rows("image,en_caption,comment", "{}.jpg,a red ball,checked by Anna")
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "second")
     assert "left out 6 texts in the column 'en_caption', the first is" in capsys.readouterr().err
+    table = csv_rows("image,description,text", "{}.jpg,a red ball,on sale now")
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "third")
+    assert "left out 6 texts in the column 'description', the first is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
@@ -589,6 +592,17 @@ def test_a_column_of_splits_that_is_not_used_is_told(tmp_path, capsys, columns):
         six(tmp_path / "in", c__csv=table.replace("5.jpg,a red ball,train", "5.jpg,a red ball,")), tmp_path / "out"
     )
     assert f"ignored {len(names)} column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["is_train", "test"])
+def test_a_column_of_splits_in_zeros_and_ones_is_told(tmp_path, capsys, column):
+    table = csv_rows(f"image,caption,{column}", "{}.jpg,a red ball,1").replace(
+        "5.jpg,a red ball,1", "5.jpg,a red ball,0"
+    )
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert f"ignored 1 column of splits; the column called split is used: {tmp_path}/in/c.csv, {column}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_captions_of_one_word_each_are_told(tmp_path, capsys):
@@ -1029,7 +1043,12 @@ def test_a_json_table_of_few_images_is_read_where_nothing_else_holds_captions(tm
 
 
 @pytest.mark.parametrize("order", ["le", "be"])
-def test_utf_16_without_a_mark_is_read_in_either_byte_order(tmp_path, order):
-    source = six(tmp_path / "in", c__csv=csv_rows("image,caption").encode(f"utf-16-{order}"))
-    importers.import_folder(source, tmp_path / "out", encoding="utf-16")
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ONE for i in range(6)}
+@pytest.mark.parametrize("caption", ["a red ball", "一只狗和一个人在一起\n", "一只狗，一个人　和"])
+def test_utf_16_without_a_mark_is_read_in_either_byte_order_or_refused(tmp_path, order, caption):
+    source = six(tmp_path / "in", **{f"{i}__txt": caption.encode(f"utf-16-{order}") for i in range(6)})
+    if "　" in caption:
+        with pytest.raises(InputError, match=r"0\.txt has no byte order mark; name its encoding as utf-16-le or"):
+            importers.import_folder(source, tmp_path / "out", encoding="utf-16")
+    for name in (f"utf-16-{order}", *(["UTF16"] if "　" not in caption else [])):
+        importers.import_folder(source, tmp_path / name, encoding=name)
+        assert all_captions(tmp_path / name) == {f"{i}.jpg": [" ".join(caption.split())] for i in range(6)}

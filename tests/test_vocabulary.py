@@ -193,3 +193,11 @@ def test_a_pickled_vocabulary_is_pointed_to_its_importer(tmp_path):
     (tmp_path / "vocab.pkl").write_bytes(pickle.dumps({}))
     with pytest.raises(InputError, match=r"vocab\.pkl is a pickle; `python importers\.py weights` converts it"):
         Vocabulary.load(tmp_path / "vocab.pkl")
+
+
+@pytest.mark.parametrize("caption", [None, float("nan"), 3])
+def test_a_caption_that_is_not_text_is_refused(vocab: Vocabulary, caption: object):
+    with pytest.raises(InputError, match=f"a caption is text, not {caption}"):
+        Vocabulary.build(["a dog", caption], 1)
+    with pytest.raises(InputError, match=f"a caption is text, not {caption}"):
+        vocab.encode(caption)
