@@ -171,7 +171,7 @@ def import_flickr(
         for key in sorted(index.paths.keys() - keys.keys()):
             report.add("image{s} without a caption", str(index.paths[key][0]))
         if not splits:
-            unread = (path for path in walk_files(folder) if path != table and path not in files)
+            unread = (path for path in walk_files(folder) if path != table)
             report_split_lists(unread, folder, report, "write the names in train.txt, val.txt and test.txt")
             for key, split in splits_by_folder(keys, report).items():
                 keys[key].split = split

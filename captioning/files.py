@@ -48,7 +48,7 @@ BINARY_FILES = {  # files that are mistaken for text, by first bytes
 }
 LATIN = ("cp1252", "iso8859-1", "iso8859-15")  # names in `codecs`
 LATIN_IN_UTF8 = re.compile(rb"[\xc2\xc3\xe2]")  # first bytes of accented letters and typographic marks
-SPACES = b" \n\r\t,"  # characters that show the byte order of UTF-16; others have the zero byte in either order
+SPACES = b" \n\r\t,"  # show the byte order of UTF-16; in the other order, most letters and digits are characters, too
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
 BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
 _WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none

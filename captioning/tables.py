@@ -72,7 +72,7 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     if split_column not in SPLIT_COLUMNS:
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
     for column in _unused_split_columns([record for _, record in records], split_column):
-        report.add("column{s} of splits; the column called split is used", f"{path}, {column}", "ignored")
+        report.add("column{s} of splits; only one called split is used", f"{path}, {column}", "ignored")
     folders: dict[str, str] = {}  # image -> its filepath
     for where, record in records:
         columns = caption_columns(list(record))

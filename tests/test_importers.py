@@ -245,6 +245,15 @@ def test_flickr30k_token_file_with_bare_numbers_in_the_splits(tmp_path):
     assert captions(tmp_path / "out", "val") == {"10002456.jpg": ["A crane ."]}
 
 
+def test_a_table_of_splits_that_is_not_read_is_told(flickr8k, tmp_path, capsys):
+    for path in [*flickr8k.rglob("*Images.txt")]:
+        path.unlink()
+    text(flickr8k / "splits.csv", "image,split\n1_a.jpg,test\n")
+    importers.import_flickr(flickr8k, tmp_path / "out")
+    told = f"left out 1 list of a split; write the names in train.txt, val.txt and test.txt: {flickr8k}/splits.csv"
+    assert told in capsys.readouterr().err
+
+
 def test_a_token_file_of_any_name(flickr8k, tmp_path):
     tokens = next(flickr8k.rglob("Flickr8k.token.txt"))
     arabic = tokens.rename(tokens.with_name("arabic.tsv"))

@@ -600,7 +600,7 @@ def test_a_column_of_splits_in_zeros_and_ones_is_told(tmp_path, capsys, column):
         "5.jpg,a red ball,1", "5.jpg,a red ball,0"
     )
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
-    assert f"ignored 1 column of splits; the column called split is used: {tmp_path}/in/c.csv, {column}" in (
+    assert f"ignored 1 column of splits; only one called split is used: {tmp_path}/in/c.csv, {column}" in (
         capsys.readouterr().err
     )
 
