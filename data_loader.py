@@ -111,8 +111,8 @@ def _no_folder(path: Path) -> InputError:
     """Return the error for a path that is not the folder of a data set."""
     if not os.path.isfile(path):
         return InputError(
-            f"{path} does not exist; draw the sample data set with `python scenes.py {path}`, or download "
-            f"COCO with `python download.py coco --root {path}`."
+            f"{path} does not exist; name another folder, draw the sample data set with `python scenes.py {path}`, "
+            f"or download COCO with `python download.py coco --root {path}`."
         )
     if path.suffix.lower() == TAR_SUFFIX or path.parent.name == "annotations":
         folder = path.parent if path.suffix.lower() == TAR_SUFFIX else path.parent.parent
