@@ -114,6 +114,8 @@ class Vocabulary:
 
     def __getitem__(self, word: str) -> int:
         """Return the word's index, or `UNK` for a word that is not in the vocabulary."""
+        if not isinstance(word, str):
+            raise InputError(f"a word is text, not {word!r:.80}; vocab.words[3] is the word whose index is 3.")
         return self.index.get(word, UNK)
 
     def encode(self, caption: str) -> list[int]:

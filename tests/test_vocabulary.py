@@ -201,3 +201,8 @@ def test_a_caption_that_is_not_text_is_refused(vocab: Vocabulary, caption: objec
         Vocabulary.build(["a dog", caption], 1)
     with pytest.raises(InputError, match=f"a caption is text, not {caption}"):
         vocab.encode(caption)
+
+
+def test_an_index_is_not_a_word(vocab: Vocabulary):
+    with pytest.raises(InputError, match=r"a word is text, not 3; vocab\.words\[3\] is the word"):
+        vocab[3]  # pyright: ignore[reportArgumentType]
