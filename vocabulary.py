@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning.errors import InputError
-from captioning.files import read_bytes, read_text, require_access, web_address, write_file
+from captioning.files import decode_text, read_bytes, require_access, web_address, write_file
 
 if TYPE_CHECKING:
     from nltk.tokenize import NLTKWordTokenizer, TreebankWordDetokenizer
@@ -165,11 +165,12 @@ class Vocabulary:
             if not web_address(path):
                 require_access(Path(path).parent)
             raise InputError(f"{path} does not exist; check the path, or build one with vocab_from_file=False.")
-        if read_bytes(Path(path)).startswith(b"\x80"):
+        data = read_bytes(Path(path))
+        if data.startswith(b"\x80"):
             raise InputError(
                 f"{path} is a pickle; `python importers.py weights` converts it together with its weights."
             )
-        text = read_text(Path(path))
+        text = decode_text(data, path)
         try:
             return cls(json.loads(text))
         except InputError as error:

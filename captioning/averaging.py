@@ -24,9 +24,10 @@ def average_weights(models: Sequence[Path], epochs: Sequence[int], folder: Path)
     require_new_folder(folder)
     if len(models) > 1 and epochs:
         raise InputError("--epochs has no effect on several models, of which the best epochs are averaged.")
-    chosen = [(model, epoch) for model in models for epoch in sorted(set(epochs))]
     if len(models) > 1:
         chosen = [(model, choose_epoch(model, read_description(model))) for model in models]
+    else:
+        chosen = [(model, epoch) for model in models for epoch in sorted(set(epochs))]
     if len({model.resolve() for model in models}) < len(models):
         raise InputError("a model is named twice; name each once.")
     if len(chosen) < 2:

@@ -140,7 +140,7 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
 def _utf_16_of(data: bytes, path: object) -> str:
     """Return the form of UTF-16 without a byte order mark, for which Python would take the system's, by its spaces."""
     units = Counter(zip(data[::2], data[1::2], strict=False))
-    little, big = (sum(units[unit] for unit in forms) for forms in (((x, 0) for x in SPACES), ((0, x) for x in SPACES)))
+    little, big = sum(units[x, 0] for x in SPACES), sum(units[0, x] for x in SPACES)
     if little == big:
         raise InputError(f"{path} has no byte order mark; name its encoding as utf-16-le or utf-16-be with --encoding.")
     return "utf-16-le" if little > big else "utf-16-be"

@@ -124,8 +124,7 @@ def is_split_list(path: Path, folder: Path) -> bool:
 
 def starts_as_token_file(path: Path, encoding: str | None = None) -> bool:
     """Return whether a file has the format that `read_token_file` reads, by its first line with text."""
-    first = next((line for line in read_text(path, encoding, ENCODING_ADVICE).split("\n") if line.strip()), "")
-    return re.match(r"[^\t]+#\d+\t", first) is not None
+    return re.match(r"\s*[^\t\n]+#\d+\t", read_text(path, encoding, ENCODING_ADVICE)) is not None
 
 
 def read_token_file(path: Path, encoding: str | None = None) -> Iterator[Row]:
