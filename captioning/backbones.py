@@ -65,6 +65,8 @@ class Preprocessing:
             both sides, so that the whole image is seen in other proportions.
         interpolation: "bilinear" or "bicubic", both antialiased.
         mean, std: of the RGB values, 0 to 1, that the input is normalized by.
+        reduce_to: if given, larger images first become JPEGs of this longer side, like those of the training
+            (`images.Reduce`).
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where captioner.json holds one
@@ -75,6 +77,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    reduce_to: int | None = None
 
     def __post_init__(self) -> None:
         if not 32 <= self.image_size <= 2048:
@@ -87,6 +90,8 @@ class Preprocessing:
             raise ValueError(f'interpolation must be "bilinear" or "bicubic", not "{self.interpolation}"')
         if not all(1e-3 < value < 10 for value in self.std) or not all(-10 < value < 10 for value in self.mean):
             raise ValueError("mean and std must be of RGB values from 0 to 1")
+        if self.reduce_to is not None and not 32 <= self.reduce_to <= 4096:
+            raise ValueError(f"reduce_to must be from 32 to 4096, not {self.reduce_to}")
 
     def view(self, image: Image.Image, size: int) -> Image.Image:
         """Return what the network sees of an image, its center or all of it squashed, as a square of `size` pixels."""
@@ -99,8 +104,10 @@ class Preprocessing:
         return image.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
-def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | None = None) -> Preprocessing:
-    """Return the preprocessing that a backbone was trained with, at another input size or crop if given.
+def preprocessing_of(
+    backbone: str, image_size: int | None = None, crop: str | None = None, reduce_to: int | None = None
+) -> Preprocessing:
+    """Return the preprocessing that a backbone was trained with, at another input size or crop, or reduced, if given.
 
     Raises `InputError` for an unknown backbone, and for an input size that it cannot take.
     """
@@ -117,7 +124,7 @@ def preprocessing_of(backbone: str, image_size: int | None = None, crop: str | N
         raise InputError(f"{backbone} takes images of {own.image_size} pixels only, not of {image_size}.")
     size = own.image_size if image_size is None else image_size
     try:
-        return Preprocessing(size, crop or own.crop, own.crop_pct, own.interpolation, own.mean, own.std)
+        return Preprocessing(size, crop or own.crop, own.crop_pct, own.interpolation, own.mean, own.std, reduce_to)
     except ValueError as error:
         raise InputError(f"{error}.") from None
 

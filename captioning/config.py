@@ -34,7 +34,7 @@ RENAMED = {"val_photos": "val_images"}  # former names of options, in older capt
 
 # Options that a run that starts from a trained model takes from it, besides those of its vocabulary.
 FROM_ARCHITECTURE = ("backbone", "grid_size", "decoder", "embed_size", "hidden_size", "num_layers")
-FROM_PREPROCESSING = ("image_size", "crop")
+FROM_PREPROCESSING = ("image_size", "crop", "reduce_to")
 
 MAX_COUNT = 2**63 - 1  # largest number of images, steps, epochs or captions
 # The minimum and the maximum of each number.
@@ -80,6 +80,8 @@ class ModelOptions:
     weights: str = "pretrained"  # backbone weights: "pretrained", "random", a model folder or a state-dict file
     image_size: int | None = None  # input resolution in pixels; default: the backbone's own
     crop: Literal["center", "squash"] | None = None  # crop the center, or resize to a square; default: as the backbone
+    # reduce larger images to JPEGs of this longer side in pixels first, so that they resemble small training images
+    reduce_to: int | None = None
     # pool the feature map to this many rows and columns (attention and transformer decoders)
     grid_size: int | None = None
     views: int = 1  # views per image whose features are cached: the evaluation crop and views - 1 augmented ones
@@ -145,7 +147,8 @@ GROUPS = (DataOptions, ModelOptions, OptimizationOptions, CheckpointOptions, Dev
 class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, ModelOptions, DataOptions):
     """All options of a training run; every field is an option of `python train.py`.
 
-    With `start_from`, the backbone, the preprocessing and the architecture are those of that model.
+    With `start_from`, the weights, the vocabulary, the preprocessing and the architecture are those of that model,
+    whatever else is given for them; `train.py` refuses the latter.
     `dataclasses.replace` keeps the values that were derived from other fields: the name, fine_tune and learning rates.
     Raises `InputError` for a value that cannot be used.
     """
@@ -169,7 +172,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
     @property
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of images for the backbone."""
-        return preprocessing_of(self.backbone, self.image_size, self.crop)
+        return preprocessing_of(self.backbone, self.image_size, self.crop, self.reduce_to)
 
     def _convert(self) -> None:
         """Convert each value to its field's type."""

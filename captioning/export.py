@@ -110,7 +110,8 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_L
     Input: `images` (B, 3, image_size, image_size) uint8, any B. Outputs: `tokens` (B, max_length) int64, padded with
     `<end>`; and `log_probability` (B,) float32, of the tokens up to and including the first `<end>`. A caption that was
     cut at max_length has no `<end>`. Metadata: `vocabulary` (a JSON list); `resize` (JSON: the length of the shorter
-    side, or both lengths), `interpolation` ("bilinear" or "bicubic") and `image_size`, the side of the center crop.
+    side, or both lengths), `interpolation` ("bilinear" or "bicubic") and `image_size`, the side of the center crop; and
+    `reduce_to` (JSON: null, or the longer side of the JPEG, of quality 75, that a larger image has to become first).
 
     model: a model's folder or its name on the Hub. Raises `InputError` if the model cannot be read or exported,
     max_length is out of range, onnxscript is missing, or the file cannot be written.
@@ -143,12 +144,13 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_L
     assert program is not None
     RemoveUnusedNodesPass()(program.model)  # otherwise, onnxruntime warns of each whenever it reads the file
     exported = program.model_proto
-    resize = build_transform(False, **vars(description.preprocessing)).transforms[0]
+    resize = build_transform(False, **{**vars(description.preprocessing), "reduce_to": None}).transforms[0]
     metadata = {
         "vocabulary": json.dumps(vocabulary.words, ensure_ascii=False),
         "resize": json.dumps(resize.size),
         "interpolation": resize.interpolation.value,
         "image_size": str(size),
+        "reduce_to": json.dumps(description.preprocessing.reduce_to),
     }
     onnx.helper.set_model_props(exported, metadata)
     content = exported.SerializeToString()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -41,7 +42,7 @@ __all__ = [
     "split_batches",
 ]
 
-NOT_RANDOM = {T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
+JPEG_QUALITY = 75  # of reduced images; the default of most programs
 # They pick single pixels, so an image decoded at a reduced size would give different ones.
 UNREDUCED = (T.InterpolationMode.NEAREST, T.InterpolationMode.NEAREST_EXACT)
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
@@ -56,6 +57,7 @@ def build_transform(
     interpolation: str = "bilinear",
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
+    reduce_to: int | None = None,
 ) -> T.Compose:
     """Build the transform of a PIL image into a backbone's input, by default the original recipe's.
 
@@ -76,7 +78,32 @@ def build_transform(
         resize, cut = [T.Resize((image_size, image_size), how)], []
     flip = [T.RandomHorizontalFlip()] if train else []
     tensor = [T.ToTensor(), T.Normalize(mean, std)] if normalize else [T.PILToTensor()]
-    return T.Compose([*resize, *cut, *flip, *tensor])
+    first = [] if reduce_to is None else [Reduce(reduce_to)]
+    return T.Compose([*first, *resize, *cut, *flip, *tensor])
+
+
+class Reduce:
+    """A transform that makes a larger RGB image look like the small JPEG files that many data sets consist of.
+
+    An image whose longer side has more than `longer_side` pixels is resized to it, and compressed and decompressed as a
+    JPEG. A model that was trained on such files captions sharper images worse: their fine detail is new to it.
+    """
+
+    def __init__(self, longer_side: int):
+        self.longer_side = longer_side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the reduced image, or the image itself if it is small already."""
+        scale = self.longer_side / max(image.size)
+        if scale >= 1:
+            return image
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        with io.BytesIO() as file:
+            image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
+            return Image.open(file, formats=["JPEG"]).convert("RGB")
+
+
+NOT_RANDOM = {Reduce, T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
 
 
 class ImageDataset(Dataset):
@@ -112,7 +139,7 @@ class ImageDataset(Dataset):
 
 
 def resized_side(transform: Callable) -> int | None:
-    """Return the side that a transform's first step resizes to, or None if that step is not a resize.
+    """Return the side that a transform's first step resizes to, at most; None if that step is not a resize.
 
     An image may be decoded at a reduced size only before a resize; a crop would be different.
     """
@@ -121,6 +148,8 @@ def resized_side(transform: Callable) -> int | None:
     v2: Any = sys.modules.get("torchvision.transforms.v2", T)  # its import takes seconds; who uses it has imported it
     # Only these are known to take their steps in order, all of them and nothing else.
     first: Any = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
+    if isinstance(first, Reduce):
+        return first.longer_side
     if not isinstance(first, (T.Resize, v2.Resize)) or first.interpolation in UNREDUCED:
         return None
     if first.size is None:  # v2 can also resize the longer side

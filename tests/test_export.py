@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 import torchvision
-from conftest import KINDS, build_kind, build_tiny, run_code, write_kind
+from conftest import KINDS, build_kind, build_tiny, draw_noise, run_code, write_kind
 from PIL import Image
 
 import caption
@@ -156,11 +157,31 @@ def test_the_documented_use_gives_the_captions_words(model, exported, tmp_path, 
     (tmp_path / "model.onnx").write_bytes(exported.read_bytes())
     monkeypatch.chdir(tmp_path)
     exec(code, {})
+    assert capsys.readouterr().out.split() == words_of_photo(model)
+
+
+def words_of_photo(model: Path, reduce_to: int | None = None) -> list[str]:
     encoder, decoder, vocabulary, _ = load_model(model)
-    inputs = build_transform(False, SIZE, normalize=False)(read_image("photo.jpg"))
+    transform = build_transform(False, SIZE, normalize=False, reduce_to=reduce_to)
     with torch.no_grad():
-        [expected] = greedy(decoder, encoder(inputs[None]), max_length=LENGTH)
-    assert capsys.readouterr().out.split() == vocabulary.tokens(expected.tokens)
+        [caption] = greedy(decoder, encoder(transform(read_image("photo.jpg"))[None]), max_length=LENGTH)
+    return vocabulary.tokens(caption.tokens)
+
+
+def test_the_documented_use_reduces_images_as_the_model_does(model, exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    onnx_model = onnx.load(exported)
+    [entry] = [entry for entry in onnx_model.metadata_props if entry.key == "reduce_to"]
+    assert entry.value == "null"
+    entry.value = "16"
+    onnx.save(onnx_model, "model.onnx")
+    for seed in range(100):
+        draw_noise(seed, (180, 100)).save("photo.jpg", quality=100)
+        if words_of_photo(model, 16) != words_of_photo(model):
+            break
+    exec(documented_use(), {})
+    assert capsys.readouterr().out.split() == words_of_photo(model, 16)
+    assert words_of_photo(model, 16) != words_of_photo(model)
 
 
 def test_what_does_not_go_with_an_export_is_one_sentence(model, tmp_path, image_path, monkeypatch):

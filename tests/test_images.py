@@ -18,9 +18,17 @@ from torchvision import transforms as T
 from torchvision.transforms import v2
 
 from captioning import image_files, image_formats, images
+from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.image_files import read_image
-from captioning.images import ImageDataset, build_transform, find_unreadable, read_batches
+from captioning.images import (
+    ImageDataset,
+    Reduce,
+    build_pixel_transform,
+    build_transform,
+    find_unreadable,
+    read_batches,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +117,50 @@ def _with(dataset: ImageDataset, note: Callable) -> ImageDataset:
     other = ImageDataset(dataset.paths, lambda image: T.PILToTensor()(note(image)))
     other.shorter_side = dataset.shorter_side
     return other
+
+
+# Reduced images
+
+
+def save_as_jpeg(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    file = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=75)
+    return Image.open(file).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"), [((400, 300), (200, 150)), ((300, 1000), (60, 200)), ((201, 3), (200, 3))]
+)
+def test_a_larger_image_is_reduced_to_a_small_jpeg(size: tuple[int, int], reduced: tuple[int, int]):
+    image = draw_noise(2, size)
+    assert Reduce(200)(image) == save_as_jpeg(image, reduced)
+
+
+def test_an_image_that_is_small_enough_is_not_reduced():
+    for size in ((200, 150), (150, 200), (1, 1)):
+        image = draw_noise(2, size)
+        assert Reduce(200)(image) is image
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("crop", ["center", "squash"])
+def test_reducing_comes_before_everything_else(crop: str, train: bool):
+    image = draw_noise(2, (400, 300))
+    drawn = []
+    for reduce_to, given in ((200, image), (None, save_as_jpeg(image, (200, 150)))):
+        torch.manual_seed(5)
+        drawn.append(build_pixel_transform(Preprocessing(64, crop, reduce_to=reduce_to), train)(given))
+    assert torch.equal(*drawn)
+
+
+def test_a_large_jpeg_is_decoded_smaller_before_it_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It keeps at least twice the pixels that it is reduced to."""
+    draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg", quality=95)
+    seen = []
+    monkeypatch.setattr(Reduce, "__call__", lambda _, image: seen.append(image.size) or image)
+    for reduce_to in (100, 300, 301):
+        ImageDataset([tmp_path / "large.jpg"], build_pixel_transform(Preprocessing(64, reduce_to=reduce_to)))[0]
+    assert seen == [(400, 300), (800, 600), (1600, 1200)]
 
 
 # Limits

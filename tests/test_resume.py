@@ -407,6 +407,7 @@ def test_a_data_set_that_is_not_where_it_was_is_asked_for(stopped: Path):
     [
         ("image_size", 64),
         ("crop", "squash"),
+        ("reduce_to", 100),
         ("weights", "pretrained"),
         ("num_layers", 2),
         ("vocab_threshold", 1),

@@ -381,7 +381,8 @@ def test_what_the_command_line_takes_the_effect_from_is_told(
 
 
 @pytest.mark.parametrize(
-    "option", ["--decoder=lstm", "--embed-size=16", "--tie-weights", "--no-tie-weights", "--vocab-threshold=2"]
+    "option",
+    ["--decoder=lstm", "--embed-size=16", "--reduce-to=99", "--tie-weights", "--no-tie-weights", "--vocab-threshold=2"],
 )
 def test_an_option_that_the_model_to_start_from_determines_is_refused(option: str, trained: Path):
     arguments = ["--start-from", str(trained), "--dropout", "0.3"]

@@ -69,6 +69,7 @@ def weights_of(folder: Path, epoch: int | None = None) -> dict[str, torch.Tensor
     ("fields", "fine_tune"),
     [
         ({}, 0),
+        ({"reduce_to": 40}, 0),
         ({"decoder": "attention", "grid_size": 2}, 0),
         ({"tie_weights": True, "hidden_size": 16, "decoder": "transformer"}, 0),
         ({"fine_tune": 1}, 0),
@@ -88,6 +89,7 @@ def test_a_run_starts_from_a_trained_model(fields: dict, fine_tune: int, small: 
     own, first = read_description(folder), read_description(source)
     assert own.vocabulary == first.vocabulary
     assert own.preprocessing == first.preprocessing
+    assert own.preprocessing.reduce_to == fields.get("reduce_to")
     parts = own.architecture.model_dump(exclude={"backbone_weights"})
     assert parts == first.architecture.model_dump(exclude={"backbone_weights"})
     assert config.dropout == 0.2
