@@ -20,11 +20,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from captioning import backbones
 from captioning.backbones import RESNET50, preprocessing_of
 from captioning.errors import InputError
+from captioning.sequences import pack_sequences
 from vocabulary import END
 
 
@@ -140,12 +140,27 @@ class EncoderCNN(nn.Module):
         return folded
 
 
-@torch.no_grad()
-def init_forget_bias(lstm: nn.LSTM) -> None:
-    """Set the forget gates' biases to 1 (Jozefowicz et al. 2015), so that an untrained LSTM remembers the image."""
-    for name, bias in lstm.named_parameters():
-        if name.startswith("bias_ih"):
-            bias[lstm.hidden_size : 2 * lstm.hidden_size] = 1
+class LSTM(nn.LSTM):
+    """A batch-first LSTM that can take single steps.
+
+    The forget gates' biases start at 1 (Jozefowicz et al. 2015), so that an untrained one remembers the image.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int):
+        super().__init__(input_size, hidden_size, num_layers, batch_first=True)
+        with torch.no_grad():
+            for name, bias in self.named_parameters():
+                if name.startswith("bias_ih"):
+                    bias[hidden_size : 2 * hidden_size] = 1
+
+    def step(self, inputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take a step: (B, input_size) and the state (B, layers, H) twice -> the output (B, H) and the next state."""
+        steps = []
+        for weights, *before in zip(self.all_weights, h.unbind(1), c.unbind(1), strict=True):
+            inputs, cell = torch.lstm_cell(inputs, before, *weights)
+            steps.append((inputs, cell))
+        h, c = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return inputs, h, c
 
 
 class DecoderModule(nn.Module):
@@ -169,9 +184,9 @@ class DecoderModule(nn.Module):
             captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
             image_of_caption: (B,) index into `features` of each caption's image; None if caption i belongs to image i.
 
-        Returns the output layer's inputs (tokens, H) in the order of `pack`, for all tokens or, if the decoder attends,
-        those after `<start>`; and the attention (B, cells) summed over each caption's tokens, longest first, or None
-        without `sums_attention`.
+        Returns the output layer's inputs (tokens, H) in the order of `sequences.pack`, for all tokens or, if the
+        decoder attends, those after `<start>`; and the attention (B, cells) summed over each caption's tokens, longest
+        first, or None without `sums_attention`.
         """
         raise NotImplementedError
 
@@ -205,10 +220,9 @@ class DecoderRNN(DecoderModule):
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, num_layers: int = 1, dropout: float = 0.0):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, embed_size)
-        self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True)
+        self.lstm = LSTM(embed_size, hidden_size, num_layers)
         self.linear = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
-        init_forget_bias(self.lstm)
 
     def unroll(
         self, features: Tensor, captions: Tensor, lengths: Tensor | None = None, image_of_caption: Tensor | None = None
@@ -223,14 +237,13 @@ class DecoderRNN(DecoderModule):
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, embed_size) -> the LSTM's state after the image: hidden and cell, each (B, layers, H)."""
-        _, (h, c) = self.lstm(features[:, None])
-        return h.transpose(0, 1), c.transpose(0, 1)
+        nothing = features.new_zeros(len(features), self.lstm.num_layers, self.lstm.hidden_size)
+        return self.lstm.step(features, nothing, nothing)[1:]
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Decode one token."""
-        h, c = (x.transpose(0, 1).contiguous() for x in state)
-        hidden, (h, c) = self.lstm(self.embed(tokens)[:, None], (h, c))
-        return self.linear(hidden[:, 0]), (h.transpose(0, 1), c.transpose(0, 1))
+        hidden, h, c = self.lstm.step(self.embed(tokens), *state)
+        return self.linear(hidden), (h, c)
 
     @torch.no_grad()
     def sample(self, features: Tensor, max_len: int = 20) -> list[list[int]]:
@@ -265,11 +278,10 @@ class AttentionDecoder(DecoderModule):
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.score = nn.Linear(hidden_size, 1, bias=False)
         self.gate = nn.Linear(hidden_size, embed_size)
-        self.lstm = nn.LSTM(2 * embed_size, hidden_size, num_layers, batch_first=True)
+        self.lstm = LSTM(2 * embed_size, hidden_size, num_layers)
         self.linear = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.num_layers, self.hidden_size = num_layers, hidden_size
-        init_forget_bias(self.lstm)
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, cells, embed_size) -> hidden, cell (B, layers, H); cells, their keys; attention (B, cells)."""
@@ -283,11 +295,7 @@ class AttentionDecoder(DecoderModule):
         attention = self.score((keys + self.query(last)[:, None]).tanh_())[..., 0].softmax(1)  # (B, cells)
         context = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
         context = torch.sigmoid(self.gate(last)) * context
-        hidden, steps = torch.cat([words, context], 1), []
-        for weights, *before in zip(self.lstm.all_weights, h.unbind(1), c.unbind(1), strict=True):  # faster than `lstm`
-            hidden, cell = torch.lstm_cell(hidden, before, *weights)
-            steps.append((hidden, cell))
-        h, c = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        hidden, h, c = self.lstm.step(torch.cat([words, context], 1), h, c)
         return hidden, (h, c, features, keys, attention)
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -425,22 +433,6 @@ class TransformerDecoder(DecoderModule):
         if lengths is not None:
             return super().forward(features, captions, lengths)
         return self.linear(self.hidden(features, captions[:, :-1]))
-
-
-def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, Tensor]:
-    """Pack padded sequences (B, T, ...), longest first; returns them and the order (B,) of their rows.
-
-    `lengths` (B,) should be on the CPU, to avoid a synchronization; None means no padding.
-    """
-    lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
-    lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    order = order.to(x.device, non_blocking=True)
-    return pack_padded_sequence(x.index_select(0, order), lengths, batch_first=True), order
-
-
-def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
-    """Pack the tokens of padded captions (B, T) after the first `skip`, time step by time step: (tokens,)."""
-    return pack_sequences(captions[:, skip:], lengths - skip)[0].data
 
 
 DECODERS: dict[str, type[DecoderModule]] = {

@@ -22,7 +22,7 @@ from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
 from captioning.image_files import Source, is_content
 from captioning.images import ImageDataset, build_pixel_transform, split_batches
-from captioning.packing import pack_output_layer
+from captioning.packing import pack_weights
 from model import EncoderCNN
 from vocabulary import DEFAULT_LENGTH, UNK, UNK_WORD, Vocabulary
 
@@ -198,7 +198,7 @@ class Captioner:
         else:
             self.encoder = encoder.for_inference(choose_dtype(self.device, self.precision)).to(self.device)
         self.decoder: Any = decoder.to(self.device).eval()
-        self.fast_decoder: Any = pack_output_layer(self.decoder)
+        self.fast_embed, self.fast_decoder = pack_weights(self.encoder.embed), pack_weights(self.decoder)
         self.vocab, self.description = vocab, description
         self.transform = build_pixel_transform(description.preprocessing)
         self.folder: Path | None = None  # the folder and the epoch that were loaded, if any
@@ -297,7 +297,7 @@ class Captioner:
         """Read and encode batches of images: yields their indices and what the decoder takes."""
         dataset = ImageDataset(sources, self.transform)
         for indices, features in encode(self.encoder, dataset, batches, workers, unreadable):
-            embedded = self.encoder.embed(features)
+            embedded = self.fast_embed(features)
             if not embedded.isfinite().all():
                 raise InputError(
                     f"the weights of {self.folder or 'the model'} are so large that they overflow; retrain the model."

@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from captioning.sequences import pack
 from data_loader import CaptionDataset, EpochSampler, ImageBatches, LengthBatches
-from model import DecoderModule, EncoderCNN, pack
+from model import DecoderModule, EncoderCNN
 
 # Maximum number of float32 logits at a time; on a CPU they stay in its cache.
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26

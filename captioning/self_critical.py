@@ -21,8 +21,9 @@ from captioning.cider import CiderD
 from captioning.decoding import sample
 from captioning.errors import InputError
 from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
+from captioning.sequences import pack
 from data_loader import CaptionDataset, EpochSampler
-from model import DecoderModule, EncoderCNN, pack
+from model import DecoderModule, EncoderCNN
 from vocabulary import END, START, UNK
 
 SAMPLES_PER_IMAGE = 5  # captions sampled per image and step, as many as COCO's images have

@@ -11,8 +11,9 @@ from torchvision.models import resnet50
 
 from captioning.decoding import beam_search, greedy
 from captioning.errors import InputError
+from captioning.sequences import pack
 from captioning.weights import read_state_dict
-from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN, pack
+from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN
 
 EMBED, HIDDEN, WORDS, CELLS = 8, 12, 30, 4
 

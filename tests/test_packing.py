@@ -1,4 +1,4 @@
-"""A packed output layer gives what the decoder gives."""
+"""Packed layers give what the layers give."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from captioning.decoding import greedy
-from captioning.packing import PackedLinear, pack_output_layer
+from captioning.packing import PackedLinear, pack_weights
 from model import DECODERS
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -23,11 +23,16 @@ def test_logits_differ_in_rounding_only(name: str, rows: int):
     decoder = DECODERS[name](24, 24, 1001, 2).eval()
     decoder.linear.weight = decoder.embed.weight
     images = torch.randn(rows, *((9,) if decoder.attends else ()), 24)
-    packed = pack_output_layer(decoder)
-    assert isinstance(packed.linear, PackedLinear)
-    tokens = torch.randint(4, 1001, (rows,))
-    expected, actual = (each.step(tokens, each.init_state(images))[0] for each in (decoder, packed))
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    packed = pack_weights(decoder)
+    assert not [layer for layer in packed.modules() if isinstance(layer, torch.nn.Linear | torch.nn.LSTM)]
+    states = [each.init_state(images) for each in (decoder, packed)]
+    for tokens in torch.randint(4, 1001, (3, rows)):
+        (expected, first), (actual, second) = (
+            each.step(tokens, state) for each, state in zip((decoder, packed), states, strict=True)
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+        states = [first, second]
     assert [caption.tokens for caption in greedy(packed, images)] == [c.tokens for c in greedy(decoder, images)]
 
 
@@ -44,18 +49,28 @@ def test_weights_with_gaps_in_memory_are_packed_as_they_are(part: str):
     torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_inputs_may_have_gaps_in_memory_and_any_number_of_dimensions():
+    linear = torch.nn.Linear(64, 500)
+    packed = pack_weights(linear)
+    for inputs in (torch.randn(64, 4).T, torch.randn(2, 5, 64), torch.randn(4, 128)[:, ::2], torch.randn(0, 64)):
+        torch.testing.assert_close(packed(inputs), linear(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))])
 @torch.no_grad()
-def test_a_packed_decoder_can_be_copied_and_pickled(copy_of: Callable):
-    packed = pack_output_layer(DECODERS["lstm"](8, 16, 50).eval())
-    inputs = torch.randn(3, 16)
-    torch.testing.assert_close(copy_of(packed).linear(inputs), packed.linear(inputs))
+def test_a_packed_decoder_can_be_copied_and_pickled(copy_of: Callable, name: str):
+    packed = pack_weights(DECODERS[name](8, 16, 50).eval())
+    images = torch.randn(3, *((9,) if packed.attends else ()), 8)
+    logits = [each.step(torch.tensor([4, 5, 6]), each.init_state(images))[0] for each in (copy_of(packed), packed)]
+    torch.testing.assert_close(*logits)
 
 
 def test_the_decoder_itself_stays_as_it_is():
     decoder = DECODERS["lstm"](8, 16, 50).eval()
     names = list(decoder.state_dict())
-    pack_output_layer(decoder)
+    pack_weights(decoder)
     assert list(decoder.state_dict()) == names
     assert isinstance(decoder.linear, torch.nn.Linear)
 
@@ -63,4 +78,4 @@ def test_the_decoder_itself_stays_as_it_is():
 def test_without_onednn_a_decoder_is_returned_as_it_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     decoder = DECODERS["lstm"](8, 16, 50).eval()
-    assert pack_output_layer(decoder) is decoder
+    assert pack_weights(decoder) is decoder
