@@ -23,15 +23,14 @@ START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
 SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
 DEFAULT_LENGTH = 20  # default maximum number of tokens of a generated caption, with <end>
 
-# The soft hyphen, the marks of direction, the word joiner and the byte order mark.
-_INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+# The soft hyphen, marks of direction, word joiners, variants of emoji, the byte order mark and others without a shape.
+_INVISIBLE = re.compile("[\xad\u034f\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
 _REPLACEMENTS = str.maketrans(
     # Word processors replace ' and " with these, but the tokenizer finds contractions and quotations by ' and " only.
-    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True))
-    | dict.fromkeys(_INVISIBLE)
-    | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
+    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True)) | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
 )
 _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
+_HEBREW_ABBREVIATION = re.compile('(?<=[\u05d0-\u05ea])"(?=[\u05d0-\u05ea])')  # typed with " instead of its own mark
 _ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:st|ave|blvd|rd|dr|mr|mrs|ft|jr|vs)\.")
 # Sentences to which NLTK's detokenizer does nothing: words, none of which was one word with the next ("can not").
 _PLAIN = re.compile(r"(?!.*\b(?:can not|gim me|gon na|got ta|lem me|wan na)\b)\w+(?:[ -]\w+)*", re.DOTALL)
@@ -48,7 +47,10 @@ def _nltk() -> tuple[NLTKWordTokenizer, TreebankWordDetokenizer]:
 @functools.lru_cache(maxsize=1 << 18)
 def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
     chunk = chunk.strip(_JOINERS)
-    return (chunk,) if _ABBREVIATION.fullmatch(chunk) else tuple(_nltk()[0].tokenize(chunk))
+    if _ABBREVIATION.fullmatch(chunk):
+        return (chunk,)
+    tokens = (token.strip(_JOINERS) for token in _nltk()[0].tokenize(chunk))
+    return tuple(filter(None, tokens))
 
 
 def tokenize(caption: str) -> list[str]:
@@ -63,7 +65,8 @@ def tokenize(caption: str) -> list[str]:
     """
     if not isinstance(caption, str):
         raise InputError(f"a caption is text, not {caption!r:.80}.")
-    text = unicodedata.normalize("NFC", caption.lower().translate(_REPLACEMENTS))
+    text = unicodedata.normalize("NFC", _INVISIBLE.sub("", caption.lower().translate(_REPLACEMENTS)))
+    text = _HEBREW_ABBREVIATION.sub("\N{HEBREW PUNCTUATION GERSHAYIM}", text)
     return [token for chunk in text.split() for token in _tokenize_chunk(chunk)]
 
 

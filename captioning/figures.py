@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -42,14 +43,11 @@ def draw_sheet(sources: Sequence[Source], captions: Sequence[str]) -> Image.Imag
     A row has 4 images for up to 16, and the square root of their number for more. Raises `InputError`
     for more than `MAX_SHEET` images, and for one that cannot be read.
     """
-    from matplotlib import get_data_path
-
     if len(sources) > MAX_SHEET:
         raise InputError(f"a sheet shows at most {MAX_SHEET:,} images, not {len(sources):,}.")
     columns = max(1, min(max(4, round(len(sources) ** 0.5)), len(sources)))
-    font_file = str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
-    font = ImageFont.truetype(font_file, FONT_SIZE)
-    _warn_of_missing_glyphs(captions, font_file)
+    font = ImageFont.truetype(_font_file(), FONT_SIZE)
+    _warn_of_missing_glyphs("sheet", captions)
     texts = [_wrap(printable(text), font) for text in captions]
     rows = [range(i, min(i + columns, len(sources))) for i in range(0, len(sources), columns)]
     lines = [max(len(texts[i]) for i in row) for row in rows]
@@ -75,13 +73,20 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
     return textwrap.wrap(text, LINE_LENGTH if widest <= CELL else max(1, int(LINE_LENGTH * CELL / widest)))
 
 
-def _warn_of_missing_glyphs(captions: Sequence[str], font_file: str) -> None:
+def _font_file() -> str:
+    """Return the font of Matplotlib's figures, which is used for sheets, too."""
+    from matplotlib import get_data_path
+
+    return str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+
+
+def _warn_of_missing_glyphs(figure: str, captions: Sequence[str]) -> None:
     from matplotlib.ft2font import FT2Font
 
-    known = FT2Font(font_file).get_charmap()
+    known = FT2Font(_font_file()).get_charmap()
     missing = next((char for text in captions for char in text if ord(char) not in known and not char.isspace()), None)
     if missing is not None:
-        warn_once(f"the sheet shows boxes for characters that its font lacks, such as {missing}.")
+        warn_once(f"the {figure} shows boxes for characters that its font lacks, such as {missing}.")
 
 
 def scale_attention(weights: Tensor) -> np.ndarray:
@@ -110,6 +115,7 @@ def draw_attention(source: Source, caption: Caption, preprocessing: Preprocessin
 
     if caption.attention is None:
         raise InputError("this model's decoder does not attend; train one with --decoder attention.")
+    _warn_of_missing_glyphs("figure", [caption.text])
     size = preprocessing.image_size
     view = preprocessing.view(read_image(source, size), size)
     columns = min(5, len(caption.tokens) + 1)
@@ -149,7 +155,9 @@ def save_figure(figure: Figure | Image.Image, path: Path) -> None:
             description.add_text("Software", SOFTWARE)
             write_file(path, partial(figure.save, format="PNG", pnginfo=description))
         else:
-            write_file(path, partial(figure.savefig, format="png", dpi=100))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `_warn_of_missing_glyphs` has warned
+                write_file(path, partial(figure.savefig, format="png", dpi=100))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
     log(f"drew {path}")

@@ -63,15 +63,15 @@ limit_metadata()
 Source = str | os.PathLike | Member | Image.Image  # what an image is read from
 
 
-def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
+def read_image(source: Source, shorter_side: int | None = None, longer_side: int | None = None) -> Image.Image:
     """Read an image as people see it: upright, in 8-bit RGB, transparency over white, only its first frame.
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where its shorter side still has at least twice
-    `shorter_side` pixels; that saves most of the time, and a resize to `shorter_side` does not show it. A JPEG of more
-    than 125 million pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its
-    middle. A PIL image that was opened, but not decoded, is read as its file is; decoding has lost the lower bits of
-    16-bit colours. The orientation in its EXIF data is applied; `ImageOps.exif_transpose` removes it there, and
-    `rotate` does not.
+    `shorter_side` pixels, or its longer side more than `longer_side`; that saves most of the time, and a resize to
+    `shorter_side`, or to `longer_side` as a JPEG of medium quality, does not show it. A JPEG of more than 125 million
+    pixels is always reduced. An image more than 32 times as long as it is wide is cropped to its middle. A PIL image
+    that was opened, but not decoded, is read as its file is; decoding has lost the lower bits of 16-bit colours. The
+    orientation in its EXIF data is applied; `ImageOps.exif_transpose` removes it there, and `rotate` does not.
     Raises `InputError` with the file's name for whatever cannot be read within the limits of this module.
     """
     if not isinstance(source, (str, os.PathLike, Member, Image.Image)):
@@ -88,7 +88,7 @@ def read_image(source: Source, shorter_side: int | None = None) -> Image.Image:
                 return upright_rgb(source)
             with _open_file(source) as file:
                 image = _open_image(file)
-                _draft(image, shorter_side)
+                _draft(image, shorter_side, longer_side)
                 _check_size(image)
                 _load(image, file)
                 _check_size(image)  # an icon's true size is in the PNG that it contains
@@ -258,12 +258,13 @@ def _check_scans(image: Any, scans: int) -> None:
             raise ValueError(f"it has {image.width} x {image.height} pixels, too many for a progressive JPEG")
 
 
-def _draft(image: Image.Image, shorter_side: int | None) -> None:
+def _draft(image: Image.Image, shorter_side: int | None, longer_side: int | None) -> None:
     """Set a JPEG to be decoded at a half, a quarter or an eighth of its size."""
     width, height = image.size
     scale = 1
     while scale < 8 and (
         (shorter_side is not None and min(width, height) >= 2 * scale * 2 * shorter_side)
+        or (longer_side is not None and max(width, height) > 2 * scale * longer_side)
         or width * height * DEFAULT_BYTES_PER_PIXEL > MAX_BYTES * scale**2
     ):
         scale *= 2

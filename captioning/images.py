@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 JPEG_QUALITY = 75  # of reduced images; the default of most programs
-# They pick single pixels, so an image decoded at a reduced size would give different ones.
-UNREDUCED = (T.InterpolationMode.NEAREST, T.InterpolationMode.NEAREST_EXACT)
+# Interpolations of many pixels, also as Pillow's numbers; others show whether an image was decoded at a reduced size.
+SMOOTH = {"bilinear", "bicubic", "lanczos", "hamming", 1, 2, 3, 5}
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
 
 
@@ -109,14 +109,14 @@ NOT_RANDOM = {Reduce, T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Norma
 class ImageDataset(Dataset):
     """The images at `paths` (or PIL images), transformed: `dataset[index]`, or `dataset[index, seed]` for another draw.
 
-    A random transform draws from the seed and the index alone, so that an image depends neither on the number of
-    workers nor on what was read before.
+    A random transform that takes its numbers from torch draws from the seed and the index alone, so that an image
+    depends neither on the number of workers nor on what was read before.
     """
 
     def __init__(self, paths: Sequence[Source], transform: Callable):
         self.paths = paths
         self.transform = transform
-        self.shorter_side = resized_side(transform)
+        self.sides = resized_sides(transform)
         self.is_deterministic = isinstance(transform, T.Compose) and set(map(type, transform.transforms)) <= NOT_RANDOM
 
     def __len__(self) -> int:
@@ -133,28 +133,28 @@ class ImageDataset(Dataset):
 
     def _read(self, index: int) -> Tensor:
         try:
-            return self.transform(read_image(self.paths[index], self.shorter_side))
+            return self.transform(read_image(self.paths[index], **self.sides))
         except MemoryError:
             raise InputError(f"{self.paths[index]} takes more memory than there is; make it smaller.") from None
 
 
-def resized_side(transform: Callable) -> int | None:
-    """Return the side that a transform's first step resizes to, at most; None if that step is not a resize.
+def resized_sides(transform: Callable) -> dict[str, int]:
+    """Return the sides of `read_image` that a transform's first step resizes to; none if that step is not a resize.
 
     An image may be decoded at a reduced size only before a resize; a crop would be different.
     """
     if isinstance(transform, Views):
-        return resized_side(transform.first)
+        return resized_sides(transform.first)
     v2: Any = sys.modules.get("torchvision.transforms.v2", T)  # its import takes seconds; who uses it has imported it
     # Only these are known to take their steps in order, all of them and nothing else.
     first: Any = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
     if isinstance(first, Reduce):
-        return first.longer_side
-    if not isinstance(first, (T.Resize, v2.Resize)) or first.interpolation in UNREDUCED:
-        return None
-    if first.size is None:  # v2 can also resize the longer side
-        return None
-    return first.size if isinstance(first.size, int) else max(first.size)
+        return {"longer_side": first.longer_side}
+    if type(first) not in (T.Resize, v2.Resize) or first.size is None:  # v2 can also resize the longer side
+        return {}
+    if getattr(first.interpolation, "value", first.interpolation) not in SMOOTH:
+        return {}
+    return {"shorter_side": first.size if isinstance(first.size, int) else max(first.size)}
 
 
 class _CatchErrors(Dataset):

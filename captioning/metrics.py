@@ -1,7 +1,7 @@
 """BLEU, METEOR, ROUGE-L and CIDEr of captions, as COCO's caption evaluation computes them (arXiv 1504.00325).
 
 The numbers are pycocoevalcap's own. Two of its parts run in Java: the Penn Treebank (PTB) tokenizer and METEOR.
-Without Java, a tokenizer in Python replaces the former and METEOR is left out.
+Without Java, and for scripts whose words PTB cuts, a tokenizer in Python replaces the former and METEOR is left out.
 `cider.CiderD` is the same CIDEr, fast enough to be the reward of self-critical training.
 """
 
@@ -36,6 +36,7 @@ from captioning.tables import parse_json
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 METEOR_IDLE = 60  # seconds after which an unused METEOR ends: it takes 10 seconds to start, and a gigabyte of memory
+MAX_LOSSES = 0.1  # share of captions from which the PTB tokenizer may drop combining marks
 METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes seconds for 1,000 and minutes for 9,000
 
 # METEOR parses numbers in the user's locale, and before Java 18, text is read in the locale's encoding.
@@ -50,6 +51,7 @@ _REPLACEMENTS = str.maketrans(
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, '"'}
 # In `regex`, unlike in `re`, \w matches the combining marks and joiners within the words of many scripts.
+_MARK = regex.compile(r"(?<=[\p{L}\p{M}])\p{M}")
 _STRAY_JOINERS = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Join_Control}+|\p{Join_Control}+(?![\p{L}\p{M}\p{N}])")
 _TOKEN = regex.compile(
     r"""
@@ -111,14 +113,29 @@ def _tokenize_ptb(captions: Sequence[str]) -> list[str]:
     return [" ".join(word for word in line.rstrip().split(" ") if word not in drop) for line in lines[:-1]]
 
 
-def _tokenize(captions: Sequence[str], java: bool | None) -> tuple[list[str], str]:
+def _tokenize(captions: Sequence[str], java: bool | None) -> tuple[list[str], str | None]:
+    """Split captions into words with spaces between them; returns them, and why the tokenizer is not PTB if it is not.
+
+    In many scripts, such as Kannada, Khmer and Tibetan, PTB drops vowel signs and takes each letter for a word.
+    """
+    why = "Java was not to be used"
     if java is not False:
         try:
-            return _tokenize_ptb(captions), "PTB"
+            tokenized = _tokenize_ptb(captions)
+            if sum(map(_lost_marks, captions, tokenized)) <= MAX_LOSSES * len(captions):
+                return tokenized, None
+            why = "the PTB tokenizer cuts words of these captions' script"
         except (OSError, subprocess.CalledProcessError) as error:
             if java:
                 raise InputError("java does not run; install a Java runtime, or score without it.") from error
-    return [" ".join(tokenize_plain(caption)) for caption in captions], "plain"
+            why = "Java is missing"
+    return [" ".join(tokenize_plain(caption)) for caption in captions], why
+
+
+def _lost_marks(caption: str, tokenized: str) -> bool:
+    """Return whether a caption has lost combining marks of its letters."""
+    composed = unicodedata.normalize("NFC", caption.translate(_REPLACEMENTS))
+    return len(_MARK.findall(composed)) > len(_MARK.findall(tokenized))
 
 
 class _Meteor(meteor_package.Meteor):
@@ -196,9 +213,9 @@ def score(
     document frequencies from the references of the scored images. A caption or reference without a token counts as
     empty.
 
-    java: None uses the PTB tokenizer and METEOR if Java runs and no caption has more than METEOR_WORDS words; False
-        does not start Java, which takes seconds; True requires both. METEOR's process serves later calls, and ends when
-        there was none for METEOR_IDLE seconds.
+    java: None uses the PTB tokenizer and METEOR if Java runs, PTB keeps the captions' letters whole and no caption has
+        more than METEOR_WORDS words; False does not start Java, which takes seconds; True requires both. METEOR's
+        process serves later calls, and ends when there was none for METEOR_IDLE seconds.
 
     Raises `InputError` for no captions, an image without references, and if Java is required and fails.
     """
@@ -211,7 +228,7 @@ def score(
     # In the references' order, as in COCOEvalCap: the PTB tokenizer splits "K." or not depending on the next line.
     ids = [i for i in references if i in hypotheses]
     texts = [caption for i in ids for caption in references[i]]
-    tokenized, tokenizer = _tokenize([*texts, ".", *(hypotheses[i] for i in ids)], java)
+    tokenized, why_plain = _tokenize([*texts, ".", *(hypotheses[i] for i in ids)], java)
     words = iter(tokenized)
     tokenized_references = {i: [next(words) for _ in references[i]] for i in ids}
     next(words)
@@ -219,7 +236,7 @@ def score(
 
     without_meteor = None
     if java is not False:
-        without_meteor = _why_no_meteor(tokenized_references, tokenized_hypotheses, tokenizer)
+        without_meteor = _why_no_meteor(tokenized_references, tokenized_hypotheses, why_plain)
     if without_meteor and java:
         raise InputError(without_meteor)
     run_meteor = java is not False and not without_meteor
@@ -237,7 +254,7 @@ def score(
     return Scores(
         metrics={name: float(values[name][0]) if name in values else None for name in METRICS},
         per_caption={i: {name: float(values[name][1][row]) for name in names} for row, i in enumerate(ids)},
-        tokenizer=tokenizer,
+        tokenizer="plain" if why_plain else "PTB",
         without_meteor=without_meteor,
         uncaptioned=sum(map(bool, references.values())) - len(ids),
     )
@@ -247,9 +264,11 @@ Tokenized = dict[int, list[str]]  # image id -> captions, each as words with spa
 Values = dict[str, tuple[SupportsFloat, Sequence[float] | np.ndarray]]  # metric -> of the corpus, of each caption
 
 
-def _why_no_meteor(tokenized_references: Tokenized, tokenized_hypotheses: Tokenized, tokenizer: str) -> str | None:
-    if tokenizer != "PTB":
-        return "METEOR is missing because Java is missing; captions were split by the plain tokenizer."
+def _why_no_meteor(
+    tokenized_references: Tokenized, tokenized_hypotheses: Tokenized, why_plain: str | None
+) -> str | None:
+    if why_plain:
+        return f"METEOR is missing because {why_plain}; captions were split by the plain tokenizer."
     for image, captions in tokenized_references.items():
         if any(caption.count(" ") >= METEOR_WORDS for caption in [*captions, *tokenized_hypotheses[image]]):
             return f"METEOR is missing because a caption of image {image} has more than {METEOR_WORDS:,} words."

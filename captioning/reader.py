@@ -25,7 +25,7 @@ from PIL import Image
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
-from captioning.images import build_transform, read_image, resized_side
+from captioning.images import build_transform, read_image, resized_sides
 
 MAX_MEMORY = 2 << 30  # memory limit of a process's data, in bytes
 START_SECONDS = 120  # time limit for starting a process
@@ -147,7 +147,7 @@ def prepare_image(
     if not os.path.exists(path):  # unlike Path.exists, also False for a path of any length
         raise InputError(f"{name} is no longer on the server; upload it again.")
     try:
-        image = read_image(path, resized_side(transform))
+        image = read_image(path, **resized_sides(transform))
     except InputError as error:
         raise InputError(str(error).replace(str(path), name)) from None
     resize = transform.transforms[0]

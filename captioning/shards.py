@@ -15,6 +15,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import unicodedata
@@ -31,6 +32,7 @@ from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, read_caption_files
 
 TAR_SUFFIX = ".tar"
+NUMBER = re.compile(r"[0-9]+")
 INDEX_SUFFIX = ".shards.json"  # end of an index's name
 MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
 LONG_HEADERS = (  # types of those that tarfile reads into memory
@@ -124,12 +126,12 @@ def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tup
         own = texts.pop(stem, {})
         if not own and len(images) == 1:
             # frame_0.5 and frame_0.7 are two samples, though WebDataset's key of both is frame_0.
-            decimals = {other for other in texts if all(text[len(key) + 1 :].isdecimal() for text in (stem, other))}
-            candidates = [files for other, files in texts.items() if other not in decimals]
+            numbered = {other for other in texts if NUMBER.sub("0", other) == NUMBER.sub("0", stem)}
+            candidates = [files for other, files in texts.items() if other not in numbered]
             others = [pair for files in candidates for pair in files.items()]
             if len(dict(others)) == len(others):  # else they are ambiguous
                 own = dict(others)
-                texts = {other: texts[other] for other in texts if other in decimals}
+                texts = {other: texts[other] for other in texts if other in numbered}
         yield image, own
     yield from ((None, files) for files in texts.values())
 

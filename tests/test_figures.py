@@ -56,6 +56,16 @@ def test_a_sheet_says_which_characters_its_font_lacks(capsys: pytest.CaptureFixt
         assert ("such as 一" in capsys.readouterr().err) == warned
 
 
+def test_a_figure_of_the_attention_says_it_too(
+    image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
+):
+    warn_once.cache_clear()
+    caption = Caption("ನಾಯಿ", ["ನಾಯಿ"], -1.0, torch.ones(1, 4))
+    save_figure(draw_attention(image_path, caption, Preprocessing(64)), tmp_path / "a.png")
+    assert "the figure shows boxes for characters that its font lacks, such as ನ" in capsys.readouterr().err
+    assert not recwarn
+
+
 def test_a_full_disk_leaves_the_earlier_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(self: Image.Image, file: BinaryIO, **_: object) -> None:
         file.write(b"half")

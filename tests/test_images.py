@@ -47,6 +47,13 @@ def smooth(size: tuple[int, int]) -> Image.Image:
 # Drafts
 
 
+class CropAndResize(T.Resize):
+    """A user's own step, which does something else before it resizes."""
+
+    def forward(self, img: Image.Image) -> Image.Image:
+        return super().forward(img.crop((0, 0, 400, 400)))
+
+
 @pytest.mark.parametrize(
     ("steps", "drafted"),
     [
@@ -60,6 +67,11 @@ def smooth(size: tuple[int, int]) -> Image.Image:
         ([T.Pad(100), T.Resize(32)], False),
         ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST)], False),
         ([T.Resize(32, interpolation=T.InterpolationMode.NEAREST_EXACT)], False),
+        ([T.Resize(32, interpolation=T.InterpolationMode.BOX)], False),
+        ([v2.Resize(32, interpolation=Image.Resampling.NEAREST)], False),
+        ([v2.Resize(32, interpolation=0)], False),
+        ([v2.Resize(32, interpolation=Image.Resampling.BICUBIC)], True),
+        ([CropAndResize(32)], False),
         ([T.Compose([T.CenterCrop(400), T.Resize(32)])], False),
         ([T.RandomApply([T.Resize(32)], p=0.0)], False),
         ([], False),
@@ -115,7 +127,7 @@ def test_only_a_sequence_of_steps_is_known_to_begin_with_the_first(tmp_path: Pat
 def _with(dataset: ImageDataset, note: Callable) -> ImageDataset:
     """The same images read for the same size, of which `note` learns before they are transformed."""
     other = ImageDataset(dataset.paths, lambda image: T.PILToTensor()(note(image)))
-    other.shorter_side = dataset.shorter_side
+    other.sides = dataset.sides
     return other
 
 
@@ -154,13 +166,12 @@ def test_reducing_comes_before_everything_else(crop: str, train: bool):
 
 
 def test_a_large_jpeg_is_decoded_smaller_before_it_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It keeps at least twice the pixels that it is reduced to."""
     draw_noise(1, (1600, 1200)).save(tmp_path / "large.jpg", quality=95)
     seen = []
     monkeypatch.setattr(Reduce, "__call__", lambda _, image: seen.append(image.size) or image)
-    for reduce_to in (100, 300, 301):
+    for reduce_to in (99, 100, 399, 400, 799, 800):
         ImageDataset([tmp_path / "large.jpg"], build_pixel_transform(Preprocessing(64, reduce_to=reduce_to)))[0]
-    assert seen == [(400, 300), (800, 600), (1600, 1200)]
+    assert seen == [(200, 150), (200, 150), (400, 300), (800, 600), (800, 600), (1600, 1200)]
 
 
 # Limits

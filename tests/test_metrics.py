@@ -228,6 +228,32 @@ def test_words_with_other_marks_are_other_words():
     assert right.metrics["Bleu_4"] == pytest.approx(1)
 
 
+UNCUT = {
+    "Kannada": "ಒಬ್ಬ ಹುಡುಗಿ ಕೆಂಪು ಚೆಂಡು",
+    "Sinhala": "රතු බෝලයක් සමඟ ගැහැණු ළමයෙක්",
+    "Khmer": "ក្មេង ស្រី លេង បាល់",
+    "Malayalam": "ഒരു പെൺകുട്ടി ചുവന്ന പന്തുമായി",
+}
+
+
+@pytest.mark.java
+@pytest.mark.parametrize("script", UNCUT)
+def test_the_plain_tokenizer_takes_the_place_of_one_that_cuts_words(script: str):
+    captions = {1: "a dog", 2: UNCUT[script]}
+    scores = score(captions, {i: [text] for i, text in captions.items()})
+    assert scores.tokenizer == "plain"
+    assert "METEOR is missing because the PTB tokenizer cuts words of these captions' script" in scores.without_meteor
+    with pytest.raises(InputError, match="PTB tokenizer cuts words"):
+        score(captions, {i: [text] for i, text in captions.items()}, java=True)
+
+
+@pytest.mark.java
+def test_single_words_of_such_a_script_do_not_change_the_tokenizer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "METEOR_WORDS", 0)  # no METEOR, which takes seconds
+    captions = {i: "a dog" for i in range(10)} | {10: UNCUT["Kannada"], 11: "a ❤️ and 1️⃣"}
+    assert score(captions, {i: [text] for i, text in captions.items()}).tokenizer == "PTB"
+
+
 @pytest.mark.java
 def test_ptb_keeps_every_caption_on_its_line():
     captions = ["", "a\u2028dog\r\nruns\n", "\n", "...", "a cat.", "a *NL* b", "", ""]

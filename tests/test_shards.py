@@ -256,14 +256,20 @@ def test_the_only_text_with_an_image_s_key_is_its_caption(tmp_path: Path, image:
     assert list(data.references().values()) == [["a red ball"]]
 
 
-def test_the_text_of_another_decimal_is_not_the_image_s(tmp_path: Path, capsys: pytest.CaptureFixture):
-    files = [("frame_0.5.png", PNG), ("frame_0.7.txt", b"a kite"), ("1.png", PNG), ("1.txt", BALL)]
+@pytest.mark.parametrize(
+    ("image", "other"),
+    [("frame_0.5", "frame_0.7"), ("2020.01.02", "2020.01.03"), ("a 10.45.00", "a 10.11.12"), ("photo.v1", "photo.v2")],
+)
+def test_the_text_of_another_number_is_not_the_image_s(
+    image: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    files = [(f"{image}.png", PNG), (f"{other}.txt", b"a kite"), ("1.png", PNG), ("1.txt", BALL)]
     pack(tmp_path / "train-0.tar", files)
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
     assert list(data.references().values()) == [["a red ball"]]
     error = capsys.readouterr().err
-    assert "frame_0.5.png" in error
-    assert "frame_0.7.txt" in error
+    assert f"{image}.png" in error
+    assert f"{other}.txt" in error
 
 
 def test_missing_values_and_line_breaks_as_img2dataset_writes_them(tmp_path: Path):

@@ -30,10 +30,20 @@ def test_typographic_quotation_marks_are_straight_ones():
         ("do\xadg \ufeffdog do\ufeffg \u200e\u202adog\u202c \ufeff", ["dog"] * 4),
         ("dog\u200b \u200bdog dog\u200bdog \u200b", ["dog"] * 4),
         ("می\u200cخواهم \u200dsaw\u200c \u200d", ["می\u200cخواهم", "saw"]),  # joiners stay within a word only
+        ('കുട്ടികള്\u200d, (saw\u200c). \u200d"dog"', ["കുട്ടികള്", ",", "(", "saw", ")", ".", "``", "dog", "''"]),
+        ("❤️ 1\ufe0f\u20e3 do\u034fg", ["❤", "1\u20e3", "dog"]),
     ],
 )
 def test_words_that_look_the_same_are_the_same(caption: str, words: list[str]):
     assert tokenize(caption) == words
+
+
+def test_a_hebrew_abbreviation_is_one_word():
+    caption = 'חייל צה"ל עומד "כאן"'
+    words = ["חייל", "צה״ל", "עומד", "``", "כאן", "''"]
+    assert tokenize(caption) == words
+    vocab = Vocabulary.build([caption], 1)
+    assert vocab.decode(vocab.encode(caption)) == 'חייל צה״ל עומד "כאן"'
 
 
 def test_a_word_of_an_older_vocabulary_in_decomposed_form_is_found():
