@@ -18,7 +18,7 @@ from captioning.backbones import Preprocessing, count_stages, full_name, preproc
 from captioning.errors import InputError
 from captioning.files import CACHE, read_text, require_local
 from captioning.hub import find_model
-from captioning.images import WORKERS
+from captioning.images import MAX_WORKERS, WORKERS
 from model import DECODERS, TransformerDecoder
 
 if sys.version_info >= (3, 11):
@@ -51,7 +51,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "attention_penalty": (0, 1e6),
     "warmup_steps": (0, math.inf),
     "save_minutes": (0, math.inf),
-    "workers": (0, 1024),
+    "workers": (0, MAX_WORKERS),
     "seed": (0, MAX_SEED),
     **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, MAX_COUNT)),
     **dict.fromkeys(("val_images", "patience", "vocab_threshold"), (1, MAX_COUNT)),
@@ -238,7 +238,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             value = getattr(self, field)
             if value in ("", ".", "..") or Path(value).name != value or "\0" in value:
                 raise InputError(f'{field} must be a name without folders, not "{value}".')
-        own_suffixes = (".json", ".pkl", ".pt", ".safetensors", ".lock")
+        own_suffixes = (".json", ".pkl", ".pt", ".safetensors", ".lock", ".new")
         if Path(self.log_file).suffix in own_suffixes or self.log_file in (".lock", "tensorboard"):
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
 

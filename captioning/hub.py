@@ -102,7 +102,7 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     description = read_description(model)
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
-    description.training = _without_folders(description.training)
+    description.training = {name: _without_folders(value) for name, value in description.training.items()}
     files = weight_files(model, epoch)
     if description.architecture.backbone_weights == "shared":  # else a file backbone.* belongs to another model
         files += (weight_file(model, "backbone"),)
@@ -116,11 +116,14 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     write_file(folder / "README.md", lambda file: file.write(card.encode()))
 
 
-def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings, also nested ones, with every path shortened to its last part."""
+def _without_folders(value: Any) -> Any:
+    """Return the value of a setting, also a nested one, with every path shortened to its last part."""
+    if isinstance(value, dict):
+        return {name: _without_folders(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
     # PureWindowsPath splits at both separators, so that a model that was trained on Windows can be shared from Linux.
-    short = {name: PureWindowsPath(x).name if isinstance(x, str) else x for name, x in settings.items()}
-    return {name: _without_folders(value) if isinstance(value, dict) else value for name, value in short.items()}
+    return PureWindowsPath(value).name if isinstance(value, str) else value
 
 
 def push(model: Path, name: str, licence: str, private: bool = False, epoch: int | None = None) -> str:

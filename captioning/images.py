@@ -45,6 +45,7 @@ __all__ = [
 JPEG_QUALITY = 75  # of reduced images; the default of most programs
 # Interpolations of many pixels, also as Pillow's numbers; others show whether an image was decoded at a reduced size.
 SMOOTH = {"bilinear", "bicubic", "lanczos", "hamming", 1, 2, 3, 5}
+MAX_WORKERS = 1024
 WORKERS = min(16 if torch.cuda.device_count() else 4, os.cpu_count() or 1)  # default number of DataLoader workers
 
 
@@ -197,13 +198,13 @@ def read_batches(
     For an image that cannot be read, `unreadable` is called with its index and error, and its batch, which may become
     empty, is yielded without it. Without `unreadable`, its `InputError` is raised.
     """
-    if workers < 0:
-        raise InputError(f"workers must be at least 0, not {workers}.")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise InputError(f"workers must be at least 0 and at most {MAX_WORKERS:,}, not {workers:,}.")
     batches = list(batches)
     loader = DataLoader(
         _CatchErrors(dataset),
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]  ranges work, too
-        num_workers=workers,
+        num_workers=min(workers, len(batches)),
         collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,

@@ -55,9 +55,9 @@ gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a
 
 
 def locate(component: Component, file: FileData) -> Upload:
-    """Return an upload's path and original name; refuses any path outside the upload folder."""
+    """Return an upload's path and original name; refuses any path outside the upload folder, and folders."""
     path = Path(file.path or "").resolve()
-    if not path.is_relative_to(Path(component.GRADIO_CACHE).resolve()):
+    if not path.is_relative_to(Path(component.GRADIO_CACHE).resolve()) or os.path.isdir(path):
         raise gr.Error("Upload the photo first.")
     return Upload(path, Path(file.orig_name or path.name).name)
 

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from captioning.errors import InputError
-from captioning.files import missing_file, require_access, web_address
+from captioning.files import format_bytes, missing_file, require_access, web_address
 from captioning.image_formats import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
@@ -118,7 +118,7 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
             raise ValueError("it has too many entries")
     with zipfile.ZipFile(file) as source:
         entries = source.infolist()
-        if any("/code/" in entry.filename for entry in entries):
+        if any("/code/" in entry.filename or entry.filename.endswith("constants.pkl") for entry in entries):
             raise ValueError("it is a TorchScript model; save its state_dict() by torch.save")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed")
@@ -127,8 +127,10 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
         if len({entry.filename.lower() for entry in entries}) < len(entries):
             raise ValueError("it has two entries of one name")
         pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
+        if len(pickles) != 1:
             raise ValueError("it is not a file of torch.save")
+        if pickles[0].file_size > MAX_PICKLE:
+            raise ValueError(f"it holds {format_bytes(MAX_PICKLE)} or more besides tensors; save the state dict alone")
         _check_pickle(io.BytesIO(source.read(pickles[0])))
         copy = io.BytesIO()
         with zipfile.ZipFile(copy, "w") as target:

@@ -554,6 +554,14 @@ def test_values_that_the_page_does_not_send_get_a_sentence(page: Page, scene: Im
     assert answer["error"].startswith(sentence)
 
 
+def test_the_folder_of_an_upload_is_refused(page: Page, scene: Image.Image):
+    """Gradio would delete it as a file, fail, and delete nothing more."""
+    folder = str(Path(page.upload(encoded(scene))).parent)
+    event, answer = page.call({"path": folder, "meta": {"_type": "gradio.FileData"}})
+    assert event == "error"
+    assert answer["error"].startswith("Upload the photo first")
+
+
 def test_what_is_larger_than_allowed_is_refused_and_takes_no_memory(page: Page):
     reply = post(f"{page.api}/upload", files={"files": ("a.jpg", bytes(MAX_UPLOADED + 1))})
     assert reply.status_code == 413

@@ -294,6 +294,11 @@ def test_the_card_names_the_model_that_training_started_from(trained):
     assert "| trained from the model | photos |" in hub.model_card(description, "ada/scenes", "mit")
 
 
+def test_paths_in_any_setting_are_shortened():
+    settings = {"mine": [{"x": "/home/ada/a"}, "C:\\ada\\b", 5], "cache": {"folder": "cache/c"}, "seed": None}
+    assert hub._without_folders(settings) == {"mine": [{"x": "a"}, "b", 5], "cache": {"folder": "c"}, "seed": None}
+
+
 def test_a_second_sharing_replaces_another_epoch(served, trained):
     repository = share(served, trained)
     best = read_description(trained).best_epoch

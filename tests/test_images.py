@@ -526,8 +526,20 @@ def test_a_worker_that_the_system_ends_is_a_sentence(tmp_path: Path):
     draw_noise(0).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="use fewer --workers"):
         list(read_batches(dataset, [[0]], 1))
-    with pytest.raises(InputError, match="workers must be at least 0, not -1"):
-        list(read_batches(dataset, [[0]], -1))
+    for workers in (-1, 1025, 10**11):
+        with pytest.raises(InputError, match=f"workers must be at least 0 and at most 1,024, not {workers:,}"):
+            list(read_batches(dataset, [[0]], workers))
+
+
+def test_no_more_workers_start_than_there_are_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[int] = []
+    start = images.DataLoader
+    monkeypatch.setattr(images, "DataLoader", lambda *a, **k: started.append(k["num_workers"]) or start(*a, **k))
+    draw_noise(0).save(tmp_path / "a.png")
+    dataset = ImageDataset([tmp_path / "a.png"], build_transform(image_size=32))
+    for batches in ([[0], [0]], [[0]], []):
+        assert len(list(read_batches(dataset, batches, 1000))) == len(batches)
+    assert started == [2, 1, 0]
 
 
 @pytest.mark.skipif(not hasattr(os, "nice"), reason="the system has no priorities of this kind")

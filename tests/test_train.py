@@ -42,6 +42,7 @@ Make = Callable[..., TrainingConfig]
         ({"log_file": "tensorboard"}, "log_file must not be named as a model's own files are: tensorboard"),
         ({"batch_size": 2**63}, "batch_size must be at most 9223372036854775807, not 9223372036854775808"),
         ({"val_images": 2**63}, "val_images must be at most 9223372036854775807"),
+        ({"log_file": "decoder-1.pkl.new"}, "log_file must not be named as a model's own files are"),
         ({"log_file": "captioner.json"}, "log_file must not be named as a model's own files are"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"dropout": math.nan}, "dropout must be at least 0, not nan"),

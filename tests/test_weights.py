@@ -288,7 +288,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "it holds STACK_GLOBAL",
     ),
-    "a pickle of dictionaries": (lambda: zip_file(DICTIONARIES), "not a file of torch.save"),
+    "a pickle of dictionaries": (lambda: zip_file(DICTIONARIES), "MB or more besides tensors; save the state dict"),
     "a pickle of dictionaries, legacy": (lambda: legacy_file(DICTIONARIES), "exhausted"),
     "a storage larger than its entry": (lambda: zip_file(tensor_pickle(1 << 30, 4), {"a/data/0": b"abcd"}), "size"),
     "a tensor larger than its storage": (lambda: zip_file(tensor_pickle(4, 1 << 30), {"a/data/0": b"abcd"}), "resiz"),
@@ -311,6 +311,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a TorchScript model": (
         lambda: zip_file(b"\x80\x02}.", {"a/code/__torch__.py": b"class A: ..."}),
         "it is a TorchScript model; save its state_dict",
+    ),
+    "a TorchScript model's constants": (
+        lambda: zip_file(b"\x80\x02}.", {"a/constants.pkl": b"\x80\x02}."}),
+        "it is a TorchScript model",
     ),
     "two pickles": (lambda: zip_file(b"\x80\x02}.", {"a/DATA.PKL": b"\x80\x02}."}), "two entries of one name"),
     "a pickle in each of two folders": (
