@@ -184,7 +184,7 @@ class DecoderModule(nn.Module):
             captions: (B, T) from `<start>` on, padded; lengths: (B,), or None where there is no padding.
             image_of_caption: (B,) index into `features` of each caption's image; None if caption i belongs to image i.
 
-        Returns the output layer's inputs (tokens, H) in the order of `sequences.pack`, for all tokens or, if the
+        Returns the output layer's inputs (tokens, H) in the order of `sequences.pack_tokens`, for all tokens or, if the
         decoder attends, those after `<start>`; and the attention (B, cells) summed over each caption's tokens, longest
         first, or None without `sums_attention`.
         """
@@ -237,7 +237,7 @@ class DecoderRNN(DecoderModule):
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, embed_size) -> the LSTM's state after the image: hidden and cell, each (B, layers, H)."""
-        nothing = features.new_zeros(len(features), self.lstm.num_layers, self.lstm.hidden_size)
+        nothing = features.new_zeros(features.shape[0], self.lstm.num_layers, self.lstm.hidden_size)
         return self.lstm.step(features, nothing, nothing)[1:]
 
     def step(self, tokens: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

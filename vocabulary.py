@@ -30,7 +30,8 @@ _REPLACEMENTS = str.maketrans(
     dict(zip("‘’‚“”„", "'''\"\"\"", strict=True)) | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
 )
 _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
-_HEBREW_ABBREVIATION = re.compile('(?<=[\u05d0-\u05ea])"(?=[\u05d0-\u05ea])')  # typed with " instead of its own mark
+# With " in place of its own mark, before its last letter.
+_HEBREW_ABBREVIATION = re.compile('(?<=[\u05d0-\u05ea])"(?=[\u05d0-\u05ea](?![\u05d0-\u05ea]))')
 _ABBREVIATION = re.compile(r"(?:[a-z]\.)+|(?:st|ave|blvd|rd|dr|mr|mrs|ft|jr|vs)\.")
 # Sentences to which NLTK's detokenizer does nothing: words, none of which was one word with the next ("can not").
 _PLAIN = re.compile(r"(?!.*\b(?:can not|gim me|gon na|got ta|lem me|wan na)\b)\w+(?:[ -]\w+)*", re.DOTALL)
@@ -53,6 +54,10 @@ def _tokenize_chunk(chunk: str) -> tuple[str, ...]:
     return tuple(filter(None, tokens))
 
 
+def _normalize(text: str) -> str:
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+
+
 def tokenize(caption: str) -> list[str]:
     """Split a caption into lower-case tokens with NLTK's word tokenizer, without its downloaded data.
 
@@ -65,7 +70,7 @@ def tokenize(caption: str) -> list[str]:
     """
     if not isinstance(caption, str):
         raise InputError(f"a caption is text, not {caption!r:.80}.")
-    text = unicodedata.normalize("NFC", _INVISIBLE.sub("", caption.lower().translate(_REPLACEMENTS)))
+    text = _normalize(caption.lower().translate(_REPLACEMENTS))
     text = _HEBREW_ABBREVIATION.sub("\N{HEBREW PUNCTUATION GERSHAYIM}", text)
     return [token for chunk in text.split() for token in _tokenize_chunk(chunk)]
 
@@ -82,8 +87,8 @@ class Vocabulary:
         if not all(isinstance(word, str) and word for word in words) or len(set(words)) != len(words):
             raise InputError("the words of a vocabulary must be distinct strings, none of them empty.")
         self.words = words
-        # Keys are NFC, as tokens are. Of two forms of one word in an older vocabulary, the first counts.
-        self.index = {unicodedata.normalize("NFC", words[i]): i for i in reversed(range(len(words)))}
+        # Keys are as tokens are. Of two forms of one word in an older vocabulary, the first counts.
+        self.index = {_normalize(words[i]): i for i in reversed(range(len(words)))}
 
     @classmethod
     def build(cls, captions: Iterable[str], threshold: int) -> Vocabulary:
@@ -113,17 +118,17 @@ class Vocabulary:
         return iter(self.words)
 
     def __contains__(self, word: object) -> bool:
-        return isinstance(word, str) and word in self.index
+        return isinstance(word, str) and _normalize(word) in self.index
 
     def __getitem__(self, word: str) -> int:
         """Return the word's index, or `UNK` for a word that is not in the vocabulary."""
         if not isinstance(word, str):
             raise InputError(f"a word is text, not {word!r:.80}; vocab.words[3] is the word whose index is 3.")
-        return self.index.get(word, UNK)
+        return self.index.get(_normalize(word), UNK)
 
     def encode(self, caption: str) -> list[int]:
         """Convert a caption to indices, with `<start>` before them and `<end>` after them."""
-        return [START, *(self[token] for token in tokenize(caption)), END]
+        return [START, *(self.index.get(token, UNK) for token in tokenize(caption)), END]
 
     def tokens(self, indices: Iterable[int]) -> list[str]:
         """Convert indices to words, up to the first `<end>` and without special words.

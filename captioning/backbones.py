@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +92,10 @@ class Preprocessing:
             raise ValueError("mean and std must be of RGB values from 0 to 1")
         if self.reduce_to is not None and not 32 <= self.reduce_to <= 4096:
             raise ValueError(f"reduce_to must be from 32 to 4096, not {self.reduce_to}")
+
+    def as_key(self) -> dict[str, Any]:
+        """Return the values that are given, by which caches are named; a new option leaves them valid."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def view(self, image: Image.Image, size: int) -> Image.Image:
         """Return what the network sees of an image, its center or all of it squashed, as a square of `size` pixels."""

@@ -139,8 +139,10 @@ def environment() -> dict[str, str | None]:
 
 
 def write_description(folder: Path, description: Description) -> None:
-    """Write captioner.json."""
-    write_file(folder / DESCRIPTION, lambda file: file.write(description.model_dump_json(indent=1).encode()))
+    """Write captioner.json, without an option that earlier versions do not know if it is not used."""
+    unused = {"preprocessing": {"reduce_to"}} if description.preprocessing.reduce_to is None else None
+    text = description.model_dump_json(indent=1, exclude=unused)
+    write_file(folder / DESCRIPTION, lambda file: file.write(text.encode()))
 
 
 def read_description(folder: str | Path) -> Description:

@@ -147,8 +147,8 @@ GROUPS = (DataOptions, ModelOptions, OptimizationOptions, CheckpointOptions, Dev
 class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, ModelOptions, DataOptions):
     """All options of a training run; every field is an option of `python train.py`.
 
-    With `start_from`, the weights, the vocabulary, the preprocessing and the architecture are those of that model,
-    whatever else is given for them; `train.py` refuses the latter.
+    With `start_from`, the weights, the vocabulary, the preprocessing and the architecture (but not dropout) are those
+    of that model, and other values for them have no effect; `train.py` refuses these.
     `dataclasses.replace` keeps the values that were derived from other fields: the name, fine_tune and learning rates.
     Raises `InputError` for a value that cannot be used.
     """
@@ -315,6 +315,7 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
     crop = description.preprocessing.crop
     if saved.get("crop") is None and crop != preprocessing_of(description.architecture.backbone).crop:
         saved["crop"] = crop  # the default has changed for some backbones
+    saved.setdefault("reduce_to", description.preprocessing.reduce_to)
     values = {name: saved[name] for name in names if name in saved}
     if objective is not None and objective != values.get("objective", "cross-entropy"):
         values["objective"] = objective

@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -160,7 +159,7 @@ def _lock(store: Path) -> AbstractContextManager:
 def _key(
     encoder: EncoderCNN, paths: Sequence[Path | Member], preprocessing: Preprocessing, views: int, dtype: torch.dtype
 ) -> str:
-    about = [VERSION, encoder.backbone_name, asdict(preprocessing), views, encoder.grid, encoder.grid_size, str(dtype)]
+    about = [VERSION, encoder.backbone_name, preprocessing.as_key(), views, encoder.grid, encoder.grid_size, str(dtype)]
     digest = hashlib.sha256(json.dumps(about).encode())
     hash_weights(digest, encoder.network)
     for path in paths:

@@ -75,9 +75,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
 
 def _font_file() -> str:
     """Return the font of Matplotlib's figures, which is used for sheets, too."""
-    from matplotlib import get_data_path
+    from matplotlib.font_manager import FontProperties, findfont
 
-    return str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+    return findfont(FontProperties())
 
 
 def _warn_of_missing_glyphs(figure: str, captions: Sequence[str]) -> None:

@@ -102,7 +102,7 @@ def write_shared(model: Path, folder: Path, name: str, licence: str, epoch: int 
     description = read_description(model)
     epoch = choose_epoch(model, description, epoch)
     description.best_epoch = epoch
-    description.training = {name: _without_folders(value) for name, value in description.training.items()}
+    description.training = _without_folders(description.training)
     files = weight_files(model, epoch)
     if description.architecture.backbone_weights == "shared":  # else a file backbone.* belongs to another model
         files += (weight_file(model, "backbone"),)

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from captioning.sequences import pack
+from captioning.sequences import pack_tokens
 from data_loader import CaptionDataset, EpochSampler, ImageBatches, LengthBatches
 from model import DecoderModule, EncoderCNN
 
@@ -84,7 +84,7 @@ class CrossEntropy:
         """Return the summed cross-entropy of the captions' tokens, and the summed attention penalty."""
         embedded = embed_images(encoder, batch.images)
         hidden, attention = decoder.unroll(embedded, batch.captions, batch.lengths, batch.image_of_caption)
-        targets = pack(batch.captions, batch.lengths, skip=int(decoder.attends))
+        targets = pack_tokens(batch.captions, batch.lengths, skip=int(decoder.attends))
         return linear_cross_entropy(hidden, decoder.linear, targets), attention_penalty(attention, hidden)
 
     def format(self, loss: float) -> str:

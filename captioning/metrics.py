@@ -42,8 +42,12 @@ METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes second
 # METEOR parses numbers in the user's locale, and before Java 18, text is read in the locale's encoding.
 _JAVA = ("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 
+_GERSHAYIM = (
+    "\N{HEBREW PUNCTUATION GERSHAYIM}"  # which `Vocabulary.decode` writes in abbreviations, where people type "
+)
 _REPLACEMENTS = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "`": "'", "–": "--", "—": "--", "…": "..."}
+    | {_GERSHAYIM: '"'}
     | {"½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$"}
     | dict.fromkeys(["\N{SOFT HYPHEN}", *map(chr, range(0xFE00, 0xFE10))])  # emoji variation selectors
 )
@@ -106,7 +110,8 @@ def _tokenize_ptb(captions: Sequence[str]) -> list[str]:
         "-preserveLines",
         "-lowerCase",
     ]
-    texts = (unicodedata.normalize("NFC", " ".join(caption.split())) for caption in captions)
+    texts = (" ".join(caption.replace(_GERSHAYIM, '"').split()) for caption in captions)
+    texts = (unicodedata.normalize("NFC", text) for text in texts)
     text = "".join(f"{text}\n" for text in texts).encode(errors="replace")
     lines = subprocess.run(command, input=text, capture_output=True, check=True).stdout.decode().split("\n")
     drop = set(ptbtokenizer.PUNCTUATIONS)

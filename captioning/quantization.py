@@ -107,7 +107,7 @@ def sums_overflow() -> bool:
 
 
 def _key(encoder: EncoderCNN, preprocessing: Preprocessing, version: str) -> str:
-    about = VERSION, version, sums_overflow(), encoder.backbone_name, asdict(preprocessing)
+    about = VERSION, version, sums_overflow(), encoder.backbone_name, preprocessing.as_key()
     digest = hashlib.sha256(json.dumps(about).encode())
     hash_weights(digest, encoder.network)
     for path in calibration_files():

@@ -21,7 +21,7 @@ from captioning.cider import CiderD
 from captioning.decoding import sample
 from captioning.errors import InputError
 from captioning.losses import Batch, attention_penalty, embed_images, linear_cross_entropy
-from captioning.sequences import pack
+from captioning.sequences import pack_tokens
 from data_loader import CaptionDataset, EpochSampler
 from model import DecoderModule, EncoderCNN
 from vocabulary import END, START, UNK
@@ -144,8 +144,8 @@ def reinforce(hidden: Tensor, linear: nn.Linear, captions: Tensor, lengths: Tens
         of `pack`, preceded by those of `<start>` where the decoder predicts it.
     captions, lengths, rewards: as `SelfCritical.sample_with_rewards` returns them.
     """
-    words = pack(captions, lengths, skip=1)  # (tokens,)
-    advantage = pack(advantages(rewards).view(-1, 1).expand(captions.shape), lengths, skip=1)
+    words = pack_tokens(captions, lengths, skip=1)  # (tokens,)
+    advantage = pack_tokens(advantages(rewards).view(-1, 1).expand(captions.shape), lengths, skip=1)
     banned = (START, UNK)  # never sampled: the other words share their probability
     surrogate = linear_cross_entropy(hidden[-len(words) :], linear, words, advantage, banned)
     return surrogate - surrogate.detach() - rewards.sum()

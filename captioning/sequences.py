@@ -18,6 +18,6 @@ def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, T
     return pack_padded_sequence(x.index_select(0, order), lengths, batch_first=True), order
 
 
-def pack(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
+def pack_tokens(captions: Tensor, lengths: Tensor, skip: int = 0) -> Tensor:
     """Pack the tokens of padded captions (B, T) after the first `skip`, time step by time step: (tokens,)."""
     return pack_sequences(captions[:, skip:], lengths - skip)[0].data

@@ -32,7 +32,7 @@ from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, read_caption_files
 
 TAR_SUFFIX = ".tar"
-NUMBER = re.compile(r"[0-9]+")
+NUMBER = re.compile(r"\d+")
 INDEX_SUFFIX = ".shards.json"  # end of an index's name
 MAX_TEXT_BYTES = 1 << 20  # size limit for a file with an image's captions
 LONG_HEADERS = (  # types of those that tarfile reads into memory

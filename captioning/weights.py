@@ -130,7 +130,9 @@ def _checked_zip(file: BinaryIO) -> BinaryIO:
         if len(pickles) != 1:
             raise ValueError("it is not a file of torch.save")
         if pickles[0].file_size > MAX_PICKLE:
-            raise ValueError(f"it holds {format_bytes(MAX_PICKLE)} or more besides tensors; save the state dict alone")
+            raise ValueError(
+                f"it holds more than {format_bytes(MAX_PICKLE)} besides tensors; save the state dict alone"
+            )
         _check_pickle(io.BytesIO(source.read(pickles[0])))
         copy = io.BytesIO()
         with zipfile.ZipFile(copy, "w") as target:

@@ -21,6 +21,7 @@ from captioning import bulk
 from captioning import captioner as captioner_module
 from captioning.captioner import DEFAULT_DECODING, Captioner, Decoding, Ensemble
 from captioning.errors import InputError
+from captioning.packing import PackedLinear
 from vocabulary import END
 
 
@@ -170,6 +171,14 @@ def test_a_captioner_chooses_words_as_the_command_does(
         model(image_paths, top_k=3)
     with pytest.raises(InputError, match="beam_size has no effect if a Decoding is given"):
         model(image_paths, Decoding(), beam_size=3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_a_captioner_on_a_cpu_computes_with_packed_weights(model: Captioner):
+    for module in (model.fast_embed, model.fast_decoder):
+        layers = list(module.modules())
+        assert any(isinstance(layer, PackedLinear) for layer in layers)
+        assert not any(isinstance(layer, torch.nn.Linear | torch.nn.LSTM) for layer in layers)
 
 
 def test_a_caption_has_the_score_that_it_was_ranked_by(model: Captioner, image_paths: list[Path]):

@@ -7,6 +7,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -531,14 +532,12 @@ def test_a_worker_that_the_system_ends_is_a_sentence(tmp_path: Path):
             list(read_batches(dataset, [[0]], workers))
 
 
-def test_no_more_workers_start_than_there_are_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_more_workers_start_than_there_are_batches(monkeypatch: pytest.MonkeyPatch):
     started: list[int] = []
-    start = images.DataLoader
-    monkeypatch.setattr(images, "DataLoader", lambda *a, **k: started.append(k["num_workers"]) or start(*a, **k))
-    draw_noise(0).save(tmp_path / "a.png")
-    dataset = ImageDataset([tmp_path / "a.png"], build_transform(image_size=32))
+    monkeypatch.setattr(images, "DataLoader", lambda *_, num_workers, **__: started.append(num_workers) or [])
     for batches in ([[0], [0]], [[0]], []):
-        assert len(list(read_batches(dataset, batches, 1000))) == len(batches)
+        with suppress(ValueError):  # as there are fewer results than batches
+            list(read_batches(ImageDataset([], build_transform()), batches, 1000))
     assert started == [2, 1, 0]
 
 

@@ -20,6 +20,7 @@ from captioning import metrics
 from captioning.cider import CiderD
 from captioning.errors import InputError, warn_once
 from captioning.metrics import METRICS, diversity, format_table, score, score_results, tokenize_plain
+from vocabulary import Vocabulary
 
 CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "captions_val2017.json"
 JAR_FOLDER = Path(ptbtokenizer.__file__).parent
@@ -245,6 +246,16 @@ def test_the_plain_tokenizer_takes_the_place_of_one_that_cuts_words(script: str)
     assert "METEOR is missing because the PTB tokenizer cuts words of these captions' script" in scores.without_meteor
     with pytest.raises(InputError, match="PTB tokenizer cuts words"):
         score(captions, {i: [text] for i, text in captions.items()}, java=True)
+
+
+@pytest.mark.parametrize("java", [False, pytest.param(None, marks=pytest.mark.java)])
+def test_a_hebrew_abbreviation_scores_as_it_was_written(java: bool | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "METEOR_WORDS", 0)  # no METEOR, which takes seconds
+    captions = {1: 'חייל צה"ל עומד ליד כלב', 2: "כלב רץ על הדשא"}
+    vocab = Vocabulary.build(captions.values(), 1)
+    written = {i: vocab.decode(vocab.encode(text)) for i, text in captions.items()}
+    scores = score(written, {i: [text] for i, text in captions.items()}, java=java)
+    assert scores.metrics["Bleu_4"] == pytest.approx(1)
 
 
 @pytest.mark.java

@@ -11,7 +11,7 @@ from torchvision.models import resnet50
 
 from captioning.decoding import beam_search, greedy
 from captioning.errors import InputError
-from captioning.sequences import pack
+from captioning.sequences import pack_tokens
 from captioning.weights import read_state_dict
 from model import DECODERS, AttentionDecoder, DecoderRNN, EncoderCNN
 
@@ -218,7 +218,7 @@ def test_forward_on_padded_captions_is_forward_on_each(name: str, num_layers: in
     assert packed.shape == (int(lengths.sum()) - 4 * skip, WORDS)
     # rows of one length may change places, so compare them as sets of rows, time by time
     torch.testing.assert_close(packed.sum(1).sort().values, torch.stack(expected).sum(1).sort().values)
-    assert pack(captions, lengths, skip).shape == packed.shape[:1]
+    assert pack_tokens(captions, lengths, skip).shape == packed.shape[:1]
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -103,10 +103,11 @@ def test_another_backbone_input_size_or_processor_is_quantized_again(monkeypatch
     keys = {quantization._key(encoder, preprocessing_of(LITE, size), "1") for size in (96, SIZE)}
     encoder.network.conv_stem.weight.data += 1
     keys.add(quantization._key(encoder, preprocessing_of(LITE, SIZE), "1"))
+    keys.add(quantization._key(encoder, preprocessing_of(LITE, SIZE, reduce_to=100), "1"))
     for can in ({"avx2": True}, {"avx2": True, "avx_vnni": True}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: can)
         keys.add(quantization._key(encoder, preprocessing_of(LITE, SIZE), "1"))
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,16 @@ def test_the_view_is_what_the_model_sees(tmp_path: Path):
     assert np.abs(np.asarray(expected, int) - np.asarray(view, int)).mean() < 10
 
 
+def test_a_large_jpeg_is_decoded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.new("RGB", (1600, 1200)).save(tmp_path / "a.jpg")
+    sizes = []
+    read = reader.read_image
+    monkeypatch.setattr(reader, "read_image", lambda *a, **k: sizes.append((image := read(*a, **k)).size) or image)
+    for preprocessing in (Preprocessing(64), Preprocessing(64, reduce_to=300)):
+        prepare_image(tmp_path / "a.jpg", "a.jpg", preprocessing, 64)
+    assert sizes == [(200, 150), (400, 300)]
+
+
 # Zip files
 
 

@@ -258,7 +258,13 @@ def test_the_only_text_with_an_image_s_key_is_its_caption(tmp_path: Path, image:
 
 @pytest.mark.parametrize(
     ("image", "other"),
-    [("frame_0.5", "frame_0.7"), ("2020.01.02", "2020.01.03"), ("a 10.45.00", "a 10.11.12"), ("photo.v1", "photo.v2")],
+    [
+        ("frame_0.5", "frame_0.7"),
+        ("2020.01.02", "2020.01.03"),
+        ("a 10.45.00", "a 10.11.12"),
+        ("photo.v1", "photo.v2"),
+        ("frame_٠.٥", "frame_٠.٧"),
+    ],
 )
 def test_the_text_of_another_number_is_not_the_image_s(
     image: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -38,12 +38,20 @@ def test_words_that_look_the_same_are_the_same(caption: str, words: list[str]):
     assert tokenize(caption) == words
 
 
+def test_words_of_an_older_vocabulary_with_invisible_characters_are_found():
+    vocab = Vocabulary(["<start>", "<end>", "<unk>", "❤️", "do\u034fg"])
+    assert vocab.encode("❤️ do\u034fg ❤ dog") == [START, 3, 4, 3, 4, END]
+    assert "❤️" in vocab
+    assert vocab["❤️"] == vocab["❤"] == 3
+
+
 def test_a_hebrew_abbreviation_is_one_word():
     caption = 'חייל צה"ל עומד "כאן"'
     words = ["חייל", "צה״ל", "עומד", "``", "כאן", "''"]
     assert tokenize(caption) == words
     vocab = Vocabulary.build([caption], 1)
     assert vocab.decode(vocab.encode(caption)) == 'חייל צה״ל עומד "כאן"'
+    assert tokenize('ה"סופר" "שלום"אבא')[:2] == ["ה", "``"]  # quotations
 
 
 def test_a_word_of_an_older_vocabulary_in_decomposed_form_is_found():

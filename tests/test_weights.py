@@ -288,7 +288,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "it holds STACK_GLOBAL",
     ),
-    "a pickle of dictionaries": (lambda: zip_file(DICTIONARIES), "MB or more besides tensors; save the state dict"),
+    "a pickle of dictionaries": (lambda: zip_file(DICTIONARIES), "MB besides tensors; save the state dict"),
     "a pickle of dictionaries, legacy": (lambda: legacy_file(DICTIONARIES), "exhausted"),
     "a storage larger than its entry": (lambda: zip_file(tensor_pickle(1 << 30, 4), {"a/data/0": b"abcd"}), "size"),
     "a tensor larger than its storage": (lambda: zip_file(tensor_pickle(4, 1 << 30), {"a/data/0": b"abcd"}), "resiz"),
