@@ -42,9 +42,7 @@ METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes second
 # METEOR parses numbers in the user's locale, and before Java 18, text is read in the locale's encoding.
 _JAVA = ("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 
-_GERSHAYIM = (
-    "\N{HEBREW PUNCTUATION GERSHAYIM}"  # which `Vocabulary.decode` writes in abbreviations, where people type "
-)
+_GERSHAYIM = "\N{HEBREW PUNCTUATION GERSHAYIM}"  # people type " for it
 _REPLACEMENTS = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "`": "'", "–": "--", "—": "--", "…": "..."}
     | {_GERSHAYIM: '"'}

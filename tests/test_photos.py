@@ -103,6 +103,6 @@ def test_the_importer_reads_the_captions_of_caltech101_that_it_was_trained_on(tm
     import_captions("caltech101.csv", tmp_path)
     train, val = (captions(tmp_path / "data", split) for split in ("train", "val"))
     texts = train | val
-    assert (len(train), len(val)) == (465, 24)
+    assert (len(train), len(val)) == (533, 27)
     assert {len(each) for each in texts.values()} == {4}
     assert texts["cup/image_0023.jpg"][0] == "a cup of coffee on a saucer on a wooden table."

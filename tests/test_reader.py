@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from captioning import reader as reader_module
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.images import build_transform
@@ -128,8 +129,9 @@ def test_the_view_is_what_the_model_sees(tmp_path: Path):
 def test_a_large_jpeg_is_decoded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Image.new("RGB", (1600, 1200)).save(tmp_path / "a.jpg")
     sizes = []
-    read = reader.read_image
-    monkeypatch.setattr(reader, "read_image", lambda *a, **k: sizes.append((image := read(*a, **k)).size) or image)
+    read = reader_module.read_image
+    note = lambda *a, **k: sizes.append((image := read(*a, **k)).size) or image  # noqa: E731
+    monkeypatch.setattr(reader_module, "read_image", note)
     for preprocessing in (Preprocessing(64), Preprocessing(64, reduce_to=300)):
         prepare_image(tmp_path / "a.jpg", "a.jpg", preprocessing, 64)
     assert sizes == [(200, 150), (400, 300)]

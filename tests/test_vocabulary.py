@@ -51,7 +51,7 @@ def test_a_hebrew_abbreviation_is_one_word():
     assert tokenize(caption) == words
     vocab = Vocabulary.build([caption], 1)
     assert vocab.decode(vocab.encode(caption)) == 'חייל צה״ל עומד "כאן"'
-    assert tokenize('ה"סופר" "שלום"אבא')[:2] == ["ה", "``"]  # quotations
+    assert tokenize('ה"סופר" "שלום"אבא')[:2] == ["ה", "''"]  # a quotation
 
 
 def test_a_word_of_an_older_vocabulary_in_decomposed_form_is_found():
