@@ -173,6 +173,8 @@ def _normalize(caption: Caption) -> str:
 class Captioner:
     """A trained model that captions images: `Captioner.load(folder)(images)`.
 
+    It computes with copies of the weights, so that later changes to them have no effect.
+
     precision: of the backbone, "fp32", "bf16" or, on a CPU, "int8" (`quantization`). "auto" is bfloat16 if the
         device computes in it natively, else float32; the attribute `precision` says which.
 

@@ -179,9 +179,8 @@ def run_exporter(
 def _build_captioner(
     encoder: nn.Module, decoder: DecoderModule, images: Tensor, vocab_size: int, max_length: int
 ) -> GreedyCaptioner:
-    # float() also rebuilds the flat weights that an LSTM caches, which is impossible inside the loop.
     for module in (encoder, decoder):
-        module.float().eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     state = decoder.init_state(encoder(images))
     _, after = decoder.step(torch.full((len(images),), START), state)
     if any(x.shape != y.shape for x, y in zip(state, after, strict=True)):

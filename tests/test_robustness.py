@@ -290,8 +290,10 @@ class Kit:
 
 
 def caption_with_overflow(folder: Path) -> None:
-    captioner = Captioner.load(folder)
-    captioner.encoder.embed.weight.data.fill_(3e38)
+    encoder, *others = load_model(folder)
+    encoder.embed.weight.data.fill_(3e38)
+    captioner = Captioner(encoder, *others)
+    captioner.folder = folder
     captioner(draw_noise(0))
 
 
