@@ -29,7 +29,7 @@ from captioning.distributed import this_process
 from captioning.errors import InputError, log, printable, run_command
 from captioning.figures import MAX_SHEET, check_figure, draw_attention, draw_sheet, save_figure
 from captioning.files import check_output
-from captioning.images import MAX_WORKERS, WORKERS
+from captioning.images import WORKERS, check_workers
 from captioning.listing import find_images
 from captioning.shards import Member
 
@@ -68,8 +68,7 @@ def main(
         export: instead of captioning, export the model with greedy decoding to this ONNX file.
         workers: processes that read images.
     """
-    if not 0 <= workers <= MAX_WORKERS:
-        raise InputError(f"--workers must be at least 0 and at most {MAX_WORKERS:,}, not {workers:,}.")
+    check_workers(workers)
     if export is not None:
         others = (images, recursive, json_, output, strict, sheet, attention, precision != "auto", workers != WORKERS)
         if any(others) or decoding != Decoding(max_length=decoding.max_length) or len(model) > 1:

@@ -312,10 +312,11 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     description = checkpoint.read_description(folder)
     saved = {RENAMED.get(name, name): value for name, value in description.training.items()}
-    crop = description.preprocessing.crop
-    if saved.get("crop") is None and crop != preprocessing_of(description.architecture.backbone).crop:
-        saved["crop"] = crop  # the default has changed for some backbones
-    saved.setdefault("reduce_to", description.preprocessing.reduce_to)
+    default = preprocessing_of(description.architecture.backbone)
+    for name in FROM_PREPROCESSING:
+        value = getattr(description.preprocessing, name)
+        if saved.get(name) is None and value != getattr(default, name):
+            saved[name] = value  # for some backbones, the default was another one
     values = {name: saved[name] for name in names if name in saved}
     if objective is not None and objective != values.get("objective", "cross-entropy"):
         values["objective"] = objective

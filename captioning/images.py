@@ -187,6 +187,12 @@ def split_batches(count: int, size: int) -> list[range]:
     return [range(count)[i : i + size] for i in range(0, count, size)]
 
 
+def check_workers(workers: int) -> None:
+    """Raise `InputError` if the number of processes that read images is out of range."""
+    if not 0 <= workers <= MAX_WORKERS:
+        raise InputError(f"--workers must be at least 0 and at most {MAX_WORKERS:,}, not {workers:,}.")
+
+
 def read_batches(
     dataset: ImageDataset,
     batches: Iterable[Sequence[Any]],
@@ -198,8 +204,7 @@ def read_batches(
     For an image that cannot be read, `unreadable` is called with its index and error, and its batch, which may become
     empty, is yielded without it. Without `unreadable`, its `InputError` is raised.
     """
-    if not 0 <= workers <= MAX_WORKERS:
-        raise InputError(f"workers must be at least 0 and at most {MAX_WORKERS:,}, not {workers:,}.")
+    check_workers(workers)
     batches = list(batches)
     loader = DataLoader(
         _CatchErrors(dataset),

@@ -141,7 +141,7 @@ def reinforce(hidden: Tensor, linear: nn.Linear, captions: Tensor, lengths: Tens
     """Return minus the summed rewards of sampled captions, with the gradient that REINFORCE estimates for it.
 
     hidden: (tokens, H) the input of the output layer `linear` for the captions' tokens after `<start>`, in the order
-        of `pack`, preceded by those of `<start>` where the decoder predicts it.
+        of `pack_tokens`, preceded by those of `<start>` where the decoder predicts it.
     captions, lengths, rewards: as `SelfCritical.sample_with_rewards` returns them.
     """
     words = pack_tokens(captions, lengths, skip=1)  # (tokens,)
