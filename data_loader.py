@@ -73,10 +73,15 @@ def find_split(folder: Path, mode: str, cache: Path = CACHE) -> tuple[Path, Path
 
 
 def _check_shards(shards: list[Path], folder: Path, mode: str) -> list[Path]:
-    """Return the split's shards without those of several splits, such as trainval-0.tar; warns of what is left out."""
+    """Return the split's shards without those of several splits, such as trainval-0.tar, if there are others.
+
+    Warns of what is left out, and of a name that fits no split and is taken all the same.
+    """
     for other, problem in ((f"[-_]?({'|'.join(SPLITS)})", "contains more than one split"), OTHER_WORDS):
         others = [path for path in shards if re.match(mode + other, path.name)]
-        if others and len(others) < len(shards):
+        if others and len(others) == len(shards):
+            warn_once(f"{others[0]} is taken as the {mode} split, though its name {problem}.")
+        elif others:
             warn_once(f"{others[0]} is left out of the {mode} split, because its name {problem}.")
             shards = [path for path in shards if path not in others]
     packed = [path for path in _packed_shards(folder, mode) if path.suffix.lower() in UNFINISHED]

@@ -20,6 +20,9 @@ from secrets import token_urlsafe
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
+
 import gradio as gr
 import tyro
 import uvicorn

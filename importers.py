@@ -12,10 +12,14 @@ be edited in place, and copies elsewhere.
 from __future__ import annotations
 
 import os
+import signal
 import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
 
 import tyro
 
@@ -324,7 +328,10 @@ def import_folder(
         first.setdefault(key, row.where)
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in {first[key]}.")
-        image.captions += _captions(row, report)
+        captions = _captions(row, report)
+        if not set(captions).isdisjoint(image.captions):
+            report.add("row{s} with a caption that its image has already", row.where, "read")
+        image.captions += captions
     for key in sorted(index.paths.keys() - result.keys()):
         report.add(f"image{{s}} without a {kind}", str(index.paths[key][0]))
     for path in index.unreadable:

@@ -5,8 +5,12 @@ python scenes.py data/scenes --train 6000 --val 500 --test 500 --seed 0
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
 
 import tyro
 

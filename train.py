@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
 
 import tyro
 

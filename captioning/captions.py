@@ -28,6 +28,7 @@ STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
     re.DOTALL,
 )
+SERIES = re.compile(r"\bdtype: \w+$")  # the end of a column that pandas prints
 NUMPY = {"np", ".", "str_", "array"}  # what NumPy prints around texts
 
 
@@ -90,8 +91,10 @@ def parse_captions(value: Any) -> list[Any]:
 
 
 def is_structure(value: str) -> bool:
-    """Return whether a text is an object or a list of Python's, of NumPy's or of JSON's."""
+    """Return whether a text is an object or a list of Python's, of NumPy's or of JSON's, or a column of pandas."""
     value = value.strip()
+    if SERIES.search(value):
+        return True
     if value[:1] + value[-1:] not in ("{}", "[]", "()", "a)"):
         return False
     for parse in (json.loads, ast.literal_eval):

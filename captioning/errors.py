@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -87,6 +88,8 @@ def run_command(main: Callable[[], object]) -> None:
 
     Of several processes that were launched together, the first one to fail prints its error, and the others exit.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the commands' own, for the time of their imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:  # it is closed, and libraries write to it
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is not None:  # a file name may contain characters that the terminal cannot show

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -183,3 +184,18 @@ def test_what_the_machine_refuses_is_a_sentence(
 
     code, _, errors = run_here("train.py", fail)
     assert (code, errors.startswith(sentence), errors.count("\n")) == (2, True, 1)
+
+
+@pytest.mark.parametrize("command", ["caption", "download", "evaluate", "gradio_main", "importers", "scenes", "train"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "ignored"])
+def test_ctrl_c_while_a_command_is_imported_prints_no_traceback(tmp_path: Path, command: str, ignored: bool):
+    (tmp_path / "tyro.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError('ended')"
+    )
+    start = "import runpy, signal; " + "signal.signal(signal.SIGINT, signal.SIG_IGN); " * ignored
+    start += f"runpy.run_path({f'{ROOT}/{command}.py'!r}, run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True)
+    assert ("ended" in ended.stderr) == ignored
+    assert ended.returncode == (1 if ignored else -signal.SIGINT)
+    assert ignored or not ended.stderr

@@ -99,6 +99,10 @@ def test_tars_that_are_left_out_of_a_split_are_named(tmp_path: Path, capsys: pyt
     assert "train_val-000.tar is left out of the train split, because its name contains more than one split" in error
     assert "trainers.tar is left out of the train split, because its name is another word" in error
     assert "train-002.tar.gz is left out of the train split; unpack it" in error
+    write_shard(tmp_path / "value-0.tar", [{"__key__": "a", "png": encoded(8), "txt": "a number"}])
+    (tmp_path / "val-000.tar").unlink()
+    assert len(CaptionDataset(tmp_path, "val", vocab=data.vocab, cache=tmp_path / "cache")) == 1
+    assert "value-0.tar is taken as the val split, though its name is another word" in capsys.readouterr().err
 
 
 def test_tars_beside_an_annotation_file_of_their_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -726,11 +726,14 @@ def test_another_column_gives_splits_if_all_its_rows_name_them(tmp_path, capsys)
             "[nan, 'a dog']",
             "(np.str_('a dog'), np.str_('b'))",
             "{'en': 'it's one'}",
+            "0    a ball\n1    it's one\nName: caption, dtype: object",
         ),
     ],
 )
 def test_what_is_a_list_and_no_caption(value):
-    with pytest.raises(InputError, match=r"^0\.txt, has a caption that is not text: .*; write text or a list of texts"):
+    with pytest.raises(
+        InputError, match=r"(?s)^0\.txt, has a caption that is not text: .*; write text or a list of texts"
+    ):
         clean_caption(value, "0.txt")
 
 
@@ -1052,3 +1055,18 @@ def test_utf_16_without_a_mark_is_read_in_either_byte_order_or_refused(tmp_path,
     for name in (f"utf-16-{order}", *(["UTF16"] if "　" not in caption else [])):
         importers.import_folder(source, tmp_path / name, encoding=name)
         assert all_captions(tmp_path / name) == {f"{i}.jpg": [" ".join(caption.split())] for i in range(6)}
+
+
+def test_captions_that_two_metadata_files_repeat_are_counted(tmp_path, capsys):
+    six(tmp_path / "in")
+    (tmp_path / "in" / "train").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.jpg").rename(tmp_path / "in" / "train" / f"{number}.jpg")
+    rows = [{"file_name": f"{number}.jpg", "text": f"ball {number}"} for number in range(6)]
+    (tmp_path / "in" / "train" / "metadata.jsonl").write_text(lines(rows))
+    (tmp_path / "in" / "metadata.jsonl").write_text(
+        lines([{**row, "file_name": f"train/{row['file_name']}"} for row in rows])
+    )
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    told = "read 6 rows with a caption that its image has already, the first is"
+    assert f"{told} {tmp_path}/in/train/metadata.jsonl, line 1" in capsys.readouterr().err
