@@ -182,6 +182,11 @@ def read_tables(tables: list[Path], folder: Path, encoding: str | None, report: 
             for row in added:
                 row.split = split
         for row in added:
-            row.image = row.image if parent == "." else os.path.join(parent, row.image)
+            name = row.image.replace("\\", "/")
+            beside = os.path.abspath(table.parent / name)
+            if name.startswith("../") and os.path.isfile(beside):
+                row.image = beside  # `ImageIndex` finds it by its absolute path
+            elif parent != ".":
+                row.image = os.path.join(parent, row.image)
         rows += added
     return rows

@@ -1070,3 +1070,14 @@ def test_captions_that_two_metadata_files_repeat_are_counted(tmp_path, capsys):
     importers.import_folder(tmp_path / "in", tmp_path / "out")
     told = "read 6 rows with a caption that its image has already, the first is"
     assert f"{told} {tmp_path}/in/train/metadata.jsonl, line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../{}.jpg", "..\\{}.jpg"])
+@pytest.mark.parametrize("by_file", [False, True])
+def test_names_relative_to_a_table_beside_the_images(tmp_path, name, by_file):
+    folder = six(tmp_path / "in")
+    (folder / "tables").mkdir()
+    table = folder / "tables" / "captions.csv"
+    table.write_text(csv_rows("image,caption", f"{name},a ball"))
+    importers.import_folder(table if by_file else table.parent, tmp_path / "out", images=folder)
+    assert len(captions(tmp_path / "out", "train")) == 4
