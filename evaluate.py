@@ -258,14 +258,18 @@ def _members(captioner: Captioner) -> list[Captioner]:
     return captioner.members if isinstance(captioner, Ensemble) else [captioner]
 
 
+def _training_data(model: Captioner) -> str:
+    return model.description.data.get("folder", "an unknown data set")
+
+
 def _describe(captioner: Captioner, models: list[Path], data: Path, split: str) -> dict[str, Any]:
     """Describe the models and the data: the first keys of the JSON document."""
-    members, description = _members(captioner), captioner.description
+    members = _members(captioner)
     return {
         "model": " + ".join(map(str, models)),
         "epoch": members[0].epoch if len(members) == 1 else None,
         "weights": " + ".join(name_weights(member.description, member.epoch) for member in members),
-        "trained_on": description.data.get("folder", "an unknown data set"),
+        "trained_on": " + ".join(dict.fromkeys(map(_training_data, members))),
         "data": str(data),
         "split": split,
         "precision": captioner.precision,

@@ -37,8 +37,8 @@ def average_weights(models: Sequence[Path], epochs: Sequence[int], folder: Path)
     for (model, _), (*_, other) in zip(chosen, loaded, strict=True):
         if _kind(other) != _kind(description):
             raise InputError(
-                f"{model} and {chosen[-1][0]} differ in architecture, preprocessing or vocabulary, so that their "
-                "weights have no mean."
+                f"{model} and {chosen[-1][0]} differ in architecture, preprocessing or vocabulary, or in whether "
+                "weights are tied, so that their weights have no mean."
             )
     for states in ([m[0].state_dict() for m in loaded], [m[1].state_dict() for m in loaded]):
         for key, weight in states[-1].items():
@@ -46,6 +46,8 @@ def average_weights(models: Sequence[Path], epochs: Sequence[int], folder: Path)
                 weight.copy_(torch.stack([state[key] for state in states]).mean(0))
     if description.training.get("tie_weights"):
         decoder.linear.weight = decoder.embed.weight  # loading untied them
+    if len({other.architecture.backbone_weights for *_, other in loaded}) > 1:  # one of the backbones was fine-tuned
+        description.architecture.backbone_weights = "epoch"
     names = [f"{model.name}-{epoch}" if len(models) > 1 else epoch for model, epoch in chosen]
     training = {**description.training, "averaged_epochs": names}
     last = chosen[-1][1]
@@ -57,5 +59,6 @@ def average_weights(models: Sequence[Path], epochs: Sequence[int], folder: Path)
 
 def _kind(description: Description) -> tuple[Any, ...]:
     """Return what two models must share for their weights to have a mean."""
-    architecture = description.architecture.model_dump(exclude={"dropout"})
-    return architecture, description.preprocessing, description.vocabulary
+    architecture = description.architecture.model_dump(exclude={"dropout", "backbone_weights"})
+    is_tied = description.training.get("tie_weights") is True
+    return architecture, is_tied, description.preprocessing, description.vocabulary

@@ -66,7 +66,7 @@ class Preprocessing:
         interpolation: "bilinear" or "bicubic", both antialiased.
         mean, std: of the RGB values, 0 to 1, that the input is normalized by.
         reduce_to: if given, larger images first become JPEGs of this longer side, like those of the training
-            (`images.Reduce`).
+            (`resizing.Reduce`).
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where captioner.json holds one

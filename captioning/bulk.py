@@ -26,7 +26,9 @@ from captioning.files import write_file
 from captioning.listing import Log, stream_images
 from captioning.shards import Member
 
+ImageRow = tuple[Path | Member, dict[str, Any]]  # an image and its row in the file
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
+CLOCK_STEP = 1  # seconds between two changes of files that a file system may not tell apart
 ROUNDING = 0.2  # tolerance of a caption's log-probability, which varies with the device and the number of threads
 
 
@@ -72,7 +74,9 @@ def write_captions(
             if rows is not None:
                 progress.update(rows.append([row for _, row in sorted(captioned, key=itemgetter(0))]))
         if rows is not None:  # model and options are known by now to be those of the earlier rows
-            retried = rows.replace(_retry(captioner, rows.unreadable, decode, workers)) if rows.unreadable else 0
+            retried = 0
+            if rows.unreadable:
+                retried = rows.replace(_retry(captioner, rows.unreadable, decode, workers, strict))
             if log is not None:
                 note = f", {retried:,} of them without a caption until now" if retried else ""
                 log(f"{output}: {rows.count - earlier:,} rows written, {earlier:,} were there{note}")
@@ -84,15 +88,15 @@ def write_captions(
 class _Rows:
     """The rows of the file, which only the main process accesses.
 
-    unreadable: the images of an earlier run's rows with an "error", by index. to_verify: the last rows of an earlier
-    run with their images, which are captioned again to compare the rows. failed: number of rows with an "error".
+    unreadable: the rows of an earlier run with an "error", by index. to_verify: the last rows of an earlier run, whose
+    images are captioned again to compare the rows. failed: number of rows with an "error".
     """
 
     output: Path
     file: BinaryIO
     count: int
-    unreadable: dict[int, Path | Member]
-    to_verify: list[tuple[Path | Member, dict[str, Any]]]
+    unreadable: dict[int, ImageRow]
+    to_verify: list[ImageRow]
 
     def __post_init__(self) -> None:
         self.failed = len(self.unreadable)
@@ -104,23 +108,28 @@ class _Rows:
         self.file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         self.file.flush()
         os.fsync(self.file.fileno())
-        for row in rows:
-            if "error" in row:
-                tqdm.write(printable(f"error: {row['error']}"), file=sys.stderr)
-                self.failed += 1
+        self.failed += _print_errors(rows)
         self.count += len(rows)
         return len(rows)
 
     def replace(self, rows: dict[int, dict[str, Any]]) -> int:
-        """Replace rows with an "error", by index, and return their number; closes the file."""
-        if rows:
+        """Replace the rows with an "error", by index, and return the number of new captions; closes the file."""
+        self.failed = _print_errors(rows.values())
+        if changed := {index: row for index, row in rows.items() if row != self.unreadable[index][1]}:
             self.file.close()  # Windows replaces no open file
-            _replace_rows(self.output, rows)
-            self.failed -= len(rows)
-        return len(rows)
+            _replace_rows(self.output, changed)
+        return len(rows) - self.failed
 
 
-def _compare_rows(earlier: list[tuple[Path | Member, dict]], rows: list[dict[str, Any]], output: Path) -> None:
+def _print_errors(rows: Iterable[dict[str, Any]]) -> int:
+    """Print the errors among rows on stderr, and return their number."""
+    errors = [row["error"] for row in rows if "error" in row]
+    for error in errors:
+        tqdm.write(printable(f"error: {error}"), file=sys.stderr)
+    return len(errors)
+
+
+def _compare_rows(earlier: list[ImageRow], rows: list[dict[str, Any]], output: Path) -> None:
     """Raise `InputError` if rows of an earlier run differ from this run's rows for the same images."""
     for (_, old), new in zip(earlier, rows, strict=False):
         if "caption" in old and "caption" in new and not _agree(old, new):
@@ -160,13 +169,19 @@ def lock_output(output: Path) -> Iterator[None]:
 
 
 def _retry(
-    captioner: Captioner, images: dict[int, Path | Member], decode: Decoding, workers: int
+    captioner: Captioner,
+    unreadable_rows: dict[int, ImageRow],
+    decode: Decoding,
+    workers: int,
+    strict: bool,
 ) -> dict[int, dict[str, Any]]:
-    """Caption images, by their indices, that could not be read before; returns the rows of those that now can."""
-    positions, sources = list(images), list(images.values())
-    workers = choose_workers(workers, len(sources))
-    stream = captioner.stream(sources, decode, workers, unreadable=lambda *_: None, positions=positions)
-    return {positions[i]: as_json(sources[i], caption, captioner.precision) for i, caption in stream}
+    """Caption images, by their indices, that could not be read before; returns their new rows."""
+    positions, sources = list(unreadable_rows), [image for image, _ in unreadable_rows.values()]
+    rows: dict[int, dict[str, Any]] = {}
+    unreadable = None if strict else lambda i, error: rows.update({positions[i]: as_json(sources[i], error)})
+    stream = captioner.stream(sources, decode, choose_workers(workers, len(sources)), unreadable, positions=positions)
+    rows.update((positions[i], as_json(sources[i], caption, captioner.precision)) for i, caption in stream)
+    return rows
 
 
 def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
@@ -182,17 +197,17 @@ def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
 
 def _read_rows(
     file: BinaryIO, images: Iterator[Path | Member], log: Log | None
-) -> tuple[int, dict[int, Path | Member], list[tuple[Path | Member, dict]]]:
-    """Return the number of rows, the images that failed (by index), and the rows to verify with their images.
+) -> tuple[int, dict[int, ImageRow], list[ImageRow]]:
+    """Return the number of rows, the images that failed with their rows (by index), and the rows to verify likewise.
 
     The rows to verify are all from the last batch that contains a caption. Advances `images` past all rows, and
     removes an incomplete last row. `log` receives a line on images that have changed since.
     """
-    written = os.fstat(file.fileno()).st_mtime
+    written = os.fstat(file.fileno())
     changed: list[Path | Member] = []
-    unreadable: dict[int, Path | Member] = {}
-    before: list[tuple[Path | Member, dict[str, Any]]] = []  # rows since the last batch with a caption
-    batch: list[tuple[Path | Member, dict[str, Any]]] = []  # rows of the current batch
+    unreadable: dict[int, ImageRow] = {}
+    before: list[ImageRow] = []  # rows since the last batch with a caption
+    batch: list[ImageRow] = []  # rows of the current batch
     count = size = 0
     file.seek(0)
     for line in file:
@@ -204,10 +219,10 @@ def _read_rows(
             batch = []
         batch.append((image, row))
         if "error" in row:
-            unreadable[count] = image
+            unreadable[count] = image, row
         else:
             before = []  # the current batch has a caption
-            if _is_newer(image, written):
+            if _changed_after(image, written):
                 changed.append(image)
         count, size = count + 1, size + len(line)
     if size < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
@@ -220,7 +235,7 @@ def _read_rows(
     return count, unreadable, before + batch
 
 
-def _match_row(line: bytes, image: Path | Member | None, where: str) -> tuple[Path | Member, dict[str, Any]]:
+def _match_row(line: bytes, image: Path | Member | None, where: str) -> ImageRow:
     """Return an image and its row of an earlier run; raises `InputError` if the line is not the row of this image."""
     row: Any = None
     with suppress(ValueError, RecursionError):
@@ -241,11 +256,13 @@ def _is_json(line: bytes) -> bool:
     return False
 
 
-def _is_newer(image: Path | Member, time: float) -> bool:
+def _changed_after(image: Path | Member, written: os.stat_result) -> bool:
+    """Return whether an image was written, or an older one put in its place, after a file was written."""
     try:
-        return image.stat().st_mtime > time
+        status = image.stat()
     except OSError:
         return False
+    return status.st_mtime > written.st_mtime or status.st_ctime > written.st_ctime + CLOCK_STEP
 
 
 def _caption_share(

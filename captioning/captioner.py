@@ -381,6 +381,7 @@ class Ensemble(Captioner):
     ) -> Iterator[tuple[list[int], Any]]:
         """Read and encode batches with each member in turn; the features are a tuple, one element per member."""
         ignore = None if unreadable is None else lambda *_: None  # reported once, by the first member
+        workers = -(-workers // len(self.members))  # each member reads the images
         streams = [
             member._embed(sources, batches, workers, ignore if i else unreadable)
             for i, member in enumerate(self.members)
@@ -393,10 +394,24 @@ class Ensemble(Captioner):
 
 
 def _as_list(images: Source | Iterable[Source]) -> list[Source]:
-    """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path."""
+    """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path.
+
+    Frames of an animation are one object at different times: what an iterator yields is copied; a list that holds such
+    an object twice raises `InputError`.
+    """
     one = isinstance(images, Source) or is_content(images) or not isinstance(images, Iterable)
     each: Any = [images] if one else images
-    return [os.fspath(image) if isinstance(image, os.DirEntry) else image for image in each]
+    listed, frames = [], set()
+    for image in each:
+        if getattr(image, "is_animated", False):
+            if id(image) in frames:
+                raise InputError("a list holds an image of several frames twice; put a copy() of each frame into it.")
+            if isinstance(each, list | tuple):
+                frames.add(id(image))
+            else:
+                image = image.copy()
+        listed.append(os.fspath(image) if isinstance(image, os.DirEntry) else image)
+    return listed
 
 
 def _choose_precision(precision: Precision, device: torch.device) -> str:

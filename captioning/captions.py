@@ -13,16 +13,16 @@ from typing import Any
 
 from captioning.errors import InputError
 
-MISSING = {  # spellings of a cell without a value, and errors of spreadsheets, some in German and Spanish
-    *("nan", "none", "null", "n/a", "na", "<na>"),
-    *("#n/a", "#nv", "#name?", "#ref!", "#bezug!", "#value!", "#wert!", "#div/0!", "#null!", "#num!", "#zahl!"),
-    *("#error!", "#spill!", "#calc!", "#nombre?", "#valor!", "loading..."),
-}
+MISSING = re.compile(  # spellings of a cell without a value, and errors of spreadsheets in any language
+    r"-?nan|none|null|n/a|na|<na>|nat|undefined|\\n|#na|#nv|#n/a n/a|#[\w/]+[!?]|#\w/\w|loading\.\.\."
+)
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
-MARKS = re.compile(  # that tutorials and tokenizers add to a caption, such as "startseq a dog endseq"
-    r"<(start|end|s|/s|bos|eos|sos|pad|unk)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]|\b(start|end|bos|eos|sos)seq\b",
+MARKS = re.compile(  # of tutorials, tokenizers, HTML, annotation tools and wrong encodings: "startseq a dog endseq"
+    r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
+    r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|\ufffd|â€|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
+WITH_MARKS = "caption{s} with marks such as <start>, which are learned as words"  # in a `Report`
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -59,7 +59,7 @@ def is_missing(caption: Any) -> bool:
     """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter."""
     if not isinstance(caption, str):
         return caption is None or caption != caption
-    return caption.strip().lower() in MISSING or not any(map(str.isalpha, caption))
+    return bool(MISSING.fullmatch(caption.strip().lower())) or not any(map(str.isalpha, caption))
 
 
 def is_rejected(entry: Mapping[str, Any]) -> bool:

@@ -108,7 +108,7 @@ class OptimizationOptions:
     batch_size: int = 128  # captions per step, over all processes
     learning_rate: float | None = None  # peak learning rate; default 1e-3, or 5e-4 for cider
     backbone_learning_rate: float | None = None  # for fine-tuned stages; default 1e-3, or 1e-5 for cider
-    warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
+    warmup_steps: int = 100  # steps of linear warm-up, at most a tenth of all, before a cosine decay to zero
     embed_weight_decay: float = 0.0  # decoupled weight decay (arXiv 1711.05101) of the layer on the image features
     clip_norm: float = 5.0  # gradients are clipped to this norm
     attention_penalty: float = 1.0  # weight of the doubly stochastic regularization (arXiv 1502.03044)
@@ -225,6 +225,10 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 raise InputError(f"{field} must be at most {most}, not {value}.")
         for folder in (self.models, self.cache):
             require_local(folder)
+        sources = [self.initial_model, self.weights] if self.resume is None else []
+        target = (self.models / self.name).resolve()
+        if any(source is not None and os.path.isdir(source) and Path(source).resolve() == target for source in sources):
+            raise InputError(f"{self.models / self.name} is what the run starts from; choose another --name.")
         _ = self.preprocessing  # which checks the backbone and the image size
         if (
             self.tie_weights

@@ -18,6 +18,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import get_cpu_distributed_information
 
+from captioning.errors import InputError
+
 # Processes that read images from disks of different speeds may finish hours apart. A process that exits is noticed at
 # once, whatever the timeout.
 TIMEOUT = timedelta(days=1)
@@ -33,8 +35,14 @@ def on_cpus() -> bool:
 
 
 def this_process() -> PartialState:
-    """Return accelerate's state of this process (index, device, barrier); the first call connects the processes."""
+    """Return accelerate's state of this process (index, device, barrier); the first call connects the processes.
+
+    Raises `InputError` for more processes than GPUs, if there are any.
+    """
     keep_freed_memory()
+    launched, gpus = get_cpu_distributed_information().local_world_size, torch.cuda.device_count()
+    if launched > gpus > 0:
+        raise InputError(f"{launched} processes were launched on a machine with {gpus} GPU(s); launch one per GPU.")
     return PartialState(cpu=on_cpus(), timeout=TIMEOUT)
 
 

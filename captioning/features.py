@@ -37,7 +37,7 @@ from captioning.shards import Member, stamp
 from captioning.weights import hash_weights
 from model import EncoderCNN
 
-VERSION = "6"  # of the files; features of another version are computed again
+VERSION = "7"  # of the files; features of another version are computed again
 # Images per batch: on a CPU, a small batch stays in its cache; for a GPU, each of many workers reads one at a time.
 BATCH = 64 if torch.cuda.device_count() else 16
 

@@ -41,6 +41,8 @@ BINARY_FILES = {  # files that are mistaken for text, by first bytes
     b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow file",  # of the streaming format
     b"%PDF-": "a PDF file",
+    b"{\\rtf": "an RTF document",
+    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), "a web page"),
     b"SQLite format 3": "an SQLite database",
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89PNG": "a PNG image",
@@ -50,7 +52,7 @@ LATIN = ("cp1252", "iso8859-1", "iso8859-15")  # names in `codecs`
 LATIN_IN_UTF8 = re.compile(rb"[\xc2\xc3\xe2]")  # first bytes of accented letters and typographic marks
 SPACES = b" \n\r\t,"  # show the byte order of UTF-16; in the other order, most letters and digits are characters, too
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
-BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
+BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV and a document as plain text, in UTF-8"
 _WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
 
 

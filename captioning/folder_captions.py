@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
 from captioning.splits import report_split_lists, split_of_file
-from captioning.tables import ENCODING_ADVICE, Row, find_rows, parse_split, read_table
+from captioning.tables import ENCODING_ADVICE, Row, find_rows, is_split_list, parse_split, read_json, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
@@ -51,17 +52,17 @@ def read_captions_of_folder(
             tables, found.empty = found.empty or found.json_files, []
     read = {*sidecars, *tables, *found.certain, *found.small, *found.empty}
     unread = [path for path in files if path not in read]
-    report_split_lists(unread, folder, report)
+    report_split_lists(unread, index, report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         left_out = "".join(f"; {line}" for line in report.lines())
         raise InputError(
-            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and next to its images no .txt "
-            f'or .caption file, nor a .json file with "caption" or "captions"{left_out}{advice}.'
+            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and with the name of an image "
+            f'no .txt or .caption file, nor a .json file with "caption" or "captions"{left_out}{advice}.'
         )
     for path in unread:
-        if path.parent != folder and path.suffix.lower() in TABLE_SUFFIXES and _named_images(path, index, encoding):
-            report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
+        if path.suffix.lower() in (*TABLE_SUFFIXES, ".json") and not is_split_list(path, index):
+            _report_unread(path, folder, index, encoding, report)
     for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
     if not tables:
@@ -72,6 +73,26 @@ def read_captions_of_folder(
     for path in sorted(sidecars):
         report.add(f"{path.suffix.lower()} file{{s}} next to an image, as a table holds the captions", str(path))
     return read_tables(tables, folder, encoding, report), "row"
+
+
+def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> None:
+    """Report a file that seems to be a table of captions of these images, or to be meant as one."""
+    if path.parent != folder:
+        if _named_images(path, index, encoding):
+            report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
+        return
+    for row in find_rows(path, encoding):
+        is_sentence = any(" " in caption for caption in row.captions)  # and no class
+        if is_sentence and (row.image in index.by_stem or Path(row.image).stem in index.by_stem):
+            report.add("table{s} beside other captions; name it if it holds the captions", str(path))
+            return
+    with suppress(InputError):
+        text = read_text(path, encoding, ENCODING_ADVICE)
+        if path.suffix.lower() == ".json" and any(map(index.has_name, re.findall(r'"([^"\n]+)"', text))):
+            try:
+                read_json(path, text)
+            except InputError as error:
+                report.add("table{s} that cannot be read", str(error).removesuffix("."))
 
 
 def _find_tables(
@@ -133,6 +154,10 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     if is_coco and parse_split(path.stem.removeprefix("captions_")) and (folder / "images").is_dir():
         return f"; {path} is in COCO's layout, which `python train.py --data {quoted(folder)}` takes as it is"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
+    if suffix in CAPTION_SUFFIXES and not images:
+        beginnings = (path.stem[: match.start()] for match in re.finditer(r"[ _.-]", path.stem))
+        if stem := next((stem for stem in beginnings if stem in index.by_stem), ""):
+            return f"; rename {path} to {stem}{suffix} if it holds the captions of that image"
     rows = find_rows(path, encoding) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else iter(())
     if any(index.has_name(row.image) or not (suffix == ".json" and images) for row in rows):
         return f"; name {path} itself if it holds the captions"

@@ -122,8 +122,15 @@ def _without_folders(value: Any) -> Any:
         return {name: _without_folders(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
+    return _without_folder(value) if isinstance(value, str) else value
+
+
+def _without_folder(path: str) -> str:
+    """Return the last part of a path, or user/name for the folder of a model of the Hub in its cache."""
     # PureWindowsPath splits at both separators, so that a model that was trained on Windows can be shared from Linux.
-    return PureWindowsPath(value).name if isinstance(value, str) else value
+    parts = PureWindowsPath(path).parts
+    cached = re.fullmatch(r"models--(.+?)--(.+)", parts[-3]) if len(parts) > 2 and parts[-2] == "snapshots" else None
+    return "/".join(cached.groups()) if cached else PureWindowsPath(path).name
 
 
 def push(model: Path, name: str, licence: str, private: bool = False, epoch: int | None = None) -> str:
@@ -139,6 +146,8 @@ def push(model: Path, name: str, licence: str, private: bool = False, epoch: int
         with _explained(f"{name} cannot be shared on the Hub"):
             api = HfApi()
             address = api.create_repo(name, private=private, exist_ok=True)
+            if private and api.model_info(name).private is False:  # `create_repo` changes no existing repository
+                raise InputError(f"{name} on the Hub is public; make it private there first, or choose another name.")
             message = f"Share {name.split('/')[1]}"
             old = [f"{part}.*" for part in PARTS]  # weights of an epoch shared earlier
             api.upload_folder(repo_id=name, folder_path=folder, delete_patterns=old, commit_message=message)
@@ -247,7 +256,8 @@ def _about_data(data: dict[str, Any], start_from: object) -> str:
     rows = {"data set": str(data.get("folder", "unknown"))}
     rows |= {label: f"{data[key]:,}" for key, label in labels.items() if isinstance(data.get(key), int)}
     if start_from:
-        rows["trained from the model"] = PureWindowsPath(str(start_from)).name
+        name = str(start_from)
+        rows["trained from the model"] = name if HUB_NAME.fullmatch(name) else _without_folder(name)
     rows["SHA-256 of the training captions"] = f"`{data.get('train_sha256', 'unknown')}`"
     return _table(["", ""], rows)
 

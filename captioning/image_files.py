@@ -85,7 +85,7 @@ def read_image(source: Source, shorter_side: int | None = None, longer_side: int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(source, Image.Image) and not _is_undecoded(source):
-                return upright_rgb(source)
+                return upright_rgb(source.convert("RGB") if _has_false_alpha(source) else source)
             with _open_file(source) as file:
                 image = _open_image(file)
                 _draft(image, shorter_side, longer_side)
@@ -153,7 +153,8 @@ class _TimedFile(io.BufferedReader):
 
 def _is_undecoded(image: Image.Image) -> bool:
     """Return whether an image was opened, at its first frame, and not decoded yet."""
-    return isinstance(image, ImageFile.ImageFile) and bool(image.tile) and image.tell() == 0
+    first_frame = getattr(image, "_min_frame", 0)  # 1 for a PSD
+    return isinstance(image, ImageFile.ImageFile) and bool(image.tile) and image.tell() == first_frame
 
 
 def _open_file(source: Source) -> _TimedFile:
@@ -283,7 +284,7 @@ def _load(image: Any, file: _TimedFile) -> None:
     image.load()
     if isinstance(level := image.info.get("transparency"), int):
         image.info["transparency"] = level * GREY_LEVELS.get(raw_mode, 1)
-    if image.mode == "RGBA" and _has_false_alpha(image):
+    if _has_false_alpha(image):
         image.putalpha(255)
     layout = DEEP.fullmatch(raw_mode)
     if layout is None and not (OTHER_DEEP.fullmatch(raw_mode) or decoder == "SGI16"):
@@ -314,8 +315,9 @@ def _load(image: Any, file: _TimedFile) -> None:
 
 def _has_false_alpha(image: Image.Image) -> bool:
     """Return whether the fourth channel is not transparency: it is unused, or a PSD's, whose colours are over white."""
-    return image.format == "PSD" or (
-        image.format in ("TGA", "ICO", "BMP") and image.getchannel("A").getextrema() == (0, 0)
+    return image.mode == "RGBA" and (
+        image.format == "PSD"
+        or (image.format in ("TGA", "ICO", "BMP") and image.getchannel("A").getextrema() == (0, 0))
     )
 
 

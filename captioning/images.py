@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from captioning.backbones import Preprocessing
@@ -27,6 +26,7 @@ from captioning.errors import InputError
 from captioning.files import CACHE, write_cache
 from captioning.image_files import Source, read_image
 from captioning.lazy_compiler import compiler_left_out
+from captioning.resizing import RandomResizedCrop, Reduce, Resize
 from captioning.shards import Member, stamp
 
 with compiler_left_out():
@@ -42,7 +42,6 @@ __all__ = [
     "split_batches",
 ]
 
-JPEG_QUALITY = 75  # of reduced images; the default of most programs
 # Interpolations of many pixels, also as Pillow's numbers; others show whether an image was decoded at a reduced size.
 SMOOTH = {"bilinear", "bicubic", "lanczos", "hamming", 1, 2, 3, 5}
 MAX_WORKERS = 1024
@@ -67,44 +66,26 @@ def build_transform(
     random 60 to 100% of it, in proportions of 4:5 to 5:4. `backbones.Preprocessing` explains the arguments, and its
     fields are the arguments for any backbone: `build_transform(train, **asdict(preprocessing))`. Without `normalize`
     the result stays uint8, (3, image_size, image_size), a quarter of the memory, and `EncoderCNN` normalizes it on its
-    own device.
+    own device; the image is then resized by faster kernels (`resizing.resize_image`).
     """
     how = T.InterpolationMode(interpolation)
+    resize_to, crop_to = (T.Resize, T.RandomResizedCrop) if normalize else (Resize, RandomResizedCrop)
     if crop == "center":
-        resize = [T.Resize(round(image_size / crop_pct), how)]
+        resize = [resize_to(round(image_size / crop_pct), how)]
         cut = [T.RandomCrop(image_size)] if train else [T.CenterCrop(image_size)]
     elif train:
-        resize, cut = [], [T.RandomResizedCrop(image_size, (0.6, 1.0), (0.8, 1.25), how)]
+        resize, cut = [], [crop_to(image_size, (0.6, 1.0), (0.8, 1.25), how)]
     else:
-        resize, cut = [T.Resize((image_size, image_size), how)], []
+        resize, cut = [resize_to((image_size, image_size), how)], []
     flip = [T.RandomHorizontalFlip()] if train else []
     tensor = [T.ToTensor(), T.Normalize(mean, std)] if normalize else [T.PILToTensor()]
     first = [] if reduce_to is None else [Reduce(reduce_to)]
     return T.Compose([*first, *resize, *cut, *flip, *tensor])
 
 
-class Reduce:
-    """A transform that makes a larger RGB image look like the small JPEG files that many data sets consist of.
-
-    An image whose longer side has more than `longer_side` pixels is resized to it, and compressed and decompressed as a
-    JPEG. A model that was trained on such files captions sharper images worse: their fine detail is new to it.
-    """
-
-    def __init__(self, longer_side: int):
-        self.longer_side = longer_side
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the reduced image, or the image itself if it is small already."""
-        scale = self.longer_side / max(image.size)
-        if scale >= 1:
-            return image
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        with io.BytesIO() as file:
-            image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
-            return Image.open(file, formats=["JPEG"]).convert("RGB")
-
-
-NOT_RANDOM = {Reduce, T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}  # transforms that draw no numbers
+NOT_RANDOM = {  # transforms that draw no numbers
+    *(Reduce, Resize, T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize)
+}
 
 
 class ImageDataset(Dataset):
@@ -151,7 +132,7 @@ def resized_sides(transform: Callable) -> dict[str, int]:
     first: Any = next(iter(transform.transforms), None) if type(transform) in (T.Compose, v2.Compose) else None
     if isinstance(first, Reduce):
         return {"longer_side": first.longer_side}
-    if type(first) not in (T.Resize, v2.Resize) or first.size is None:  # v2 can also resize the longer side
+    if type(first) not in (Resize, T.Resize, v2.Resize) or first.size is None:  # v2 can also resize the longer side
         return {}
     if getattr(first.interpolation, "value", first.interpolation) not in SMOOTH:
         return {}
@@ -227,14 +208,25 @@ def _stack(items: list[Tensor | InputError]) -> tuple[Tensor, dict[int, InputErr
     """Stack a batch's images in the worker, which then passes on one tensor; also returns the errors by position."""
     images = [item for item in items if not isinstance(item, InputError)]
     failed = {position: item for position, item in enumerate(items) if isinstance(item, InputError)}
-    return torch.stack(images) if images else torch.empty(0), failed
+    return default_collate(images) if images else torch.empty(0), failed  # in a worker, into shared memory
 
 
 def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, InputError]]]:
-    """Yield the loader's batches; raises `InputError` if the system killed a worker."""
+    """Yield the loader's batches; raises `InputError` if a worker cannot be started, or the system killed one."""
     try:
         yield from loader
+    except OSError as error:
+        if not loader.num_workers:
+            raise
+        raise InputError(
+            f"the processes that read images cannot be started ({error.strerror or error}); use fewer --workers."
+        ) from None
     except RuntimeError as error:
+        if "shared memory" in str(error):
+            raise InputError(
+                "the shared memory of the processes that read images is full; use fewer --workers, or enlarge it "
+                "(/dev/shm; docker run --shm-size 1g)."
+            ) from None
         if not re.search(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", str(error)):
             raise
         raise InputError(

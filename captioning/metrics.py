@@ -130,9 +130,28 @@ def _tokenize(captions: Sequence[str], java: bool | None) -> tuple[list[str], st
             why = "the PTB tokenizer cuts words of these captions' script"
         except (OSError, subprocess.CalledProcessError) as error:
             if java:
-                raise InputError("java does not run; install a Java runtime, or score without it.") from error
-            why = "Java is missing"
+                raise InputError(f"{_describe_java(error)}; install a Java runtime, or score without it.") from error
+            why = _describe_java(error)
     return [" ".join(tokenize_plain(caption)) for caption in captions], why
+
+
+def _describe_java(error: OSError | subprocess.CalledProcessError) -> str:
+    """Describe why Java does not run: it is missing, or the first line of what it prints."""
+    if isinstance(error, OSError):
+        return "Java is missing"
+    lines = [line.strip() for line in (error.stderr + error.stdout).decode(errors="replace").split("\n")]
+    lines = [line for line in lines if line and not line.startswith("Picked up ")]  # environment variables
+    return f"Java fails ({[*lines, f'exit code {error.returncode}'][0]:.200})"
+
+
+def _check_texts(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> None:
+    """Raise `InputError` unless each image has one text as its caption, and a list of texts as its references."""
+    for image, caption in hypotheses.items():
+        if not isinstance(caption, str):
+            raise InputError(f"the caption of image {image} has to be one text, not a {type(caption).__name__}.")
+        group = references.get(image) or ()
+        if isinstance(group, str) or not all(isinstance(reference, str) for reference in group):
+            raise InputError(f"the references of image {image} have to be a list of texts.")
 
 
 def _lost_marks(caption: str, tokenized: str) -> bool:
@@ -224,6 +243,7 @@ def score(
     """
     if not hypotheses:
         raise InputError("there are no captions to score.")
+    _check_texts(hypotheses, references)
     missing = [i for i in hypotheses if not references.get(i)]
     if missing:
         raise InputError(f"image {missing[0]} has no reference caption; score only images that have one.")
@@ -386,6 +406,8 @@ def diversity(hypotheses: Mapping[int, str], training_captions: Iterable[str] | 
     """
     if not hypotheses:
         raise InputError("there are no captions to measure.")
+    if isinstance(training_captions, str):
+        raise InputError("training_captions has to be several texts, not one text.")
     captions = [tuple(tokenize_plain(caption)) for caption in hypotheses.values()]
     different = set(captions)
     novel = None

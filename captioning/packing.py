@@ -19,6 +19,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.source = (linear,)  # in a tuple, so that it is not registered as a submodule
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach().contiguous()  # oneDNN ignores its strides
@@ -66,14 +67,18 @@ def pack_weights(module: nn.Module) -> Any:
     PyTorch has no oneDNN, is returned as it is.
     """
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return _pack(module) if next(module.parameters()).device.type == "cpu" and has_onednn else module
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    return _pack(module) if on_cpu and has_onednn else module
 
 
 def _pack(module: nn.Module) -> Any:
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:  # a subclass may compute something else
         return PackedLinear(module)
-    if isinstance(module, LSTM):
+    if type(module) is LSTM:
         return PackedLSTM(module)
+    is_container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    if type(module).__module__.startswith("torch.nn") and not is_container:
+        return module  # PyTorch's own layers, such as attention, may read the weights of their parts
     packed = copy.copy(module)
     packed._modules = {name: _pack(child) for name, child in module.named_children()}
     return packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,12 +97,11 @@ def lock_run(folder: Path, config: TrainingConfig, overwrite: bool) -> Iterator[
                 if not overwrite:
                     require_new(config)
             except filelock.Timeout:
-                problem = f"another run is writing to {folder}; wait for it or choose another --name."
+                other = "copy the folder" if config.resume else "choose another --name"
+                problem = f"another run is writing to {folder}; wait for it or {other}."
             except OSError as error:
-                problem = (
-                    f"{folder} cannot be written ({error.strerror or error}); make it writable, or choose another "
-                    f"--models or --name."
-                )
+                other = "" if config.resume else ", or choose another --models or --name"
+                problem = f"{folder} cannot be written ({error.strerror or error}); make it writable{other}."
             except InputError as error:
                 problem = str(error)
         problem = broadcast_object_list([problem])[0]
@@ -322,3 +322,15 @@ def first_features(
         result = encoder.features(pixels).float()
     encoder.network.load_state_dict(statistics)  # restores the batch norms' statistics
     return result
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate, 0 to 1: a linear warm-up, then a cosine decay to zero at `steps`.
+
+    The warm-up takes at most a tenth of the steps, so that a short run has more than that. The decay is that of SGDR
+    (arXiv 1608.03983, equation 5) without restarts.
+    """
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

@@ -25,9 +25,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile, mkdtemp
 from typing import BinaryIO
 
+from captioning.captions import MARKS, WITH_MARKS
 from captioning.errors import InputError, warn_once
 from captioning.files import is_within, require_regular, write_cache, write_file
-from captioning.image_formats import describe_content, image_suffixes
+from captioning.image_formats import HEIF_SUFFIXES, describe_content, image_suffixes
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, read_caption_files
 
@@ -116,7 +117,8 @@ def _pair_files(key: str, members: list[Member], report: Report) -> Iterator[tup
         elif suffix in image_suffixes():
             images.setdefault(stem, member)
         else:
-            report.add(f"{suffix} file{{s}}" if suffix else "file{s} without a suffix", repr(str(member)))
+            hint = ", which `pip install pillow-heif` makes readable" if suffix in HEIF_SUFFIXES else ""
+            report.add(f"{suffix} file{{s}}{hint}" if suffix else "file{s} without a suffix", repr(str(member)))
             continue
         if member not in (images.get(stem), *texts.get(stem, {}).values()):
             report.add("file{s} with the name of another", repr(str(member)))
@@ -217,13 +219,15 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
     """Write an index of tar files as a COCO captions file, or find a cached one; returns its path.
 
     An image's "file_name" is the tar file's name and its own; "offset" and "size" locate its bytes; the list
-    "warnings" says what was left out. The tar files' paths, sizes and dates identify a cached index.
+    "warnings" says what was left out. The tar files' paths, sizes and dates and the readable formats of images identify
+    a cached index.
     """
     try:
         about = b"".join(map(stamp, shards))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
-    name = f"shards/{hashlib.sha256(b'11' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
+    about += ",".join(sorted(image_suffixes())).encode()
+    name = f"shards/{hashlib.sha256(b'12' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -253,6 +257,8 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                 image |= {"offset": member.offset, "size": member.size}
                 images.write(b", " * (image_count > 1) + json.dumps(image).encode())
                 for text in texts:
+                    if MARKS.search(text):
+                        report.add(WITH_MARKS, repr(text[:80]), "read")
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())

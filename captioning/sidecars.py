@@ -6,6 +6,7 @@ The files are in a folder or, for `shards`, in a tar file.
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,8 @@ def read_caption_files(
 ) -> tuple[File | None, list[tuple[str, str]]]:
     """Read an image's captions from its files, a dictionary by suffix.
 
-    Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption". Returns the file that
+    Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption", "caption_2" and so on.
+    Returns the file that
     is used, and its captions with their places: in one line each, "" for a missing one. Another file with other
     captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
@@ -84,16 +86,24 @@ def _read_files(
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
-            for key, value in ((key, content[key]) for key in ("captions", "caption") if key in content):
-                is_text = key == "captions" and isinstance(value, str)  # with a caption in each line
-                captions = split_lines(value) if is_text else value if isinstance(value, list) else [value]
-                yield file, [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
+            numbered = [key for key in content if re.fullmatch(r"caption[ _.-]?\d*", key)]
+            for keys in (["captions"], numbered):
+                captions = [text for key in keys if key in content for text in _list_captions(key, content[key])]
+                if not set(keys).isdisjoint(content):
+                    yield file, [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
             continue
         text, whole = decode_text(read(file), file, encoding, advice), None
         if ".json" in files and len(text.strip().split("\n")) > 1:
             with suppress(InputError):  # it need not be of img2dataset, nor hold captions
                 whole = read_json(files[".json"]).get("caption")
         yield file, _split(text, file, whole)
+
+
+def _list_captions(key: str, value: Any) -> list[Any]:
+    """Return the captions of a key of a .json file: a list, a text with one in each line, or a single one."""
+    if key == "captions" and isinstance(value, str):
+        return split_lines(value)
+    return value if isinstance(value, list) else [value]
 
 
 def _split(text: str, file: object, whole: Any) -> Places:
@@ -152,7 +162,8 @@ def read_folder(
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
-            if path.suffix.lower() != ".json" and not is_split_list(path, folder):  # which is reported as such
+            is_other = is_split_list(path, index)  # which is reported as such
+            if not is_other and (path.suffix.lower() != ".json" or has_captions(path, encoding)):
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows
 

@@ -14,6 +14,7 @@ from captioning.coco_layout import SourceImage
 from captioning.csv_tables import IMAGE_COLUMNS
 from captioning.errors import InputError
 from captioning.files import read_text
+from captioning.image_index import ImageIndex
 from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_FILE, is_split_list, parse_split
 
@@ -70,11 +71,14 @@ def split_of_file(path: Path) -> str:
 
 
 def report_split_lists(
-    files: Iterable[Path], folder: Path, report: Report, advice: str = "a table gives splits in a column called split"
+    files: Iterable[Path],
+    index: ImageIndex,
+    report: Report,
+    advice: str = "a table gives splits in a column called split",
 ) -> None:
     """Report the lists of splits among the files, which are not read."""
     for path in files:
-        if is_split_list(path, folder):
+        if is_split_list(path, index):
             report.add(f"list{{s}} of a split; {advice}", str(path))
 
 

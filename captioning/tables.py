@@ -26,6 +26,7 @@ from captioning.csv_tables import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_column
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_formats import image_suffixes
+from captioning.image_index import ImageIndex
 from captioning.reports import Report
 
 SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
@@ -40,7 +41,9 @@ SPLIT_FILE = re.compile(  # the stem of a file of a split
     rf"(?:^|[_.\-])({'|'.join(SPLIT_ALIASES)}){SPLIT_END}(?:[_ -]?(?:list|ids?|names?|files?))?$", re.IGNORECASE
 )
 SPLIT_COLUMNS = ("split", "set", "subset")
-SPLIT_MARK = re.compile(rf"split|^(?:is_)?(?:{'|'.join(SPLIT_ALIASES)})$")  # columns such as is_train, of 0 and 1
+SPLIT_MARK = re.compile(  # columns such as is_train, of 0 and 1
+    rf"split|^(?:(?:is_)?(?:{'|'.join(SPLIT_ALIASES)})|(?:sub)?set|partition|phase|fold)$"
+)
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 
@@ -68,6 +71,7 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     line where the table cannot be read.
     """
     records = [(where, _lower_names(record, where)) for where, record in _read_records(path, encoding)]
+    kinds = caption_columns(list(dict.fromkeys(name for _, record in records for name in record)))
     split_column = _split_column([record for _, record in records])
     if split_column not in SPLIT_COLUMNS:
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
@@ -75,7 +79,7 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
         report.add("column{s} of splits; only one called split is used", f"{path}, {column}", "ignored")
     folders: dict[str, str] = {}  # image -> its filepath
     for where, record in records:
-        columns = caption_columns(list(record))
+        columns = [column for column in kinds if column in record]
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
             report.add("row{s} with an error in place of a caption", where)
         elif is_rejected(record):
@@ -86,7 +90,7 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
                 if like_captions and column not in columns and _is_text(value):
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
-            row = Row(where, _image(record, where), _captions(record, where), split)
+            row = Row(where, _image(record, where), _captions(record, columns, where), split)
             if folder := _folder(record, row.image):
                 report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
                 if folders.setdefault(row.image, folder) != folder:
@@ -106,20 +110,40 @@ def find_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
         for where, record in _read_records(path, encoding):
             with suppress(InputError):
                 record = _lower_names(record, where)
-                row = Row(where, _image(record, where), _captions(record, where), "")
+                row = Row(where, _image(record, where), _captions(record, caption_columns(list(record)), where), "")
                 if any(row.captions):
                     yield row
 
 
-def is_split_list(path: Path, folder: Path) -> bool:
-    """Return whether a file under `folder` is called like a list of a split's images and holds no captions."""
-    suffix, of_splits = path.suffix.lower(), path.stem.lower() in ("split", "splits")
-    if suffix in (".txt", ".lst"):
-        near = path.parent == folder and SPLIT_FILE.search(path.stem)
-        return bool(of_splits or near or parse_split(path.stem))
-    if suffix not in (".json", ".csv", ".tsv"):
+def is_split_list(path: Path, index: ImageIndex) -> bool:
+    """Return whether a file is, by its name or its content, a list of the images of splits, and holds no captions."""
+    suffix, stem = path.suffix.lower(), path.stem
+    if suffix not in (".txt", ".lst", ".list", ".json", ".csv", ".tsv"):
         return False
-    return of_splits or (parse_split(path.stem) is not None and not any(find_rows(path)))
+    certain = stem.lower() in ("split", "splits")
+    if suffix in (".json", ".csv", ".tsv"):
+        certain |= parse_split(stem) is not None and not any(find_rows(path))
+    else:
+        certain |= parse_split(stem) is not None or (path.parent == index.folder and bool(SPLIT_FILE.search(stem)))
+    if certain or suffix == ".json":
+        return certain or _is_json_of_splits(path)
+    return bool(SPLIT_FILE.search(stem) or re.search("split|partition", stem, re.I)) and _lists_images(path, index)
+
+
+def _is_json_of_splits(path: Path) -> bool:
+    """Return whether a JSON file maps splits to their images, as many projects write it."""
+    with suppress(InputError):
+        return _holds_splits(read_json(path, read_text(path)))
+    return False
+
+
+def _lists_images(path: Path, index: ImageIndex) -> bool:
+    """Return whether one of the first lines of a text begins with the name of an image, and none is a caption's."""
+    with suppress(InputError):
+        lines = read_text(path).split("\n")[:3]
+        names = [name for line in lines for name in (line.strip(), *re.split(r"[\s,;]", line.strip(), maxsplit=1)[:1])]
+        return any(name in index.by_stem or index.has_name(name) for name in names) and not any(find_rows(path))
+    return False
 
 
 def starts_as_token_file(path: Path, encoding: str | None = None) -> bool:
@@ -226,8 +250,7 @@ def _is_end(name: str, path: str) -> bool:
     return path.endswith(name) or os.path.splitext(path)[0].endswith(name)
 
 
-def _captions(record: dict[str, Any], where: str) -> list[str]:
-    columns = caption_columns(list(record))
+def _captions(record: dict[str, Any], columns: list[str], where: str) -> list[str]:
     if not columns:
         raise InputError(f"{where}, has no caption (a column called {', '.join(CAPTION_COLUMNS[:-1])} or raw).")
     captions: dict[str, list[str]] = {}  # by column
@@ -266,16 +289,19 @@ def _split_column(records: list[dict[str, Any]]) -> str:
 
 
 def _unused_split_columns(records: list[dict[str, Any]], split_column: str) -> list[str]:
-    """List the columns called like splits, besides the one that is used, that name a split or differ between rows."""
+    """List the columns, besides the one that is used, that seem to give splits.
+
+    Two of their values name splits or, if they are called like splits, one does or the values differ between rows.
+    """
     columns = dict.fromkeys(column for record in records for column in record if column != split_column)
-    values = {
-        column: {str(record.get(column)) for record in records} for column in columns if SPLIT_MARK.search(column)
-    }
-    return [
-        column
-        for column, texts in values.items()
-        if any(map(parse_split, texts)) or (len(texts) > 1 and "split" not in column)
-    ]
+    unused = []
+    for column in columns:
+        texts = {str(record.get(column)) for record in records if not all(map(_is_blank, record.values()))}
+        splits = len(set(filter(None, map(parse_split, texts))))
+        like_split = SPLIT_MARK.search(column)
+        if splits > 1 or (like_split and (splits or (len(texts) > 1 and "split" not in column))):
+            unused.append(column)
+    return unused
 
 
 def _split(value: Any, where: str) -> str:

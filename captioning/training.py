@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from captioning import checkpoint
 from captioning.batches import EpochBatches, place_features
-from captioning.config import TrainingConfig, resumed_config
+from captioning.config import OptimizationOptions, TrainingConfig, resumed_config
 from captioning.distributed import autocast, fast_dtype, on_cpus, this_process
 from captioning.errors import InputError, printable, quoted
 from captioning.features import stored_features
@@ -37,6 +37,7 @@ from captioning.preparation import (
     describe_architecture,
     first_features,
     given_vocabulary,
+    learning_rate_factor,
     load_optimizer,
     lock_run,
     require_unchanged,
@@ -69,9 +70,11 @@ def train(config: TrainingConfig, overwrite: bool = True) -> Path:
         with lock_run(folder, config, overwrite), Interruption() as run.interruption:
             run.execute()
     except torch.cuda.OutOfMemoryError as error:
+        others = ["--fine-tune"] * bool(config.fine_tune)
+        others += ["--image-size"] * (bool(config.fine_tune) and not config.resume and config.initial_model is None)
         raise InputError(
-            f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller --batch-size"
-            f"{', --image-size or --fine-tune' if config.fine_tune else ''}."
+            f"the GPU has too little memory for a batch of {config.batch_size} captions; use a smaller "
+            f"{' or '.join(['--batch-size', *others])}."
         ) from error
     except OSError as error:  # of the log or the cache; images and checkpoints raise `InputError`
         if error.errno == errno.EPIPE:  # of standard output
@@ -113,6 +116,7 @@ class Run:
 
     def __init__(self, config: TrainingConfig, folder: Path):
         self.config, self.folder = config, folder
+        this_process()  # before accelerate connects the processes, whose timeout it sets
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=on_cpus(), mixed_precision="no", kwargs_handlers=[ddp])
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
@@ -193,9 +197,11 @@ class Run:
                     )
                     self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
             except torch.cuda.OutOfMemoryError as error:
+                fixed = config.resume is not None or config.initial_model is not None
+                smaller = "--views" if fixed else "--image-size or --views or another --backbone"
                 raise InputError(
-                    f"the GPU has too little memory to compute features with {config.backbone}; use a smaller "
-                    f"--image-size or --views or another --backbone, or end what else uses the GPU."
+                    f"the GPU has too little memory to compute features with {config.backbone}; use a smaller {smaller}"
+                    ", or end what else uses the GPU."
                 ) from error
             self.features = place_features(features, self.device)
 
@@ -237,6 +243,9 @@ class Run:
             self.progress.total_steps = (self.progress.epoch - 1) * len(self.batches) + self.progress.step
         self.scalars.first = self.progress.total_steps + 1
         self.last_epoch = self.progress.first_epoch - 1 + config.num_epochs
+        tenth = len(self.batches) * config.num_epochs // 10
+        if config.warmup_steps > max(tenth, OptimizationOptions.warmup_steps):
+            self.log(f"the warm-up takes a tenth of the run's steps, {tenth}, and not {config.warmup_steps}")
 
     def begin(self, state: dict[str, Any] | None) -> None:
         """Save a new run, or one with a new objective or new trained stages, before its first step."""
@@ -247,8 +256,8 @@ class Run:
         elif self.is_main and state and self.resumed:
             if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
-            new_log = self.resumed.training.get("log_file") != self.config.log_file
-            if state["optimizer"] is None or new_log or self.description.epochs != self.resumed.epochs:
+            has_new_options = self.resumed.training != self.description.training
+            if state["optimizer"] is None or has_new_options or self.description.epochs != self.resumed.epochs:
                 # Before resume.pt, so that a run that is killed in between restarts with the new options.
                 checkpoint.write_description(self.folder, self.description)
                 self.save()
@@ -398,7 +407,8 @@ class Run:
             if better or epoch % self.config.save_every == 0 or epoch == self.last_epoch:
                 checkpoint.save_epoch(self.folder, epoch, self.encoder, self.decoder, description)
             self.save()
-            if better and best is not None and best % self.config.save_every:
+            # The epoch that this objective or these trained stages started from is kept.
+            if better and best is not None and best >= self.progress.first_epoch and best % self.config.save_every:
                 checkpoint.remove_epoch(self.folder, best)
         self.scalars.add({f"epoch/{k}": value for k, value in result.items() if isinstance(value, float)}, epoch)
         self.last_save = time.monotonic()
@@ -436,15 +446,3 @@ class Run:
 def _rank(epoch: dict[str, Any]) -> tuple[float, float]:
     """Return an epoch's sort key: CIDEr, then lower validation loss, as CIDEr is 0 if only one image is scored."""
     return epoch["CIDEr"], -epoch.get("val_loss", math.inf)
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate, 0 to 1: a linear warm-up, then a cosine decay to zero at `steps`.
-
-    The warm-up takes at most a tenth of the steps, so that a short run has more than that. The decay is that of SGDR
-    (arXiv 1608.03983, equation 5) without restarts.
-    """
-    warmup = min(warmup, steps // 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

@@ -9,7 +9,7 @@ import torch
 
 import importers
 from captioning.averaging import average_weights
-from captioning.checkpoint import load_model, name_weights
+from captioning.checkpoint import load_model, name_weights, read_description
 from captioning.errors import InputError
 from captioning.training import TrainingConfig, train
 
@@ -76,3 +76,24 @@ def test_models_of_one_kind_have_a_mean(trained: Path, small: Callable[..., Trai
     with pytest.raises(InputError, match=f"{trained} and {wider} differ in architecture, preprocessing or vocabulary"):
         average_weights([trained, wider], (), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_model_and_one_whose_backbone_was_fine_tuned_from_it_have_a_mean(
+    small: Callable[..., TrainingConfig], tiny_backbone: Callable, tmp_path: Path
+):
+    first = train(small(name="first"))
+    second = train(small(name="second", start_from=first, fine_tune=1, backbone_learning_rate=0.1))
+    assert read_description(first).architecture.backbone_weights != "epoch"
+    for number, models in enumerate(((first, second), (second, first))):
+        average_weights(models, (), tmp_path / f"{number}")
+        one, other, mean = (load_model(path)[0].state_dict() for path in (first, second, tmp_path / f"{number}"))
+        trained = [key for key in mean if not torch.equal(one[key], other[key])]
+        assert any(not key.startswith("embed") for key in trained)
+        for key in trained:
+            torch.testing.assert_close(mean[key], (one[key] + other[key]) / 2)
+
+
+def test_tied_and_untied_weights_have_no_mean(trained: Path, small: Callable[..., TrainingConfig], tmp_path: Path):
+    models = [train(small(name=str(tied), tie_weights=tied, embed_size=32)) for tied in (False, True)]
+    with pytest.raises(InputError, match="or in whether weights are tied"):
+        average_weights(models, (), tmp_path / "average")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import EIGHT
-from PIL import Image
+from conftest import EIGHT, draw_noise
+from PIL import Image, ImageSequence
 
 import caption as caption_command
 import evaluate as evaluate_command
@@ -340,6 +340,27 @@ def test_an_image_that_cannot_be_read_is_reported_once(
     captions = Captioner.load([trained, attending]).stream(sources, Decoding(), 0, lambda i, _: reported.append(i))
     assert [i for i, _ in captions] == [0, 2]
     assert reported == [1]
+
+
+def test_the_members_of_an_ensemble_share_the_workers(trained: Path, image_paths: list[Path], monkeypatch):
+    used = []
+    monkeypatch.setattr(captioner_module, "encode", lambda *arguments: used.append(arguments[3]) or iter(()))
+    for workers in (0, 2, 5):
+        list(Captioner.load([trained, trained, trained]).stream(image_paths, Decoding(), workers))
+    assert used == [*[0] * 3, *[1] * 3, *[2] * 3]
+
+
+def test_each_frame_of_an_animation_has_its_caption(model: Captioner, tmp_path: Path):
+    frames = [draw_noise(i) for i in range(3)]
+    frames[0].save(tmp_path / "animation.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "animation.gif") as animation:
+        separate = [frame.copy() for frame in ImageSequence.Iterator(animation)]
+        expected = [caption.log_probability for caption in model(separate)]
+        assert len({round(each, 3) for each in expected}) == 3
+        captions = model(ImageSequence.Iterator(animation))
+        assert [caption.log_probability for caption in captions] == pytest.approx(expected, abs=1e-3)
+        with pytest.raises(InputError, match=r"holds an image of several frames twice; put a copy\(\) of each frame"):
+            model(list(ImageSequence.Iterator(animation)))
 
 
 def test_several_models_on_the_command_line(trained: Path, attending: Path, image_paths: list[Path], capsys):

@@ -27,10 +27,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import caption
 import evaluate
 import model
-from captioning import bulk, errors, metrics
+from captioning import bulk, distributed, errors, metrics
 from captioning.backbones import count_stages
 from captioning.batches import share
 from captioning.checkpoint import read_description
+from captioning.errors import InputError
 from captioning.features import BATCH
 from captioning.preparation import synchronize_batch_norms
 from captioning.training import TrainingConfig, read_log, train
@@ -428,3 +429,10 @@ def test_several_processes_evaluate_as_one(tiny: Path, drawn: Path, launch: Call
         assert document.pop("photos_per_second") > 0
     assert documents[0] == documents[1]
     assert documents[0]["CIDEr"] > 0
+
+
+def test_more_processes_than_gpus_are_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"2 processes were launched on a machine with 1 GPU\(s\); launch one per GPU"):
+        distributed.this_process()

@@ -127,6 +127,19 @@ def test_each_model_of_an_ensemble_is_named(command: Callable, trained: Path, dr
     assert f"{trained} + {trained}, epoch {best} + epoch {best}, trained on" in errors
 
 
+def test_the_data_of_each_model_of_an_ensemble_are_named(
+    command: Callable, trained: Path, attending: Path, drawn: Path, tmp_path: Path
+):
+    shutil.copytree(trained, tmp_path / "other")
+    description = json.loads((tmp_path / "other" / "captioner.json").read_text())
+    description["data"]["folder"] = "data/other"
+    (tmp_path / "other" / "captioner.json").write_text(json.dumps(description))
+    first = read_description(trained).data["folder"]
+    for model, named in ((tmp_path / "other", f"{first} + data/other"), (trained, first)):
+        _, output, _ = command("--model", trained, "--model", model, "--data", drawn, "--json")
+        assert json.loads(output)["trained_on"] == named
+
+
 def test_captions_that_the_model_did_not_learn_from_make_none_novel(command: Callable, trained: Path, tmp_path: Path):
     for split in ("train", "val"):
         write_split(tmp_path / "data", split, {"a.png": ["a dog"], "b.png": ["a cat"]})

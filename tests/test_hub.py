@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import pickle
@@ -11,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -292,6 +294,31 @@ def test_the_card_names_the_model_that_training_started_from(trained):
     assert "trained from" not in hub.model_card(description, "ada/scenes", "mit")
     description.training["start_from"] = "/home/ada/models/photos"
     assert "| trained from the model | photos |" in hub.model_card(description, "ada/scenes", "mit")
+
+
+def test_a_model_of_the_hub_that_training_started_from_keeps_its_name(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "model")
+    document = json.loads((tmp_path / "model" / "captioner.json").read_text())
+    for cached in (
+        "/home/ada/.cache/hub/models--ben--birds-2/snapshots/4f1c0a",
+        "C:\\hub\\models--ben--birds-2\\snapshots\\4f",
+    ):
+        document["training"]["start_from"] = cached
+        (tmp_path / "model" / "captioner.json").write_text(json.dumps(document))
+        (tmp_path / "shared").mkdir(exist_ok=True)
+        hub.write_shared(tmp_path / "model", tmp_path / "shared", "ada/scenes", "mit")
+        assert read_description(tmp_path / "shared").training["start_from"] == "ben/birds-2"
+        assert "| trained from the model | ben/birds-2 |" in (tmp_path / "shared" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, monkeypatch, is_private: bool):
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_: SimpleNamespace(private=is_private))
+    uploaded = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda *_, **keywords: uploaded.append(keywords))
+    with contextlib.nullcontext() if is_private else pytest.raises(InputError, match="ada/scenes on the Hub is public"):
+        hub.push(trained, "ada/scenes", "mit", private=True)
+    assert bool(uploaded) == is_private
 
 
 def test_paths_in_any_setting_are_shortened():

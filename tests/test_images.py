@@ -24,12 +24,12 @@ from captioning.errors import InputError
 from captioning.image_files import read_image
 from captioning.images import (
     ImageDataset,
-    Reduce,
     build_pixel_transform,
     build_transform,
     find_unreadable,
     read_batches,
 )
+from captioning.resizing import Reduce, Resize, resize_image
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +62,7 @@ class CropAndResize(T.Resize):
         ([v2.Resize(32), v2.CenterCrop(28)], True),
         ([T.Resize((32, 48))], True),
         ([T.Resize([32])], True),
+        ([Resize(32)], True),
         ([T.CenterCrop(400), T.Resize(32)], False),
         ([T.RandomCrop(200), T.Resize(32)], False),
         ([T.RandomResizedCrop(32)], False),
@@ -137,7 +138,7 @@ def _with(dataset: ImageDataset, note: Callable) -> ImageDataset:
 
 def save_as_jpeg(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     file = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=75)
+    resize_image(image, size, T.InterpolationMode.BICUBIC).save(file, "JPEG", quality=75)
     return Image.open(file).convert("RGB")
 
 

@@ -317,6 +317,37 @@ def test_without_java_the_plain_tokenizer_scores_and_meteor_is_none(monkeypatch,
         score(HYPOTHESES, REFERENCES, java=True)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows runs no shell scripts")
+@pytest.mark.parametrize("stream", ["", ">&2"])
+def test_why_java_fails_is_said(monkeypatch, tmp_path, stream):
+    lines = "echo 'Picked up _JAVA_OPTIONS: -Xmx1g' >&2\necho 'Could not reserve enough space' " + stream
+    (tmp_path / "java").write_text(f"#!/bin/sh\n{lines}\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "Java fails (Could not reserve enough space)" in score(HYPOTHESES, REFERENCES).without_meteor
+    with pytest.raises(InputError, match=r"Java fails \(Could not reserve enough space\); install a Java runtime"):
+        score(HYPOTHESES, REFERENCES, java=True)
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "says"),
+    [
+        ({1: ["a dog"]}, {1: ["a dog"]}, "the caption of image 1 has to be one text, not a list"),
+        ({1: None}, {1: ["a dog"]}, "the caption of image 1 has to be one text, not a NoneType"),
+        ({1: "a dog"}, {1: "a dog"}, "the references of image 1 have to be a list of texts"),
+        ({1: "a dog"}, {1: ["a dog", None]}, "the references of image 1 have to be a list of texts"),
+    ],
+)
+def test_captions_of_another_type_are_a_sentence(hypotheses, references, says):
+    with pytest.raises(InputError, match=says):
+        score(hypotheses, references, java=False)
+
+
+def test_one_text_as_training_captions_is_a_sentence():
+    with pytest.raises(InputError, match="training_captions has to be several texts"):
+        diversity({1: "a dog"}, "a dog")
+
+
 @pytest.mark.java
 def test_plain_and_ptb_scores_are_nearly_the_same(monkeypatch):
     monkeypatch.setattr(metrics, "METEOR_WORDS", 0)  # no METEOR, which takes seconds

@@ -79,3 +79,21 @@ def test_without_onednn_a_decoder_is_returned_as_it_is(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     decoder = DECODERS["lstm"](8, 16, 50).eval()
     assert pack_weights(decoder) is decoder
+
+
+class Cosine(torch.nn.Linear):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(inputs, dim=-1) @ torch.nn.functional.normalize(self.weight, dim=-1).T
+
+
+@torch.no_grad()
+def test_layers_that_compute_something_else_are_left_as_they_are():
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    inputs = torch.randn(3, 5, 16)
+    for module in (Cosine(16, 40), torch.nn.Sequential(Cosine(16, 40), torch.nn.Linear(40, 8))):
+        torch.testing.assert_close(pack_weights(module)(inputs), module(inputs), rtol=1e-5, atol=1e-5)
+    layer = torch.nn.ModuleDict({"attention": attention})
+    packed = pack_weights(layer)["attention"]
+    torch.testing.assert_close(packed(inputs, inputs, inputs), attention(inputs, inputs, inputs))
+    assert pack_weights(torch.nn.Tanh())(inputs).shape == inputs.shape

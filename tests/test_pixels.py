@@ -321,6 +321,11 @@ def test_what_a_file_says_of_its_levels_counts(name: str, tmp_path: Path):
     content, expected = UNUSUAL[name]
     (tmp_path / "a").write_bytes(content)
     assert np.abs(np.asarray(read_image(tmp_path / "a")).astype(int) - expected).max() <= 1
+    with Image.open(tmp_path / "a") as opened:
+        assert np.abs(np.asarray(read_image(opened)).astype(int) - expected).max() <= 1
+        if opened.mode == "RGBA":
+            opened.load()
+            assert np.abs(np.asarray(read_image(opened)).astype(int) - expected).max() <= 1
 
 
 def test_a_dark_file_whose_lower_bytes_are_not_to_be_had_is_refused(tmp_path: Path):

@@ -526,7 +526,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(config: Make, tmp_path: P
     folder = train(config(num_epochs=1))
     (folder / ".lock").unlink(missing_ok=True)
     (folder / ".lock").mkdir()  # as root, who may write anywhere, would not notice that the folder is read-only
-    with pytest.raises(InputError, match=r"small cannot be written \(.*\); make it writable, or choose another"):
+    with pytest.raises(InputError, match=r"small cannot be written \(.*\); make it writable\."):
         train(dataclasses.replace(resumed_config(folder), num_epochs=2))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file.* cannot be .*(written|created|made)"):
@@ -688,3 +688,30 @@ def test_a_run_killed_twenty_times_ends_as_one_never_killed(
                 shutil.rmtree(killed.cache)
                 ended = 0
     assert kills == 20
+
+
+@pytest.mark.parametrize("fields", [{"num_epochs": 3}, {"num_epochs": 3, "learning_rate": 2e-4}], ids=str)
+def test_new_options_of_a_resumed_run_outlive_its_sudden_end(
+    config: Make, monkeypatch: pytest.MonkeyPatch, fields: dict
+):
+    folder = train(config(num_epochs=1))
+    with monkeypatch.context() as patch:
+
+        class Killed(BaseException):
+            pass
+
+        def kill() -> None:
+            raise Killed
+
+        at_step(patch, 14, kill)
+        with pytest.raises(Killed):
+            train(changed(resumed_config(folder), fields))
+    train(resumed_config(folder))
+    assert len(read_description(folder).epochs) == 3
+    assert {name: read_description(folder).training[name] for name in fields} == fields
+
+
+def changed(config: TrainingConfig, fields: dict) -> TrainingConfig:
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config

@@ -14,6 +14,7 @@ from conftest import EIGHT, draw_noise, write_split
 from PIL import Image
 from test_images import png_header
 
+from captioning import shards
 from captioning.captioner import Captioner
 from captioning.captions import MAX_CAPTION
 from captioning.errors import InputError, warn_once
@@ -546,3 +547,28 @@ def test_an_index_is_the_same_wherever_its_folder_is(tmp_path: Path):
     one, other = (index_shards([tmp_path / n / "train-0.tar"], "train", tmp_path / n) for n in ("a", "data"))
     assert one.read_bytes() == other.read_bytes()
     assert "left out 1 .cls file: 'train-0.tar/data/0.cls'" in one.read_text()
+
+
+def test_images_are_indexed_again_once_their_format_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    samples = [{"__key__": str(i), "jpg" if i else "heic": encoded(i), "txt": f"picture {i}"} for i in range(3)]
+    write_shard(tmp_path / "train-0.tar", samples)
+    monkeypatch.setattr(shards, "image_suffixes", lambda: {".jpg"})
+    with_cache = {"vocab_threshold": 1, "cache": tmp_path / "cache", "must_exist": False}
+    assert len(CaptionDataset(tmp_path, "train", **with_cache).paths) == 2
+    document = json.loads(index_shards([tmp_path / "train-0.tar"], "train", tmp_path / "cache").read_text())
+    assert "left out 1 .heic file, which `pip install pillow-heif` makes readable" in document["warnings"][0]
+    monkeypatch.setattr(shards, "image_suffixes", lambda: {".jpg", ".heic"})
+    assert len(CaptionDataset(tmp_path, "train", **with_cache).paths) == 3
+
+
+def test_marks_in_the_captions_of_tars_are_reported(tmp_path: Path):
+    write_shard(tmp_path / "train-0.tar", [{"__key__": "a", "png": encoded(0), "txt": "<start> a ball &amp; a cat"}])
+    document = json.loads(index_shards([tmp_path / "train-0.tar"], "train", tmp_path / "cache").read_text())
+    assert any("1 caption with marks such as <start>" in line for line in document["warnings"])
+
+
+def test_numbered_captions_of_a_json_file_are_read(tmp_path: Path):
+    content = json.dumps({"caption": "a ball", "caption_2": "one ball", "url": "x"}).encode()
+    write_shard(tmp_path / "train-0.tar", [{"__key__": "a", "png": encoded(0), "json": content}])
+    document = json.loads(index_shards([tmp_path / "train-0.tar"], "train", tmp_path / "cache").read_text())
+    assert [row["caption"] for row in document["annotations"]] == ["a ball", "one ball"]

@@ -713,7 +713,8 @@ def test_another_column_gives_splits_if_all_its_rows_name_them(tmp_path, capsys)
     for number, other in enumerate((table.replace("Training", "Public"), table.replace(",test\n", ",val\n", 1))):
         importers.import_folder(six(tmp_path / "in", c__csv=other), tmp_path / f"out{number}")
         assert len(captions(tmp_path / f"out{number}", "train")) == 4
-        assert capsys.readouterr().err == ""
+        ignored = "ignored 1 column" if number == 0 else "ignored 2 columns"
+        assert capsys.readouterr().err.startswith(f"{ignored} of splits; only one called split is used")
 
 
 @pytest.mark.parametrize(
@@ -1081,3 +1082,142 @@ def test_names_relative_to_a_table_beside_the_images(tmp_path, name, by_file):
     table.write_text(csv_rows("image,caption", f"{name},a ball"))
     importers.import_folder(table if by_file else table.parent, tmp_path / "out", images=folder)
     assert len(captions(tmp_path / "out", "train")) == 4
+
+
+SPLITS = {"train": ["0.jpg", "1.jpg", "2.jpg", "3.jpg"], "val": ["4.jpg"], "test": ["5.jpg"]}
+LISTS = {
+    "dataset_split.json": json.dumps(SPLITS),
+    "splits/karpathy.json": json.dumps(SPLITS),
+    "splits/val_list.txt": "4.jpg\n",
+    "splits/captions_val.txt": "4.jpg\n5.jpg\n",
+    "lists/val_ids.list": "4\n",
+    "Flickr8k_text/Flickr_8k.devImages.txt": "4.jpg\n",
+    "list_eval_partition.txt": "6\nimage_name evaluation_status\n0.jpg train\n",
+    "splits/val_list.csv": "filename\n4.jpg\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_splits_are_reported_by_whatever_name(tmp_path, capsys, name):
+    folder = six(tmp_path / "in", captions__csv=csv_rows("image,caption"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(LISTS[name])
+    importers.import_folder(folder, tmp_path / "out")
+    assert f"left out 1 list of a split; a table gives splits in a column called split: {folder / name}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_texts_that_list_no_images_are_not_lists_of_splits(tmp_path, capsys):
+    folder = six(tmp_path / "in", captions__csv=csv_rows("image,caption"))
+    (folder / "more").mkdir()
+    for name, content in (("requirements-dev.txt", "ruff\n"), ("beach_test.txt", "sand\n"), ("split_info.json", "{}")):
+        (folder / "more" / name).write_text(content)
+    importers.import_folder(folder, tmp_path / "out")
+    assert "list" not in capsys.readouterr().err
+
+
+def test_other_columns_do_not_replace_a_missing_caption(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": "a ball"} for i in range(5)] + [{"image": "5.jpg", "comment": "too dark"}]
+    with pytest.raises(InputError, match=r"c\.jsonl, line 6, has no caption"):
+        importers.import_folder(six(tmp_path / "in", c__jsonl=lines(rows)), tmp_path / "out")
+
+
+TABLES = {
+    "a table of names without suffixes": ("meta.json", '{"0": {"caption": "a ball on grass"}}'),
+    "a table of other suffixes": ("captions.json", '[{"image": "0.png", "caption": "a red ball"}]'),
+    "JSON with a comma too many": ("captions.json", '[{"image": "0.jpg", "caption": "a red ball"},]'),
+    "a table in a subfolder": ("annotations/captions.json", '[{"image": "0.jpg", "caption": "a red ball"}]'),
+}
+TOLD = {
+    "a table in a subfolder": "left out 1 table in a subfolder, where only metadata.csv and metadata.jsonl are read",
+    "JSON with a comma too many": "left out 1 table that cannot be read",
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("beside", ["texts", "a table"])
+def test_json_that_is_not_used_beside_other_captions_is_reported(tmp_path, capsys, kind, beside):
+    name, content = TABLES[kind]
+    folder = six(tmp_path / "in", **({"c__csv": csv_rows("image,caption")} if beside == "a table" else {}))
+    if beside == "texts":
+        for i in range(6):
+            (folder / f"{i}.txt").write_text("ball, red")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    importers.import_folder(folder, tmp_path / "out")
+    told = capsys.readouterr().err
+    assert TOLD.get(kind, "left out 1 table beside other captions; name it if it holds the captions") in told
+    assert str(folder / name) in told
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("usage", ("train", "train", "train", "train", "val", "test-dev")),
+        ("partition", ("train", "train", "train", "train", "val", "")),
+        ("partition", (0, 0, 0, 0, 1, 2)),
+        ("phase", ("trn", "trn", "trn", "trn", "vld", "tst")),
+        ("set", (0, 0, 0, 0, 1, 2)),
+        ("kind", ("train", "val", "a", "b", "c", "d")),
+    ],
+)
+def test_columns_that_seem_to_give_splits_are_reported(tmp_path, capsys, column, values):
+    table = f"image,caption,{column}\n" + "".join(f"{i}.jpg,a ball,{value}\n" for i, value in enumerate(values))
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    told = f"ignored 1 column of splits; only one called split is used: {tmp_path}/in/c.csv, {column}\n"
+    assert told in capsys.readouterr().err
+
+
+def test_json_files_of_no_image_and_further_captions_of_one(tmp_path, capsys):
+    folder = six(tmp_path / "in")
+    for i in range(7):
+        (folder / f"{i}.json").write_text(json.dumps({"caption": f"ball {i}", "caption_2": "one ball"}))
+    (folder / "settings.json").write_text('{"size": 5}')
+    importers.import_folder(folder, tmp_path / "out")
+    assert all_captions(tmp_path / "out")["3.jpg"] == ["ball 3", "one ball"]
+    assert f"left out 1 .json file without an image: {folder}/6.json\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\\N", "#N/D", "#NOM?", "#VALEUR!", "#RIF!", "#Н/Д", "#ÜBERLAUF!", "#UNKNOWN!", "#NA", "-nan", "NaT", "undefined"],
+)
+def test_what_programs_write_for_a_missing_caption_is_none(value):
+    assert clean_caption(value, "c.csv") == ""
+
+
+@pytest.mark.parametrize("value", ["#dog", "a #1 dog", "Nan's dog", "none of the dogs", "c#/d"])
+def test_captions_that_resemble_missing_ones_are_captions(value):
+    assert clean_caption(value, "c.csv") == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[/EN#1/people Two men] talk",
+        "a &#39;dog&#39;",
+        "a dog &amp; a cat",
+        "<PERSON> runs",
+        "a manâ€™s dog",
+        "caf\ufffd",
+    ],
+)
+def test_markup_and_wrong_encodings_in_captions_are_reported(tmp_path, capsys, value):
+    importers.import_folder(
+        six(tmp_path / "in", c__csv=csv_rows("image|caption", f"{{}}.jpg|{value}")), tmp_path / "out"
+    )
+    assert "read 6 captions with marks such as <start>, which are learned as words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("start", "kind"), [("{\\rtf1 a ball}", "an RTF document"), ("<!DOCTYPE html>", "a web page")])
+def test_documents_that_are_no_plain_text_are_refused(tmp_path, start, kind):
+    folder = six(tmp_path / "in", **{f"{i}__txt": start for i in range(6)})
+    with pytest.raises(InputError, match=rf"0\.txt is {kind}, not a text file; .* a document as plain text"):
+        importers.import_folder(folder, tmp_path / "out")
+
+
+def test_texts_that_are_named_almost_like_their_images_are_named(tmp_path):
+    folder = six(tmp_path / "in", **{f"{i}_caption__txt": "a ball" for i in range(6)})
+    with pytest.raises(InputError, match=r"rename .*in/0_caption\.txt to 0\.txt if it holds the captions"):
+        importers.import_folder(folder, tmp_path / "out")

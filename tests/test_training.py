@@ -255,6 +255,29 @@ def test_the_best_epoch_and_every_save_every_th_are_saved(small: Make, tiny_back
     assert torch.equal(encoder_state["embed.weight"], best["embed.weight"])
 
 
+def test_the_epoch_that_an_objective_started_from_is_kept(small: Make, tiny_backbone: Callable, judged: Callable):
+    judged([0.1, 0.5, 0.4, 0.6, 0.7])
+    folder = train(small(num_epochs=3, save_every=9, batch_size=120))
+    assert epochs_saved(folder) == [2, 3]
+    config = resumed_config(folder, "cider")
+    config.num_epochs = 2
+    train(config)
+    assert epochs_saved(folder) == [2, 3, 5]  # 4 was the best for an epoch
+
+
+def test_a_warm_up_that_is_cut_is_said(small: Make, tiny_backbone: Callable, capsys: pytest.CaptureFixture):
+    train(small(batch_size=60, warmup_steps=500))
+    assert "the warm-up takes a tenth of the run's steps, 1, and not 500" in capsys.readouterr().out
+    train(small(batch_size=60, warmup_steps=100))  # the default
+    assert "the warm-up" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["start_from", "weights"])
+def test_a_run_does_not_replace_the_model_that_it_starts_from(option: str, trained: Path, small: Make):
+    with pytest.raises(InputError, match=f"{trained} is what the run starts from; choose another --name"):
+        small(**{option: trained if option == "start_from" else str(trained)}, models=trained.parent, name=trained.name)
+
+
 def test_training_ends_when_nothing_has_been_better_for_a_while(small: Make, tiny_backbone: Callable, judged: Callable):
     judged([0.1, 0.5, 0.4, 0.3, 0.9])
     folder = train(small(num_epochs=5, patience=2, batch_size=120))
