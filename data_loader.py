@@ -35,7 +35,7 @@ from captioning.files import CACHE, require_access
 from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
-from captioning.shards import TAR_SUFFIX, index_shards, is_shard
+from captioning.shards import TAR_SUFFIX, index_shards, is_shard, stamp
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 # What follows a split's name in that of a tar file which is not of the split, such as value-0.tar and testimonials.tar.
@@ -159,6 +159,7 @@ class CaptionDataset(Dataset):
     ):
         self.mode = mode
         self.annotation_file, self.image_folder = find_split(Path(folder), mode, cache)
+        self._stamp = stamp(self.annotation_file)
         annotations = read_annotations(self.annotation_file, cache)
         self.image_ids = annotations.image_ids
         self.paths = ImageFiles(self.image_folder, annotations.file_names, annotations.byte_ranges)
@@ -283,7 +284,7 @@ class CaptionDataset(Dataset):
             for image_id, caption in read_captions(self.annotation_file):
                 if image_id in references:
                     references[image_id].append(caption)
-            if not all(references.values()):
+            if stamp(self.annotation_file) != self._stamp or not all(references.values()):
                 raise InputError(f"{self.annotation_file} has changed since it was first read; start again.")
         return references
 

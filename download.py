@@ -21,6 +21,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -42,10 +43,11 @@ from captioning.fetching import (
     describe_http_error,
     extract,
     fetch,
+    move_into_place,
     read,
     require_space,
 )
-from captioning.files import require_local, require_new_folder, write_file
+from captioning.files import lock_output, require_local, require_new_folder, write_file
 from captioning.image_files import MAX_SCANS
 
 COCO_SERVER = "http://images.cocodataset.org"  # its https certificate is for another host; SHA-256 protects
@@ -231,7 +233,7 @@ def _fetch_first_images(documents: dict[str, dict[str, Any]], limit: int, root: 
     for path in sorted((work / "images").rglob("*.jpg")):
         target = root / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        move_into_place(path, target)
     for name, document in documents.items():
         ids = {image["id"] for image in document["images"]}
         if "annotations" in document:
@@ -241,6 +243,21 @@ def _fetch_first_images(documents: dict[str, dict[str, Any]], limit: int, root: 
         (root / "annotations").mkdir(exist_ok=True)
         write_file(root / "annotations" / name, lambda file, content=content: file.write(content))
     return [f"{url} ({why})" for url, why in missing.items()]
+
+
+def _require_same_options(root: Path, work: Path, names: list[str], archives: list[str], limit: int | None) -> None:
+    """Raise `InputError` where an earlier download, finished or not, had other options."""
+    for name in names:
+        path = root / "annotations" / name
+        present = _read_json(path).get("info", {}).get("limit") if path.exists() else limit
+        if present != limit:
+            what = f"the first {present} photos" if present else "all photos"
+            raise InputError(f"{root} holds {what} of each split; delete it or name another --root.")
+    if limit is None and (work / "images").exists():
+        raise InputError(f"{root} holds an unfinished download with --limit; finish it or delete it.")
+    own = tuple(PurePosixPath(archive).name for archive in archives)
+    if others := sorted(path for path in work.glob("*.zip*") if not path.name.startswith(own)):
+        raise InputError(f"{others[0]} is of an unfinished download with other options; finish it, or delete {work}.")
 
 
 def coco(
@@ -268,33 +285,33 @@ def coco(
         raise InputError(f"{root} holds COCO {other}, and a data set is of one year; name another --root.")
     if others := sorted(path.name for path in root.glob("annotations/captions_*.json") if path.name not in names):
         raise InputError(f"{root} holds another data set ({others[0]}); name another --root.")
+    wanted = [archive for archive in archives if limit is None or archive.startswith("annotations/")]
     try:
-        for name in names:
-            path = root / "annotations" / name
-            present = _read_json(path).get("info", {}).get("limit") if path.exists() else limit
-            if present != limit:
-                what = f"the first {present} photos" if present else "all photos"
-                raise InputError(f"{root} holds {what} of each split; delete it or name another --root.")
-        if limit is None and (work / "images").exists():
-            raise InputError(f"{root} holds an unfinished download with --limit; finish it or delete it.")
-        missing: list[str] = []
-        if limit is None:
-            asyncio.run(_fetch_archives(archives, root, work))
-            for name in names:
-                _require_images(root / "annotations" / name)
-        elif not all((root / "annotations" / name).exists() for name in names):
-            asyncio.run(_fetch_archives([a for a in archives if a.startswith("annotations/")], work, work))
-            documents = {name: _read_json(work / "annotations" / name) for name in names}
-            missing = _fetch_first_images(documents, limit, root, work)
-        shutil.rmtree(work, ignore_errors=True)
+        _require_same_options(root, work, names, wanted, limit)
+        with lock_output(work, "name another --root"):
+            missing: list[str] = []
+            if limit is None:
+                asyncio.run(_fetch_archives(wanted, root, work))
+                for name in names:
+                    _require_images(root / "annotations" / name)
+            elif work.exists() or not all((root / "annotations" / name).exists() for name in names):
+                asyncio.run(_fetch_archives(wanted, work, work))
+                documents = {name: _read_json(work / "annotations" / name) for name in names}
+                missing = _fetch_first_images(documents, limit, root, work)
+            if not missing:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         is_unusable = isinstance(error, FileExistsError | NotADirectoryError | PermissionError)
         advice = "name another folder" if is_unusable else "run the same command again to resume"
         raise InputError(f"{root} cannot be written: {error.strerror or error}; {advice}.") from error
+    finally:
+        with suppress(OSError):  # of a folder that is not empty
+            root.rmdir()
     print(printable(f"{root} is ready: python train.py --data {quoted(root)}"))
     if missing:
         raise InputError(
-            f"{len(missing)} photos could not be downloaded and are left out of {root}: {', '.join(missing)}."
+            f"{len(missing):,} photos could not be downloaded and are left out of {root}, {', '.join(missing[:10])}"
+            f"{' and others' if len(missing) > 10 else ''}; run the same command again to try these again."
         )
 
 

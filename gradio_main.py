@@ -40,6 +40,7 @@ from captioning.checkpoint import SAMPLE, Description, default_model
 from captioning.errors import InputError, describe_network_error, run_command, warn_once
 from captioning.files import require_local
 from captioning.image_files import open_image
+from captioning.interruption import ending_signals
 from captioning.listing import find_images
 from captioning.page import (
     FILE_ROUTE,
@@ -291,6 +292,7 @@ def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option],
             raise gr.Error("There is no caption to save yet.", print_exception=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            logger.first_time |= not os.path.exists(logger.dataset_filepath)  # moved away; a new one needs a header
             logger.flag([{"path": str(upload.path)}, text, *values])
         except OSError as error:
             raise gr.Error(f"It cannot be saved ({error.strerror or error}).", print_exception=False) from None
@@ -417,7 +419,8 @@ def main(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:  # OverflowError for a port above 65535
         raise InputError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port.") from None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in ending_signals():
+        signal.signal(number, signal.default_int_handler)
     with listener, tempfile.TemporaryDirectory(prefix="captions-") as folder, suppress(KeyboardInterrupt):
         # Gradio serves every file in this folder; its default is a folder that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")

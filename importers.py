@@ -24,7 +24,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import tyro
 
 from captioning.annotations import parse_image_id
-from captioning.captions import MARKS, WITH_MARKS, clean_caption
+from captioning.captions import MARKS, MISREAD, WITH_MARKS, clean_caption
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
@@ -79,6 +79,8 @@ def _captions(row: Row, report: Report) -> list[str]:
             report.add("empty caption{s}", row.where)
         elif MARKS.search(caption):
             report.add(WITH_MARKS, row.where, "read")
+        elif MISREAD.search(caption):
+            report.add("caption{s} with letters of a wrong encoding; save their file as UTF-8 anew", row.where, "read")
         elif " " not in caption and Path(caption).suffix.lower() in image_suffixes():
             report.add("caption{s} that are names of images", row.where, "read")
     return [caption for caption in row.captions if caption]
@@ -176,7 +178,7 @@ def import_flickr(
             report.add("image{s} without a caption", str(index.paths[key][0]))
         if not splits:
             unread = (path for path in walk_files(folder) if path != table)
-            report_split_lists(unread, index, report, "write the names in train.txt, val.txt and test.txt")
+            report_split_lists(unread, folder, index, report, "write the names in train.txt, val.txt and test.txt")
             for key, split in splits_by_folder(keys, report).items():
                 keys[key].split = split
     _write(_name_images(keys, index), table, destination, report)
@@ -318,7 +320,7 @@ def import_folder(
         rows, kind = read_captions_of_folder(folder, index, encoding, report)
     else:
         texts = (path for path in folder.iterdir() if path.is_file() and path.stem not in index.by_stem)
-        report_split_lists(sorted(path for path in texts if path != source), index, report)
+        report_split_lists(sorted(path for path in texts if path != source), folder, index, report)
     result: dict[str, SourceImage] = {}
     first: dict[str, str] = {}  # where each image's first row is
     for row, key in zip(rows, _find_images(rows, index), strict=True):

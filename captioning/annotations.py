@@ -195,7 +195,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
     or empty.
     """
-    name = f"captions/{hash_file(path, b'10' + os.fsencode(path.name))[:32]}.npz"
+    name = f"captions/{hash_file(path, b'11' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)

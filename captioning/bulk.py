@@ -7,14 +7,13 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
@@ -22,13 +21,12 @@ from captioning.captioner import Caption, Captioner, Decoding, Source, choose_wo
 from captioning.distributed import this_process
 from captioning.errors import InputError, printable
 from captioning.features import BATCH
-from captioning.files import write_file
+from captioning.files import lock_output, write_file
 from captioning.listing import Log, stream_images
 from captioning.shards import Member
 
 ImageRow = tuple[Path | Member, dict[str, Any]]  # an image and its row in the file
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
-CLOCK_STEP = 1  # seconds between two changes of files that a file system may not tell apart
 ROUNDING = 0.2  # tolerance of a caption's log-probability, which varies with the device and the number of threads
 
 
@@ -114,11 +112,12 @@ class _Rows:
 
     def replace(self, rows: dict[int, dict[str, Any]]) -> int:
         """Replace the rows with an "error", by index, and return the number of new captions; closes the file."""
-        self.failed = _print_errors(rows.values())
+        still = _print_errors(rows.values())
+        self.failed += still - len(rows)
         if changed := {index: row for index, row in rows.items() if row != self.unreadable[index][1]}:
             self.file.close()  # Windows replaces no open file
             _replace_rows(self.output, changed)
-        return len(rows) - self.failed
+        return len(rows) - still
 
 
 def _print_errors(rows: Iterable[dict[str, Any]]) -> int:
@@ -147,25 +146,6 @@ def _agree(old: dict[str, Any], new: dict[str, Any]) -> bool:
         return same and all(abs(a["log_probability"] - b["log_probability"]) < ROUNDING for a, b in pairs)
     except (KeyError, TypeError, ValueError):
         return False
-
-
-@contextmanager
-def lock_output(output: Path) -> Iterator[None]:
-    """Lock the file against other processes; raises `InputError` if another one holds the lock."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(f"{output} is being written by another process; wait for it or name another file.") from None
-    try:
-        yield
-    finally:
-        # While it is held: afterwards, another run may hold it, and a third one would lock a new file. Windows deletes
-        # no open file; there, the release deletes it.
-        with suppress(OSError):
-            os.unlink(lock.lock_file)
-        lock.release()
 
 
 def _retry(
@@ -203,7 +183,7 @@ def _read_rows(
     The rows to verify are all from the last batch that contains a caption. Advances `images` past all rows, and
     removes an incomplete last row. `log` receives a line on images that have changed since.
     """
-    written = os.fstat(file.fileno())
+    written = os.fstat(file.fileno()).st_mtime
     changed: list[Path | Member] = []
     unreadable: dict[int, ImageRow] = {}
     before: list[ImageRow] = []  # rows since the last batch with a caption
@@ -222,7 +202,7 @@ def _read_rows(
             unreadable[count] = image, row
         else:
             before = []  # the current batch has a caption
-            if _changed_after(image, written):
+            if _is_newer(image, written):
                 changed.append(image)
         count, size = count + 1, size + len(line)
     if size < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
@@ -256,13 +236,11 @@ def _is_json(line: bytes) -> bool:
     return False
 
 
-def _changed_after(image: Path | Member, written: os.stat_result) -> bool:
-    """Return whether an image was written, or an older one put in its place, after a file was written."""
+def _is_newer(image: Path | Member, time: float) -> bool:
     try:
-        status = image.stat()
+        return image.stat().st_mtime > time
     except OSError:
         return False
-    return status.st_mtime > written.st_mtime or status.st_ctime > written.st_ctime + CLOCK_STEP
 
 
 def _caption_share(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from captioning import decoding
@@ -396,20 +396,21 @@ class Ensemble(Captioner):
 def _as_list(images: Source | Iterable[Source]) -> list[Source]:
     """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path.
 
-    Frames of an animation are one object at different times: what an iterator yields is copied; a list that holds such
-    an object twice raises `InputError`.
+    The frames of an animation are one object at different times: what `ImageSequence.Iterator` yields is copied, and a
+    later frame that occurs twice in a list raises `InputError`.
     """
     one = isinstance(images, Source) or is_content(images) or not isinstance(images, Iterable)
     each: Any = [images] if one else images
     listed, frames = [], set()
     for image in each:
-        if getattr(image, "is_animated", False):
+        if isinstance(images, ImageSequence.Iterator):
+            image = image.copy()
+        elif (
+            isinstance(image, Image.Image) and image.format != "MPO" and image.tell() > getattr(image, "_min_frame", 0)
+        ):
             if id(image) in frames:
                 raise InputError("a list holds an image of several frames twice; put a copy() of each frame into it.")
-            if isinstance(each, list | tuple):
-                frames.add(id(image))
-            else:
-                image = image.copy()
+            frames.add(id(image))
         listed.append(os.fspath(image) if isinstance(image, os.DirEntry) else image)
     return listed
 

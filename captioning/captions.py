@@ -13,16 +13,19 @@ from typing import Any
 
 from captioning.errors import InputError
 
-MISSING = re.compile(  # spellings of a cell without a value, and errors of spreadsheets in any language
-    r"-?nan|none|null|n/a|na|<na>|nat|undefined|\\n|#na|#nv|#n/a n/a|#[\w/]+[!?]|#\w/\w|loading\.\.\."
+MISSING = re.compile(  # spellings of a cell without a value, in lower case
+    r"-?nan|none|null|n/a|na|<na>|nat|undefined|\\n|#na|#nv|#n/a n/a|loading\.\.\.|#(name|nombre)\?"
+    r"|#(ref|bezug|value|wert|valor|div/0|null|num|zahl|error|spill|calc)!"
 )
+SPREADSHEET_ERROR = re.compile(r"#[¡¿]?[^\W\d_a-z][^\Wa-z]*(/0)?[!?]|#\w/\w")  # in any language, in capitals
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
-MARKS = re.compile(  # of tutorials, tokenizers, HTML, annotation tools and wrong encodings: "startseq a dog endseq"
+MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such as "startseq a dog endseq"
     r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
-    r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|\ufffd|â€|^(Negative prompt|Steps): ",
+    r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
 WITH_MARKS = "caption{s} with marks such as <start>, which are learned as words"  # in a `Report`
+MISREAD = re.compile("\ufffd|â€")  # letters that were decoded in a wrong encoding
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -59,7 +62,10 @@ def is_missing(caption: Any) -> bool:
     """Return whether a caption is null, NaN, a spelling of a missing value, or a text without a letter."""
     if not isinstance(caption, str):
         return caption is None or caption != caption
-    return bool(MISSING.fullmatch(caption.strip().lower())) or not any(map(str.isalpha, caption))
+    text = caption.strip()
+    if MISSING.fullmatch(text.lower()) or SPREADSHEET_ERROR.fullmatch(text):
+        return True
+    return not any(map(str.isalpha, text))
 
 
 def is_rejected(entry: Mapping[str, Any]) -> bool:

@@ -225,10 +225,6 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
                 raise InputError(f"{field} must be at most {most}, not {value}.")
         for folder in (self.models, self.cache):
             require_local(folder)
-        sources = [self.initial_model, self.weights] if self.resume is None else []
-        target = (self.models / self.name).resolve()
-        if any(source is not None and os.path.isdir(source) and Path(source).resolve() == target for source in sources):
-            raise InputError(f"{self.models / self.name} is what the run starts from; choose another --name.")
         _ = self.preprocessing  # which checks the backbone and the image size
         if (
             self.tie_weights
@@ -245,6 +241,10 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
         own_suffixes = (".json", ".pkl", ".pt", ".safetensors", ".lock", ".new")
         if Path(self.log_file).suffix in own_suffixes or self.log_file in (".lock", "tensorboard"):
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
+        sources = [self.initial_model, self.weights] if self.resume is None else []
+        target = (self.models / self.name).resolve()
+        if any(source is not None and os.path.isdir(source) and Path(source).resolve() == target for source in sources):
+            raise InputError(f"{self.models / self.name} is what the run starts from; choose another --name.")
 
 
 def _convert_value(field: dataclasses.Field, kind: Any, value: Any) -> Any:

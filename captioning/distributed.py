@@ -10,6 +10,7 @@ for the others.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from datetime import timedelta
 from functools import cache
@@ -41,7 +42,7 @@ def this_process() -> PartialState:
     """
     keep_freed_memory()
     launched, gpus = get_cpu_distributed_information().local_world_size, torch.cuda.device_count()
-    if launched > gpus > 0:
+    if launched > gpus > 0 and "CUDA_VISIBLE_DEVICES" not in os.environ:  # which may give each process its own
         raise InputError(f"{launched} processes were launched on a machine with {gpus} GPU(s); launch one per GPU.")
     return PartialState(cpu=on_cpus(), timeout=TIMEOUT)
 

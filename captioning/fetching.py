@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import shutil
@@ -284,11 +285,24 @@ def extract(
                     shutil.copyfileobj(source, target, CHUNK_BYTES)
         for index, target_path in enumerate(members.values()):
             target_path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / str(index), target_path)
+            move_into_place(temporary / str(index), target_path)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{archive} is not an intact zip archive: {error}; delete it.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Move a file or folder atomically, also to another disk, as where images/ is a link to one."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copied = target.with_name(f".{target.name}.copying")
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.move(source, copied)
+        os.replace(copied, target)
 
 
 def _choose_members(

@@ -1,4 +1,4 @@
-"""Atomic writes, hashes, decoding of text and checks of paths."""
+"""Atomic writes, locks, hashes, decoding of text and checks of paths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import re
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+import filelock
 
 from captioning.errors import InputError, warn_once
 
@@ -33,6 +35,7 @@ ARCHIVES = {  # by first bytes
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!\x1a": "a RAR archive",
 }
+RTF, WEB_PAGE = "an RTF document", "a web page"
 BINARY_FILES = {  # files that are mistaken for text, by first bytes
     **ARCHIVES,
     b"PK\3\4": "a zip archive or an Excel workbook",
@@ -41,8 +44,8 @@ BINARY_FILES = {  # files that are mistaken for text, by first bytes
     b"ARROW1": "an Arrow file",
     b"\xff\xff\xff\xff": "an Arrow file",  # of the streaming format
     b"%PDF-": "a PDF file",
-    b"{\\rtf": "an RTF document",
-    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), "a web page"),
+    b"{\\rtf": RTF,
+    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), WEB_PAGE),
     b"SQLite format 3": "an SQLite database",
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89PNG": "a PNG image",
@@ -52,7 +55,8 @@ LATIN = ("cp1252", "iso8859-1", "iso8859-15")  # names in `codecs`
 LATIN_IN_UTF8 = re.compile(rb"[\xc2\xc3\xe2]")  # first bytes of accented letters and typographic marks
 SPACES = b" \n\r\t,"  # show the byte order of UTF-16; in the other order, most letters and digits are characters, too
 LFS_START, LFS_POINTER = b"version https://git-lfs", "is a Git LFS pointer; `git lfs pull` fetches the file itself"
-BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV and a document as plain text, in UTF-8"
+BINARY_ADVICE = "unpack an archive and name its folder, or save a table as CSV in UTF-8"
+DOCUMENTS = {RTF: "save it as plain text in UTF-8", WEB_PAGE: "download the file itself, perhaps after logging in"}
 _WEB_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)  # C:/ is none
 
 
@@ -117,6 +121,7 @@ def decode_text(data: bytes, path: object, encoding: str | None = None, advice: 
     kind = "a tar archive" if data[257:262] == b"ustar" else kind
     if kind is not None:
         advice = "name the table or the folder of captions" if kind.endswith("image") else BINARY_ADVICE
+        advice = DOCUMENTS.get(kind, advice)
         raise InputError(f"{path} is {kind}, not a text file; {advice}.")
     if data.startswith(LFS_START):
         raise InputError(f"{path} {LFS_POINTER}.")
@@ -294,3 +299,22 @@ def missing_file(path: object) -> InputError:
         scheme = address.partition(":")[0]
         return InputError(f"{address} is an address; name the path itself, without {scheme}://.")
     return InputError(f"{address} is a web address, and nothing is fetched; download the file and name it.")
+
+
+@contextmanager
+def lock_output(output: Path, other: str = "name another file") -> Iterator[None]:
+    """Lock a file or folder against other processes; raises `InputError`, with `other` as advice, if one holds it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{output} is being written by another process; wait for it or {other}.") from None
+    try:
+        yield
+    finally:
+        # While it is held: afterwards, another run may hold it, and a third one would lock a new file. Windows deletes
+        # no open file; there, the release deletes it.
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()

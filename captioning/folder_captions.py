@@ -15,7 +15,7 @@ from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
 from captioning.splits import report_split_lists, split_of_file
-from captioning.tables import ENCODING_ADVICE, Row, find_rows, is_split_list, parse_split, read_json, read_table
+from captioning.tables import ENCODING_ADVICE, MAX_LIST, Row, find_rows, parse_split, read_json, read_table
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face's names
@@ -52,16 +52,16 @@ def read_captions_of_folder(
             tables, found.empty = found.empty or found.json_files, []
     read = {*sidecars, *tables, *found.certain, *found.small, *found.empty}
     unread = [path for path in files if path not in read]
-    report_split_lists(unread, index, report)
+    split_lists = report_split_lists(unread, folder, index, report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
         left_out = "".join(f"; {line}" for line in report.lines())
         raise InputError(
-            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and with the name of an image "
-            f'no .txt or .caption file, nor a .json file with "caption" or "captions"{left_out}{advice}.'
+            f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and no .txt or .caption file "
+            f'named after an image, nor a .json file with "caption" or "captions"{left_out}{advice}.'
         )
     for path in unread:
-        if path.suffix.lower() in (*TABLE_SUFFIXES, ".json") and not is_split_list(path, index):
+        if path.suffix.lower() in (*TABLE_SUFFIXES, ".json") and path not in split_lists:
             _report_unread(path, folder, index, encoding, report)
     for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
@@ -77,6 +77,8 @@ def read_captions_of_folder(
 
 def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> None:
     """Report a file that seems to be a table of captions of these images, or to be meant as one."""
+    if path.stat().st_size > MAX_LIST:
+        return
     if path.parent != folder:
         if _named_images(path, index, encoding):
             report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
@@ -88,7 +90,9 @@ def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | 
             return
     with suppress(InputError):
         text = read_text(path, encoding, ENCODING_ADVICE)
-        if path.suffix.lower() == ".json" and any(map(index.has_name, re.findall(r'"([^"\n]+)"', text))):
+        if path.suffix.lower() == ".json" and any(
+            index.has_name(name[1]) for name in re.finditer(r'"([^"\n]+)"', text)
+        ):
             try:
                 read_json(path, text)
             except InputError as error:
@@ -208,8 +212,7 @@ def read_tables(tables: list[Path], folder: Path, encoding: str | None, report: 
                 row.split = split
         for row in added:
             name = row.image.replace("\\", "/")
-            beside = os.path.abspath(table.parent / name)
-            if name.startswith("../") and os.path.isfile(beside):
+            if name.startswith("../") and os.path.isfile(beside := os.path.abspath(table.parent / name)):
                 row.image = beside  # `ImageIndex` finds it by its absolute path
             elif parent != ".":
                 row.image = os.path.join(parent, row.image)

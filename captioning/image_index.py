@@ -8,6 +8,7 @@ import stat
 import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -149,8 +150,9 @@ class ImageIndex:
     def _matches(self, name: str, anywhere: bool) -> list[str]:
         for variant in (name, name.replace("\\", "/")):
             key = _normalize(variant)
-            if posixpath.isabs(key):
-                key = posixpath.relpath(key, os.path.abspath(self.folder))
+            if os.path.isabs(key):
+                with suppress(ValueError):  # on another drive of Windows
+                    key = Path(os.path.relpath(key, os.path.abspath(self.folder))).as_posix()
             if not anywhere and key in self.paths:
                 return [key]
             stem, suffix = posixpath.splitext(key)

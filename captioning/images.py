@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -213,11 +214,15 @@ def _stack(items: list[Tensor | InputError]) -> tuple[Tensor, dict[int, InputErr
 
 def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, InputError]]]:
     """Yield the loader's batches; raises `InputError` if a worker cannot be started, or the system killed one."""
+    iterator: Any = None
     try:
-        yield from loader
+        iterator = iter(loader)
+        yield from iterator
     except OSError as error:
-        if not loader.num_workers:
+        if iterator is not None or not loader.num_workers:
             raise
+        for process in multiprocessing.active_children():  # those that have started, and ignore SIGTERM
+            process.kill()
         raise InputError(
             f"the processes that read images cannot be started ({error.strerror or error}); use fewer --workers."
         ) from None
@@ -232,6 +237,9 @@ def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, I
         raise InputError(
             "a DataLoader worker was killed, perhaps because memory ran out; use fewer --workers."
         ) from None
+    finally:
+        if shut_down := getattr(iterator, "_shutdown_workers", None):
+            shut_down()  # the traceback of an error holds the iterator, which would end no worker
 
 
 class _DecodeOnly(ImageDataset):

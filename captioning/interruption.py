@@ -1,4 +1,4 @@
-"""Deferral of SIGINT and SIGTERM until a run can be saved."""
+"""The signals that end a program, and their deferral until a run can be saved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def ending_signals() -> list[int]:
+    """List SIGINT, SIGTERM and, where the system has it and `nohup` has not set it to be ignored, SIGHUP."""
+    signals: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # of a closed terminal or a lost connection
+    return signals
+
+
 class Interruption:
-    """A context that records a SIGINT or SIGTERM rather than ending the process.
+    """A context that records one of the `ending_signals` rather than ending the process.
 
     `signal` is its number, 0 if none came. Only the main thread receives signals; in another one nothing is recorded.
     """
@@ -19,7 +27,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         try:
-            self.previous_handlers = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.previous_handlers = {s: signal.signal(s, self._record) for s in ending_signals()}
         except ValueError:  # not in the main thread
             self.previous_handlers = {}
         return self

@@ -24,6 +24,9 @@ from captioning.tables import ENCODING_ADVICE, Row, is_split_list, parse_json
 # Of several files, the first that holds a caption is used, or none if the .json file marks it as rejected.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 
+NUMBERED = re.compile(r"caption[ _.-]?\d*")  # keys of .json files
+MAX_JSON = 1_000_000  # size limit of a .json file that may hold an image's captions, where there is no such image
+
 File = TypeVar("File")
 Places = list[tuple[str, Any]]  # captions, each after its place as messages name it
 
@@ -34,9 +37,8 @@ def read_caption_files(
     """Read an image's captions from its files, a dictionary by suffix.
 
     Each line of .txt or .caption is a caption; .json has "captions" or, without any, "caption", "caption_2" and so on.
-    Returns the file that
-    is used, and its captions with their places: in one line each, "" for a missing one. Another file with other
-    captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
+    Returns the file that is used, and its captions with their places: in one line each, "" for a missing one. Another
+    file with other captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
     """
     lists = _read_files(files, read, advice, encoding)
@@ -86,7 +88,10 @@ def _read_files(
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
-            numbered = [key for key in content if re.fullmatch(r"caption[ _.-]?\d*", key)]
+            numbered = [
+                key for key, value in content.items() if NUMBERED.fullmatch(key) and isinstance(value, str | list)
+            ]
+            numbered = ["caption", *numbered] if "caption" in content and "caption" not in numbered else numbered
             for keys in (["captions"], numbered):
                 captions = [text for key in keys if key in content for text in _list_captions(key, content[key])]
                 if not set(keys).isdisjoint(content):
@@ -162,8 +167,11 @@ def read_folder(
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
-            is_other = is_split_list(path, index)  # which is reported as such
-            if not is_other and (path.suffix.lower() != ".json" or has_captions(path, encoding)):
+            if path.suffix.lower() == ".json" and not (
+                path.stat().st_size <= MAX_JSON and has_captions(path, encoding)
+            ):
+                continue
+            if not is_split_list(path, folder, index):  # which is reported as such
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))
     return rows
 

@@ -72,14 +72,16 @@ def split_of_file(path: Path) -> str:
 
 def report_split_lists(
     files: Iterable[Path],
+    folder: Path,
     index: ImageIndex,
     report: Report,
     advice: str = "a table gives splits in a column called split",
-) -> None:
-    """Report the lists of splits among the files, which are not read."""
-    for path in files:
-        if is_split_list(path, index):
-            report.add(f"list{{s}} of a split; {advice}", str(path))
+) -> set[Path]:
+    """Report the lists of splits among the files of `folder`, which are not read; returns them."""
+    lists = {path for path in files if is_split_list(path, folder, index)}
+    for path in sorted(lists):
+        report.add(f"list{{s}} of a split; {advice}", str(path))
+    return lists
 
 
 def read_split_files(

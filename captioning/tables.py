@@ -44,6 +44,7 @@ SPLIT_COLUMNS = ("split", "set", "subset")
 SPLIT_MARK = re.compile(  # columns such as is_train, of 0 and 1
     rf"split|^(?:(?:is_)?(?:{'|'.join(SPLIT_ALIASES)})|(?:sub)?set|partition|phase|fold)$"
 )
+MAX_LIST = 50_000_000  # size limit of a JSON file that may be a list of splits or a table that is not used, in bytes
 ENCODING_ADVICE = "save it as UTF-8, or name its encoding with --encoding"
 
 
@@ -80,6 +81,11 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     folders: dict[str, str] = {}  # image -> its filepath
     for where, record in records:
         columns = [column for column in kinds if column in record]
+        if not columns and any(_is_text(record[other]) for other in caption_columns(list(record))):
+            raise InputError(
+                f"{where}, has a text in {caption_columns(list(record))[0]!r}, and other rows have their captions in "
+                f"{kinds[0]!r}; use one column for all captions."
+            )
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
             report.add("row{s} with an error in place of a caption", where)
         elif is_rejected(record):
@@ -115,8 +121,8 @@ def find_rows(path: Path, encoding: str | None = None) -> Iterator[Row]:
                     yield row
 
 
-def is_split_list(path: Path, index: ImageIndex) -> bool:
-    """Return whether a file is, by its name or its content, a list of the images of splits, and holds no captions."""
+def is_split_list(path: Path, folder: Path, index: ImageIndex) -> bool:
+    """Return whether a file under `folder` is, by name or content, a list of the images of splits, without captions."""
     suffix, stem = path.suffix.lower(), path.stem
     if suffix not in (".txt", ".lst", ".list", ".json", ".csv", ".tsv"):
         return False
@@ -124,7 +130,7 @@ def is_split_list(path: Path, index: ImageIndex) -> bool:
     if suffix in (".json", ".csv", ".tsv"):
         certain |= parse_split(stem) is not None and not any(find_rows(path))
     else:
-        certain |= parse_split(stem) is not None or (path.parent == index.folder and bool(SPLIT_FILE.search(stem)))
+        certain |= parse_split(stem) is not None or (path.parent == folder and bool(SPLIT_FILE.search(stem)))
     if certain or suffix == ".json":
         return certain or _is_json_of_splits(path)
     return bool(SPLIT_FILE.search(stem) or re.search("split|partition", stem, re.I)) and _lists_images(path, index)
@@ -132,15 +138,17 @@ def is_split_list(path: Path, index: ImageIndex) -> bool:
 
 def _is_json_of_splits(path: Path) -> bool:
     """Return whether a JSON file maps splits to their images, as many projects write it."""
-    with suppress(InputError):
-        return _holds_splits(read_json(path, read_text(path)))
+    with suppress(InputError, OSError):
+        return path.stat().st_size <= MAX_LIST and _holds_splits(read_json(path, read_text(path)))
     return False
 
 
 def _lists_images(path: Path, index: ImageIndex) -> bool:
-    """Return whether one of the first lines of a text begins with the name of an image, and none is a caption's."""
+    """Return whether one of the first lines of a text begins with the name of an image, and none has a caption."""
     with suppress(InputError):
         lines = read_text(path).split("\n")[:3]
+        if any(len(line.split()) > 2 for line in lines):
+            return False
         names = [name for line in lines for name in (line.strip(), *re.split(r"[\s,;]", line.strip(), maxsplit=1)[:1])]
         return any(name in index.by_stem or index.has_name(name) for name in names) and not any(find_rows(path))
     return False
@@ -293,10 +301,12 @@ def _unused_split_columns(records: list[dict[str, Any]], split_column: str) -> l
 
     Two of their values name splits or, if they are called like splits, one does or the values differ between rows.
     """
-    columns = dict.fromkeys(column for record in records for column in record if column != split_column)
+    names = dict.fromkeys(name for record in records for name in record)
+    others = {split_column, *IMAGE_COLUMNS, *caption_columns(list(names))}
+    records = [record for record in records if not all(map(_is_blank, record.values()))]
     unused = []
-    for column in columns:
-        texts = {str(record.get(column)) for record in records if not all(map(_is_blank, record.values()))}
+    for column in (name for name in names if name not in others):
+        texts = {str(value) for record in records if not isinstance(value := record.get(column), list | dict)}
         splits = len(set(filter(None, map(parse_split, texts))))
         like_split = SPLIT_MARK.search(column)
         if splits > 1 or (like_split and (splits or (len(texts) > 1 and "split" not in column))):

@@ -198,10 +198,10 @@ class Run:
                     self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
             except torch.cuda.OutOfMemoryError as error:
                 fixed = config.resume is not None or config.initial_model is not None
-                smaller = "--views" if fixed else "--image-size or --views or another --backbone"
+                smaller = "" if fixed else "use a smaller --image-size or another --backbone, or "
                 raise InputError(
-                    f"the GPU has too little memory to compute features with {config.backbone}; use a smaller {smaller}"
-                    ", or end what else uses the GPU."
+                    f"the GPU has too little memory to compute features with {config.backbone}; {smaller}end what else "
+                    f"uses the GPU."
                 ) from error
             self.features = place_features(features, self.device)
 
@@ -297,10 +297,10 @@ class Run:
                     line, loss, stopped = self.read_losses(unread)
                     unread = []
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    if stopped or self.is_save_due():
+                        self.save()  # before the log, which a closed terminal does not take
                     if step % self.config.print_every == 0 or step == steps:
                         self.log(line)
-                    if stopped or self.is_save_due():
-                        self.save()
                     if stopped:
                         self.accelerator.wait_for_everyone()  # the launcher stops the rest once one exits
                         self.stop()

@@ -41,6 +41,8 @@ ZIP_SECONDS = 30  # time limit for unpacking a zip file, in seconds
 STOP_SECONDS = 2  # time limit for the last batch when the server stops, in seconds
 VIEW_SIZE = 224  # side of the model's view of a photo, which is drawn under attention maps, in pixels
 UPLOAD_ROUTE = "/gradio_api/upload"
+UNUSED_ROUTES = ("/process_recording", "/component_server")  # Gradio's, which keep files or fail
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 RANGE = re.compile(r"bytes=(\d+-\d*|-\d+)")
 ADDRESSES = {b"x-forwarded-host": "http://", b"x-gradio-server": ""}  # headers, and what Gradio puts before them
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -83,16 +85,23 @@ class Gate:
     def _refusal(self, path: str, headers: Headers) -> str | None:
         if "/file=http" in path or "/proxy=" in path:
             return "This server fetches nothing from other hosts."
+        if path.endswith(UNUSED_ROUTES):
+            return "This server does not offer that."
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
-            name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
+            name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "")
         except ValueError:
             return "This request's Host or Origin is not a valid address."
         if self.hosts is not None and name not in self.hosts:
             return f"This server answers to {', '.join(sorted(self.hosts))} only; start it with --host to serve others."
         forwarded = {each.strip() for each in headers.get("x-forwarded-host", "").split(",")} - {""}  # of each proxy
-        if origin is not None and site not in {host, *forwarded, *self.origins}:
-            return "This server answers to its own pages and to programs, not to other websites."
+        port = DEFAULT_PORTS.get(site.scheme, "")  # which browsers leave out, and some proxies add
+        own = {each.removesuffix(port) for each in (host, *forwarded, *self.origins)}
+        if origin is not None and site.netloc not in own:
+            return (
+                "This server answers to its own pages and to programs, not to other websites. A proxy before it has to "
+                "pass the Host header on."
+            )
         return None
 
 

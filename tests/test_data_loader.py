@@ -384,3 +384,17 @@ def test_an_image_of_several_ids_is_warned_of(eight: Path, tmp_path: Path, capsy
     CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
     assert "lists 1 image more than once, under several ids" in capsys.readouterr().err
     warn_once.cache_clear()
+
+
+def test_captions_that_change_while_they_are_in_use_are_refused(drawn: Path, tmp_path: Path):
+    shutil.copytree(drawn, tmp_path / "data")
+    data = CaptionDataset(
+        tmp_path / "data", "val", vocab_threshold=1, vocab=Vocabulary.build(["a ball"], 1), cache=tmp_path / "cache"
+    )
+    assert data.references()
+    document = json.loads(data.annotation_file.read_text())
+    first, last = document["annotations"][0], document["annotations"][-1]
+    first["caption"], last["caption"] = last["caption"], first["caption"]
+    data.annotation_file.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="has changed since it was first read; start again"):
+        data.references()

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ import download
 import importers
 from captioning import checkpoint, fetching
 from captioning.errors import InputError
+from captioning.files import lock_output
 
 SPLITS = ("train", "val", "test")
 IMAGES = 6
@@ -453,6 +455,57 @@ def test_images_downloaded_before_the_network_failed_serve_the_next_run(coco, tm
     assert {path.rsplit("/")[-1] for path, _ in coco.requests}.isdisjoint(came)
     assert not [path for path, _ in coco.requests if path.endswith(".zip")]
     assert len(document(tmp_path, "image_info_test2017.json")["images"]) == 3
+
+
+def test_photos_that_could_not_be_downloaded_are_tried_again(coco, tmp_path):
+    content = coco.files.pop("/val2017/000000000100.jpg")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"1 photos could not .*00100\.jpg .*; run the same command again"):
+            download.coco(tmp_path, limit=3)
+        assert len(document(tmp_path, "captions_val2017.json")["images"]) == 2
+    coco.files["/val2017/000000000100.jpg"] = content
+    coco.requests.clear()
+    download.coco(tmp_path, limit=3)
+    assert coco.requests == [("/val2017/000000000100.jpg", None)]
+    assert len(document(tmp_path, "captions_val2017.json")["images"]) == 3
+    assert not (tmp_path / ".download").exists()
+
+
+def test_two_downloads_into_one_folder_are_one_too_many(coco, tmp_path):
+    with (
+        lock_output(tmp_path / "coco" / ".download"),
+        pytest.raises(InputError, match="being written by another process; wait for it or name another --root"),
+    ):
+        download.coco(tmp_path / "coco")
+    assert coco.requests == []
+
+
+@pytest.mark.parametrize("options", [{"limit": 2}, {"year": 2014}])
+def test_an_unfinished_download_is_not_deleted_by_one_with_other_options(coco, tmp_path, options):
+    coco.cut_after["/zips/train2017.zip"] = [1000, *[0] * fetching.ATTEMPTS]
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        download.coco(tmp_path)
+    shutil.rmtree(tmp_path / "annotations", ignore_errors=True)
+    for path in (tmp_path / ".download").glob("annotations*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"2017\.zip.* is of an unfinished download with other options; finish it, or"):
+        download.coco(tmp_path, **options)
+    assert (tmp_path / ".download" / "train2017.zip.part").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"limit": 3}])
+def test_images_may_lie_on_another_disk(coco, tmp_path, monkeypatch, options):
+    replace = os.replace
+
+    def replace_on_one_disk(source, target):
+        if ".download" in str(source) and "/images/" in str(target) and ".download" not in str(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(fetching.os, "replace", replace_on_one_disk)
+    download.coco(tmp_path, **options)
+    expected = {name for name in whole() if not options or name.endswith(".json") or int(name[-6:-4]) < 3}
+    assert files_below(tmp_path) == expected
 
 
 def test_a_limited_download_does_not_pass_for_another(coco, tmp_path):

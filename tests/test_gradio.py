@@ -225,6 +225,11 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     assert len(list(folder.glob("Photo/*/*.jpg"))) == 1
     [row] = csv.DictReader((folder / "dataset1.csv").open())
     assert (row["Caption"], row["Method"], row["Beam width"], row["Model"]) == (expected, "beam", "5", "small")
+    (folder / "dataset1.csv").rename(folder / "collected.csv")
+    tab.get_by_text("Saved. Thank you.").wait_for(state="detached")
+    tab.get_by_role("button", name="Save this photo").click()
+    tab.get_by_text("Saved. Thank you.").wait_for()
+    assert [row["Caption"] for row in csv.DictReader((folder / "dataset1.csv").open())] == [expected]
 
     tab.get_by_role("combobox", name="Model").click()
     tab.get_by_role("option", name="plain").click()

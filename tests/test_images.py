@@ -4,6 +4,7 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -678,3 +679,45 @@ def test_a_missing_image_is_reported_with_the_others(tmp_path: Path):
     (tmp_path / "file").touch()
     assert list(find_unreadable([tmp_path / "gone.png"], cache=tmp_path / "file")) == [0]
     assert images.read_image is read_image
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (
+            "torch.TypedStorage._new_shared = fail",
+            "the shared memory of the processes that read images is full",
+        ),
+        ("multiprocessing.process.BaseProcess.start = fail_second", "read images cannot be started .*unavailable"),
+    ],
+)
+def test_processes_that_cannot_read_end_in_one_sentence(tmp_path: Path, code: str, says: str):
+    program = f"""
+import multiprocessing.process, torch
+from captioning.errors import run_command
+from captioning.images import ImageDataset, build_pixel_transform, read_batches
+from captioning.backbones import Preprocessing
+from PIL import Image
+
+def fail(*_, **__):
+    raise RuntimeError("unable to allocate shared memory(shm)")
+
+start, started = multiprocessing.process.BaseProcess.start, []
+
+def fail_second(process):
+    started.append(1)
+    if len(started) == 2:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    start(process)
+
+def main():
+    {code}
+    dataset = ImageDataset([Image.new("RGB", (64, 64))] * 8, build_pixel_transform(Preprocessing(32)))
+    list(read_batches(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], 2))
+
+run_command(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2
+    # PyTorch's own clean-up of an iterator that could not be built prints more, which cannot be prevented.
+    assert re.fullmatch(f"error: .*{says}.*use fewer --workers.*", ended.stderr.splitlines()[0])

@@ -22,6 +22,7 @@ from conftest import build_seeded_tiny
 from captioning import checkpoint, features, files, training, validation
 from captioning.checkpoint import epochs_saved, load_resume, read_description
 from captioning.errors import InputError
+from captioning.interruption import ending_signals
 from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
 from train import resumed_config
@@ -71,6 +72,7 @@ def config(small: Make, tiny_backbone: Callable) -> Make:
     [
         ({}, 0, signal.SIGTERM),
         ({}, 5, signal.SIGINT),
+        ({}, 6, getattr(signal, "SIGHUP", signal.SIGTERM)),
         ({}, 12, signal.SIGTERM),  # the last of an epoch
         ({}, 17, signal.SIGTERM),
         ({"decoder": "attention", "views": 2}, 15, signal.SIGTERM),
@@ -601,7 +603,7 @@ def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: p
     with pytest.raises(InputError, match=r"batch of 16 captions; use a smaller --batch-size"):
         train(config())
     monkeypatch.setattr(training, "stored_features", fail)
-    with pytest.raises(InputError, match=r"features with resnet50; use a smaller --image-size or --views or another"):
+    with pytest.raises(InputError, match=r"features with resnet50; use a smaller --image-size or another"):
         train(config())
 
 
@@ -715,3 +717,13 @@ def changed(config: TrainingConfig, fields: dict) -> TrainingConfig:
     for name, value in fields.items():
         setattr(config, name, value)
     return config
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    assert signal.SIGHUP in ending_signals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert ending_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)

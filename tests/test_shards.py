@@ -568,7 +568,7 @@ def test_marks_in_the_captions_of_tars_are_reported(tmp_path: Path):
 
 
 def test_numbered_captions_of_a_json_file_are_read(tmp_path: Path):
-    content = json.dumps({"caption": "a ball", "caption_2": "one ball", "url": "x"}).encode()
+    content = json.dumps({"caption": "a ball", "caption_1": 0.93, "caption_2": "one ball", "url": "x"}).encode()
     write_shard(tmp_path / "train-0.tar", [{"__key__": "a", "png": encoded(0), "json": content}])
     document = json.loads(index_shards([tmp_path / "train-0.tar"], "train", tmp_path / "cache").read_text())
     assert [row["caption"] for row in document["annotations"]] == ["a ball", "one ball"]

@@ -1111,7 +1111,13 @@ def test_lists_of_splits_are_reported_by_whatever_name(tmp_path, capsys, name):
 def test_texts_that_list_no_images_are_not_lists_of_splits(tmp_path, capsys):
     folder = six(tmp_path / "in", captions__csv=csv_rows("image,caption"))
     (folder / "more").mkdir()
-    for name, content in (("requirements-dev.txt", "ruff\n"), ("beach_test.txt", "sand\n"), ("split_info.json", "{}")):
+    for name, content in (
+        ("requirements-dev.txt", "ruff\n"),
+        ("beach_test.txt", "sand\n"),
+        ("split_info.json", "{}"),
+        ("captions_val.txt", "0.jpg\ta ball on grass\n"),
+        ("how_we_split.txt", "1 We took photos.\n"),
+    ):
         (folder / "more" / name).write_text(content)
     importers.import_folder(folder, tmp_path / "out")
     assert "list" not in capsys.readouterr().err
@@ -1119,8 +1125,20 @@ def test_texts_that_list_no_images_are_not_lists_of_splits(tmp_path, capsys):
 
 def test_other_columns_do_not_replace_a_missing_caption(tmp_path):
     rows = [{"image": f"{i}.jpg", "caption": "a ball"} for i in range(5)] + [{"image": "5.jpg", "comment": "too dark"}]
+    folder = six(tmp_path / "in", c__jsonl=lines(rows))
+    with pytest.raises(
+        InputError, match=r"line 6, has a text in 'comment', and other rows have .* in 'caption'; use one"
+    ):
+        importers.import_folder(folder, tmp_path / "out")
+    (folder / "c.jsonl").write_text(lines([*rows[:5], {"image": "5.jpg"}]))
     with pytest.raises(InputError, match=r"c\.jsonl, line 6, has no caption"):
-        importers.import_folder(six(tmp_path / "in", c__jsonl=lines(rows)), tmp_path / "out")
+        importers.import_folder(folder, tmp_path / "out")
+
+
+def test_captions_that_name_splits_are_no_column_of_splits(tmp_path, capsys):
+    table = "image,caption\n" + "".join(f"{i}.jpg,{text}\n" for i, text in enumerate(("train", "test", *"abcd")))
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert "column" not in capsys.readouterr().err
 
 
 TABLES = {
@@ -1181,13 +1199,29 @@ def test_json_files_of_no_image_and_further_captions_of_one(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "value",
-    ["\\N", "#N/D", "#NOM?", "#VALEUR!", "#RIF!", "#Н/Д", "#ÜBERLAUF!", "#UNKNOWN!", "#NA", "-nan", "NaT", "undefined"],
+    [
+        "\\N",
+        "#N/D",
+        "#NOM?",
+        "#VALEUR!",
+        "#RIF!",
+        "#Н/Д",
+        "#ÜBERLAUF!",
+        "#UNKNOWN!",
+        "#¡VALOR!",
+        "#¿NOMBRE?",
+        "#ref!",
+        "#NA",
+        "-nan",
+        "NaT",
+        "undefined",
+    ],
 )
 def test_what_programs_write_for_a_missing_caption_is_none(value):
     assert clean_caption(value, "c.csv") == ""
 
 
-@pytest.mark.parametrize("value", ["#dog", "a #1 dog", "Nan's dog", "none of the dogs", "c#/d"])
+@pytest.mark.parametrize("value", ["#dog", "#sunset!", "a #1 dog", "Nan's dog", "none of the dogs", "c#/d"])
 def test_captions_that_resemble_missing_ones_are_captions(value):
     assert clean_caption(value, "c.csv") == value
 
@@ -1199,21 +1233,28 @@ def test_captions_that_resemble_missing_ones_are_captions(value):
         "a &#39;dog&#39;",
         "a dog &amp; a cat",
         "<PERSON> runs",
-        "a manâ€™s dog",
-        "caf\ufffd",
     ],
 )
-def test_markup_and_wrong_encodings_in_captions_are_reported(tmp_path, capsys, value):
+def test_markup_in_captions_is_reported(tmp_path, capsys, value):
     importers.import_folder(
         six(tmp_path / "in", c__csv=csv_rows("image|caption", f"{{}}.jpg|{value}")), tmp_path / "out"
     )
     assert "read 6 captions with marks such as <start>, which are learned as words" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["a manâ€™s dog", "caf\ufffd sign"])
+def test_captions_that_were_decoded_wrongly_are_reported(tmp_path, capsys, value):
+    importers.import_folder(
+        six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,{value}")), tmp_path / "out"
+    )
+    told = "read 6 captions with letters of a wrong encoding; save their file as UTF-8 anew, the first is"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("start", "kind"), [("{\\rtf1 a ball}", "an RTF document"), ("<!DOCTYPE html>", "a web page")])
 def test_documents_that_are_no_plain_text_are_refused(tmp_path, start, kind):
     folder = six(tmp_path / "in", **{f"{i}__txt": start for i in range(6)})
-    with pytest.raises(InputError, match=rf"0\.txt is {kind}, not a text file; .* a document as plain text"):
+    with pytest.raises(InputError, match=rf"0\.txt is {kind}, not a text file; (save it as plain text|download)"):
         importers.import_folder(folder, tmp_path / "out")
 
 

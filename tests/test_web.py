@@ -103,6 +103,11 @@ def test_a_server_of_many_names_refuses_only_foreign_origins():
     headers = {"Host": "captions.example", "Origin": "https://captions.example"}
     assert ask("POST", "/", Gate(None), headers=headers).status_code == 200
     assert ask("POST", "/", Gate(None), headers={**headers, "Origin": "https://example.org"}).status_code == 403
+    for name in ("Host", "X-Forwarded-Host"):  # some proxies add the port that browsers leave out
+        with_port = {**headers, name: "captions.example:443"}
+        assert ask("POST", "/", Gate(None), headers=with_port).status_code == 200
+        other_port = {**headers, "Host": "inner", name: "captions.example:8443"}
+        assert ask("POST", "/", Gate(None), headers=other_port).status_code == 403
     tunnel = Gate(None)
     tunnel.origins = {"abc.tunnel.example"}
     assert ask("POST", "/", tunnel, headers={"Origin": "https://abc.tunnel.example"}).status_code == 200
@@ -321,3 +326,9 @@ def test_what_follows_a_refused_request_is_ignored():
         return transport.written
 
     assert asyncio.run(refuse()).count(b"400 Bad Request") == 1
+
+
+@pytest.mark.parametrize("route", ["process_recording", "component_server"])
+def test_routes_of_gradio_that_the_page_does_not_need_are_closed(route: str):
+    answer = ask("POST", f"/gradio_api/{route}", content=b"abc")
+    assert (answer.status_code, answer.text) == (403, "This server does not offer that.")
