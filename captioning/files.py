@@ -301,6 +301,14 @@ def missing_file(path: object) -> InputError:
     return InputError(f"{address} is a web address, and nothing is fetched; download the file and name it.")
 
 
+def is_at_most(path: Path, size: int) -> bool:
+    """Return whether a file has at most `size` bytes; False for a broken link."""
+    try:
+        return path.stat().st_size <= size
+    except OSError:
+        return False
+
+
 @contextmanager
 def lock_output(output: Path, other: str = "name another file") -> Iterator[None]:
     """Lock a file or folder against other processes; raises `InputError`, with `other` as advice, if one holds it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from captioning.csv_tables import IMAGE_COLUMNS, caption_columns
 from captioning.errors import InputError, quoted
-from captioning.files import read_text
+from captioning.files import is_at_most, read_text
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
@@ -77,7 +77,7 @@ def read_captions_of_folder(
 
 def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> None:
     """Report a file that seems to be a table of captions of these images, or to be meant as one."""
-    if path.stat().st_size > MAX_LIST:
+    if not is_at_most(path, MAX_LIST):
         return
     if path.parent != folder:
         if _named_images(path, index, encoding):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from captioning.captions import clean_caption, is_rejected, split_lines
 from captioning.errors import InputError
-from captioning.files import decode_text, read_bytes
+from captioning.files import decode_text, is_at_most, read_bytes
 from captioning.image_index import ImageIndex
 from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, Row, is_split_list, parse_json
@@ -24,7 +24,7 @@ from captioning.tables import ENCODING_ADVICE, Row, is_split_list, parse_json
 # Of several files, the first that holds a caption is used, or none if the .json file marks it as rejected.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 
-NUMBERED = re.compile(r"caption[ _.-]?\d*")  # keys of .json files
+NUMBERED = re.compile(r"caption[ _.-]?\d+")  # keys of .json files
 MAX_JSON = 1_000_000  # size limit of a .json file that may hold an image's captions, where there is no such image
 
 File = TypeVar("File")
@@ -88,13 +88,11 @@ def _read_files(
     for suffix, file in ((suffix, files[suffix]) for suffix in CAPTION_SUFFIXES if suffix in files):
         if suffix == ".json":
             content = read_json(file)
-            numbered = [
-                key for key, value in content.items() if NUMBERED.fullmatch(key) and isinstance(value, str | list)
-            ]
-            numbered = ["caption", *numbered] if "caption" in content and "caption" not in numbered else numbered
-            for keys in (["captions"], numbered):
-                captions = [text for key in keys if key in content for text in _list_captions(key, content[key])]
-                if not set(keys).isdisjoint(content):
+            single = ["caption", *filter(NUMBERED.fullmatch, content)]
+            single = [key for key in single if key == "caption" or isinstance(content[key], str | list)]
+            for keys in (["captions"], single):
+                if present := [key for key in keys if key in content]:
+                    captions = [text for key in present for text in _list_captions(key, content[key])]
                     yield file, [(f"{file}, caption {number}", caption) for number, caption in enumerate(captions, 1)]
             continue
         text, whole = decode_text(read(file), file, encoding, advice), None
@@ -167,9 +165,7 @@ def read_folder(
         rows += [Row(where, key, [caption], "") for where, caption in captions]
     if rows:
         for path in sorted(path for named in by_name.values() for path in named.values() if path not in sidecars):
-            if path.suffix.lower() == ".json" and not (
-                path.stat().st_size <= MAX_JSON and has_captions(path, encoding)
-            ):
+            if path.suffix.lower() == ".json" and not (is_at_most(path, MAX_JSON) and has_captions(path, encoding)):
                 continue
             if not is_split_list(path, folder, index):  # which is reported as such
                 report.add(f"{path.suffix.lower()} file{{s}} without an image", str(path))

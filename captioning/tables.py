@@ -24,7 +24,7 @@ from captioning.captions import (
 )
 from captioning.csv_tables import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_columns, read_csv
 from captioning.errors import InputError
-from captioning.files import read_text
+from captioning.files import is_at_most, read_text
 from captioning.image_formats import image_suffixes
 from captioning.image_index import ImageIndex
 from captioning.reports import Report
@@ -138,8 +138,8 @@ def is_split_list(path: Path, folder: Path, index: ImageIndex) -> bool:
 
 def _is_json_of_splits(path: Path) -> bool:
     """Return whether a JSON file maps splits to their images, as many projects write it."""
-    with suppress(InputError, OSError):
-        return path.stat().st_size <= MAX_LIST and _holds_splits(read_json(path, read_text(path)))
+    with suppress(InputError):
+        return is_at_most(path, MAX_LIST) and _holds_splits(read_json(path, read_text(path)))
     return False
 
 

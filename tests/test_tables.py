@@ -1192,6 +1192,7 @@ def test_json_files_of_no_image_and_further_captions_of_one(tmp_path, capsys):
     for i in range(7):
         (folder / f"{i}.json").write_text(json.dumps({"caption": f"ball {i}", "caption_2": "one ball"}))
     (folder / "settings.json").write_text('{"size": 5}')
+    (folder / "gone.json").symlink_to("nowhere.json")
     importers.import_folder(folder, tmp_path / "out")
     assert all_captions(tmp_path / "out")["3.jpg"] == ["ball 3", "one ball"]
     assert f"left out 1 .json file without an image: {folder}/6.json\n" in capsys.readouterr().err
