@@ -26,6 +26,7 @@ from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import CACHE, write_cache
 from captioning.image_files import Source, read_image
+from captioning.interruption import ending_signals
 from captioning.lazy_compiler import compiler_left_out
 from captioning.resizing import RandomResizedCrop, Reduce, Resize
 from captioning.shards import Member, stamp
@@ -84,9 +85,8 @@ def build_transform(
     return T.Compose([*first, *resize, *cut, *flip, *tensor])
 
 
-NOT_RANDOM = {  # transforms that draw no numbers
-    *(Reduce, Resize, T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize)
-}
+# Transforms that draw no numbers.
+NOT_RANDOM = {Reduce, Resize, T.Resize, T.CenterCrop, T.PILToTensor, T.ToTensor, T.Normalize}
 
 
 class ImageDataset(Dataset):
@@ -158,8 +158,8 @@ def _start_worker(_: int) -> None:
 
     The threads of the backbone wait for one another, so that each worker that displaces one of them delays them all.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ending_signals():
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "nice") and not torch.cuda.device_count():  # Windows has no such function
         os.nice(19)
 
