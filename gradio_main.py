@@ -292,7 +292,8 @@ def _lay_out_flag(image: ImageInput, caption: gr.Textbox, options: list[Option],
             raise gr.Error("There is no caption to save yet.", print_exception=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            logger.first_time |= not os.path.exists(logger.dataset_filepath)  # moved away; a new one needs a header
+            if not os.path.exists(getattr(logger, "dataset_filepath", "")):
+                logger.first_time = True  # it was moved away; a new one needs a header
             logger.flag([{"path": str(upload.path)}, text, *values])
         except OSError as error:
             raise gr.Error(f"It cannot be saved ({error.strerror or error}).", print_exception=False) from None

@@ -57,6 +57,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
     monkeypatch.setattr(training, "learning_rate_factor", acting)
 
 
+@pytest.fixture(autouse=True)
+def hangup() -> Iterator[None]:
+    """SIGHUP is heeded, also where the tests are run by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) if hasattr(signal, "SIGHUP") else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def config(small: Make, tiny_backbone: Callable) -> Make:
     """Two epochs of 13 steps, or 8 of a backbone that learns."""
