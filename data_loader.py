@@ -159,8 +159,8 @@ class CaptionDataset(Dataset):
     ):
         self.mode = mode
         self.annotation_file, self.image_folder = find_split(Path(folder), mode, cache)
-        self._stamp = stamp(self.annotation_file)
         annotations = read_annotations(self.annotation_file, cache)
+        self._stamp = stamp(self.annotation_file)
         self.image_ids = annotations.image_ids
         self.paths = ImageFiles(self.image_folder, annotations.file_names, annotations.byte_ranges)
         if annotations.byte_ranges is None:

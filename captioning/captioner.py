@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Tensor
 
 from captioning import decoding
@@ -396,21 +396,22 @@ class Ensemble(Captioner):
 def _as_list(images: Source | Iterable[Source]) -> list[Source]:
     """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path.
 
-    The frames of an animation are one object at different times: what `ImageSequence.Iterator` yields is copied, and a
-    later frame that occurs twice in a list raises `InputError`.
+    The frames of an animation are one object at different times: what an iterator yields is copied, and a later frame
+    that occurs twice in a list raises `InputError`. An MPO is a photo with further images, such as a phone's depth map.
     """
     one = isinstance(images, Source) or is_content(images) or not isinstance(images, Iterable)
     each: Any = [images] if one else images
     listed, frames = [], set()
     for image in each:
-        if isinstance(images, ImageSequence.Iterator):
-            image = image.copy()
-        elif (
-            isinstance(image, Image.Image) and image.format != "MPO" and image.tell() > getattr(image, "_min_frame", 0)
-        ):
-            if id(image) in frames:
-                raise InputError("a list holds an image of several frames twice; put a copy() of each frame into it.")
-            frames.add(id(image))
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            if not isinstance(each, list | tuple):
+                image = image.copy()
+            elif image.tell() > getattr(image, "_min_frame", 0):
+                if id(image) in frames:
+                    raise InputError(
+                        "a list holds an image of several frames twice; put a copy() of each frame into it."
+                    )
+                frames.add(id(image))
         listed.append(os.fspath(image) if isinstance(image, os.DirEntry) else image)
     return listed
 

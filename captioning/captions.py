@@ -26,6 +26,7 @@ MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such
 )
 WITH_MARKS = "caption{s} with marks such as <start>, which are learned as words"  # in a `Report`
 MISREAD = re.compile("\ufffd|â€")  # letters that were decoded in a wrong encoding
+MISREAD_CAPTIONS = "caption{s} with letters of a wrong encoding; save their file as UTF-8 anew"
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",

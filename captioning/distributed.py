@@ -42,7 +42,8 @@ def this_process() -> PartialState:
     """
     keep_freed_memory()
     launched, gpus = get_cpu_distributed_information().local_world_size, torch.cuda.device_count()
-    if launched > gpus > 0 and "CUDA_VISIBLE_DEVICES" not in os.environ:  # which may give each process its own
+    has_own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # the launcher may give each process its own GPU
+    if launched > gpus > 0 and not has_own:
         raise InputError(f"{launched} processes were launched on a machine with {gpus} GPU(s); launch one per GPU.")
     return PartialState(cpu=on_cpus(), timeout=TIMEOUT)
 

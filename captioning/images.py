@@ -215,13 +215,14 @@ def _stack(items: list[Tensor | InputError]) -> tuple[Tensor, dict[int, InputErr
 def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, InputError]]]:
     """Yield the loader's batches; raises `InputError` if a worker cannot be started, or the system killed one."""
     iterator: Any = None
+    others = multiprocessing.active_children()
     try:
         iterator = iter(loader)
         yield from iterator
     except OSError as error:
         if iterator is not None or not loader.num_workers:
             raise
-        for process in multiprocessing.active_children():  # those that have started, and ignore SIGTERM
+        for process in set(multiprocessing.active_children()).difference(others):  # which ignore SIGTERM
             process.kill()
         raise InputError(
             f"the processes that read images cannot be started ({error.strerror or error}); use fewer --workers."

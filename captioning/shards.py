@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile, mkdtemp
 from typing import BinaryIO
 
-from captioning.captions import MARKS, WITH_MARKS
+from captioning.captions import MARKS, MISREAD, MISREAD_CAPTIONS, WITH_MARKS
 from captioning.errors import InputError, warn_once
 from captioning.files import is_within, require_regular, write_cache, write_file
 from captioning.image_formats import HEIF_SUFFIXES, describe_content, image_suffixes
@@ -227,7 +227,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
     about += ",".join(sorted(image_suffixes())).encode()
-    name = f"shards/{hashlib.sha256(b'12' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
+    name = f"shards/{hashlib.sha256(b'13' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -259,6 +259,8 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                 for text in texts:
                     if MARKS.search(text):
                         report.add(WITH_MARKS, repr(text[:80]), "read")
+                    elif MISREAD.search(text):
+                        report.add(MISREAD_CAPTIONS, repr(text[:80]), "read")
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())

@@ -81,16 +81,17 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
     folders: dict[str, str] = {}  # image -> its filepath
     for where, record in records:
         columns = [column for column in kinds if column in record]
-        if not columns and any(_is_text(record[other]) for other in caption_columns(list(record))):
-            raise InputError(
-                f"{where}, has a text in {caption_columns(list(record))[0]!r}, and other rows have their captions in "
-                f"{kinds[0]!r}; use one column for all captions."
-            )
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
             report.add("row{s} with an error in place of a caption", where)
         elif is_rejected(record):
             report.add("rejected caption{s}", where)
         elif not all(map(_is_blank, record.values())):
+            others = caption_columns(list(record))
+            if not columns and any(_is_text(record[other]) for other in others):
+                raise InputError(
+                    f"{where}, has a text in {others[0]!r}, and other rows have their captions in {kinds[0]!r}; use one "
+                    "column for all captions."
+                )
             for column, value in record.items():
                 like_captions = "caption" in column or caption_columns([column])
                 if like_captions and column not in columns and _is_text(value):

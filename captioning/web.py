@@ -97,7 +97,7 @@ class Gate:
         forwarded = {each.strip() for each in headers.get("x-forwarded-host", "").split(",")} - {""}  # of each proxy
         port = DEFAULT_PORTS.get(site.scheme, "")  # which browsers leave out, and some proxies add
         own = {each.removesuffix(port) for each in (host, *forwarded, *self.origins)}
-        if origin is not None and site.netloc not in own:
+        if origin is not None and site.netloc.removesuffix(port) not in own:
             return (
                 "This server answers to its own pages and to programs, not to other websites. A proxy before it has to "
                 "pass the Host header on."

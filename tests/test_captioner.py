@@ -357,8 +357,8 @@ def test_each_frame_of_an_animation_has_its_caption(model: Captioner, tmp_path: 
         separate = [frame.copy() for frame in ImageSequence.Iterator(animation)]
         expected = [caption.log_probability for caption in model(separate)]
         assert len({round(each, 3) for each in expected}) == 3
-        captions = model(ImageSequence.Iterator(animation))
-        assert [caption.log_probability for caption in captions] == pytest.approx(expected, abs=1e-3)
+        for iterator in (ImageSequence.Iterator(animation), (frame for frame in ImageSequence.Iterator(animation))):
+            assert [caption.log_probability for caption in model(iterator)] == pytest.approx(expected, abs=1e-3)
         with pytest.raises(InputError, match=r"holds an image of several frames twice; put a copy\(\) of each frame"):
             model(list(ImageSequence.Iterator(animation)))
 

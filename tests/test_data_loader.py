@@ -398,3 +398,10 @@ def test_captions_that_change_while_they_are_in_use_are_refused(drawn: Path, tmp
     data.annotation_file.write_text(json.dumps(document))
     with pytest.raises(InputError, match="has changed since it was first read; start again"):
         data.references()
+
+
+def test_an_annotation_file_that_is_a_broken_link_is_a_sentence(tmp_path: Path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_train.json").symlink_to("nowhere.json")
+    with pytest.raises(InputError, match=r"captions_train\.json"):
+        CaptionDataset(tmp_path, cache=tmp_path / "cache")

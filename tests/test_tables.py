@@ -1130,6 +1130,9 @@ def test_other_columns_do_not_replace_a_missing_caption(tmp_path):
         InputError, match=r"line 6, has a text in 'comment', and other rows have .* in 'caption'; use one"
     ):
         importers.import_folder(folder, tmp_path / "out")
+    rejected = {"image": "5.jpg", "text": "a bad one", "is_rejected": True}
+    (folder / "c.jsonl").write_text(lines([*rows[:5], rejected, {"image": "4.jpg", "text": "STOP", "error": "none"}]))
+    importers.import_folder(folder, tmp_path / "rejected")
     (folder / "c.jsonl").write_text(lines([*rows[:5], {"image": "5.jpg"}]))
     with pytest.raises(InputError, match=r"c\.jsonl, line 6, has no caption"):
         importers.import_folder(folder, tmp_path / "out")

@@ -103,6 +103,8 @@ def test_a_server_of_many_names_refuses_only_foreign_origins():
     headers = {"Host": "captions.example", "Origin": "https://captions.example"}
     assert ask("POST", "/", Gate(None), headers=headers).status_code == 200
     assert ask("POST", "/", Gate(None), headers={**headers, "Origin": "https://example.org"}).status_code == 403
+    program = {"Host": "captions.example:443", "Origin": "https://captions.example:443"}
+    assert ask("POST", "/", Gate(None), headers=program).status_code == 200
     for name in ("Host", "X-Forwarded-Host"):  # some proxies add the port that browsers leave out
         with_port = {**headers, name: "captions.example:443"}
         assert ask("POST", "/", Gate(None), headers=with_port).status_code == 200
