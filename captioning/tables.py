@@ -89,8 +89,8 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
             others = caption_columns(list(record))
             if not columns and any(_is_text(record[other]) for other in others):
                 raise InputError(
-                    f"{where}, has a text in {others[0]!r}, and other rows have their captions in {kinds[0]!r}; use one "
-                    "column for all captions."
+                    f"{where}, has a text in {others[0]!r}, and other rows have their captions in {kinds[0]!r}; use "
+                    "one column for all captions."
                 )
             for column, value in record.items():
                 like_captions = "caption" in column or caption_columns([column])
