@@ -285,6 +285,7 @@ def coco(
         raise InputError(f"{root} holds COCO {other}, and a data set is of one year; name another --root.")
     if others := sorted(path.name for path in root.glob("annotations/captions_*.json") if path.name not in names):
         raise InputError(f"{root} holds another data set ({others[0]}); name another --root.")
+    is_new = not os.path.exists(root)  # False for a path of any length
     wanted = [archive for archive in archives if limit is None or archive.startswith("annotations/")]
     try:
         _require_same_options(root, work, names, wanted, limit)
@@ -305,8 +306,9 @@ def coco(
         advice = "name another folder" if is_unusable else "run the same command again to resume"
         raise InputError(f"{root} cannot be written: {error.strerror or error}; {advice}.") from error
     finally:
-        with suppress(OSError):  # of a folder that is not empty
-            root.rmdir()
+        if is_new:
+            with suppress(OSError):  # of a folder that is not empty
+                root.rmdir()
     print(printable(f"{root} is ready: python train.py --data {quoted(root)}"))
     if missing:
         raise InputError(

@@ -24,7 +24,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import tyro
 
 from captioning.annotations import parse_image_id
-from captioning.captions import MARKS, MISREAD, MISREAD_CAPTIONS, WITH_MARKS, clean_caption
+from captioning.captions import clean_caption, find_marks
 from captioning.coco_layout import SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
@@ -77,10 +77,8 @@ def _captions(row: Row, report: Report) -> list[str]:
     for caption in row.captions:
         if not caption:
             report.add("empty caption{s}", row.where)
-        elif MARKS.search(caption):
-            report.add(WITH_MARKS, row.where, "read")
-        elif MISREAD.search(caption):
-            report.add(MISREAD_CAPTIONS, row.where, "read")
+        elif marks := find_marks(caption):
+            report.add(marks, row.where, "read")
         elif " " not in caption and Path(caption).suffix.lower() in image_suffixes():
             report.add("caption{s} that are names of images", row.where, "read")
     return [caption for caption in row.captions if caption]

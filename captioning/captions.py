@@ -24,9 +24,7 @@ MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such
     r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
-WITH_MARKS = "caption{s} with marks such as <start>, which are learned as words"  # in a `Report`
 MISREAD = re.compile("\ufffd|â€")  # letters that were decoded in a wrong encoding
-MISREAD_CAPTIONS = "caption{s} with letters of a wrong encoding; save their file as UTF-8 anew"
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -67,6 +65,15 @@ def is_missing(caption: Any) -> bool:
     if MISSING.fullmatch(text.lower()) or SPREADSHEET_ERROR.fullmatch(text):
         return True
     return not any(map(str.isalpha, text))
+
+
+def find_marks(caption: str) -> str | None:
+    """Describe, as a kind of entries of a `Report`, marks or misread letters in a caption; None if it has none."""
+    if MARKS.search(caption):
+        return "caption{s} with marks such as <start>, which are learned as words"
+    if MISREAD.search(caption):
+        return "caption{s} with letters of a wrong encoding; save their file as UTF-8 anew"
+    return None
 
 
 def is_rejected(entry: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile, mkdtemp
 from typing import BinaryIO
 
-from captioning.captions import MARKS, MISREAD, MISREAD_CAPTIONS, WITH_MARKS
+from captioning.captions import find_marks
 from captioning.errors import InputError, warn_once
 from captioning.files import is_within, require_regular, write_cache, write_file
 from captioning.image_formats import HEIF_SUFFIXES, describe_content, image_suffixes
@@ -257,10 +257,8 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                 image |= {"offset": member.offset, "size": member.size}
                 images.write(b", " * (image_count > 1) + json.dumps(image).encode())
                 for text in texts:
-                    if MARKS.search(text):
-                        report.add(WITH_MARKS, repr(text[:80]), "read")
-                    elif MISREAD.search(text):
-                        report.add(MISREAD_CAPTIONS, repr(text[:80]), "read")
+                    if marks := find_marks(text):
+                        report.add(marks, repr(text[:80]), "read")
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
