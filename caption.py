@@ -151,6 +151,8 @@ def find_sources(options: Options, figures: list[Path]) -> list[Path | Member]:
     sources = find_images(options.images, options.recursive, log)
     if figures:
         sources = [path for path in sources if not isinstance(path, Path) or os.path.realpath(path) not in real_paths]
+    if not sources:
+        raise InputError("the only images named are --sheet or --attention of an earlier run; name other images.")
     return sources
 
 
@@ -163,6 +165,8 @@ def caption_to_file(options: Options, output: Path) -> None:
     process = this_process()
     if process.is_main_process:
         check_output(output)
+        if output.exists() and not os.access(output, os.W_OK):
+            raise InputError(f"{output} may not be written; change its permissions, or name another file.")
     with process.local_main_process_first():  # it downloads the model for the others
         captioner = options.load_captioner()
     images, workers = options.images, options.workers
@@ -206,6 +210,8 @@ def print_captions(
     stream = captioner.stream(sources, options.decoding, workers, unreadable)
     try:
         for index, caption in tqdm(stream, total=len(sources), unit="image", delay=2, disable=None):
+            for each in (caption, *caption.alternatives) if captions else ():
+                each.attention = None  # only the first image's is drawn, and each holds its batch's memory
             captions[index] = caption
             if not as_document:
                 text = f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text

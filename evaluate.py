@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,7 +98,8 @@ def evaluate(
     start = time.perf_counter()
     stream = captioner.stream(paths, decode or Decoding(), workers, skip, shared=True)
     total = -(-len(paths) // process.num_processes)
-    share.extend(tqdm(stream, total=total, unit="image", delay=2, disable=None if is_main else True))
+    progress = tqdm(stream, total=total, unit="image", delay=2, disable=None if is_main else True)
+    share.extend((i, replace(caption, attention=None)) for i, caption in progress)  # a map holds its batch's memory
     outcomes = sorted(gather_object(share), key=itemgetter(0))
     if not is_main:
         return None
@@ -158,6 +160,8 @@ def main(
         workers: processes that read images.
         precision: the backbone's; auto: bf16 if supported, else fp32; int8 needs a CPU, onnx, onnxruntime, onnxscript.
     """
+    if sys.stdout is None:
+        raise InputError("standard output is closed, so the scores cannot be printed; redirect it to a file.")
     if references is not None:
         ignored = {
             "model": model,

@@ -236,24 +236,28 @@ def _lay_out_image(
                     buttons=[],
                 )
 
-    def choose(event: gr.SelectData) -> str:
-        if event.index not in range(len(examples)):
+    def choose(event: gr.EventData) -> str:  # a `gr.SelectData` fails on values that no page sends
+        index = event._data.get("index") if isinstance(event._data, dict) else None
+        if not isinstance(index, int) or index not in range(len(examples)):
             raise gr.Error("Choose one of the examples.", print_exception=False)
-        return examples[event.index][0]
+        return examples[index][0]
 
     gallery.select(choose, None, image, show_progress="hidden", api_visibility="private")
     image.change(None, None, caption, js="() => ''", api_visibility="private")  # the caption of the photo before
+    outputs = [caption, result, score, table, looks, maps]
     captioned = gr.on(
         [image.change, *(option.change for option in options)],
         handlers.show,
         [image, *options],
-        [caption, result, score, table, looks, maps],
+        outputs,
         api_visibility="private",
         concurrency_limit=HANDLED_AT_ONCE,
         concurrency_id="photo",
         trigger_mode="always_last",
     )
-    captioned.failure(lambda: None, None, image, show_progress="hidden", api_visibility="private")
+    captioned.failure(
+        lambda: handlers.show(None, ""), None, outputs, queue=False, show_progress="hidden", api_visibility="private"
+    )
     gr.on(
         [],
         handlers.caption,
@@ -418,7 +422,7 @@ def main(
             ) from None
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:  # OverflowError for a port above 65535
+    except (OSError, OverflowError, TypeError) as error:  # OverflowError for a port above 65535, TypeError for a host
         raise InputError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port.") from None
     for number in ending_signals():
         signal.signal(number, signal.default_int_handler)

@@ -142,7 +142,8 @@ def import_flickr(
     table = _flickr_captions(folder, files) if source.is_dir() else source
     captions: dict[str, list[str]] = {}  # by the name of the image in Unicode's composed form
     splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
-    is_token_file = ".token" in table.name.lower() or starts_as_token_file(table, encoding)
+    is_named_token = ".token" in table.name.lower() and table.suffix.lower() != ".csv"
+    is_token_file = is_named_token or starts_as_token_file(table, encoding)
     for row in read_token_file(table, encoding) if is_token_file else read_table(table, encoding, report):
         row.image = unicodedata.normalize("NFC", row.image)
         captions.setdefault(row.image, []).extend(_captions(row, report))

@@ -92,10 +92,11 @@ def make_data_set(folder: Path, paths: list[Path]) -> tuple[Path, Vocabulary]:
     vocab.save(folder / "vocab.json")
     for split, some in (("train", paths), ("val", paths[:VAL_IMAGES])):
         (folder / "data" / "images" / split).mkdir(parents=True)
-        for path in some:
-            (folder / "data" / "images" / split / path.name).symlink_to(path)
+        names = [f"{i:06}-{path.name}" for i, path in enumerate(some)]  # folders may hold images of the same name
+        for name, path in zip(names, some, strict=True):
+            (folder / "data" / "images" / split / name).symlink_to(path)
         annotations = folder / "data" / "annotations" / f"captions_{split}.json"
-        drawn.write_annotations(annotations, [path.name for path in some], captions[: 5 * len(some)])
+        drawn.write_annotations(annotations, names, captions[: 5 * len(some)])
     return folder / "data", vocab
 
 

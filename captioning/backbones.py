@@ -229,7 +229,7 @@ def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:
     in_bfloat16 = images.dtype == torch.bfloat16 or torch.is_autocast_enabled(images.device.type)
     if in_bfloat16 and "BFloat16" in str(error):
         return f"{name} does not run in bfloat16; use --precision fp32."
-    if side != own and not re.search("memory|not implemented", str(error)):
+    if side != own and not re.search("memory|not implemented|CUDA|CUBLAS|(?i:cudnn)|NCCL|gloo|engine", str(error)):
         reason = str(error).split("\n")[0] or type(error).__name__
         return f"{name} does not take images of {side} pixels ({reason}); use its own --image-size {own}."
     return None
@@ -373,6 +373,9 @@ def _build_resnet50(weights: str | Path) -> nn.Sequential:
             with redirect_stdout(sys.stderr):  # torch prints the address to standard output
                 return _headless(resnet50(weights=ResNet50_Weights.IMAGENET1K_V1))
         except Exception as error:  # a cut-off or damaged file makes torch raise nearly anything
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(ResNet50_Weights.IMAGENET1K_V1.url).name)
+            if file.exists():  # torch checks it only when it downloads it
+                raise InputError(f"{file} does not hold the weights of ResNet-50; delete it and try again.") from None
             raise InputError(_no_weights("torchvision's ResNet-50", error)) from None
     if weights == "random":
         return _headless(resnet50(weights=None, zero_init_residual=True))

@@ -27,6 +27,7 @@ from captioning.shards import Member
 
 ImageRow = tuple[Path | Member, dict[str, Any]]  # an image and its row in the file
 CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
+RETRIED = 16 * CHUNK  # earlier unreadable images between two writes, each of which writes the whole file anew
 ROUNDING = 0.2  # tolerance of a caption's log-probability, which varies with the device and the number of threads
 
 
@@ -55,9 +56,10 @@ def write_captions(
             images = stream_images(paths, recursive, log)
             stack.enter_context(lock_output(output))
             file = stack.enter_context(open(output, "a+b"))
-            rows = _Rows(output, file, *_read_rows(file, images, log))
+            rows, again = _read_rows(output, file, images, log)
             first_index = rows.count - len(rows.to_verify)
-            images = chain([image for image, _ in rows.to_verify], images)  # so that batches are those of one run
+            # From the start of a batch, so that batches are those of one run.
+            images = chain([image for image, _ in rows.to_verify], again, images)
         earlier = 0 if rows is None else rows.count
         progress = stack.enter_context(
             tqdm(desc="captions", initial=earlier, unit="image", delay=2, disable=True if rows is None else None)
@@ -72,9 +74,9 @@ def write_captions(
             if rows is not None:
                 progress.update(rows.append([row for _, row in sorted(captioned, key=itemgetter(0))]))
         if rows is not None:  # model and options are known by now to be those of the earlier rows
-            retried = 0
-            if rows.unreadable:
-                retried = rows.replace(_retry(captioner, rows.unreadable, decode, workers, strict))
+            retried, unreadable = 0, iter(rows.unreadable.items())
+            while some := dict(islice(unreadable, RETRIED)):
+                retried += rows.replace(_retry(captioner, some, decode, workers, strict))
             if log is not None:
                 note = f", {retried:,} of them without a caption until now" if retried else ""
                 log(f"{output}: {rows.count - earlier:,} rows written, {earlier:,} were there{note}")
@@ -86,6 +88,7 @@ def write_captions(
 class _Rows:
     """The rows of the file, which only the main process accesses.
 
+    count, size: number of rows, and their size in bytes; later rows of an earlier run are replaced by `append`.
     unreadable: the rows of an earlier run with an "error", by index. to_verify: the last rows of an earlier run, whose
     images are captioned again to compare the rows. failed: number of rows with an "error".
     """
@@ -93,6 +96,7 @@ class _Rows:
     output: Path
     file: BinaryIO
     count: int
+    size: int
     unreadable: dict[int, ImageRow]
     to_verify: list[ImageRow]
 
@@ -103,7 +107,9 @@ class _Rows:
         """Compare the first rows with `to_verify`, write the others to disk, and return their number."""
         _compare_rows(self.to_verify, rows, self.output)
         self.to_verify, rows = self.to_verify[len(rows) :], rows[len(self.to_verify) :]
-        self.file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        if rows and self.size < self.file.seek(0, os.SEEK_END):
+            self.file.truncate(self.size)
+        self.size += sum(map(self.file.write, (json.dumps(row).encode() + b"\n" for row in rows)))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.failed += _print_errors(rows)
@@ -176,43 +182,50 @@ def _replace_rows(output: Path, rows: dict[int, dict[str, Any]]) -> None:
 
 
 def _read_rows(
-    file: BinaryIO, images: Iterator[Path | Member], log: Log | None
-) -> tuple[int, dict[int, ImageRow], list[ImageRow]]:
-    """Return the number of rows, the images that failed with their rows (by index), and the rows to verify likewise.
+    output: Path, file: BinaryIO, images: Iterator[Path | Member], log: Log | None
+) -> tuple[_Rows, list[Path | Member]]:
+    """Read the rows of an earlier run, up to its last batch that contains a caption; these rows are to be verified.
 
-    The rows to verify are all from the last batch that contains a caption. Advances `images` past all rows, and
-    removes an incomplete last row. `log` receives a line on images that have changed since.
+    Later rows, which hold errors only, count as not written; their images are returned. Advances `images` past all
+    rows, and removes an incomplete last row. `log` receives a line on images that have changed since.
     """
     written = os.fstat(file.fileno()).st_mtime
     changed: list[Path | Member] = []
     unreadable: dict[int, ImageRow] = {}
-    before: list[ImageRow] = []  # rows since the last batch with a caption
     batch: list[ImageRow] = []  # rows of the current batch
+    last: list[ImageRow] = []  # rows of the last batch with a caption
+    later: list[Path | Member] = []  # images of the rows after it
     count = size = 0
+    kept = count, size
     file.seek(0)
     for line in file:
         if not line.endswith(b"\n") and b'{"photo": '.startswith(line[:10]) and not _is_json(line):
             break  # an interrupted run wrote a part of it
         image, row = _match_row(line, next(images, None), f"{file.name}, line {count + 1}")
         if count % BATCH == 0:
-            before += batch
             batch = []
         batch.append((image, row))
         if "error" in row:
             unreadable[count] = image, row
         else:
-            before = []  # the current batch has a caption
+            last = batch
             if _is_newer(image, written):
                 changed.append(image)
         count, size = count + 1, size + len(line)
+        if last is batch:
+            kept, later = (count, size), []
+        else:
+            later.append(image)
     if size < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
         file.truncate(size)
     elif count and not line.endswith(b"\n"):  # as an editor may leave it
         file.write(b"\n")
+        kept = (count, size + 1) if kept == (count, size) else kept
     if changed and log is not None:
         images_are = "1 image is" if len(changed) == 1 else f"{len(changed):,} images are"
         log(f"{images_are} newer than {file.name}, such as {changed[0]}; delete the file to caption all images again")
-    return count, unreadable, before + batch
+    unreadable = {index: row for index, row in unreadable.items() if index < kept[0]}
+    return _Rows(output, file, *kept, unreadable, last), later
 
 
 def _match_row(line: bytes, image: Path | Member | None, where: str) -> ImageRow:

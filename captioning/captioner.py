@@ -20,7 +20,7 @@ from captioning.distributed import choose_dtype, fast_dtype, this_process
 from captioning.errors import InputError
 from captioning.features import BATCH, encode
 from captioning.hub import find_model, push
-from captioning.image_files import Source, is_content
+from captioning.image_files import Source, is_content, read_image
 from captioning.images import ImageDataset, build_pixel_transform, split_batches
 from captioning.packing import pack_weights
 from model import EncoderCNN
@@ -396,8 +396,9 @@ class Ensemble(Captioner):
 def _as_list(images: Source | Iterable[Source]) -> list[Source]:
     """List one or many images; an entry of `os.scandir`, which no other process can read, becomes its path.
 
-    The frames of an animation are one object at different times: what an iterator yields is copied, and a later frame
-    that occurs twice in a list raises `InputError`. An MPO is a photo with further images, such as a phone's depth map.
+    The frames of an animation are one object at different times: what an iterator yields is read at once, and a later
+    frame that occurs twice in a list raises `InputError`. An MPO is a photo with further images, such as a phone's
+    depth map.
     """
     one = isinstance(images, Source) or is_content(images) or not isinstance(images, Iterable)
     each: Any = [images] if one else images
@@ -405,7 +406,7 @@ def _as_list(images: Source | Iterable[Source]) -> list[Source]:
     for image in each:
         if getattr(image, "is_animated", False) and image.format != "MPO":
             if not isinstance(each, list | tuple):
-                image = image.copy()
+                image = read_image(image)
             elif image.tell() > getattr(image, "_min_frame", 0):
                 if id(image) in frames:
                     raise InputError(

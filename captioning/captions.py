@@ -21,10 +21,10 @@ SPREADSHEET_ERROR = re.compile(r"#[¡¿]?[^\W\d_a-z][^\Wa-z]*(/0)?[!?]|#\w/\w") 
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
 MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such as "startseq a dog endseq"
     r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
-    r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|^(Negative prompt|Steps): ",
+    r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|\\n|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
-MISREAD = re.compile("\ufffd|â€")  # letters that were decoded in a wrong encoding
+MISREAD = re.compile("\ufffd|â€|Ã[\xa0-\xbf]")  # letters that were decoded in a wrong encoding
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",

@@ -91,7 +91,7 @@ def find_unknown_files(folder: Path) -> list[Path]:
     return [
         path
         for path in _annotation_files(folder)
-        if re.match(r"captions.*\.json$", path.name, re.IGNORECASE) and not _kind_and_split(path)
+        if re.search(r"captions?.*\.json$", path.name, re.IGNORECASE) and not _kind_and_split(path)
     ]
 
 

@@ -50,7 +50,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "clip_norm": (0, 1e9),
     "attention_penalty": (0, 1e6),
     "warmup_steps": (0, math.inf),
-    "save_minutes": (0, math.inf),
+    "save_minutes": (0, 1e6),
     "workers": (0, MAX_WORKERS),
     "seed": (0, MAX_SEED),
     **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, MAX_COUNT)),
@@ -243,8 +243,9 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             raise InputError(f"log_file must not be named as a model's own files are: {self.log_file}; use NAME.txt.")
         sources = [self.initial_model, self.weights] if self.resume is None else []
         target = (self.models / self.name).resolve()
-        if any(source is not None and os.path.isdir(source) and Path(source).resolve() == target for source in sources):
-            raise InputError(f"{self.models / self.name} is what the run starts from; choose another --name.")
+        paths = [Path(source).resolve() for source in sources if source is not None and os.path.exists(source)]
+        if any(target in (path, *path.parents) for path in paths):
+            raise InputError(f"{self.models / self.name} holds what the run starts from; choose another --name.")
 
 
 def _convert_value(field: dataclasses.Field, kind: Any, value: Any) -> Any:

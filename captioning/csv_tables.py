@@ -48,7 +48,7 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         where = f"{path}, line {number}"
         # A caption that contains the separator displaces the cells after it, of which the last may be blank.
         additional = len(cells) - len(columns) - trailing
-        shifted = image < caption and additional > 0 and any(cells[after_captions : after_captions + additional])
+        shifted = image < caption and additional > 0 and any(cells[caption + 1 : after_captions + additional])
         if shifted or any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
             raise InputError(
                 f"{where}, has more columns than the header's {len(columns) - len(nameless)}; put a caption that "
@@ -115,7 +115,8 @@ def _read_cells(
             number = start + reader.line_num + 1
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {number}, is not CSV: {error}; write a quotation mark within a quoted cell twice."
+            f"{path}, line {number}, is not CSV: {error}; write a quotation mark within a quoted cell twice, and "
+            "no space after a closing one."
         ) from None
 
 

@@ -25,6 +25,8 @@ from captioning.errors import InputError
 # once, whatever the timeout.
 TIMEOUT = timedelta(days=1)
 
+UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # set by `accelerate launch`
+
 # Of glibc's mallopt: its parameters, and their values in bytes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT, MAPPED = 1 << 30, 1 << 28
@@ -38,9 +40,13 @@ def on_cpus() -> bool:
 def this_process() -> PartialState:
     """Return accelerate's state of this process (index, device, barrier); the first call connects the processes.
 
-    Raises `InputError` for more processes than GPUs, if there are any.
+    Raises `InputError` for more processes than GPUs, if there are any, and for a way of training that the settings
+    saved by `accelerate config` choose, but that the project does not support.
     """
     keep_freed_memory()
+    for name in UNSUPPORTED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise InputError(f"the settings of accelerate choose {name}, which is not supported; launch with torchrun.")
     launched, gpus = get_cpu_distributed_information().local_world_size, torch.cuda.device_count()
     has_own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # the launcher may give each process its own GPU
     if launched > gpus > 0 and not has_own:

@@ -30,6 +30,9 @@ OFFLINE = re.compile(
 # Why standard output cannot be written.
 OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
 
+# How PyTorch and CUDA's libraries describe a GPU without free memory, where they do not raise an OutOfMemoryError.
+GPU_MEMORY_ERRORS = re.compile("CUDA error: out of memory|ALLOC_FAILED|unable to find an engine|valid cuDNN algorithm")
+
 
 class InputError(ValueError):
     """A user's mistake; the message is one sentence that names the problem and the remedy."""
@@ -124,7 +127,8 @@ def run_command(main: Callable[[], object]) -> None:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # numpy's or torch's
             _end("error: there is too little memory; end what else uses it, or use smaller batches or images.", 2)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        # torch's, which is not imported here, or CUDA's own
+        if type(error).__name__ == "OutOfMemoryError" or re.search(GPU_MEMORY_ERRORS, str(error)):
             _end("error: the GPU has too little free memory; end what else uses it, or set CUDA_VISIBLE_DEVICES=-1.", 2)
         if not _count_ended(0):  # else it was raised while waiting for a process that has exited
             raise

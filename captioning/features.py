@@ -94,6 +94,8 @@ def stored_features(
                 _allocate(partial / "features.npy", (len(paths), views, *one.shape[1:]))
             location = [store, partial, store.exists()]
         store, partial, complete = broadcast_object_list(location)
+        if not os.path.isdir(store if complete else partial):
+            raise InputError(f"{cache} is not the same folder on all machines; name one that they share with --cache.")
         if not complete:
             if failed := _fill(encoder, paths, preprocessing, views, dtype, partial, workers):
                 raise _unreadable(failed, paths, partial, workers, cache)
@@ -188,7 +190,8 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     except InputError as error:
         reason = getattr(error.__cause__, "strerror", error)
         raise InputError(
-            f"{path} needs {format_bytes(size)} and cannot be created ({reason}); make room or use fewer views."
+            f"{path} needs {format_bytes(size)} and cannot be created ({reason}); make room, or name a folder on "
+            f"another disk with --cache{', or use fewer --views' if shape[1] > 1 else ''}."
         ) from None
 
 
@@ -208,6 +211,9 @@ def _fill(
     state = this_process()
     features = np.load(folder / "features.npy", mmap_mode="r+")
     done = {int(i) for file in folder.glob("done-*") for i in np.fromfile(file, "<i8", file.stat().st_size // 8)}
+    stop = folder / "stop"  # is there once a process has met an unreadable image
+    if state.is_main_process:
+        stop.unlink(missing_ok=True)
     state.wait_for_everyone()  # no process writes to what another still reads
     batches = [batch for batch in split_batches(len(paths), BATCH) if batch[0] not in done]
     batches = batches[state.process_index :: state.num_processes]
@@ -224,6 +230,8 @@ def _fill(
         log.truncate(log.tell() // 8 * 8)  # a kill may have torn the last entry
         for indices, batch in results:
             if failed:
+                stop.touch()
+            if stop.exists():
                 break
             half = batch.half()
             if not half.isfinite().all():

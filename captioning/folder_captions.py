@@ -63,6 +63,8 @@ def read_captions_of_folder(
     for path in unread:
         if path.suffix.lower() in (*TABLE_SUFFIXES, ".json") and path not in split_lists:
             _report_unread(path, folder, index, encoding, report)
+        elif path.suffix.lower() in SPREADSHEETS:
+            report.add("spreadsheet{s}, which are read as CSV only", str(path))
     for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
     if not tables:
@@ -78,7 +80,14 @@ def read_captions_of_folder(
 def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | None, report: Report) -> None:
     """Report a file that seems to be a table of captions of these images, or to be meant as one."""
     if not is_at_most(path, MAX_LIST):
+        if path.parent == folder:
+            report.add("file{s} too large to look into beside other captions", str(path))
         return
+    with suppress(InputError):
+        text = read_text(path, encoding, ENCODING_ADVICE)
+        if path.suffix.lower() == ".json" and '"image_id"' in text and '"caption"' in text:
+            report.add("COCO annotation file{s} beside other captions", str(path))
+            return
     if path.parent != folder:
         if _named_images(path, index, encoding):
             report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
@@ -114,9 +123,13 @@ def _find_tables(
         empty = [path for path in empty if not (split_of_file(path) and _is_faulty(path, encoding))]
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path) or _is_test_without_captions(path, encoding)]
-    named = {path: _named_images(path, index, encoding) for path in json_files}
-    half = len(index.paths) / 2
     certain = [path for path in tables if path not in empty]
+    unsure = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
+    if has_sidecars:  # a table of a few remarks does not replace them
+        unsure += [path for path in certain if path.name.lower() not in METADATA]
+        certain = [path for path in certain if path not in unsure]
+    named = {path: _named_images(path, index, encoding) for path in unsure}
+    half = len(index.paths) / 2
     certain = certain or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
     small = [path for path, n in named.items() if n and path not in certain]
     return _Tables(certain, small, empty, json_files)
@@ -145,8 +158,9 @@ def _first_words(path: Path, encoding: str | None) -> list[str]:
 
 
 def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:
-    """Count the images of which a table has captions."""
-    return len({row.image for row in find_rows(path, encoding) if index.has_name(row.image)})
+    """Count the images of which a table has captions of more than one word, which may be labels."""
+    rows = (row for row in find_rows(path, encoding) if any(" " in x or not x.isascii() for x in row.captions))
+    return len({row.image for row in rows if index.has_name(row.image)})
 
 
 def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -> str:
@@ -167,6 +181,8 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
         return f"; name {path} itself if it holds the captions"
     if suffix in CAPTION_SUFFIXES and images and has_captions(path, encoding):
         captions, near = path.parent, (index.folder / min(images)).parent
+        if captions == near:
+            return f"; name {captions} without --images if its files hold the captions"
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent
         return f"; for captions such as {path}, name {captions} with --images {near}"

@@ -22,6 +22,7 @@ from captioning.errors import InputError
 from captioning.files import missing_file, require_access, require_new_folder
 from captioning.image_index import find_in_other_form
 from captioning.reports import Report
+from captioning.shards import TAR_SUFFIX
 
 
 def merge_datasets(sources: list[Path], destination: Path) -> None:
@@ -58,6 +59,8 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         files = [(split, path) for split in SPLITS for path in find_annotation_files(folder, split)]
         for path in find_unknown_files(folder):
             report.add("annotation file{s} not named captions_{train,val,test}<year>.json", str(path))
+        for path in sorted(folder.glob(f"*{TAR_SUFFIX}")):
+            report.add("tar file{s}, which are not merged", str(path))
         has_info = any(path.name.startswith("image_info") for _, path in files)  # it lists those of captions_test, too
         for split, path in files:
             uncaptioned = Report() if split == "test" and has_info else report

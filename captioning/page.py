@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import errno
 import json
@@ -20,11 +21,12 @@ from urllib.parse import parse_qs, unquote
 import gradio as gr
 import gradio.component_meta
 import gradio.route_utils
+import gradio.routes
 from fastapi.exceptions import RequestValidationError
 from gradio.components import Component
 from gradio.data_classes import FileData
 from gradio.route_utils import FnIndexInferError, GradioMultiPartParser
-from gradio.utils import sanitize_value_for_csv
+from gradio.utils import LRUCache, sanitize_value_for_csv
 from gradio_client import handle_file
 from PIL import Image
 from python_multipart.exceptions import FormParserError
@@ -45,7 +47,13 @@ QUEUE_ROUTE = "/gradio_api/queue/data"  # the answers to a session's requests
 CALL = re.compile(r"/gradio_api/(?:call/v2|call)/([^/]+)/?([^/]*)/?")  # an API's name and the id of a call
 VALUES_ROUTES = ("/gradio_api/queue/join", "/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")
 # What Gradio and FastAPI raise for values and forms that no page sends.
-INVALID = (KeyError, TypeError, AttributeError, FnIndexInferError, FormParserError, RequestValidationError)
+INVALID = (
+    *(KeyError, TypeError, AttributeError, UnicodeError),
+    *(FnIndexInferError, FormParserError, RequestValidationError),
+)
+MAX_NAME = 255  # length limit of the names of files and sessions, in characters
+MAX_SESSIONS = 256  # sessions whose values Gradio keeps; the page needs none of them
+MAX_TRACKED = 1000  # uploads whose progress Gradio keeps
 FULL = "The server's disk is full; try again later."
 
 gradio.component_meta.create_or_modify_pyi = lambda *_: None  # it would write a page.pyi next to this file
@@ -59,7 +67,8 @@ def locate(component: Component, file: FileData) -> Upload:
     path = Path(file.path or "").resolve()
     if not path.is_relative_to(Path(component.GRADIO_CACHE).resolve()) or os.path.isdir(path):
         raise gr.Error("Upload the photo first.")
-    return Upload(path, Path(file.orig_name or path.name).name)
+    name = Path(file.orig_name or path.name).name[-MAX_NAME:]
+    return Upload(path, name.encode(errors="replace").decode())  # JSON may hold halves of characters
 
 
 def to_path(component: Component, url_or_path: str | Path | None) -> str | Path | None:
@@ -107,6 +116,22 @@ class Files(gr.File):
 
 class Page(gr.Blocks):
     """Gradio's page; a request with invalid values, or on a full disk, is answered with one sentence."""
+
+    def queue(self, *arguments: Any, **options: Any) -> Page:
+        """Create the queue of requests, which refuses long names of sessions and forgets sessions that have ended."""
+        super().queue(*arguments, **options)
+        self.state_session_capacity = MAX_SESSIONS
+        push, sessions = self._queue.push, self._queue.pending_event_ids_session
+
+        async def push_bounded(body: Any, *arguments: Any, **options: Any) -> tuple:
+            if len(body.session_hash or "") > MAX_NAME:
+                return False, "This session's name is too long.", "error"
+            for ended in sessions.keys() - self._queue.pending_messages_per_session.keys():
+                del sessions[ended]
+            return await push(body, *arguments, **options)
+
+        self._queue.push = push_bounded
+        return self
 
     async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Handle an event: convert its values, call its function, save what that returns."""
@@ -158,6 +183,8 @@ def explain_unusable(block: Component, value: object) -> str | None:
         names = [name for _, name in block.choices]
         if value not in names:
             return f"{block.label} must be one of {', '.join(map(str, names))}, not {json.dumps(value)[:40]}."
+    if isinstance(block, gr.Textbox) and not isinstance(value, str | None):  # Gradio would fetch it as a file
+        return f"{block.label} must be text."
     if isinstance(block, ImageInput | Files) and value is not None:
         for file in value if isinstance(block, Files) and isinstance(value, list) else [value]:
             if not isinstance(file, dict) or not isinstance(file.get("path"), str):
@@ -188,16 +215,29 @@ class UploadParser(GradioMultiPartParser):
         return form
 
 
+class Signals(LRUCache):
+    """The events that wait for the progress of an upload; Gradio creates one for every name that it is asked for."""
+
+    def __missing__(self, name: str) -> asyncio.Event:
+        """Create the event of an upload."""
+        self[name] = event = asyncio.Event()
+        return event
+
+
 gradio.route_utils.GradioMultiPartParser = UploadParser
+gradio.routes.file_upload_statuses._statuses = LRUCache(MAX_TRACKED)
+gradio.routes.file_upload_statuses._signals = Signals(MAX_TRACKED)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def answer_missing(page: gr.Blocks, scope: Scope) -> Response | None:
-    """Answer a request for an API, a call or a session that does not exist; returns None for any other request.
+    """Answer a request for a page, an API, a call or a session that does not exist; returns None for any other request.
 
     Gradio ends some of these requests with a traceback, and never ends others.
     """
-    queue = page._queue
-    session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+    queue, query = page._queue, parse_qs(scope["query_string"].decode("latin-1"))
+    if scope["path"] == "/" and "page" in query:
+        return PlainTextResponse("There is one page only.", 404)
+    session = query.get("session_hash", [""])[0]
     if scope["path"] == QUEUE_ROUTE and session not in queue.pending_messages_per_session:
         return PlainTextResponse("There is no such session; load the page again.", 404)
     if (call := CALL.fullmatch(scope["path"])) is None:

@@ -74,8 +74,9 @@ def upright_rgb(image: Any) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     stored = STORED_TYPES.get((image.mode, tags.get(Base.BitsPerSample, (0,))[0], tags.get(Base.SampleFormat, (1,))[0]))
     upright = _to_rgb(_cut_long(image), _Encoding(stored, mark_of_no_data(image)))
-    if image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0:
-        upright = ImageOps.invert(upright)  # level 0 is white, which Pillow handles only up to 8 bits
+    # Where level 0 is white: in a TIFF, Pillow handles that only up to 8 bits.
+    if image.format == "XBM" or (image.mode.startswith(("I", "F")) and tags.get(Base.PhotometricInterpretation) == 0):
+        upright = ImageOps.invert(upright)
     upright.info.clear()  # its orientation and transparency no longer apply
     return upright if transpose is None else upright.transpose(transpose)
 
@@ -97,7 +98,9 @@ def _cut_long(image: Image.Image) -> Image.Image:
     if not any(excess):
         return image
     left, top = excess
-    return image.crop((left, top, image.width - left, image.height - top))
+    middle = image.crop((left, top, image.width - left, image.height - top))
+    middle.format = image.format  # by which the levels of white are known
+    return middle
 
 
 def _to_rgb(image: Image.Image, encoding: _Encoding) -> Image.Image:

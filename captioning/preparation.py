@@ -44,6 +44,12 @@ FIXED = (  # options that are fixed for a resumed run
 
 def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
     """Raise `InputError` if a resumed run has a fixed option changed, no data set, or another file as its log."""
+    assert config.resume is not None
+    if not any(os.path.lexists(config.resume / name) for name in ("resume.pt", "resume-previous.pt")):
+        raise InputError(
+            f"{config.resume} holds weights, but no training to resume; start a new run from them with --start-from "
+            f"{quoted(config.resume)}."
+        )
     if not os.path.exists(config.data):
         raise InputError(f"{config.data}, the data set of {config.resume}, does not exist here; name it with --data.")
     previous, now = resumed.training | vars(resumed.preprocessing), settings_of(config) | vars(config.preprocessing)
@@ -100,8 +106,8 @@ def lock_run(folder: Path, config: TrainingConfig, overwrite: bool) -> Iterator[
                 other = "copy the folder" if config.resume else "choose another --name"
                 problem = f"another run is writing to {folder}; wait for it or {other}."
             except OSError as error:
-                other = "" if config.resume else ", or choose another --models or --name"
-                problem = f"{folder} cannot be written ({error.strerror or error}); make it writable{other}."
+                other = "use a copy of it elsewhere" if config.resume else "choose another --models or --name"
+                problem = f"{folder} cannot be written ({error.strerror or error}); make it writable, or {other}."
             except InputError as error:
                 problem = str(error)
         problem = broadcast_object_list([problem])[0]
@@ -249,7 +255,10 @@ def restart_from_best(
     """
     best, first = state["best_epoch"], len(state["epochs"]) + 1
     if best is None:
-        raise InputError(f"{folder} has no completed epoch; train it for one with --objective {state['objective']}.")
+        raise InputError(
+            f"{folder} has no completed epoch; train it for one with its own options first: "
+            f"python train.py --resume {quoted(folder)}"
+        )
     encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
     if checkpoint.read_description(folder).architecture.backbone_weights == "shared":
         encoder |= read_state_dict(checkpoint.weight_file(folder, "backbone"))
@@ -303,6 +312,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         raise InputError(f"{path} belongs to another run ({error}).") from None
 
 
+@contextmanager
+def memory_for_features(config: TrainingConfig) -> Iterator[None]:
+    """Turn a lack of GPU memory into an `InputError` that says what makes the backbone's pass smaller."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        fixed = config.resume is not None or config.initial_model is not None
+        smaller = "" if fixed else "use a smaller --image-size or another --backbone, or "
+        raise InputError(
+            f"the GPU has too little memory to compute features with {config.backbone}; {smaller}end what else uses "
+            f"the GPU."
+        ) from error
+
+
 @torch.no_grad()
 def first_features(
     data: CaptionDataset, encoder: EncoderCNN, features: Tensor | None, config: TrainingConfig
@@ -318,7 +341,7 @@ def first_features(
     dataset = ImageDataset(data.paths, build_pixel_transform(config.preprocessing))
     pixels = next(read_batches(dataset, [some.tolist()]))[1].to(device)
     statistics = {key: value.clone() for key, value in encoder.network.state_dict().items()}
-    with autocast(device, config.precision):
+    with autocast(device, config.precision), memory_for_features(config):
         result = encoder.features(pixels).float()
     encoder.network.load_state_dict(statistics)  # restores the batch norms' statistics
     return result

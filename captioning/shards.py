@@ -227,7 +227,7 @@ def index_shards(shards: list[Path], mode: str, cache: Path) -> Path:
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from None
     about += ",".join(sorted(image_suffixes())).encode()
-    name = f"shards/{hashlib.sha256(b'13' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
+    name = f"shards/{hashlib.sha256(b'14' + about).hexdigest()[:32]}/captions_{mode}{INDEX_SUFFIX}"
     path = cache / name
     if os.path.exists(path) or write_cache(cache, name, lambda file: _write_index(shards, mode, file)):
         return path
@@ -245,7 +245,13 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         file.write(b'{"annotations": [')
         for shard in shards:
             for member, files in read_samples(shard, report):
-                texts = read_captions_of(files, report)
+                try:
+                    texts = read_captions_of(files, report)
+                except InputError:
+                    if member is not None:
+                        raise
+                    report.add("file{s} of no image", repr(str(next(iter(files.values())))))
+                    continue
                 if member is None or not texts:
                     if member is not None:
                         report.add("image{s} without captions", repr(str(member)))
@@ -272,5 +278,5 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         images.seek(0)
         shutil.copyfileobj(images, file)
         # Without the folder's path, the index and so its hash do not depend on where the folder is.
-        lines = [f"{where}: {line}.".replace(repr(folder)[:-1], "'") for line in report.lines()]
+        lines = [f"{where}: {line}.".replace(repr(folder)[:-1], "'").replace(folder, "") for line in report.lines()]
         file.write(f'], "warnings": {json.dumps(lines)}}}'.encode())

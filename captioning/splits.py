@@ -19,7 +19,7 @@ from captioning.reports import Report
 from captioning.tables import ENCODING_ADVICE, SPLIT_ALIASES, SPLIT_FILE, is_split_list, parse_split
 
 HELD_OUT = 0.05  # share of the images in each of val and test
-SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPLIT_ALIASES)})(?![a-z])", re.IGNORECASE)
+SPLIT_WORD = re.compile(rf"(?:(?<![a-z])|(?<=\dk))(?:{'|'.join(SPLIT_ALIASES)})(?![a-z])", re.IGNORECASE)
 
 
 def _position(name: str) -> float:
@@ -113,7 +113,10 @@ def read_split_files(
             if not name or (name.lower() in IMAGE_COLUMNS and number == 1):
                 continue
             if name not in captions:
-                raise InputError(f"{where}: {name} has no caption in {table}; correct the name or remove the line.")
+                raise InputError(
+                    f"{where}: {name} has no caption in {table}; correct the name, remove the line, or "
+                    f"move {path.name} away if it is no list of images."
+                )
             set_split(splits, name, where, split)
 
 

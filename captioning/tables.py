@@ -30,9 +30,9 @@ from captioning.image_index import ImageIndex
 from captioning.reports import Report
 
 SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
-    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("train", "training", "trn", "restval"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
 IMAGE_WORDS = "images?|imgs?|photos?|pictures?|pics?|frames?"
 SPLIT_END = f"(?:[_ -]?(?:{IMAGE_WORDS}|set|split|data|small|resized?|[0-9]{{4}})|[_ -][0-9]{{3}}(?:x[0-9]{{3}})?)*"

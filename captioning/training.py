@@ -40,6 +40,7 @@ from captioning.preparation import (
     learning_rate_factor,
     load_optimizer,
     lock_run,
+    memory_for_features,
     require_unchanged,
     restart_from_best,
     synchronize_batch_norms,
@@ -186,23 +187,14 @@ class Run:
         """Compute the features of all images with a frozen backbone, or load the cached ones."""
         config = self.config
         self.features = self.val_features = None
-        self.encoder.to(self.device)
+        with memory_for_features(config):
+            self.encoder.to(self.device)
         if config.fine_tune == 0:
             stored: Any = {"cache": config.cache, "workers": config.workers, "precision": config.precision}
             val_paths = self.val.paths[: config.val_images]
-            try:
-                with self.interruption.immediate():
-                    features = stored_features(
-                        self.encoder, self.data.paths, config.preprocessing, config.views, **stored
-                    )
-                    self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
-            except torch.cuda.OutOfMemoryError as error:
-                fixed = config.resume is not None or config.initial_model is not None
-                smaller = "" if fixed else "use a smaller --image-size or another --backbone, or "
-                raise InputError(
-                    f"the GPU has too little memory to compute features with {config.backbone}; {smaller}end what else "
-                    f"uses the GPU."
-                ) from error
+            with self.interruption.immediate(), memory_for_features(config):
+                features = stored_features(self.encoder, self.data.paths, config.preprocessing, config.views, **stored)
+                self.val_features = stored_features(self.encoder, val_paths, config.preprocessing, **stored)[:, 0]
             self.features = place_features(features, self.device)
 
     def prepare(self, state: dict[str, Any] | None) -> None:
@@ -341,7 +333,8 @@ class Run:
         if step % self.config.print_every == 0 or step == len(self.batches):
             return True
         if self.accelerator.num_processes > 1:
-            return step % SHARED_STEPS == 0
+            is_slow = self.device.type == "cpu" and bool(self.config.fine_tune)  # and would not save within seconds
+            return is_slow or step % SHARED_STEPS == 0
         return self.interruption.signal != 0 or self.is_save_due()
 
     def is_save_due(self) -> bool:
@@ -391,9 +384,16 @@ class Run:
         try:
             with self.interruption.immediate():
                 result = validate(self.accelerator, model, self.val, self.val_features, self.config)
-        except KeyboardInterrupt:
+        except BaseException as error:
             self.save()
-            self.stop()
+            if isinstance(error, KeyboardInterrupt):
+                self.stop()
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise InputError(
+                    f"the GPU has too little memory to validate; end what else uses it, then resume with "
+                    f"`python train.py --resume {quoted(self.folder)}`."
+                ) from error
+            raise
         return {"epoch": progress.epoch, "train_loss": progress.epoch_loss / max(1, progress.epoch_tokens), **result}
 
     def finish_epoch(self, result: dict[str, Any]) -> None:

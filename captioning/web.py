@@ -41,9 +41,14 @@ ZIP_SECONDS = 30  # time limit for unpacking a zip file, in seconds
 STOP_SECONDS = 2  # time limit for the last batch when the server stops, in seconds
 VIEW_SIZE = 224  # side of the model's view of a photo, which is drawn under attention maps, in pixels
 UPLOAD_ROUTE = "/gradio_api/upload"
-UNUSED_ROUTES = ("/process_recording", "/component_server")  # Gradio's, which keep files or fail
+OFFERED = re.compile(  # the routes of Gradio that its page and its client use; others fetch, keep or print things
+    r"/(?:(?:assets|static|svelte)/.+|config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json)?"
+    r"|/gradio_api/(?:(?:info|app_id|login_check|reset|cancel|startup-events)/?|heartbeat/[^/]+|queue/(?:join|data|status)"
+    r"|upload|upload_progress|(?:call|run|api)/.+|file=.+)"
+)
+MAX_QUERY = 1000  # length limit of an address's query, in bytes
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-RANGE = re.compile(r"bytes=(\d+-\d*|-\d+)")
+RANGE = re.compile(r"bytes=(\d{1,15}-\d{0,15}|-\d{1,15})")
 ADDRESSES = {b"x-forwarded-host": "http://", b"x-gradio-server": ""}  # headers, and what Gradio puts before them
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -60,7 +65,8 @@ class Gate:
     """Refuses requests that the page never sends, before Gradio reads them.
 
     It refuses requests from another website's script in a visitor's browser, requests for another host name if only
-    this computer is served, requests to fetch an address for the caller, and bodies that are too large.
+    this computer is served, requests to fetch an address for the caller, routes that are not in `OFFERED`, and queries
+    and bodies that are too large.
 
     `hosts` are the host names that the server answers to, None for any. `origins` are further hosts whose pages may
     call it, such as that of a tunnel. `answer` answers requests itself, or returns None to have Gradio answer them.
@@ -73,20 +79,22 @@ class Gate:
         self.origins: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it, with 403 or 413 where it is refused."""
+        """Pass a request on, or answer it, with 403, 404 or 413 where it is refused."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         scope = {**scope, "headers": [header for header in scope["headers"] if _is_valid(*header)]}
-        sentence = self._refusal(scope["path"], Headers(scope=scope))
-        app = PlainTextResponse(sentence, 403) if sentence else self.answer(scope) or self.app
+        if sentence := self._refusal(scope["path"], Headers(scope=scope)):
+            app: ASGIApp = PlainTextResponse(sentence, 403)
+        elif not OFFERED.fullmatch(scope["path"]) or len(scope["query_string"]) > MAX_QUERY:
+            app = PlainTextResponse("This server does not offer that.", 404)
+        else:
+            app = self.answer(scope) or self.app
         await app(scope, _counted(receive, scope["path"] == UPLOAD_ROUTE), send)
 
     def _refusal(self, path: str, headers: Headers) -> str | None:
-        if "/file=http" in path or "/proxy=" in path:
+        if "/file=http" in path:
             return "This server fetches nothing from other hosts."
-        if path.endswith(UNUSED_ROUTES):
-            return "This server does not offer that."
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
             name, site = urlsplit(f"//{host}").hostname, urlsplit(origin or "")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -87,13 +88,22 @@ def test_an_input_size_that_the_backbone_cannot_take_is_a_sentence():
 
 
 @pytest.mark.parametrize("size", [100, 224])
-def test_too_little_memory_is_not_blamed_on_the_input_size(size: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+    ],
+)
+def test_other_failures_are_not_blamed_on_the_input_size(size: int, error: Exception, monkeypatch: pytest.MonkeyPatch):
     def run(_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        raise error
 
     encoder = EncoderCNN(8, "resnet18", weights="random").eval()
     monkeypatch.setattr(encoder, "run_backbone", run)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=re.escape(str(error))):
         encoder(torch.zeros(1, 3, size, size))
 
 

@@ -436,3 +436,9 @@ def test_more_processes_than_gpus_are_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"2 processes were launched on a machine with 1 GPU\(s\); launch one per GPU"):
         distributed.this_process()
+
+
+def test_settings_of_accelerate_for_other_ways_of_training_are_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="settings of accelerate choose FSDP, which is not supported; launch with"):
+        distributed.this_process()

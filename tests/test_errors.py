@@ -126,9 +126,18 @@ def test_a_network_error_is_a_few_words(error: Exception, cause: Exception | Non
     assert describe_network_error(error) == text
 
 
-def test_a_gpu_without_memory_is_a_sentence(run_here: Callable):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
+def test_a_gpu_without_memory_is_a_sentence(run_here: Callable, error: Exception):
     def fail() -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     code, _, errors = run_here("caption.py", fail)
     assert (code, errors.startswith("error: the GPU has too little free memory; ")) == (2, True)

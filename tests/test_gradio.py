@@ -245,6 +245,27 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     tab.close()
 
 
+def test_a_photo_that_fails_late_leaves_the_one_chosen_meanwhile(
+    page: Page, browser, scene: Image.Image, tmp_path: Path
+):
+    (tmp_path / "slow.jpg").write_bytes(progressive_bomb(20_000, 8)[:-2])
+    (tmp_path / "scene.jpg").write_bytes(encoded(scene))
+    tab = browser.new_page()
+    tab.set_default_timeout(1000 * WAIT)
+    tab.goto(page.url)
+    chooser = tab.locator("input[type=file]").first
+    with tab.expect_response("**/queue/join*"):
+        chooser.set_input_files(tmp_path / "slow.jpg")
+    assert tab.get_by_text("slow.jpg cannot be read").count() == 0
+    tab.get_by_label("Remove Image").click()
+    chooser.set_input_files(tmp_path / "scene.jpg")
+    tab.get_by_text("slow.jpg cannot be read").first.wait_for()
+    _, (expected, *_) = page.caption(encoded(scene), "scene.jpg", "beam", 3)
+    tab.wait_for_function("text => document.querySelector('#caption textarea')?.value == text", arg=expected)
+    tab.locator(".image-frame img[src*='scene']").wait_for()
+    tab.close()
+
+
 def test_several_images_become_a_table_to_download(page: Page, browser, scene: Image.Image, tmp_path: Path):
     (tmp_path / "one.jpg").write_bytes(encoded(scene))
     (tmp_path / "broken.jpg").write_text("not a photo at all")

@@ -942,8 +942,14 @@ def test_several_tables_are_refused_with_their_names(tmp_path):
 # Splits
 
 
-def test_names_of_splits(tmp_path):
-    names = ("training", "Train", "TEST", "valid", "Evaluation", "validate")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("training", "Train", "TEST", "valid", "Evaluation", "validate"),
+        ("trn", "restval", "tst", "dev", "val2014", "eval"),
+    ],
+)
+def test_names_of_splits(tmp_path, names):
     table = "image,caption,split\n" + "".join(f"{i}.jpg,a red ball,{name}\n" for i, name in enumerate(names))
     importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
     assert set(captions(tmp_path / "out", "train")) == {"0.jpg", "1.jpg"}
@@ -1072,11 +1078,12 @@ def test_a_table_named_after_an_image_is_pointed_to(tmp_path):
     importers.import_folder(source / "0.json", tmp_path / "out")
 
 
-def test_folders_whose_names_say_more_than_a_split(tmp_path, capsys):
-    for folder in ("flickr_train", "flickr_test"):
+@pytest.mark.parametrize("name", ["flickr_", "flickr30k"])
+def test_folders_whose_names_say_more_than_a_split(tmp_path, capsys, name):
+    for folder in (f"{name}train", f"{name}test"):
         six(tmp_path / "in" / folder, **{f"{i}__txt": "a ball" for i in range(6)})
     importers.import_folder(tmp_path / "in", tmp_path / "out")
-    line = "took no split from 12 images, whose folder's name is not just train, val or test, the first is flickr_"
+    line = f"took no split from 12 images, whose folder's name is not just train, val or test, the first is {name}"
     assert line in capsys.readouterr().err
 
 

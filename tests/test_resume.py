@@ -25,6 +25,7 @@ from captioning.errors import InputError
 from captioning.interruption import ending_signals
 from captioning.training import TrainingConfig, read_log, train
 from captioning.weights import read_state_dict
+from model import EncoderCNN
 from train import resumed_config
 
 pytestmark = pytest.mark.slow
@@ -537,7 +538,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(config: Make, tmp_path: P
     folder = train(config(num_epochs=1))
     (folder / ".lock").unlink(missing_ok=True)
     (folder / ".lock").mkdir()  # as root, who may write anywhere, would not notice that the folder is read-only
-    with pytest.raises(InputError, match=r"small cannot be written \(.*\); make it writable\."):
+    with pytest.raises(InputError, match=r"small cannot be written \(.*\); make it writable, or use a copy"):
         train(dataclasses.replace(resumed_config(folder), num_epochs=2))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file.* cannot be .*(written|created|made)"):
@@ -611,9 +612,29 @@ def test_too_little_gpu_memory_names_the_batch_size(config: Make, monkeypatch: p
     monkeypatch.setattr(training.CaptioningModel, "forward", fail)
     with pytest.raises(InputError, match=r"batch of 16 captions; use a smaller --batch-size"):
         train(config())
-    monkeypatch.setattr(training, "stored_features", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stored_features", fail)
+        with pytest.raises(InputError, match=r"features with resnet50; use a smaller --image-size or another"):
+            train(config())
+    monkeypatch.setattr(EncoderCNN, "features", fail)
     with pytest.raises(InputError, match=r"features with resnet50; use a smaller --image-size or another"):
-        train(config())
+        train(config(fine_tune=1))
+
+
+def test_too_little_gpu_memory_in_validation_loses_no_step(config: Make, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    undisturbed = train(config(num_epochs=1, name="undisturbed"))
+    settings = config(num_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "validate", fail)
+        with pytest.raises(InputError, match=r"memory to validate; .* resume with `python train\.py --resume "):
+            train(settings)
+    folder = settings.models / settings.name
+    assert load_resume(folder, print)["step"] > 0
+    train(resumed_config(folder))
+    assert_same_model(folder, undisturbed)
 
 
 # Photos that cannot be read

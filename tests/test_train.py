@@ -19,6 +19,7 @@ from captioning.config import load_config, resumed_config
 from captioning.errors import InputError
 from captioning.hub import find_model
 from captioning.training import TrainingConfig, read_log, train
+from model import DECODERS
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., TrainingConfig]
@@ -99,11 +100,13 @@ def test_an_equals_sign_in_a_folder_s_name(trained: Path, tmp_path: Path):
     assert config.resume == folder
 
 
-@pytest.mark.parametrize("recipe", ["scenes", "coco", "flickr8k"])
-def test_the_recipes_can_be_used(recipe: str):
-    config = load_config(ROOT / "configs" / f"{recipe}.toml", num_epochs=77)
-    assert config.data == Path("data") / recipe
-    assert (config.name, config.num_epochs) == (recipe, 77)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_can_be_used(recipe: Path):
+    config = load_config(recipe, num_epochs=77)
+    data = "coco" if recipe.stem in DECODERS else recipe.stem
+    assert config.data == Path("data") / data
+    assert (config.name, config.num_epochs) == (recipe.stem, 77)
+    assert config.decoder == recipe.stem or recipe.stem not in DECODERS
 
 
 @pytest.mark.parametrize(

@@ -272,10 +272,11 @@ def test_a_warm_up_that_is_cut_is_said(small: Make, tiny_backbone: Callable, cap
     assert "the warm-up" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["start_from", "weights"])
-def test_a_run_does_not_replace_the_model_that_it_starts_from(option: str, trained: Path, small: Make):
-    with pytest.raises(InputError, match=f"{trained} is what the run starts from; choose another --name"):
-        small(**{option: trained if option == "start_from" else str(trained)}, models=trained.parent, name=trained.name)
+@pytest.mark.parametrize(("option", "file"), [("start_from", ""), ("weights", ""), ("weights", "captioner.json")])
+def test_a_run_does_not_replace_the_model_that_it_starts_from(option: str, file: str, trained: Path, small: Make):
+    source = trained / file
+    with pytest.raises(InputError, match=f"{trained} holds what the run starts from; choose another --name"):
+        small(**{option: source if option == "start_from" else str(source)}, models=trained.parent, name=trained.name)
 
 
 def test_training_ends_when_nothing_has_been_better_for_a_while(small: Make, tiny_backbone: Callable, judged: Callable):

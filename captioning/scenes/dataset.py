@@ -159,10 +159,9 @@ def _draw_into(folder: Path, partial_folder: Path, counts: dict[str, int], seed:
                     pictures += done
                     bar.update(len(done))
     _write_annotations(partial_folder / "annotations", info, jobs, pictures)
-    for name in ("annotations", "images"):
+    for name in ("images", "annotations"):  # in this order: by its annotations, a folder is known as drawn scenes
         if (folder / name).exists():
             shutil.rmtree(folder / name)
-    for name in ("images", "annotations"):
         os.replace(partial_folder / name, folder / name)
     partial_folder.rmdir()
 
