@@ -165,3 +165,12 @@ def test_the_quality_after_as_many_epochs_is_compared(
         assert all(0 <= value <= 10 for value in row.values())
     assert list(results["rows"]) == ["plain recipe", "train.py", "train.py --config tiny.toml"]
     assert capsys.readouterr().out.count("\n| train.py") == 2
+
+
+def test_images_of_one_name_in_several_folders_are_used(tmp_path: Path) -> None:
+    paths = [tmp_path / str(i) / "a.png" for i in range(material.VAL_IMAGES + 1)]
+    for path in paths:
+        path.parent.mkdir()
+        Image.new("RGB", (40, 40)).save(path)
+    data, _ = material.make_data_set(tmp_path, paths)
+    assert len(list((data / "images" / "train").iterdir())) == len(paths)

@@ -402,6 +402,8 @@ def test_figures_in_the_folder_of_images_are_not_captioned(
         code, output, errors = command(folder, "--model", attending, *options)
         assert [Path(row["photo"]).name for row in json.loads(output)] == ["a.png"]
         assert (code, "bad.png cannot be read" in errors) == (2, True)
+    code, _, errors = command(folder / "sheet.png", "--model", attending, "--sheet", folder / "sheet.png")
+    assert (code, "the only images named are --sheet or --attention of an earlier run" in errors) == (2, True)
     (folder / "maps.png").unlink()
     (folder / "maps.png").symlink_to("sheet.png")
     code, _, errors = command(folder, "--model", attending, *options)
@@ -551,3 +553,19 @@ def test_captions_hold_what_the_page_and_the_notebooks_show():
         "log_probability": -1.0,
         "alternatives": [{"caption": "b", "log_probability": -2.0}],
     }
+
+
+def test_a_file_of_captions_that_may_not_be_written_is_refused_before_the_work(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "c.jsonl").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "c.jsonl")
+    monkeypatch.setattr(Captioner, "load", lambda *_: pytest.fail("the work has begun"))
+    code, _, errors = command(image_path, "--model", trained, "--output", tmp_path / "c.jsonl")
+    assert (code, "c.jsonl may not be written; change its permissions, or name another file" in errors) == (2, True)
+
+
+def test_maps_of_later_images_are_not_kept(attending: Path, image_paths: list[Path], capsys: pytest.CaptureFixture):
+    options = caption_module.Options(tuple(image_paths), False, (attending,), "fp32", Decoding(), 0, False)
+    captions, _ = caption_module.print_captions(Captioner.load(attending), image_paths, options, False)
+    assert [caption.attention is None for caption in captions.values()] == [False, *[True] * (len(image_paths) - 1)]

@@ -257,6 +257,35 @@ def test_the_last_captions_are_compared_behind_a_batch_of_errors(
     assert output.read_bytes() == at_once.read_bytes()
 
 
+def test_images_that_went_missing_at_the_end_are_captioned_once_and_saved_as_the_run_goes(
+    model: Captioner, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(bulk, "BATCH", 2)
+    monkeypatch.setattr(bulk, "CHUNK", 2)
+    monkeypatch.setattr(bulk, "RETRIED", 1)
+    copies = [tmp_path / f"{i}.png" for i in range(9)]
+    for i, path in enumerate(copies):
+        path.write_bytes(b"" if i in (0, 1) or i >= 3 else image_path.read_bytes())
+    output, at_once = tmp_path / "captions.jsonl", tmp_path / "at-once.jsonl"
+    assert bulk.write_captions(model, copies, Decoding(), output) == (9, 8)
+    with pytest.raises(InputError, match="holds other captions"):
+        bulk.write_captions(model, copies, Decoding(max_length=2), output)
+    assert len(output.read_text().splitlines()) == 9  # a refused run leaves the file as it is
+    for path in copies:
+        path.write_bytes(image_path.read_bytes())
+    seen: list[Path] = []
+    stream = model.stream
+    monkeypatch.setattr(
+        model, "stream", lambda sources, *rest, **options: seen.extend(sources) or stream(sources, *rest, **options)
+    )
+    lines: list[str] = []
+    assert bulk.write_captions(model, copies, Decoding(), output, log=lines.append) == (9, 0)
+    assert lines == [f"{output}: 5 rows written, 4 were there, 3 of them without a caption until now"]
+    assert seen == [*copies[2:], *copies[:2], copies[3]]  # those of the last batch with a caption twice
+    bulk.write_captions(model, copies, Decoding(), at_once)
+    assert output.read_bytes() == at_once.read_bytes()
+
+
 # Precision
 
 
@@ -361,6 +390,14 @@ def test_each_frame_of_an_animation_has_its_caption(model: Captioner, tmp_path: 
             assert [caption.log_probability for caption in model(iterator)] == pytest.approx(expected, abs=1e-3)
         with pytest.raises(InputError, match=r"holds an image of several frames twice; put a copy\(\) of each frame"):
             model(list(ImageSequence.Iterator(animation)))
+
+
+def test_opened_files_of_several_pages_are_the_same_from_an_iterator(model: Captioner, tmp_path: Path):
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    page = Image.fromarray(levels)
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page], tiffinfo={262: 0})
+    listed, iterated = (model(make([Image.open(tmp_path / "pages.tif")]))[0] for make in (list, iter))
+    assert iterated.log_probability == pytest.approx(listed.log_probability, abs=1e-4)
 
 
 def test_several_models_on_the_command_line(trained: Path, attending: Path, image_paths: list[Path], capsys):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -349,3 +350,11 @@ def test_help_is_for_newcomers(command: Callable):
     assert code == 0
     assert output.count("python evaluate.py") == 2
     assert "metrics.score" not in output
+
+
+def test_a_closed_standard_output_is_known_before_the_work(
+    command: Callable, trained: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", None)
+    code, _, errors = command("--model", trained, "--data", drawn)
+    assert (code, "standard output is closed, so the scores cannot be printed" in errors) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import csv
 import errno
@@ -11,6 +12,7 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -25,9 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 from urllib.parse import quote
 
+import gradio as gr
+import gradio.routes
 import gradio_client
 import httpx
 import numpy as np
@@ -35,6 +40,7 @@ import psutil
 import pytest
 import torch
 from conftest import draw_noise
+from gradio.data_classes import PredictBodyInternal
 from PIL import Image
 from starlette.testclient import TestClient
 from test_images import progressive_bomb
@@ -45,7 +51,8 @@ from captioning.captioner import Caption, Captioner, Decoding, other_captions
 from captioning.checkpoint import read_description
 from captioning.errors import InputError
 from captioning.figures import overlay_attention
-from captioning.page import Handlers, as_table, attention_maps, per_word, write_tables
+from captioning.page import Handlers, as_table, attention_maps, explain_unusable, per_word, write_tables
+from captioning.page import Page as Blocks
 from captioning.scenes.dataset import draw_scene
 from captioning.web import MAX_BODY, MAX_UPLOADED, CaptionServer, Gate, Upload
 
@@ -632,11 +639,74 @@ def test_requests_that_gradio_fails_on_are_answered(page: Page, scene: Image.Ima
     address = f"{page.api}/file={page.upload(encoded(scene))}"
     for value in ("bytes=0-1", "bytes=-5"):
         assert get(address, headers={"Range": value}).status_code == 206
-    for value in ("bytes=0-1,3-4", "bytes=--1", "x"):
+    for value in ("bytes=0-1,3-4", "bytes=--1", "x", f"bytes=0-{'9' * 5000}"):
         assert get(address, headers={"Range": value}).status_code == 200
     for name, value in (("X-Forwarded-Host", "a:b"), ("X-Forwarded-Host", "[::"), ("X-Gradio-Server", "http://a:b")):
         assert get(page.url, headers={name: value}).status_code == 200
     assert "http://captions.example" in get(page.url, headers={"X-Forwarded-Host": "captions.example , b:c"}).text
+    assert get(page.url, params={"page": "2"}).status_code == 404
+    form = {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\nabc\r\n--x--\r\n'
+    assert post(f"{page.api}/upload", headers=form, content=part).status_code == 422
+
+
+def join(page: Page, event: str, data: list[object], **values: object) -> tuple[httpx.Response, dict[str, Any]]:
+    """Ask for the first event of a kind, or an API, as the page does; returns the reply and the message of its end."""
+    functions = page.client.get(f"{page.url}/config").json()["dependencies"]
+    number = next(x["id"] for x in functions if event in (x["api_name"], *(target[1] for target in x["targets"])))
+    session = values.pop("session_hash", secrets.token_hex(8))
+    body = {"fn_index": number, "session_hash": session, "data": data, **values}
+    reply = page.client.post(f"{page.api}/queue/join", json=body)
+    if reply.status_code != 200:
+        return reply, {}
+    events = page.client.get(f"{page.api}/queue/data", params={"session_hash": session}).text
+    messages = [json.loads(line.removeprefix("data: ")) for line in events.split("\n") if line.startswith("data: ")]
+    return reply, next(message for message in messages if message["msg"] == "process_completed")
+
+
+def test_sessions_have_short_names(page: Page):
+    reply, _ = join(page, "caption", [None], session_hash="x" * 300)
+    assert (reply.status_code, reply.json()["detail"]) == (400, "This session's name is too long.")
+
+
+@pytest.mark.parametrize("name", ["A" * 100_000, "\ud800.jpg"])
+def test_names_of_uploads_of_any_length_and_letters_are_answered(page: Page, name: str):
+    image = {"path": page.upload(b"no photo"), "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+    _, message = join(page, "caption", [image])
+    assert not message["success"]
+    assert "cannot be read as an image" in message["output"]["error"]
+    assert len(message["output"]["error"]) < 1000
+
+
+@pytest.mark.parametrize("event_data", [None, {}, {"index": 1.0, "value": 0}, {"index": 99, "value": 0}, "x"])
+def test_an_example_that_there_is_not_is_a_sentence(page: Page, event_data: object):
+    _, message = join(page, "select", [], event_data=event_data)
+    assert message["output"]["error"] == "Choose one of the examples."
+
+
+def test_a_text_is_not_fetched_as_a_file():
+    box = gr.Textbox(label="Caption")
+    value = {"path": "https://example.org/big", "meta": {"_type": "gradio.FileData"}}
+    assert explain_unusable(box, value) == "Caption must be text."
+    assert explain_unusable(box, "a cat") is None
+
+
+def test_the_memory_of_sessions_and_uploads_is_bounded():
+    with Blocks() as blocks:
+        gr.Button("x").click(lambda: None, api_name="x")
+    blocks.queue()
+    assert blocks.state_session_capacity <= 256
+    sessions = blocks._queue.pending_event_ids_session
+    for number in range(5):
+        sessions[f"ended-{number}"] = set()
+    body = PredictBodyInternal(session_hash="new", fn_index=0, data=[], request=None)
+    asyncio.run(blocks._queue.push(body, None, None))
+    assert list(sessions) == ["new"]
+    uploads = gradio.routes.file_upload_statuses
+    for number in range(3000):
+        uploads.track(f"upload-{number}")
+        _ = uploads._signals[f"asked-{number}"]
+    assert max(len(uploads._statuses), len(uploads._signals)) <= 1000
 
 
 def test_the_address_of_an_upload_may_be_percent_encoded(page: Page, scene: Image.Image):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import importers
-from captioning import checkpoint
+from captioning import checkpoint, folder_captions
 from captioning.errors import InputError
 from captioning.files import read_text
 from captioning.image_index import ImageIndex
@@ -1347,3 +1347,91 @@ def test_json_labels_of_a_few_images_are_no_table(tmp_path):
     )
     importers.import_folder(tmp_path / "in", tmp_path / "out")
     assert {tuple(x) for x in captions(tmp_path / "out", "train").values()} == {("a big dog",)}
+
+
+@pytest.mark.parametrize("row", ["0.jpg,a dog, brown,", "0.jpg,a dog, brown,a cat"])
+def test_a_caption_with_the_separator_in_a_table_of_several_caption_columns(tmp_path, row):
+    table = f"image,caption_1,caption_2\n{row}\n" + "".join(f"{i}.jpg,a red ball,\n" for i in range(1, 6))
+    with pytest.raises(InputError, match=r"line 2, has more columns than the header's 3; put a caption that contains"):
+        importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+
+
+def test_lines_that_end_in_a_separator_where_there_are_several_caption_columns(tmp_path):
+    table = "image,caption_1,caption_2\n" + "".join(f"{i}.jpg,a red ball,a ball,\n" for i in range(6))
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert set(map(tuple, all_captions(tmp_path / "out").values())) == {("a red ball", "a ball")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("labels.json", json.dumps({f"{i}.jpg": "cat" for i in range(6)}), None),
+        (
+            "review.csv",
+            "image,comment\n1.jpg,too dark\n",
+            "left out 1 table of few images, as files next to the images",
+        ),
+        ("captions.xlsx", "PK", "left out 1 spreadsheet, which are read as CSV only"),
+        (
+            "captions.json",
+            '{"images": [], "annotations": [{"image_id": 1, "caption": "a long human caption"}]}',
+            "left out 1 COCO annotation file beside other captions",
+        ),
+    ],
+)
+def test_other_tables_do_not_take_the_place_of_captions_next_to_the_images(tmp_path, capsys, name, content, line):
+    source = six(tmp_path / "in", **{f"{i}__txt": "a big dog" for i in range(6)})
+    text(source / name, content)
+    importers.import_folder(source, tmp_path / "out")
+    assert set(map(tuple, all_captions(tmp_path / "out").values())) == {("a big dog",)}
+    assert line is None or line in capsys.readouterr().err
+
+
+def test_annotation_files_of_coco_beside_a_table_are_reported(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
+    text(source / "annotations" / "captions_train.json", '{"annotations": [{"image_id": 1, "caption": "a dog runs"}]}')
+    importers.import_folder(source, tmp_path / "out")
+    assert "left out 1 COCO annotation file beside other captions" in capsys.readouterr().err
+
+
+def test_a_json_file_too_large_to_look_into_is_reported_beside_a_table(tmp_path, capsys, monkeypatch):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption"), instances__json='{"annotations": [1, 2, 3]}')
+    monkeypatch.setattr(folder_captions, "MAX_LIST", 10)
+    importers.import_folder(source, tmp_path / "out")
+    line = f"left out 1 file too large to look into beside other captions: {source}/instances.json"
+    assert line in capsys.readouterr().err
+
+
+def test_a_folder_of_images_named_twice_is_told_apart(tmp_path):
+    source = six(tmp_path / "data" / "images", **{f"{i}__txt": "a big dog" for i in range(6)})
+    with pytest.raises(InputError, match=rf"; name {source} without --images if its files hold the captions\.$"):
+        importers.import_folder(source.parent, tmp_path / "out", images=source)
+
+
+def test_a_file_that_is_no_list_of_a_split_is_one_sentence(flickr8k, tmp_path):
+    text(flickr8k / "titanic" / "train.csv", "PassengerId,Survived\n1,0\n")
+    with pytest.raises(
+        InputError, match=r"PassengerId has no caption in .*; .* or move train\.csv away if it is no list"
+    ):
+        importers.import_flickr(flickr8k, tmp_path / "out")
+
+
+def test_a_csv_file_whose_name_holds_token(tmp_path):
+    source = six(tmp_path / "in", **{"captions__tokenized__csv": csv_rows("image,caption")})
+    importers.import_flickr(source / "captions.tokenized.csv", tmp_path / "out", images=source)
+    assert set(map(tuple, all_captions(tmp_path / "out").values())) == {("a red ball",)}
+
+
+@pytest.mark.parametrize("caption", ["un cafÃ© Ã\xa0 la plage", "a red ball\\na blue ball"])
+def test_misread_letters_and_escaped_line_breaks_are_reported(tmp_path, capsys, caption):
+    importers.import_folder(
+        six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,{caption}")), tmp_path / "out"
+    )
+    assert "6 captions with " in capsys.readouterr().err
+
+
+def test_a_space_after_a_closing_quotation_mark_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"is not CSV: .*, and no space after a closing one"):
+        importers.import_folder(
+            six(tmp_path / "in", c__csv=csv_rows("image,caption", '{}.jpg,"a dog, brown" ')), tmp_path / "out"
+        )

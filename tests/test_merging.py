@@ -326,3 +326,15 @@ def test_an_image_outside_its_data_set_is_refused(name: str, reason: str, tmp_pa
     with pytest.raises(InputError, match=rf'images\[0\] has a "file_name" {reason}'):
         importers.merge((a, b), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_merged_is_reported(tmp_path, capsys):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", splits={"train": [7]}, width=20)
+    (a / "val-000.tar").touch()
+    text(b / "annotations" / "val_captions.json", "{}")
+    importers.merge((a, b), tmp_path / "out")
+    errors = capsys.readouterr().err
+    assert f"left out 1 tar file, which are not merged: {a}/val-000.tar" in errors
+    assert (
+        f"annotation file not named captions_{{train,val,test}}<year>.json: {b}/annotations/val_captions.json" in errors
+    )

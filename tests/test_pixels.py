@@ -455,3 +455,15 @@ def test_a_colour_profile_is_ignored(tmp_path: Path):
     photo = Image.fromarray(COLOURS)
     photo.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes())
     assert (np.asarray(read_image(tmp_path / "a.png")) == COLOURS).all()
+
+
+def test_the_ones_of_an_xbm_are_black(tmp_path: Path):
+    path = tmp_path / "a.xbm"
+    path.write_text("#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {\n0x01};\n")
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, *[255] * 7]
+
+
+def test_a_long_pgm_keeps_its_white(tmp_path: Path):
+    levels = np.linspace(0, 1000, 3400 * 100).astype(">u2").reshape(100, 3400)
+    (tmp_path / "a.pgm").write_bytes(b"P5 3400 100 65535\n" + levels.tobytes())
+    assert np.asarray(read_image(tmp_path / "a.pgm")).max() <= 4

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_script
@@ -441,3 +442,19 @@ def test_command_reports_a_mistake_in_one_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_replacement_that_is_interrupted_is_made_up_for(tmp_path, monkeypatch):
+    folder = dataset.draw_dataset(tmp_path / "data", train=2, val=1, test=1)
+    with monkeypatch.context() as patch:
+
+        def interrupted(path: Path, **options: object) -> None:
+            shutil.rmtree(path, **options)
+            if path.name == "images":
+                raise KeyboardInterrupt
+
+        patch.setattr(dataset, "shutil", SimpleNamespace(rmtree=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            dataset.draw_dataset(folder, train=3, val=1, test=1)
+    dataset.draw_dataset(folder, train=3, val=1, test=1)
+    assert digest(folder) == digest(dataset.draw_dataset(tmp_path / "whole", train=3, val=1, test=1))

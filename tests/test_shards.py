@@ -543,10 +543,13 @@ def test_what_a_folder_names_is_what_its_index_says(packed: Path, tmp_path: Path
 def test_an_index_is_the_same_wherever_its_folder_is(tmp_path: Path):
     for name in ("a", "data"):
         (tmp_path / name).mkdir()
-        pack(tmp_path / name / "train-0.tar", [("data/0.png", PNG), ("data/0.txt", BALL), ("data/0.cls", b"3")])
+        files = [("0.png", PNG), ("0.txt", BALL), ("0.cls", b"3"), ("0.json", b'{"caption": "a kite"}')]
+        files += [("1.png", PNG), ("1.json", b'{"caption": "no", "is_rejected": true}')]
+        pack(tmp_path / name / "train-0.tar", [(f"data/{file}", content) for file, content in files])
     one, other = (index_shards([tmp_path / n / "train-0.tar"], "train", tmp_path / n) for n in ("a", "data"))
     assert one.read_bytes() == other.read_bytes()
     assert "left out 1 .cls file: 'train-0.tar/data/0.cls'" in one.read_text()
+    assert "another file of the same image is used" in one.read_text()
 
 
 def test_images_are_indexed_again_once_their_format_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -572,3 +575,19 @@ def test_numbered_captions_of_a_json_file_are_read(tmp_path: Path):
     write_shard(tmp_path / "train-0.tar", [{"__key__": "a", "png": encoded(0), "json": content}])
     document = json.loads(index_shards([tmp_path / "train-0.tar"], "train", tmp_path / "cache").read_text())
     assert [row["caption"] for row in document["annotations"]] == ["a ball", "one ball"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.txt", "Photos by José".encode("cp1252")),
+        ("LICENSE.txt", b"word " * 2000),
+        ("meta.json", b"{"),
+        ("dataset.json", b'{"caption": 3}'),
+    ],
+)
+def test_files_of_no_image_need_not_be_captions(tmp_path: Path, name: str, content: bytes):
+    pack(tmp_path / "train-0.tar", [("0.png", PNG), ("0.txt", BALL), (name, content)])
+    document = json.loads(index_shards([tmp_path / "train-0.tar"], "train", tmp_path / "cache").read_text())
+    assert [row["caption"] for row in document["annotations"]] == [BALL.decode().strip()]
+    assert any(f"left out 1 file of no image: 'train-0.tar/{name}'" in line for line in document["warnings"])
