@@ -1,4 +1,4 @@
-"""The web page: it captions one photo, or many into a table.
+"""Serve the web page, which captions one photo, or many into a table.
 
     python gradio_main.py --model models/scenes --port 7860
 
@@ -174,7 +174,7 @@ def _lay_out_options() -> list[Option]:
     """Create the inputs for method, beam size and temperature, to be placed later."""
     method = gr.Radio(METHODS, value="beam", label="Method", render=False)
     beam_size = gr.Slider(
-        1, 10, 3, step=1, label="Beam width", info="Partial captions kept at each word.", render=False
+        1, 10, 3, step=1, label="Beam size", info="Partial captions kept at each word.", render=False
     )
     temperature = gr.Slider(
         0.1, 2, 0.7, step=0.1, label="Temperature", info="Higher is more surprising.", visible=False, render=False

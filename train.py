@@ -5,7 +5,7 @@
     python train.py --data data/mine --start-from models/photos    the same, from a trained model
     python train.py --resume models/mine                       continue a run that was interrupted
     python train.py --resume models/mine --objective cider     then raise the captions' CIDEr-D score
-    torchrun --nproc_per_node 2 train.py --data data/mine      on two GPUs
+    torchrun --nproc_per_node 2 train.py --data data/mine      in two processes, on CPUs or GPUs
 
 Options on the command line override those of --config, and those of the run that --resume continues, except for its
 vocabulary, image preprocessing and architecture.

@@ -217,7 +217,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     tab.get_by_label("Sampling").check()
     tab.get_by_text("Temperature").wait_for()
     tab.get_by_label("Beam search").check()
-    tab.get_by_label("number input for Beam width").fill("5")
+    tab.get_by_label("number input for Beam size").fill("5")
     _, (_, table, *_) = page.caption(encoded(scene), "scene.jpg", "beam", 5)
     tab.get_by_role("gridcell", name=table["data"][-1][0]).first.wait_for()
 
@@ -231,7 +231,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
     folder = page.temporary.parent / "flagged"
     assert len(list(folder.glob("Photo/*/*.jpg"))) == 1
     [row] = csv.DictReader((folder / "dataset1.csv").open())
-    assert (row["Caption"], row["Method"], row["Beam width"], row["Model"]) == (expected, "beam", "5", "small")
+    assert (row["Caption"], row["Method"], row["Beam size"], row["Model"]) == (expected, "beam", "5", "small")
     (folder / "dataset1.csv").rename(folder / "collected.csv")
     tab.get_by_text("Saved. Thank you.").wait_for(state="detached")
     tab.get_by_role("button", name="Save this photo").click()
@@ -547,13 +547,13 @@ UPLOADED = {"path": "the upload", "meta": {"_type": "gradio.FileData"}}
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ([UPLOADED, "beam", 1000], "Beam width must be a whole number from 1 to 10, not 1000."),
-        ([UPLOADED, "beam", 0], "Beam width must be a whole number from 1 to 10, not 0."),
-        ([UPLOADED, "beam", 2.5], "Beam width must be a whole number from 1 to 10, not 2.5."),
-        ([UPLOADED, "beam", "3"], 'Beam width must be a whole number from 1 to 10, not "3".'),
-        ([UPLOADED, "beam", None], "Beam width must be a whole number from 1 to 10, not null."),
-        ([UPLOADED, "beam", True], "Beam width must be a whole number from 1 to 10, not true."),
-        ([UPLOADED, "beam", [3]], "Beam width must be a whole number from 1 to 10, not [3]."),
+        ([UPLOADED, "beam", 1000], "Beam size must be a whole number from 1 to 10, not 1000."),
+        ([UPLOADED, "beam", 0], "Beam size must be a whole number from 1 to 10, not 0."),
+        ([UPLOADED, "beam", 2.5], "Beam size must be a whole number from 1 to 10, not 2.5."),
+        ([UPLOADED, "beam", "3"], 'Beam size must be a whole number from 1 to 10, not "3".'),
+        ([UPLOADED, "beam", None], "Beam size must be a whole number from 1 to 10, not null."),
+        ([UPLOADED, "beam", True], "Beam size must be a whole number from 1 to 10, not true."),
+        ([UPLOADED, "beam", [3]], "Beam size must be a whole number from 1 to 10, not [3]."),
         ([UPLOADED, "sampling", 3, "hot"], 'Temperature must be a number from 0.1 to 2, not "hot".'),
         ([UPLOADED, "sampling", 3, None], "Temperature must be a number from 0.1 to 2, not null."),
         ([UPLOADED, "best"], 'Method must be one of beam, greedy, sampling, not "best".'),
@@ -562,7 +562,7 @@ UPLOADED = {"path": "the upload", "meta": {"_type": "gradio.FileData"}}
         ([UPLOADED, "beam", 3, 1, "large"], 'Model must be one of small, plain, not "large".'),
         (
             [UPLOADED, "beam", 3, 1, "small", 7],
-            "Send at most 5 values (Photo, Method, Beam width, Temperature, Model), not 6.",
+            "Send at most 5 values (Photo, Method, Beam size, Temperature, Model), not 6.",
         ),
         ([None, "beam", 3, 1], "Upload a photo first."),
         ([], "Upload a photo first."),
