@@ -5,13 +5,17 @@ SCENES := data/scenes
 NOTEBOOKS := $(sort $(wildcard [0-3]_*.ipynb))
 NBCONVERT := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.store_widget_state=False \
     --ExecutePreprocessor.record_timing=False
+CHECK_PYTHON := import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed: \
+    delete .venv if it is there, then make setup PYTHON=python3.12")
 
 .PHONY: setup demo test check lint app bench notebooks notebooks-commit
 
 setup: .venv/installed
 
 .venv/installed: requirements.txt requirements-dev.txt
+	@test -e .venv || $(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv .venv
+	@$(BIN)/python -c '$(CHECK_PYTHON)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
 

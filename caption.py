@@ -210,9 +210,7 @@ def print_captions(
     stream = captioner.stream(sources, options.decoding, workers, unreadable)
     try:
         for index, caption in tqdm(stream, total=len(sources), unit="image", delay=2, disable=None):
-            for each in (caption, *caption.alternatives) if captions else ():
-                each.attention = None  # only the first image's is drawn, and each holds its batch's memory
-            captions[index] = caption
+            captions[index] = caption.without_attention() if captions else caption  # the first image's may be drawn
             if not as_document:
                 text = f"{sources[index]}: {caption.text}" if len(sources) > 1 else caption.text
                 tqdm.write(printable(text))

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,7 +99,7 @@ def evaluate(
     stream = captioner.stream(paths, decode or Decoding(), workers, skip, shared=True)
     total = -(-len(paths) // process.num_processes)
     progress = tqdm(stream, total=total, unit="image", delay=2, disable=None if is_main else True)
-    share.extend((i, replace(caption, attention=None)) for i, caption in progress)  # a map holds its batch's memory
+    share.extend((i, caption.without_attention()) for i, caption in progress)
     outcomes = sorted(gather_object(share), key=itemgetter(0))
     if not is_main:
         return None

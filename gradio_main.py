@@ -173,9 +173,7 @@ def build_page(
 def _lay_out_options() -> list[Option]:
     """Create the inputs for method, beam size and temperature, to be placed later."""
     method = gr.Radio(METHODS, value="beam", label="Method", render=False)
-    beam_size = gr.Slider(
-        1, 10, 3, step=1, label="Beam size", info="Partial captions kept at each word.", render=False
-    )
+    beam_size = gr.Slider(1, 10, 3, step=1, label="Beam size", info="Partial captions kept at each word.", render=False)
     temperature = gr.Slider(
         0.1, 2, 0.7, step=0.1, label="Temperature", info="Higher is more surprising.", visible=False, render=False
     )
@@ -244,19 +242,15 @@ def _lay_out_image(
 
     gallery.select(choose, None, image, show_progress="hidden", api_visibility="private")
     image.change(None, None, caption, js="() => ''", api_visibility="private")  # the caption of the photo before
-    outputs = [caption, result, score, table, looks, maps]
-    captioned = gr.on(
+    gr.on(
         [image.change, *(option.change for option in options)],
         handlers.show,
         [image, *options],
-        outputs,
+        [caption, result, score, table, looks, maps],
         api_visibility="private",
         concurrency_limit=HANDLED_AT_ONCE,
         concurrency_id="photo",
         trigger_mode="always_last",
-    )
-    captioned.failure(
-        lambda: handlers.show(None, ""), None, outputs, queue=False, show_progress="hidden", api_visibility="private"
     )
     gr.on(
         [],

@@ -110,7 +110,7 @@ class EncoderCNN(nn.Module):
             features = features.permute(0, 3, 1, 2)
         if self.grid and self.grid_size is not None:
             grid = features.unflatten(2, (math.isqrt(features.shape[2]), -1)) if features.ndim == 3 else features
-            features = F.adaptive_avg_pool2d(grid.float(), self.grid_size)
+            features = backbones.pool_to_grid(grid.float(), self.grid_size)
         return features.flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:

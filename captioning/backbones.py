@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -219,6 +220,19 @@ def require_one_map(name: str, features: object) -> None:
     """Raise `InputError` where a backbone's features are several maps."""
     if not isinstance(features, Tensor):
         raise InputError(f"{name} has more than one feature map; use another --backbone.")
+
+
+def pool_to_grid(maps: Tensor, size: int) -> Tensor:
+    """Average feature maps (B, C, h, w) to (B, C, size, size), as `adaptive_avg_pool2d` does.
+
+    On Apple's GPUs, PyTorch pools to a divisor of a map's size only, so matrix products take its place there.
+    """
+    return _pool_by_products(maps, size) if maps.device.type == "mps" else F.adaptive_avg_pool2d(maps, size)
+
+
+def _pool_by_products(maps: Tensor, size: int) -> Tensor:
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(n), size).to(maps) for n in maps.shape[2:])  # (h, size), (w, size)
+    return rows.T @ maps @ columns
 
 
 def explain_failure(name: str, images: Tensor, error: Exception) -> str | None:

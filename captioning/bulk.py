@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,7 +79,8 @@ def write_captions(
                 retried += rows.replace(_retry(captioner, some, decode, workers, strict))
             if log is not None:
                 note = f", {retried:,} of them without a caption until now" if retried else ""
-                log(f"{output}: {rows.count - earlier:,} rows written, {earlier:,} were there{note}")
+                there = earlier + rows.same
+                log(f"{output}: {rows.count - there:,} rows written, {there:,} were there{note}")
     result: list[Any] = [None if rows is None else (rows.count, rows.failed)]
     return broadcast_object_list(result)[0]
 
@@ -88,7 +89,8 @@ def write_captions(
 class _Rows:
     """The rows of the file, which only the main process accesses.
 
-    count, size: number of rows, and their size in bytes; later rows of an earlier run are replaced by `append`.
+    count, size: number of rows, and their size in bytes. later: the lines after them, which hold errors only; `append`
+    replaces them, and counts those that stay the same in `same`.
     unreadable: the rows of an earlier run with an "error", by index. to_verify: the last rows of an earlier run, whose
     images are captioned again to compare the rows. failed: number of rows with an "error".
     """
@@ -97,19 +99,25 @@ class _Rows:
     file: BinaryIO
     count: int
     size: int
+    later: list[bytes]
     unreadable: dict[int, ImageRow]
     to_verify: list[ImageRow]
 
     def __post_init__(self) -> None:
-        self.failed = len(self.unreadable)
+        self.failed, self.same = len(self.unreadable), 0
 
     def append(self, rows: list[dict[str, Any]]) -> int:
         """Compare the first rows with `to_verify`, write the others to disk, and return their number."""
         _compare_rows(self.to_verify, rows, self.output)
         self.to_verify, rows = self.to_verify[len(rows) :], rows[len(self.to_verify) :]
-        if rows and self.size < self.file.seek(0, os.SEEK_END):
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(lines, self.later, strict=False)))
+        self.size += sum(map(len, lines[:same]))
+        self.same, self.later = self.same + same, self.later[same:]
+        if lines[same:] and self.later:
             self.file.truncate(self.size)
-        self.size += sum(map(self.file.write, (json.dumps(row).encode() + b"\n" for row in rows)))
+            self.later = []
+        self.size += sum(map(self.file.write, lines[same:]))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.failed += _print_errors(rows)
@@ -194,7 +202,7 @@ def _read_rows(
     unreadable: dict[int, ImageRow] = {}
     batch: list[ImageRow] = []  # rows of the current batch
     last: list[ImageRow] = []  # rows of the last batch with a caption
-    later: list[Path | Member] = []  # images of the rows after it
+    later: list[tuple[Path | Member, bytes]] = []  # images and lines of the rows after it
     count = size = 0
     kept = count, size
     file.seek(0)
@@ -215,7 +223,7 @@ def _read_rows(
         if last is batch:
             kept, later = (count, size), []
         else:
-            later.append(image)
+            later.append((image, line.rstrip(b"\n") + b"\n"))
     if size < file.seek(0, os.SEEK_END):  # otherwise truncating would only change its date
         file.truncate(size)
     elif count and not line.endswith(b"\n"):  # as an editor may leave it
@@ -225,7 +233,7 @@ def _read_rows(
         images_are = "1 image is" if len(changed) == 1 else f"{len(changed):,} images are"
         log(f"{images_are} newer than {file.name}, such as {changed[0]}; delete the file to caption all images again")
     unreadable = {index: row for index, row in unreadable.items() if index < kept[0]}
-    return _Rows(output, file, *kept, unreadable, last), later
+    return _Rows(output, file, *kept, [line for _, line in later], unreadable, last), [image for image, _ in later]
 
 
 def _match_row(line: bytes, image: Path | Member | None, where: str) -> ImageRow:

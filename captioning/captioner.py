@@ -157,6 +157,11 @@ class Caption:
     alternatives: list[Caption] = field(default_factory=list)
     score: float = math.nan
 
+    def without_attention(self) -> Caption:
+        """Return the caption and its alternatives without the attention, which holds the memory of its whole batch."""
+        others = [other.without_attention() for other in self.alternatives]
+        return replace(self, attention=None, alternatives=others)
+
 
 def other_captions(caption: Caption) -> list[Caption]:
     """Return a caption's alternatives that differ from it, and from one another, in more than case and full stop."""

@@ -38,6 +38,7 @@ FROM_PREPROCESSING = ("image_size", "crop", "reduce_to")
 
 MAX_COUNT = 2**63 - 1  # largest number of images, steps, epochs or captions
 # The minimum and the maximum of each number.
+MAX_MINUTES = 1e6  # two years: a longer --save-minutes is the same
 LIMITS: dict[str, tuple[float, float]] = {
     "grid_size": (1, checkpoint.MAX_GRID),
     "embed_size": (1, checkpoint.MAX_SIZE),
@@ -50,7 +51,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "clip_norm": (0, 1e9),
     "attention_penalty": (0, 1e6),
     "warmup_steps": (0, math.inf),
-    "save_minutes": (0, 1e6),
+    "save_minutes": (0, math.inf),
     "workers": (0, MAX_WORKERS),
     "seed": (0, MAX_SEED),
     **dict.fromkeys(("views", "batch_size", "num_epochs", "save_every", "print_every"), (1, MAX_COUNT)),
@@ -195,6 +196,7 @@ class TrainingConfig(DeviceOptions, CheckpointOptions, OptimizationOptions, Mode
             raise InputError(f"{self.start_from} preprocesses images as this version cannot; train a new model.")
 
     def _fill_defaults(self) -> None:
+        self.save_minutes = min(self.save_minutes, MAX_MINUTES)
         cider = self.objective == "cider"
         if self.weights == "pretrained" and self.resume is None:
             self.backbone = full_name(self.backbone)
@@ -323,6 +325,8 @@ def resumed_config(folder: Path, objective: str | None = None) -> ResumedConfig:
         if saved.get(name) is None and value != getattr(default, name):
             saved[name] = value  # for some backbones, the default was another one
     values = {name: saved[name] for name in names if name in saved}
+    if values.get("save_minutes", 0) is None:  # an earlier version's infinity, which JSON cannot hold
+        values["save_minutes"] = MAX_MINUTES
     if objective is not None and objective != values.get("objective", "cross-entropy"):
         values["objective"] = objective
         for name in ("num_epochs", "learning_rate", "backbone_learning_rate"):  # the new objective has its own defaults

@@ -40,18 +40,21 @@ def on_cpus() -> bool:
 def this_process() -> PartialState:
     """Return accelerate's state of this process (index, device, barrier); the first call connects the processes.
 
-    Raises `InputError` for more processes than GPUs, if there are any, and for a way of training that the settings
-    saved by `accelerate config` choose, but that the project does not support.
+    Raises `InputError` for more processes than GPUs, if there are any.
     """
     keep_freed_memory()
-    for name in UNSUPPORTED:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise InputError(f"the settings of accelerate choose {name}, which is not supported; launch with torchrun.")
     launched, gpus = get_cpu_distributed_information().local_world_size, torch.cuda.device_count()
     has_own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # the launcher may give each process its own GPU
     if launched > gpus > 0 and not has_own:
         raise InputError(f"{launched} processes were launched on a machine with {gpus} GPU(s); launch one per GPU.")
     return PartialState(cpu=on_cpus(), timeout=TIMEOUT)
+
+
+def require_data_parallel() -> None:
+    """Raise `InputError` if the settings of `accelerate config` choose another way of training."""
+    for name in UNSUPPORTED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise InputError(f"the settings of accelerate choose {name}, which is not supported; launch with torchrun.")
 
 
 @cache

@@ -58,7 +58,7 @@ def encode(
     device = encoder.embed.weight.device
     for indices, images in read_batches(dataset, batches, workers, unreadable):
         if indices:
-            images = images.to(device, non_blocking=True)
+            images = images.to(device, non_blocking=device.type == "cuda")
             features = encoder.features(images.flatten(0, -4)).float()
             yield indices, features.unflatten(0, images.shape[:-3])
 

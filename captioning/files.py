@@ -6,8 +6,8 @@ import codecs
 import hashlib
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -92,7 +92,7 @@ def require_regular(path: str | Path) -> None:
 
 def is_within(name: str) -> bool:
     """Return whether a file name, relative to a folder, stays within that folder."""
-    return not os.path.isabs(name) and not (".." in name and ".." in Path(name).parts)
+    return not Path(name).anchor and not (".." in name and ".." in Path(name).parts)  # "D:x" has one on Windows
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
@@ -255,12 +255,18 @@ def _write_atomically(path: Path, temporary: Path, write: Callable[[BinaryIO], o
 def require_writable(folder: Path) -> None:
     """Raise `InputError` if no file can be written into the folder; call it before a long computation."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _try_to_write(folder)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written to ({error.strerror}); make it writable, or use a copy of it."
         ) from None
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write and delete a file; `tempfile` would try for hours in a folder of Windows that may not be written."""
+    path = Path(folder, f".{secrets.token_hex(8)}.tmp")
+    path.touch(exist_ok=False)
+    path.unlink()
 
 
 def check_output(path: Path) -> None:
@@ -275,8 +281,7 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.lstat(path.with_name(path.name + ".new"))  # raises if the name is too long
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        _try_to_write(path.parent)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from None
 

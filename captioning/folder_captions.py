@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_captions_of_folder(
     files = list(walk_files(folder))
     sidecars = find_sidecars(folder, files, index)
     here = [path for path in files if path.parent == folder and path not in sidecars]
-    found = _find_tables(files, here, bool(sidecars), index, encoding)
+    found = _find_tables(files, here, sidecars, index, encoding)
     tables = found.certain + found.small if found.certain else []
     rows = [] if tables else read_folder(folder, files, sidecars, index, encoding, report)
     if not tables and not any(row.captions[0] for row in rows):  # as in files of labels
@@ -83,11 +84,12 @@ def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | 
         if path.parent == folder:
             report.add("file{s} too large to look into beside other captions", str(path))
         return
-    with suppress(InputError):
-        text = read_text(path, encoding, ENCODING_ADVICE)
-        if path.suffix.lower() == ".json" and '"image_id"' in text and '"caption"' in text:
-            report.add("COCO annotation file{s} beside other captions", str(path))
-            return
+    if path.suffix.lower() == ".json":
+        with suppress(InputError):
+            text = read_text(path, encoding, ENCODING_ADVICE)
+            if '"image_id"' in text and '"caption"' in text:
+                report.add("COCO annotation file{s} beside other captions", str(path))
+                return
     if path.parent != folder:
         if _named_images(path, index, encoding):
             report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
@@ -109,14 +111,14 @@ def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | 
 
 
 def _find_tables(
-    files: list[Path], here: list[Path], has_sidecars: bool, index: ImageIndex, encoding: str | None
+    files: list[Path], here: list[Path], sidecars: Collection[Path], index: ImageIndex, encoding: str | None
 ) -> _Tables:
     """Sort the tables among the `files` of a folder; only metadata files may be in its subfolders, not `here`."""
     tables = [path for path in files if path.name.lower() in METADATA]
     tables += [path for path in here if path.suffix.lower() in TABLE_SUFFIXES and path not in tables]
     json_files = [path for path in here if path.suffix.lower() == ".json"]
     empty = []
-    if len(tables) > 1 or has_sidecars or json_files:  # else the only one is read, and an error says what it lacks
+    if len(tables) > 1 or sidecars or json_files:  # else the only one is read, and an error says what it lacks
         for path in tables:
             read_text(path, encoding, ENCODING_ADVICE)  # one that cannot be decoded is not empty
         empty = [path for path in tables if not any(find_rows(path, encoding))]
@@ -124,15 +126,25 @@ def _find_tables(
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path) or _is_test_without_captions(path, encoding)]
     certain = [path for path in tables if path not in empty]
-    unsure = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
-    if has_sidecars:  # a table of a few remarks does not replace them
-        unsure += [path for path in certain if path.name.lower() not in METADATA]
-        certain = [path for path in certain if path not in unsure]
-    named = {path: _named_images(path, index, encoding) for path in unsure}
+    captioned = sum(has_captions(path, encoding) for path in sidecars) if tables or json_files else 0
+    few = [path for path in certain if captioned and _has_fewer_rows(path, captioned, index, encoding)]
+    certain = [path for path in certain if path not in few]
+    labels = bool(captioned)  # a .json file of labels takes the place of no captions
+    looked_into = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
+    named = {path: _named_images(path, index, encoding, but_labels=labels) for path in looked_into}
     half = len(index.paths) / 2
     certain = certain or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
-    small = [path for path, n in named.items() if n and path not in certain]
+    small = few + [path for path, n in named.items() if n and path not in certain]
     return _Tables(certain, small, empty, json_files)
+
+
+def _has_fewer_rows(path: Path, images: int, index: ImageIndex, encoding: str | None) -> bool:
+    """Return whether a table, such as one of remarks, has captions of fewer than `images` of the images."""
+    if path.name.lower() in METADATA or split_of_file(path) or _is_faulty(path, encoding):
+        return False
+    stems = {stem.casefold() for stem in index.by_stem}
+    rows = {row.image.casefold() for row in find_rows(path, encoding)}
+    return sum(not {name, Path(name).stem}.isdisjoint(stems) for name in rows) < images
 
 
 def _is_faulty(path: Path, encoding: str | None) -> bool:
@@ -157,9 +169,11 @@ def _first_words(path: Path, encoding: str | None) -> list[str]:
     return re.split(r'[,|;\t:{}"]+\s*', read_text(path, encoding, ENCODING_ADVICE).lstrip().split("\n", 1)[0].lower())
 
 
-def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:
-    """Count the images of which a table has captions of more than one word, which may be labels."""
-    rows = (row for row in find_rows(path, encoding) if any(" " in x or not x.isascii() for x in row.captions))
+def _named_images(path: Path, index: ImageIndex, encoding: str | None, but_labels: bool = False) -> int:
+    """Count the images of which a table has captions, or with `but_labels` captions of more than one word."""
+    rows = find_rows(path, encoding)
+    if but_labels:
+        rows = (row for row in rows if any(" " in x or not x.isascii() for x in row.captions))
     return len({row.image for row in rows if index.has_name(row.image)})
 
 

@@ -178,7 +178,10 @@ class ImageIndex:
         """Return the key of the image that a link leads to; raises `InputError` for a file that is not in the index."""
         file, target = self.folder / name, None
         if os.path.isfile(file):
-            target = _normalize(os.path.relpath(os.path.realpath(file), os.path.realpath(self.folder)))
+            target = ""
+            with suppress(ValueError):  # of another drive, on Windows
+                relative = os.path.relpath(os.path.realpath(file), os.path.realpath(self.folder))
+                target = _normalize(Path(relative).as_posix())
             if target in self.paths:
                 return [target]
             if match := self.by_casefold.get(target.casefold()):  # on a file system that ignores case

@@ -44,7 +44,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device; from pinned memory the copy is asynchronous."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
+        is_pinned = device.type == "cuda"  # elsewhere, a source that is not kept may be overwritten while it is copied
+        return self.map(lambda x: x.to(device, non_blocking=is_pinned))
 
 
 class Objective(Protocol):

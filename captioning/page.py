@@ -52,7 +52,7 @@ INVALID = (
     *(FnIndexInferError, FormParserError, RequestValidationError),
 )
 MAX_NAME = 255  # length limit of the names of files and sessions, in characters
-MAX_SESSIONS = 256  # sessions whose values Gradio keeps; the page needs none of them
+MAX_SESSIONS = 64  # sessions whose values Gradio keeps; the page needs none of them
 MAX_TRACKED = 1000  # uploads whose progress Gradio keeps
 FULL = "The server's disk is full; try again later."
 
@@ -297,11 +297,19 @@ class Handlers:
         return caption.text, alternatives, attention_maps(view, caption), per_word(caption)
 
     def show(self, photo: Upload | None, method: str, *options: Any) -> tuple:
-        """Caption a photo for the page, which hides empty tables and galleries; see `caption`."""
+        """Caption a photo for the page, which hides empty tables and galleries; see `caption`.
+
+        An error is shown as a message: after one that is raised, Gradio forgets the photo that was chosen meanwhile.
+        """
+        hidden = gr.update(visible=False)
+        empty = "", hidden, "", hidden, hidden, None
         if photo is None:
-            hidden = gr.update(visible=False)
-            return "", hidden, "", hidden, hidden, None
-        text, alternatives, maps, percent = self.caption(photo, method, *options)
+            return empty
+        try:
+            text, alternatives, maps, percent = self.caption(photo, method, *options)
+        except gr.Error as error:
+            gr.Warning(error.message, duration=None, title="Error")
+            return empty
         return (
             text,
             gr.update(visible=True),

@@ -14,7 +14,7 @@ def pack_sequences(x: Tensor, lengths: Tensor | None) -> tuple[PackedSequence, T
     """
     lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    order = order.to(x.device, non_blocking=True)
+    order = order.to(x.device, non_blocking=x.device.type == "cuda")
     return pack_padded_sequence(x.index_select(0, order), lengths, batch_first=True), order
 
 

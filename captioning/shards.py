@@ -268,7 +268,7 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
-        where, folder = f"{mode}*{TAR_SUFFIX}", f"{shards[0].parent}/"
+        where, folder = f"{mode}*{TAR_SUFFIX}", f"{shards[0].parent}{os.sep}"
         if not image_count:
             about = f" ({'; '.join(lines)})" if (lines := report.lines()) else ""
             raise InputError(
@@ -278,5 +278,7 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
         images.seek(0)
         shutil.copyfileobj(images, file)
         # Without the folder's path, the index and so its hash do not depend on where the folder is.
-        lines = [f"{where}: {line}.".replace(repr(folder)[:-1], "'").replace(folder, "") for line in report.lines()]
+        names, folders = (map(re.escape, each) for each in ([x.name for x in shards], {folder, repr(folder)[1:-1]}))
+        prefix = re.compile(rf"""(?<![^\s'"])(?:{"|".join(folders)})(?={"|".join(names)})""")
+        lines = [f"{where}: {prefix.sub('', line)}." for line in report.lines()]
         file.write(f'], "warnings": {json.dumps(lines)}}}'.encode())

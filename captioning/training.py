@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import os
 import time
@@ -23,8 +22,8 @@ from tqdm.auto import tqdm
 from captioning import checkpoint
 from captioning.batches import EpochBatches, place_features
 from captioning.config import OptimizationOptions, TrainingConfig, resumed_config
-from captioning.distributed import autocast, fast_dtype, on_cpus, this_process
-from captioning.errors import InputError, printable, quoted
+from captioning.distributed import autocast, fast_dtype, on_cpus, require_data_parallel, this_process
+from captioning.errors import CLOSED_PIPE, InputError, printable, quoted
 from captioning.features import stored_features
 from captioning.files import require_writable
 from captioning.interruption import Interruption
@@ -78,7 +77,7 @@ def train(config: TrainingConfig, overwrite: bool = True) -> Path:
             f"{' or '.join(['--batch-size', *others])}."
         ) from error
     except OSError as error:  # of the log or the cache; images and checkpoints raise `InputError`
-        if error.errno == errno.EPIPE:  # of standard output
+        if error.errno == CLOSED_PIPE:  # of standard output
             raise
         problem = f"{error.filename or folder} cannot be read or written ({error.strerror or error})"
         if os.path.exists(folder / "resume.pt"):
@@ -117,6 +116,7 @@ class Run:
 
     def __init__(self, config: TrainingConfig, folder: Path):
         self.config, self.folder = config, folder
+        require_data_parallel()
         this_process()  # before accelerate connects the processes, whose timeout it sets
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(cpu=on_cpus(), mixed_precision="no", kwargs_handlers=[ddp])

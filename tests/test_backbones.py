@@ -421,3 +421,11 @@ def test_a_backbone_whose_own_names_look_like_a_prefix_keeps_them(prefix: str):
     backbone = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2)})
     state = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
     assert backbones._without_prefix(state, backbone).keys() == backbone.state_dict().keys()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(9, 9, 5), (7, 10, 3), (4, 4, 4), (3, 3, 5)])
+def test_pooling_by_products_is_adaptive_pooling(height: int, width: int, size: int):
+    maps = torch.randn(2, 3, height, width)
+    torch.testing.assert_close(
+        backbones._pool_by_products(maps, size), torch.nn.functional.adaptive_avg_pool2d(maps, size)
+    )

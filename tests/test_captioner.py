@@ -271,6 +271,11 @@ def test_images_that_went_missing_at_the_end_are_captioned_once_and_saved_as_the
     with pytest.raises(InputError, match="holds other captions"):
         bulk.write_captions(model, copies, Decoding(max_length=2), output)
     assert len(output.read_text().splitlines()) == 9  # a refused run leaves the file as it is
+    date = output.stat().st_mtime_ns
+    lines: list[str] = []
+    assert bulk.write_captions(model, copies, Decoding(), output, log=lines.append) == (9, 8)
+    assert lines == [f"{output}: 0 rows written, 9 were there"]
+    assert output.stat().st_mtime_ns == date  # by which images that are newer are known
     for path in copies:
         path.write_bytes(image_path.read_bytes())
     seen: list[Path] = []
@@ -278,7 +283,7 @@ def test_images_that_went_missing_at_the_end_are_captioned_once_and_saved_as_the
     monkeypatch.setattr(
         model, "stream", lambda sources, *rest, **options: seen.extend(sources) or stream(sources, *rest, **options)
     )
-    lines: list[str] = []
+    lines.clear()
     assert bulk.write_captions(model, copies, Decoding(), output, log=lines.append) == (9, 0)
     assert lines == [f"{output}: 5 rows written, 4 were there, 3 of them without a caption until now"]
     assert seen == [*copies[2:], *copies[:2], copies[3]]  # those of the last batch with a caption twice

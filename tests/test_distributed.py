@@ -441,4 +441,4 @@ def test_more_processes_than_gpus_are_one_sentence(monkeypatch: pytest.MonkeyPat
 def test_settings_of_accelerate_for_other_ways_of_training_are_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="settings of accelerate choose FSDP, which is not supported; launch with"):
-        distributed.this_process()
+        distributed.require_data_parallel()

@@ -132,7 +132,6 @@ def test_a_network_error_is_a_few_words(error: Exception, cause: Exception | Non
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
 def test_a_gpu_without_memory_is_a_sentence(run_here: Callable, error: Exception):

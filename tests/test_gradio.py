@@ -255,7 +255,7 @@ def test_a_visit_from_upload_to_broken_file(page: Page, browser, scene: Image.Im
 def test_a_photo_that_fails_late_leaves_the_one_chosen_meanwhile(
     page: Page, browser, scene: Image.Image, tmp_path: Path
 ):
-    (tmp_path / "slow.jpg").write_bytes(progressive_bomb(20_000, 8)[:-2])
+    (tmp_path / "slow.jpg").write_bytes(progressive_bomb(20_000, 3)[:-2])
     (tmp_path / "scene.jpg").write_bytes(encoded(scene))
     tab = browser.new_page()
     tab.set_default_timeout(1000 * WAIT)
@@ -692,7 +692,7 @@ def test_a_text_is_not_fetched_as_a_file():
 
 
 def test_the_memory_of_sessions_and_uploads_is_bounded():
-    with Blocks() as blocks:
+    with Blocks(analytics_enabled=False) as blocks:
         gr.Button("x").click(lambda: None, api_name="x")
     blocks.queue()
     assert blocks.state_session_capacity <= 256

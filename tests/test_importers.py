@@ -1387,6 +1387,27 @@ def test_other_tables_do_not_take_the_place_of_captions_next_to_the_images(tmp_p
     assert line is None or line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["{}", "{}.JPG", "{}.jpg"])
+@pytest.mark.parametrize("sidecar", ["0 0.5 0.5 0.2 0.1", "a note here"])
+def test_a_table_counts_more_than_labels_or_a_note_next_to_an_image(tmp_path, name, sidecar):
+    table = "image,caption\n" + "".join(f"{name.format(i)},ball\n" for i in range(6))
+    source = six(tmp_path / "in", c__csv=table, **{"0__txt": sidecar})
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["ball"] for i in range(6)}
+
+
+def test_a_table_that_cannot_be_read_is_not_replaced_by_a_note_next_to_an_image(tmp_path):
+    table = csv_rows("image,caption").replace("1.jpg,a red ball", "1.jpg,a red, ball")
+    with pytest.raises(InputError, match=r"c\.csv, line 3, has more columns than the header's 2"):
+        importers.import_folder(six(tmp_path / "in", c__csv=table, **{"0__txt": "a note here"}), tmp_path / "out")
+
+
+def test_one_word_captions_in_one_of_two_json_files(tmp_path):
+    captions_of = json.dumps({f"{i}.jpg": "cat" for i in range(6)})
+    importers.import_folder(six(tmp_path / "in", c__json=captions_of, config__json='{"a": 1}'), tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["cat"] for i in range(6)}
+
+
 def test_annotation_files_of_coco_beside_a_table_are_reported(tmp_path, capsys):
     source = six(tmp_path / "in", c__csv=csv_rows("image,caption"))
     text(source / "annotations" / "captions_train.json", '{"annotations": [{"image_id": 1, "caption": "a dog runs"}]}')

@@ -540,14 +540,18 @@ def test_what_a_folder_names_is_what_its_index_says(packed: Path, tmp_path: Path
     assert content["annotations"][1] == {"id": 2, "image_id": 1, "caption": EIGHT["0.png"]}
 
 
-def test_an_index_is_the_same_wherever_its_folder_is(tmp_path: Path):
+def test_an_index_is_the_same_wherever_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("a", "data"):
         (tmp_path / name).mkdir()
         files = [("0.png", PNG), ("0.txt", BALL), ("0.cls", b"3"), ("0.json", b'{"caption": "a kite"}')]
         files += [("1.png", PNG), ("1.json", b'{"caption": "no", "is_rejected": true}')]
         pack(tmp_path / name / "train-0.tar", [(f"data/{file}", content) for file, content in files])
-    one, other = (index_shards([tmp_path / n / "train-0.tar"], "train", tmp_path / n) for n in ("a", "data"))
-    assert one.read_bytes() == other.read_bytes()
+    folders = (tmp_path / "a", tmp_path / "data", Path("data"))
+    one, other, relative = (
+        index_shards([folder / "train-0.tar"], "train", Path("cache") / str(i)) for i, folder in enumerate(folders)
+    )
+    assert one.read_bytes() == other.read_bytes() == relative.read_bytes()
     assert "left out 1 .cls file: 'train-0.tar/data/0.cls'" in one.read_text()
     assert "another file of the same image is used" in one.read_text()
 

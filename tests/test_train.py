@@ -150,6 +150,16 @@ def test_options_on_the_command_line_win_over_the_recipe(tmp_path: Path):
         train_module.parse_options([*arguments, "--resume", "models/mine"])
 
 
+def test_saving_never_within_an_epoch_can_be_resumed(trained: Path, tmp_path: Path):
+    assert load_config(ROOT / "configs" / "scenes.toml", save_minutes=math.inf).save_minutes < math.inf
+    folder = shutil.copytree(trained, tmp_path / "never")
+    path = folder / "captioner.json"
+    content = json.loads(path.read_text())
+    content["training"]["save_minutes"] = None  # as an earlier version wrote an infinity
+    path.write_text(json.dumps(content))
+    assert resumed_config(folder).save_minutes > 1000
+
+
 def test_every_option_is_in_a_group_of_the_help(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         train_module.parse_options(["--help"])
