@@ -168,20 +168,18 @@ def test_the_first_unreadable_image_ends_the_pass_and_all_are_listed(
 def test_an_unreadable_image_of_another_process_ends_the_pass(
     encoder: EncoderCNN, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    computed = record_computed(monkeypatch)
-    counting = features.encode
-
     def after_which_another_stops(*arguments: object) -> object:
-        for indices, batch in counting(*arguments):
+        for indices, batch in encode(*arguments):
             yield indices, batch
             next((tmp_path / "features").glob("*.partial")).joinpath("stop").touch()
 
     monkeypatch.setattr(features, "encode", after_which_another_stops)
     monkeypatch.setattr(features, "gather_object", lambda _: [(3, InputError("3.jpg is broken"))])
-    for _ in range(2):  # what has stopped one pass does not stop the next before its first batch
+    for batches in (1, 2):  # what has stopped one pass does not stop the next before its first batch
         with pytest.raises(InputError, match=r"3\.jpg is broken"):
             stored_features(encoder, paths, SIZE, cache=tmp_path)
-    assert computed == list(range(len(paths)))
+        (log,) = (tmp_path / "features").glob("*.partial/done-*")
+        assert log.stat().st_size == 8 * batches
 
 
 def test_features_are_kept_where_a_file_cannot_be_read_at_present(

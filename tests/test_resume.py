@@ -524,11 +524,11 @@ def test_a_reader_of_the_output_that_has_gone_is_not_blamed_on_the_folder(
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_images_are_read(
     config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(dir: Path) -> None:
-        assert dir == tmp_path
+    def refuse(folder: Path) -> None:
+        assert folder == tmp_path
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(files, "_try_to_write", refuse)
     monkeypatch.setattr(training, "check_images", lambda *_: pytest.fail("the images were read"))
     with pytest.raises(InputError, match=rf"^{tmp_path} cannot be written to \(Permission denied\)"):
         train(config(fine_tune=1, models=tmp_path / "models"))

@@ -659,7 +659,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "training: no state to resume": (
         lambda k: train(resumed_config(k.model())),
-        r"resume\.pt is missing and .*resume-previous\.pt is missing; start a new run",
+        r"model holds weights, but no training to resume; start a new run from them with --start-from",
     ),
     "training: a backbone of another shape": (
         lambda k: resumed_config(k.model(training={"backbone": 5})),
