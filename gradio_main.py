@@ -242,15 +242,19 @@ def _lay_out_image(
 
     gallery.select(choose, None, image, show_progress="hidden", api_visibility="private")
     image.change(None, None, caption, js="() => ''", api_visibility="private")  # the caption of the photo before
-    gr.on(
+    outputs = [caption, result, score, table, looks, maps]
+    captioned = gr.on(
         [image.change, *(option.change for option in options)],
         handlers.show,
         [image, *options],
-        [caption, result, score, table, looks, maps],
+        outputs,
         api_visibility="private",
         concurrency_limit=HANDLED_AT_ONCE,
         concurrency_id="photo",
         trigger_mode="always_last",
+    )
+    captioned.failure(  # such as a full disk
+        lambda: handlers.show(None, ""), None, outputs, queue=False, show_progress="hidden", api_visibility="private"
     )
     gr.on(
         [],

@@ -37,8 +37,9 @@ FROM_ARCHITECTURE = ("backbone", "grid_size", "decoder", "embed_size", "hidden_s
 FROM_PREPROCESSING = ("image_size", "crop", "reduce_to")
 
 MAX_COUNT = 2**63 - 1  # largest number of images, steps, epochs or captions
-# The minimum and the maximum of each number.
 MAX_MINUTES = 1e6  # two years: a longer --save-minutes is the same
+
+# The minimum and the maximum of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "grid_size": (1, checkpoint.MAX_GRID),
     "embed_size": (1, checkpoint.MAX_SIZE),

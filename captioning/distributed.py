@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
 
@@ -43,6 +44,7 @@ def this_process() -> PartialState:
     Raises `InputError` for more processes than GPUs, if there are any.
     """
     keep_freed_memory()
+    require_data_parallel(["DEEPSPEED"])  # which fails at once; the others matter in training only
     launched, gpus = get_cpu_distributed_information().local_world_size, torch.cuda.device_count()
     has_own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # the launcher may give each process its own GPU
     if launched > gpus > 0 and not has_own:
@@ -50,9 +52,9 @@ def this_process() -> PartialState:
     return PartialState(cpu=on_cpus(), timeout=TIMEOUT)
 
 
-def require_data_parallel() -> None:
-    """Raise `InputError` if the settings of `accelerate config` choose another way of training."""
-    for name in UNSUPPORTED:
+def require_data_parallel(others: Iterable[str] = UNSUPPORTED) -> None:
+    """Raise `InputError` if the settings of `accelerate config` choose one of these other ways of training."""
+    for name in others:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise InputError(f"the settings of accelerate choose {name}, which is not supported; launch with torchrun.")
 

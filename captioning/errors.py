@@ -29,7 +29,7 @@ OFFLINE = re.compile(
 
 # Why standard output cannot be written.
 OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
-CLOSED_PIPE = errno.EINVAL if os.name == "nt" else errno.EPIPE
+CLOSED_PIPE = {errno.EPIPE, *([errno.EINVAL] if os.name == "nt" else [])}
 
 # How PyTorch and CUDA's libraries describe a GPU without free memory, where they do not raise an OutOfMemoryError.
 GPU_MEMORY_ERRORS = re.compile("CUDA error: out of memory|ALLOC_FAILED")
@@ -114,10 +114,10 @@ def run_command(main: Callable[[], object]) -> None:
             _end(f"error: {error.filename} is longer than a path may be; choose a shorter one.", 2)
         if isinstance(error, PermissionError) and error.filename is not None:
             _end(f"error: {error.filename} may not be accessed ({error.strerror}); change its permissions.", 2)
-        if error.filename is not None or error.errno not in {*OUTPUT_ERRORS, CLOSED_PIPE}:
+        if error.filename is not None or error.errno not in OUTPUT_ERRORS | CLOSED_PIPE:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit does not fail as well
-        if error.errno == CLOSED_PIPE:  # the reader, such as `head`, has closed the pipe
+        if error.errno in CLOSED_PIPE:  # the reader, such as `head`, has closed the pipe
             sys.exit(1)
         _end(f"error: standard output cannot be written ({error.strerror}).", 2)
     except UnicodeEncodeError as error:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -263,7 +264,10 @@ def require_writable(folder: Path) -> None:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Write and delete a file; `tempfile` would try for hours in a folder of Windows that may not be written."""
+    """Write and delete a file; on Windows, `tempfile` would try for hours in a folder that may not be written."""
+    if os.name != "nt":
+        tempfile.TemporaryFile(dir=folder).close()
+        return
     path = Path(folder, f".{secrets.token_hex(8)}.tmp")
     path.touch(exist_ok=False)
     path.unlink()

@@ -126,25 +126,25 @@ def _find_tables(
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path) or _is_test_without_captions(path, encoding)]
     certain = [path for path in tables if path not in empty]
-    captioned = sum(has_captions(path, encoding) for path in sidecars) if tables or json_files else 0
-    few = [path for path in certain if captioned and _has_fewer_rows(path, captioned, index, encoding)]
+    few = [path for path in certain if sidecars and _has_few_rows(path, sidecars, index, encoding)]
     certain = [path for path in certain if path not in few]
-    labels = bool(captioned)  # a .json file of labels takes the place of no captions
     looked_into = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
-    named = {path: _named_images(path, index, encoding, but_labels=labels) for path in looked_into}
+    named = {path: _named_images(path, index, encoding) for path in looked_into}
     half = len(index.paths) / 2
     certain = certain or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
     small = few + [path for path, n in named.items() if n and path not in certain]
     return _Tables(certain, small, empty, json_files)
 
 
-def _has_fewer_rows(path: Path, images: int, index: ImageIndex, encoding: str | None) -> bool:
-    """Return whether a table, such as one of remarks, has captions of fewer than `images` of the images."""
+def _has_few_rows(path: Path, sidecars: Collection[Path], index: ImageIndex, encoding: str | None) -> bool:
+    """Return whether a table, such as one of remarks, has captions of few images, and files next to them of more."""
     if path.name.lower() in METADATA or split_of_file(path) or _is_faulty(path, encoding):
         return False
-    stems = {stem.casefold() for stem in index.by_stem}
-    rows = {row.image.casefold() for row in find_rows(path, encoding)}
-    return sum(not {name, Path(name).stem}.isdisjoint(stems) for name in rows) < images
+    names = {row.image for row in find_rows(path, encoding)}
+    images = {key for name in names for key in index.matches(name, anywhere=True)}
+    if len(images) >= len(index.paths) / 2:
+        return False
+    return len(images) < len({file.with_suffix("") for file in sidecars if has_captions(file, encoding)})
 
 
 def _is_faulty(path: Path, encoding: str | None) -> bool:
@@ -169,12 +169,9 @@ def _first_words(path: Path, encoding: str | None) -> list[str]:
     return re.split(r'[,|;\t:{}"]+\s*', read_text(path, encoding, ENCODING_ADVICE).lstrip().split("\n", 1)[0].lower())
 
 
-def _named_images(path: Path, index: ImageIndex, encoding: str | None, but_labels: bool = False) -> int:
-    """Count the images of which a table has captions, or with `but_labels` captions of more than one word."""
-    rows = find_rows(path, encoding)
-    if but_labels:
-        rows = (row for row in rows if any(" " in x or not x.isascii() for x in row.captions))
-    return len({row.image for row in rows if index.has_name(row.image)})
+def _named_images(path: Path, index: ImageIndex, encoding: str | None) -> int:
+    """Count the images of which a table has captions."""
+    return len({row.image for row in find_rows(path, encoding) if index.has_name(row.image)})
 
 
 def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -> str:

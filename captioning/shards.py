@@ -268,7 +268,7 @@ def _write_index(shards: list[Path], mode: str, file: BinaryIO) -> None:
                     captions += 1
                     row = {"id": captions, "image_id": image_count, "caption": text}
                     file.write(b", " * (captions > 1) + json.dumps(row).encode())
-        where, folder = f"{mode}*{TAR_SUFFIX}", f"{shards[0].parent}{os.sep}"
+        where, folder = f"{mode}*{TAR_SUFFIX}", os.path.join(shards[0].parent, "")
         if not image_count:
             about = f" ({'; '.join(lines)})" if (lines := report.lines()) else ""
             raise InputError(

@@ -77,7 +77,7 @@ def train(config: TrainingConfig, overwrite: bool = True) -> Path:
             f"{' or '.join(['--batch-size', *others])}."
         ) from error
     except OSError as error:  # of the log or the cache; images and checkpoints raise `InputError`
-        if error.errno == CLOSED_PIPE:  # of standard output
+        if error.filename is None and error.errno in CLOSED_PIPE:  # of standard output
             raise
         problem = f"{error.filename or folder} cannot be read or written ({error.strerror or error})"
         if os.path.exists(folder / "resume.pt"):

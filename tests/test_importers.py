@@ -1365,7 +1365,6 @@ def test_lines_that_end_in_a_separator_where_there_are_several_caption_columns(t
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("labels.json", json.dumps({f"{i}.jpg": "cat" for i in range(6)}), None),
         (
             "review.csv",
             "image,comment\n1.jpg,too dark\n",
@@ -1384,16 +1383,22 @@ def test_other_tables_do_not_take_the_place_of_captions_next_to_the_images(tmp_p
     text(source / name, content)
     importers.import_folder(source, tmp_path / "out")
     assert set(map(tuple, all_captions(tmp_path / "out").values())) == {("a big dog",)}
-    assert line is None or line in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["{}", "{}.jpg"])
-@pytest.mark.parametrize("sidecar", ["0 0.5 0.5 0.2 0.1", "a note here"])
-def test_a_table_counts_more_than_labels_or_a_note_next_to_an_image(tmp_path, name, sidecar):
-    table = "image,caption\n" + "".join(f"{name.format(i)},ball\n" for i in range(6))
-    source = six(tmp_path / "in", c__csv=table, **{"0__txt": sidecar})
+@pytest.mark.parametrize("sidecar", ["0 0.5 0.5 0.2 0.1", "dog", "Car 0.00 0 1.5"])
+def test_a_table_of_half_of_the_images_counts_more_than_labels_next_to_them(tmp_path, name, sidecar):
+    table = "image,caption\n" + "".join(f"{name.format(i)},ball\n" for i in range(4))
+    source = six(tmp_path / "in", c__csv=table, **{f"{i}__txt": sidecar for i in range(6)})
     importers.import_folder(source, tmp_path / "out")
-    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["ball"] for i in range(6)}
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["ball"] for i in range(4)}
+
+
+def test_a_table_of_two_images_counts_more_than_a_note_next_to_one(tmp_path):
+    source = six(tmp_path / "in", c__csv="image,caption\n1.jpg,ball\n2.jpg,ball\n", **{"0__txt": "a note here"})
+    with pytest.raises(InputError, match=r"too few captioned images to split \(2\)"):
+        importers.import_folder(source, tmp_path / "out")
 
 
 def test_a_table_that_cannot_be_read_is_not_replaced_by_a_note_next_to_an_image(tmp_path):
