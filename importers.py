@@ -12,6 +12,7 @@ be edited in place, and copies elsewhere.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import unicodedata
 from collections import Counter
@@ -111,10 +112,10 @@ def _missing_image(row: Row, index: ImageIndex) -> InputError:
     near = [key for key in index.paths if Path(key.casefold()).stem == Path(wanted).stem]
     near.sort(key=lambda key: key.casefold() != wanted)  # names that differ in case only come first
     there = f" (there is {near[0]})" if near else ""
-    return InputError(
-        f"{row.where}: {row.image:.200} is not under {index.folder}{there}; correct its name, remove the row, or name "
-        "the folder that holds it with --images."
-    )
+    advice = "correct its name, remove the row, or name the folder that holds it with --images"
+    if near and re.match(r"/|\.\./|[a-z]:/", wanted):  # as of another computer
+        advice = f"write paths relative to {index.folder}, such as {near[0]}, in every row"
+    return InputError(f"{row.where}: {row.image:.200} is not under {index.folder}{there}; {advice}.")
 
 
 # Flickr8k and Flickr30k
@@ -330,7 +331,7 @@ def import_folder(
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in {first[key]}.")
         captions = _captions(row, report)
-        if not set(captions).isdisjoint(image.captions):
+        if len(set(captions)) < len(captions) or not set(captions).isdisjoint(image.captions):
             report.add("row{s} with a caption that its image has already", row.where, "read")
         image.captions += captions
     for key in sorted(index.paths.keys() - result.keys()):

@@ -21,7 +21,8 @@ SPREADSHEET_ERROR = re.compile(r"#[¡¿]?[^\W\d_a-z][^\Wa-z]*(/0)?[!?]|#\w/\w") 
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
 MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such as "startseq a dog endseq"
     r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
-    r"|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(amp|quot|lt|gt|nbsp|#x?\w+);|\\n|^(Negative prompt|Steps): ",
+    r"|</?(b|i|p|em|strong)>|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(#x?\w+|[a-z]{2,8});|\w ?\| ?\w"
+    r"|\\[nrt]|\\u[0-9a-f]{4}|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
 MISREAD = re.compile("\ufffd|â€|Ã[\xa0-\xbf]")  # letters that were decoded in a wrong encoding
@@ -71,9 +72,17 @@ def find_marks(caption: str) -> str | None:
     """Describe, as a kind of entries of a `Report`, marks or misread letters in a caption; None if it has none."""
     if MARKS.search(caption):
         return "caption{s} with marks such as <start>, which are learned as words"
-    if MISREAD.search(caption):
+    if _is_misread(caption):
         return "caption{s} with letters of a wrong encoding; save their file as UTF-8 anew"
     return None
+
+
+def _is_misread(text: str) -> bool:
+    """Return whether letters in UTF-8 were decoded in a wrong encoding: they can be encoded in it and decoded again."""
+    for encoding in () if text.isascii() else ("cp1252", "latin-1"):
+        with suppress(UnicodeError):
+            return text.encode(encoding).decode() != text
+    return MISREAD.search(text) is not None
 
 
 def is_rejected(entry: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from captioning.csv_tables import IMAGE_COLUMNS, caption_columns
 from captioning.errors import InputError, quoted
 from captioning.files import is_at_most, read_text
 from captioning.image_index import ImageIndex, walk_files
+from captioning.json_stream import is_annotation_file
 from captioning.reports import Report
 from captioning.sidecars import CAPTION_SUFFIXES, find_sidecars, has_captions, read_folder
 from captioning.splits import report_split_lists, split_of_file
@@ -62,7 +63,7 @@ def read_captions_of_folder(
             f'named after an image, nor a .json file with "caption" or "captions"{left_out}{advice}.'
         )
     for path in unread:
-        if path.suffix.lower() in (*TABLE_SUFFIXES, ".json") and path not in split_lists:
+        if path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".txt") and path not in split_lists:
             _report_unread(path, folder, index, encoding, report)
         elif path.suffix.lower() in SPREADSHEETS:
             report.add("spreadsheet{s}, which are read as CSV only", str(path))
@@ -84,12 +85,9 @@ def _report_unread(path: Path, folder: Path, index: ImageIndex, encoding: str | 
         if path.parent == folder:
             report.add("file{s} too large to look into beside other captions", str(path))
         return
-    if path.suffix.lower() == ".json":
-        with suppress(InputError):
-            text = read_text(path, encoding, ENCODING_ADVICE)
-            if '"image_id"' in text and '"caption"' in text:
-                report.add("COCO annotation file{s} beside other captions", str(path))
-                return
+    if is_annotation_file(path, MAX_LIST):
+        report.add("COCO annotation file{s} beside other captions", str(path))
+        return
     if path.parent != folder:
         if _named_images(path, index, encoding):
             report.add(f"table{{s}} in a subfolder, where only {' and '.join(METADATA)} are read", str(path))
@@ -140,11 +138,10 @@ def _has_few_rows(path: Path, sidecars: Collection[Path], index: ImageIndex, enc
     """Return whether a table, such as one of remarks, has captions of few images, and files next to them of more."""
     if path.name.lower() in METADATA or split_of_file(path) or _is_faulty(path, encoding):
         return False
-    names = {row.image for row in find_rows(path, encoding)}
-    images = {key for name in names for key in index.matches(name, anywhere=True)}
-    if len(images) >= len(index.paths) / 2:
+    images = len({row.image for row in find_rows(path, encoding)})
+    if images >= len(index.paths) / 2:
         return False
-    return len(images) < len({file.with_suffix("") for file in sidecars if has_captions(file, encoding)})
+    return images < len({file.with_suffix("") for file in sidecars if has_captions(file, encoding)})
 
 
 def _is_faulty(path: Path, encoding: str | None) -> bool:

@@ -115,7 +115,7 @@ class ImageIndex:
 
     def holds_any(self, names: Iterable[str]) -> bool:
         """Return whether one of the names is an image's path relative to the folder."""
-        return any(self.matches(name, anywhere=False) for name in names)
+        return any(self._matches(name, anywhere=False) for name in names)
 
     def has_name(self, path: str) -> bool:
         """Return whether an image in any folder has the file name of a path, suffix included."""
@@ -127,7 +127,7 @@ class ImageIndex:
         The name is a path relative to the folder, or with `anywhere` the end of such a path; its suffix may be missing.
         Raises `InputError` where several images match, and where the matching one is not a regular file.
         """
-        keys = self.matches(name, anywhere) or self._linked(name, where, anywhere)
+        keys = self._matches(name, anywhere) or self._linked(name, where, anywhere)
         paths = [path for key in keys for path in self.paths[key]]
         if len(paths) > 1:
             raise InputError(
@@ -147,8 +147,7 @@ class ImageIndex:
             raise InputError(f"{where}: {path} is a broken link, or is not a regular file.")
         return keys[0]
 
-    def matches(self, name: str, anywhere: bool) -> list[str]:
-        """List the paths, relative to the folder, of the images that a name may mean; see `find`."""
+    def _matches(self, name: str, anywhere: bool) -> list[str]:
         for variant in (name, name.replace("\\", "/")):
             key = _normalize(variant)
             if os.path.isabs(key):

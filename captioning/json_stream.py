@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from captioning.errors import InputError
-from captioning.files import LFS_POINTER, LFS_START, require_regular
+from captioning.files import LFS_POINTER, LFS_START, is_at_most, read_text, require_regular
 
 MAX_DEPTH = 100  # maximum nesting of lists and objects
 OPENING = ("start_map", "start_array")
@@ -49,6 +50,15 @@ class _Utf8:
             raise UnicodeError(f"half of a surrogate pair, near {near!r}")
         self.tail = text[-64:]
         return data
+
+
+def is_annotation_file(path: Path, limit: int) -> bool:
+    """Return whether a .json file of at most `limit` bytes holds captions in COCO's layout."""
+    with suppress(InputError):
+        if path.suffix.lower() == ".json" and is_at_most(path, limit):
+            text = read_text(path)
+            return '"image_id"' in text and '"caption"' in text
+    return False
 
 
 def stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int, Any]]:

@@ -27,6 +27,7 @@ from captioning.errors import InputError
 from captioning.files import is_at_most, read_text
 from captioning.image_formats import image_suffixes
 from captioning.image_index import ImageIndex
+from captioning.json_stream import is_annotation_file
 from captioning.reports import Report
 
 SPLIT_ALIASES = {  # a split's name in other data sets -> its name here
@@ -129,7 +130,7 @@ def is_split_list(path: Path, folder: Path, index: ImageIndex) -> bool:
         return False
     certain = stem.lower() in ("split", "splits")
     if suffix in (".json", ".csv", ".tsv"):
-        certain |= parse_split(stem) is not None and not any(find_rows(path))
+        certain |= parse_split(stem) is not None and not any(find_rows(path)) and not is_annotation_file(path, MAX_LIST)
     else:
         certain |= parse_split(stem) is not None or (path.parent == folder and bool(SPLIT_FILE.search(stem)))
     if certain or suffix == ".json":

@@ -1372,6 +1372,16 @@ def test_lines_that_end_in_a_separator_where_there_are_several_caption_columns(t
         ),
         ("captions.xlsx", "PK", "left out 1 spreadsheet, which are read as CSV only"),
         (
+            "captions.txt",
+            "image,caption\n0.jpg,a dog runs on grass\n",
+            "left out 1 table beside other captions",
+        ),
+        (
+            "train.json",
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a long human caption"}]}',
+            "left out 1 COCO annotation file beside other captions",
+        ),
+        (
             "captions.json",
             '{"images": [], "annotations": [{"image_id": 1, "caption": "a long human caption"}]}',
             "left out 1 COCO annotation file beside other captions",
@@ -1448,12 +1458,38 @@ def test_a_csv_file_whose_name_holds_token(tmp_path):
     assert set(map(tuple, all_captions(tmp_path / "out").values())) == {("a red ball",)}
 
 
-@pytest.mark.parametrize("caption", ["un cafÃ© Ã\xa0 la plage", "a red ball\\na blue ball"])
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *("un cafÃ© Ã\xa0 la plage", "StraÃŸe am Meer", "собака на траве".encode().decode("latin-1")),
+        *("a red ball\\na blue ball", "it&apos;s a <b>dog</b>", "caf\\u00e9", "a ball|a red ball|a toy"),
+    ],
+)
 def test_misread_letters_and_escaped_line_breaks_are_reported(tmp_path, capsys, caption):
     importers.import_folder(
         six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,{caption}")), tmp_path / "out"
     )
     assert "6 captions with " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("caption", ["ein Café am Straßenrand", "собака на траве", "草地上的狗", "AT&T; C:/new, 3 < 4"])
+def test_captions_in_any_language_are_not_called_misread(tmp_path, capsys, caption):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption", f'{{}}.jpg,"{caption}"'))
+    importers.import_folder(source, tmp_path / "out")
+    assert "captions with " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["/content/drive/MyDrive/x/", "../input/images/", "C:\\Users\\me\\"])
+def test_paths_of_another_computer_are_named(tmp_path, prefix):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{prefix}{{}}.jpg,a red ball"))
+    with pytest.raises(InputError, match=r"\(there is 0\.jpg\); write paths relative to .*in, such as 0\.jpg"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+def test_equal_captions_of_one_row_are_reported(tmp_path, capsys):
+    table = "image,caption_1,caption_2\n" + "".join(f"{i}.jpg,a red ball,a red ball\n" for i in range(6))
+    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
+    assert "6 rows with a caption that its image has already" in capsys.readouterr().err
 
 
 def test_a_space_after_a_closing_quotation_mark_is_named(tmp_path):
