@@ -331,7 +331,7 @@ def import_folder(
         if image.split != row.split:
             raise InputError(f"{row.where}: {key} has another split in {first[key]}.")
         captions = _captions(row, report)
-        if len(set(captions)) < len(captions) or not set(captions).isdisjoint(image.captions):
+        if not set(captions).isdisjoint(image.captions):
             report.add("row{s} with a caption that its image has already", row.where, "read")
         image.captions += captions
     for key in sorted(index.paths.keys() - result.keys()):

@@ -21,7 +21,7 @@ SPREADSHEET_ERROR = re.compile(r"#[¡¿]?[^\W\d_a-z][^\Wa-z]*(/0)?[!?]|#\w/\w") 
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
 MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such as "startseq a dog endseq"
     r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
-    r"|</?(b|i|p|em|strong)>|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(#x?\w+|[a-z]{2,8});|\w ?\| ?\w"
+    r"|</?(b|i|p|em|strong)>|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(#x?\w+|[a-z]{2,8});|\w ?\|[^|]+\| ?\w"
     r"|\\[nrt]|\\u[0-9a-f]{4}|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )

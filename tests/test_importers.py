@@ -1486,12 +1486,6 @@ def test_paths_of_another_computer_are_named(tmp_path, prefix):
         importers.import_folder(source, tmp_path / "out")
 
 
-def test_equal_captions_of_one_row_are_reported(tmp_path, capsys):
-    table = "image,caption_1,caption_2\n" + "".join(f"{i}.jpg,a red ball,a red ball\n" for i in range(6))
-    importers.import_folder(six(tmp_path / "in", c__csv=table), tmp_path / "out")
-    assert "6 rows with a caption that its image has already" in capsys.readouterr().err
-
-
 def test_a_space_after_a_closing_quotation_mark_is_named(tmp_path):
     with pytest.raises(InputError, match=r"is not CSV: .*, and no space after a closing one"):
         importers.import_folder(
