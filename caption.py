@@ -151,8 +151,8 @@ def find_sources(options: Options, figures: list[Path]) -> list[Path | Member]:
     sources = find_images(options.images, options.recursive, log)
     if figures:
         sources = [path for path in sources if not isinstance(path, Path) or os.path.realpath(path) not in real_paths]
-    if not sources:
-        raise InputError("the only images named are --sheet or --attention of an earlier run; name other images.")
+        if not sources:
+            raise InputError("the only images named are --sheet or --attention of an earlier run; name other images.")
     return sources
 
 

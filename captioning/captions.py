@@ -25,7 +25,9 @@ MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such
     r"|\\[nrt]|\\u[0-9a-f]{4}|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
-MISREAD = re.compile("\ufffd|â€|Ã[\xa0-\xbf]")  # letters that were decoded in a wrong encoding
+MISREAD = re.compile(  # letters that were decoded in a wrong encoding; capitals may stand before a punctuation mark
+    "\ufffd|â€|(?<![A-ZÀ-Þ])Ã[\xa1-\xbfŸ„–œ]|(?<!\\w)Ã(?!\\w)"
+)
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -71,17 +73,21 @@ def is_missing(caption: Any) -> bool:
 def find_marks(caption: str) -> str | None:
     """Describe, as a kind of entries of a `Report`, marks or misread letters in a caption; None if it has none."""
     if MARKS.search(caption):
-        return "caption{s} with marks such as <start>, which are learned as words"
+        return "caption{s} with marks such as <start> or |, which are learned as words"
     if _is_misread(caption):
         return "caption{s} with letters of a wrong encoding; save their file as UTF-8 anew"
     return None
 
 
 def _is_misread(text: str) -> bool:
-    """Return whether letters in UTF-8 were decoded in a wrong encoding: they can be encoded in it and decoded again."""
+    """Return whether letters in UTF-8 were decoded in a wrong encoding.
+
+    Then they can be encoded in it and decoded again. A single pair may be correct: a capital before an ellipsis.
+    """
     for encoding in () if text.isascii() else ("cp1252", "latin-1"):
         with suppress(UnicodeError):
-            return text.encode(encoding).decode() != text
+            if len(text) - len(text.encode(encoding).decode()) > 1:
+                return True
     return MISREAD.search(text) is not None
 
 

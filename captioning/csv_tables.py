@@ -52,7 +52,7 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         if shifted or any(cells[len(columns) :]) or any(cells[at] for at in nameless if at < len(cells)):
             raise InputError(
                 f"{where}, has more columns than the header's {len(columns) - len(nameless)}; put a caption that "
-                "contains the separator in double quotes, remove one at the line's end, or name the column in "
+                "contains the separator in double quotes, remove a separator at the line's end, or name the column in "
                 "the header."
             )
         # One row of the Flickr30k CSV in circulation lacks the separator between its last two columns.

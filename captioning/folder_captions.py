@@ -29,7 +29,7 @@ class _Tables:
     """What may be a table of captions in a folder."""
 
     certain: list[Path]
-    small: list[Path]  # .json files that name some images: a table beside others, else more likely files of one image
+    small: list[Path]  # of few images: a table beside others, else more likely remarks, or a file of one image
     empty: list[Path]  # without a row with an image and a caption
     json_files: list[Path]
 
@@ -39,7 +39,8 @@ def read_captions_of_folder(
 ) -> tuple[list[Row], str]:
     """Read the captions of a folder's tables, else of the files next to its images.
 
-    A .json file is a table if it names half of the images, with their suffixes, or if nothing else holds captions. Also
+    A .json file is a table if it names half of the images, with their suffixes, or if nothing else holds captions. A
+    table of fewer than half of the images counts only if files next to images hold captions of even fewer. Also
     returns what an image without captions lacks: a "row" or a "caption in a .txt, .caption or .json file".
     """
     files = list(walk_files(folder))
@@ -66,7 +67,7 @@ def read_captions_of_folder(
         if path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".txt") and path not in split_lists:
             _report_unread(path, folder, index, encoding, report)
         elif path.suffix.lower() in SPREADSHEETS:
-            report.add("spreadsheet{s}, which are read as CSV only", str(path))
+            report.add("spreadsheet{s}; save as CSV what holds captions", str(path))
     for path in found.empty:
         report.add("table{s} in which no row with an image and a caption can be read", str(path))
     if not tables:
@@ -141,7 +142,8 @@ def _has_few_rows(path: Path, sidecars: Collection[Path], index: ImageIndex, enc
     images = len({row.image for row in find_rows(path, encoding)})
     if images >= len(index.paths) / 2:
         return False
-    return images < len({file.with_suffix("") for file in sidecars if has_captions(file, encoding)})
+    captions = (file for file in sidecars if has_captions(file, encoding) and b" " in file.read_bytes().strip())
+    return images < len({file.with_suffix("") for file in captions})
 
 
 def _is_faulty(path: Path, encoding: str | None) -> bool:

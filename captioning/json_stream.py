@@ -57,7 +57,7 @@ def is_annotation_file(path: Path, limit: int) -> bool:
     with suppress(InputError):
         if path.suffix.lower() == ".json" and is_at_most(path, limit):
             text = read_text(path)
-            return '"image_id"' in text and '"caption"' in text
+            return all(f'"{name}"' in text for name in ("annotations", "image_id", "caption"))
     return False
 
 

@@ -60,7 +60,7 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
         for path in find_unknown_files(folder):
             report.add("annotation file{s} not named captions_{train,val,test}<year>.json", str(path))
         for path in sorted(folder.glob(f"*{TAR_SUFFIX}")):
-            report.add("tar file{s}, which are not merged", str(path))
+            report.add("tar file{s}, as only folders of images are merged", str(path))
         has_info = any(path.name.startswith("image_info") for _, path in files)  # it lists those of captions_test, too
         for split, path in files:
             uncaptioned = Report() if split == "test" and has_info else report

@@ -1370,7 +1370,7 @@ def test_lines_that_end_in_a_separator_where_there_are_several_caption_columns(t
             "image,comment\n1.jpg,too dark\n",
             "left out 1 table of few images, as files next to the images",
         ),
-        ("captions.xlsx", "PK", "left out 1 spreadsheet, which are read as CSV only"),
+        ("captions.xlsx", "PK", "left out 1 spreadsheet; save as CSV what holds captions"),
         (
             "captions.txt",
             "image,caption\n0.jpg,a dog runs on grass\n",
@@ -1403,6 +1403,15 @@ def test_a_table_of_half_of_the_images_counts_more_than_labels_next_to_them(tmp_
     source = six(tmp_path / "in", c__csv=table, **{f"{i}__txt": sidecar for i in range(6)})
     importers.import_folder(source, tmp_path / "out")
     assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["ball"] for i in range(4)}
+
+
+def test_a_table_of_few_images_counts_more_than_one_word_labels(tmp_path):
+    table = "image,caption\n" + "".join(f"{i}.jpg,a red ball\n" for i in range(3))
+    source = six(tmp_path / "in", c__csv=table, **{f"{i}__txt": "dog" for i in range(6)})
+    for i in range(6, 9):
+        text(make_image(source / f"{i}.jpg", (30 + i, 6)).with_suffix(".txt"), "dog")
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(3)}
 
 
 def test_a_table_of_two_images_counts_more_than_a_note_next_to_one(tmp_path):
@@ -1472,7 +1481,15 @@ def test_misread_letters_and_escaped_line_breaks_are_reported(tmp_path, capsys, 
     assert "6 captions with " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("caption", ["ein Café am Straßenrand", "собака на траве", "草地上的狗", "AT&T; C:/new, 3 < 4"])
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *("ein Café am Straßenrand", "Ein Hund hat Spaß…", "PELÉ’S GOAL", "a cup of NESCAFÉ™", "ROSÉ” wine", "MANHÃ…"),
+        "собака на траве",
+        "草地上的狗",
+        "AT&T; C:/new, 3 < 4",
+    ],
+)
 def test_captions_in_any_language_are_not_called_misread(tmp_path, capsys, caption):
     source = six(tmp_path / "in", c__csv=csv_rows("image,caption", f'{{}}.jpg,"{caption}"'))
     importers.import_folder(source, tmp_path / "out")

@@ -334,7 +334,7 @@ def test_what_cannot_be_merged_is_reported(tmp_path, capsys):
     text(b / "annotations" / "val_captions.json", "{}")
     importers.merge((a, b), tmp_path / "out")
     errors = capsys.readouterr().err
-    assert f"left out 1 tar file, which are not merged: {a}/val-000.tar" in errors
+    assert f"left out 1 tar file, as only folders of images are merged: {a}/val-000.tar" in errors
     assert (
         f"annotation file not named captions_{{train,val,test}}<year>.json: {b}/annotations/val_captions.json" in errors
     )

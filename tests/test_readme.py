@@ -68,9 +68,9 @@ def test_the_scores_of_the_model_are_the_same_in_the_results_and_on_its_card():
 
 
 PHOTOS = {  # of the model in models/photos, in the README's words and in those of docs/results.md
-    "COCO train2014": "COCO, 1,000 held-out photos of train2014",
-    "COCO val2017, full size": "COCO, 79 full-size photos of val2017",
-    "Flickr8k": "Flickr8k, 1,091 development photos",
+    "COCO train2014, 1,000": "COCO, 1,000 held-out photos of train2014",
+    "COCO val2017, 79 full-size": "COCO, 79 full-size photos of val2017",
+    "Flickr8k, 1,091": "Flickr8k, 1,091 development photos",
 }
 DECODINGS = ("greedy", "beam of 3, blocked trigrams")
 
@@ -78,7 +78,7 @@ DECODINGS = ("greedy", "beam of 3, blocked trigrams")
 def test_the_scores_in_the_readme_are_those_of_the_results():
     results = (ROOT / "docs" / "results.md").read_text()
     coco, flickr8k = results.split("The same on the 6,000 training photos of Flickr8k")
-    row = r"^\|(?:\[(.+?)\]\(.+?\)|([^|,\[]+))((?:, [^|]+)?)\|(COCO[^|]*|Flickr8k)\|(.+/.+)\|([^|]*)\|$"
+    row = r"^\|(?:\[(.+?)\]\(.+?\)|([^|,\[]+))((?:, [^|]+)?)\|((?:COCO|Flickr8k)[^|]*)\|(.+/.+)\|([^|]*)\|$"
     rows = re.findall(row, README, re.M)
     assert len(rows) == 15
     for linked, name, objective, photos, scores, minutes in rows:
