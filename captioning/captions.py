@@ -73,7 +73,7 @@ def is_missing(caption: Any) -> bool:
 def find_marks(caption: str) -> str | None:
     """Describe, as a kind of entries of a `Report`, marks or misread letters in a caption; None if it has none."""
     if MARKS.search(caption):
-        return "caption{s} with marks such as <start> or |, which are learned as words"
+        return "caption{s} with marks such as <start>, which are learned as words"
     if _is_misread(caption):
         return "caption{s} with letters of a wrong encoding; save their file as UTF-8 anew"
     return None
