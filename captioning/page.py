@@ -308,7 +308,7 @@ class Handlers:
         try:
             text, alternatives, maps, percent = self.caption(photo, method, *options)
         except gr.Error as error:
-            gr.Warning(error.message, duration=None, title="Error")
+            gr.Warning(error.message, duration=None)
             return empty
         return (
             text,
