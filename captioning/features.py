@@ -204,7 +204,7 @@ def _fill(
     folder: Path,
     workers: int,
 ) -> dict[int, InputError]:
-    """Compute this process's share of the missing features, up to the first batch with an unreadable image.
+    """Compute this process's share of the missing features, until a process meets a batch with an unreadable image.
 
     Returns the unreadable images of all processes.
     """

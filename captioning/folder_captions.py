@@ -137,10 +137,10 @@ def _find_tables(
 
 def _has_few_rows(path: Path, sidecars: Collection[Path], index: ImageIndex, encoding: str | None) -> bool:
     """Return whether a table, such as one of remarks, has captions of few images, and files next to them of more."""
-    if path.name.lower() in METADATA or split_of_file(path) or _is_faulty(path, encoding):
+    if path.name.lower() in METADATA or split_of_file(path):
         return False
     images = len({row.image for row in find_rows(path, encoding)})
-    if images >= len(index.paths) / 2:
+    if images >= len(index.paths) / 2 or _is_faulty(path, encoding):
         return False
     captions = (file for file in sidecars if has_captions(file, encoding) and b" " in file.read_bytes().strip())
     return images < len({file.with_suffix("") for file in captions})
