@@ -14,6 +14,7 @@ import torch
 from benchmarks import recipe
 from benchmarks.material import Material, Settings, make_empty_data_set
 from benchmarks.timing import DEVICE, best_rates, seconds_of
+from captioning.backbones import RESNET50
 from captioning.batches import place_features
 from captioning.config import TrainingConfig
 from captioning.training import Run, train
@@ -23,6 +24,8 @@ RECIPE_BATCH = 32
 WARM_UP = 2  # steps that are not timed
 LENGTH_STEPS = 60  # steps after which a decoder ends its captions
 GRID_SIZE = 4  # rows and columns of cells where the decoder attends
+ATTENDING = [name for name, decoder in DECODERS.items() if decoder.attends]
+LARGE_GRID = {"backbone": "tf_efficientnet_lite2", "grid_size": 8}  # 64 cells of 1,280 channels
 
 
 def run_training(config: TrainingConfig) -> Path:
@@ -72,7 +75,8 @@ def measure_decoders(material: Material, recipe_rate: float) -> dict[str, dict[s
     """
     data = make_empty_data_set(material.folder / "empty", material.settings.decoder_images)
     runs = {name: prepare_decoder(material, data, name) for name in DECODERS}
-    rates = measure_steps(runs, material.settings)
+    large = {f"{name}, 64 cells": prepare_decoder(material, data, name, **LARGE_GRID) for name in ATTENDING}
+    rates = measure_steps({**runs, **large}, material.settings)
     for run in runs.values():
         prepare_self_critical(run)
     rates |= {f"{name}, self-critical": rate for name, rate in measure_steps(runs, material.settings).items()}
@@ -92,20 +96,23 @@ def measure_steps(runs: dict[str, Run], settings: Settings) -> dict[str, float]:
     return best_rates(turns, settings.repeats)
 
 
-def prepare_decoder(material: Material, data: Path, name: str) -> Run:
-    """Prepare a training run of one decoder on made-up features of a frozen ResNet-50."""
+def prepare_decoder(
+    material: Material, data: Path, name: str, backbone: str = RESNET50, grid_size: int = GRID_SIZE
+) -> Run:
+    """Prepare a training run of one decoder on made-up features of a frozen backbone."""
     attends = DECODERS[name].attends
     config = material.configure(
         data=data,
-        name=f"steps-{name}",
+        name=f"steps-{name}-{backbone}",
+        backbone=backbone,
         weights="random",
         decoder=name,
-        grid_size=GRID_SIZE if attends else None,
+        grid_size=grid_size if attends else None,
         cache=material.folder / "cache-empty",
     )
     run = Run(config, config.models / config.name)
     run.encoder.to(run.device)
-    cells = (GRID_SIZE**2,) if attends else ()
+    cells = (grid_size**2,) if attends else ()
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(len(run.data.paths), 1, *cells, run.encoder.feature_size, generator=generator).half()
     run.features, run.val_features = place_features(features, run.device), None
