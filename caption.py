@@ -158,13 +158,14 @@ def find_sources(options: Options, figures: list[Path]) -> list[Path | Member]:
 
 def caption_to_file(options: Options, output: Path) -> None:
     """Write captions to a JSON Lines file; raises `InputError` if images could not be read."""
-    if output.suffix.lower() in (".json", ".csv", ".tsv", ".txt", ".xlsx"):
-        raise InputError(f"{output} would hold JSON Lines, not {output.suffix}; name a file that ends in .jsonl.")
     if options.decoding.temperature is not None and options.decoding.seed is None:
         raise InputError("--output with --temperature needs a --seed, so that an interrupted run can resume.")
     process = this_process()
     if process.is_main_process:
         check_output(output)
+        check_output(Path(os.path.realpath(output)))  # where a link leads, since the file is opened and not replaced
+        if output.suffix.lower() not in (".jsonl", ".ndjson", ""):
+            raise InputError(f"{output} would hold JSON Lines, not {output.suffix}; name a file that ends in .jsonl.")
         if output.exists() and not os.access(output, os.W_OK):
             raise InputError(f"{output} may not be written; change its permissions, or name another file.")
     with process.local_main_process_first():  # it downloads the model for the others

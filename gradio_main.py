@@ -427,6 +427,7 @@ def main(
     with listener, tempfile.TemporaryDirectory(prefix="captions-") as folder, suppress(KeyboardInterrupt):
         # Gradio serves every file in this folder; its default is a folder that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
+        gr.routes.DEFAULT_TEMP_DIR = folder  # in which it creates another folder, and which it fixes when imported
         server = CaptionServer(captioners)
         page, image = build_page(
             server, example_images(captioners, Path(folder)), Path(folder) / "uploads", flag_folder

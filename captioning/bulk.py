@@ -239,6 +239,8 @@ def _read_rows(
 def _match_row(line: bytes, image: Path | Member | None, where: str) -> ImageRow:
     """Return an image and its row of an earlier run; raises `InputError` if the line is not the row of this image."""
     row: Any = None
+    if not line.strip():
+        raise InputError(f"{where} is empty; delete this line to resume.")
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
     if image is not None and isinstance(row, dict) and row.get("photo") == str(image):

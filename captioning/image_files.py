@@ -118,6 +118,8 @@ def describe_failure(error: Exception) -> str:
     cause = error.__cause__ or error  # a decoder in C hides why its file could not be read
     if isinstance(cause, struct.error):
         return "it is cut off"
+    if isinstance(cause, IndexError) or str(cause) == "could not create decoder object":  # as of a cut QOI or WebP file
+        return "it is damaged or cut off"
     return getattr(cause, "strerror", None) or str(cause).split("\n")[0] or type(cause).__name__
 
 

@@ -204,7 +204,11 @@ class UploadParser(GradioMultiPartParser):
         try:
             form = await super().parse()
             files = form.getlist("files")
-            if not files or any(isinstance(file, str) for file in files):
+            for file in files:
+                if isinstance(file, str):
+                    raise TypeError("this field holds text")
+                file.filename = (file.filename or "").lstrip(".") or "photo"  # Gradio accepts no hidden files later
+            if not files:
                 raise TypeError("this form holds no files")
         except BaseException:
             for file in self._files_to_close_on_error:

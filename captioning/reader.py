@@ -159,10 +159,12 @@ def unpack_images(
 ) -> tuple[list[tuple[str, Path | InputError]], int]:
     """Unpack the images of a zip file into a folder; returns the name of each with its path or error.
 
-    Also returns the number of other files, which are left out. Raises `InputError` where the zip file cannot be
-    read, has more than `max_images` images, or more than `max_bytes` in all of them.
+    A zip file that cannot be read is returned like an image that cannot be read. Also returns the number of other
+    files, without hidden ones, which are left out. Raises `InputError` where the zip file is missing, has more than
+    `max_images` images, or more than `max_bytes` in all of them.
     """
     images: list[tuple[str, Path | InputError]] = []
+    suffixes = image_suffixes() | HEIF_SUFFIXES
     if not os.path.exists(path):
         raise InputError(f"{path.name} is no longer on the server; upload it again.")
     try:
@@ -171,9 +173,9 @@ def unpack_images(
             files = [
                 (name, info)
                 for name, info in zip(names, archive.infolist(), strict=True)
-                if not info.is_dir() and not name.name.startswith(".") and "__MACOSX" not in name.parts
+                if not info.is_dir() and not name.name.startswith("._") and "__MACOSX" not in name.parts
             ]
-            members = [(name, info) for name, info in files if name.suffix.lower() in image_suffixes() | HEIF_SUFFIXES]
+            members = [(name, info) for name, info in files if name.suffix.lower() in suffixes]
             if len(members) > max_images:
                 raise InputError(f"{path.name} holds {len(members):,} photos; send at most {max_images} at once.")
             if sum(info.file_size for _, info in members) > max_bytes:  # no member is read beyond its size
@@ -190,8 +192,9 @@ def unpack_images(
     except InputError:
         raise
     except Exception:
-        raise InputError(f"{path.name} is not a zip file that can be read; create it again.") from None
-    return images, len(files) - len(members)
+        return [(path.name, InputError(f"{path.name} is not a zip file that can be read; create it again."))], 0
+    others = [name for name, _ in files if name.suffix.lower() not in suffixes and not name.name.startswith(".")]
+    return images, len(others)
 
 
 def _name_in_zip(info: zipfile.ZipInfo) -> str:

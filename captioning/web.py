@@ -152,15 +152,18 @@ def _counted(receive: Receive, is_upload: bool) -> Receive:
 
 
 class HttpProtocol(H11Protocol):
-    """Uvicorn's protocol, but it ignores further data after rejecting a request.
-
-    That data would otherwise cause a traceback.
-    """
+    """Uvicorn's protocol, but without tracebacks for data after a rejected request, and for one cut off by a stop."""
 
     def data_received(self, data: bytes) -> None:
         """Pass data from a client on, unless the connection is closing."""
         if not self.transport.is_closing():
             super().data_received(data)
+
+    def shutdown(self) -> None:
+        """Stop serving this connection; a request that is still arriving is cut off."""
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete:
+            self.transport.close()
 
 
 class StoppableServer(uvicorn.Server):

@@ -260,6 +260,10 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_
             [image_path, "--model", trained, "--output", tmp_path / "c.CSV"],
             "c.CSV would hold JSON Lines, not .CSV; name a",
         ),
+        (
+            [image_path, "--model", trained, "--output", tmp_path / "c.jsonl.gz"],
+            "c.jsonl.gz would hold JSON Lines, not .gz; name a",
+        ),
     ):
         code, _, errors = command(*arguments)
         assert code == 2
@@ -280,6 +284,14 @@ def test_a_photo_that_takes_the_place_of_an_output_is_not_replaced(
     assert code == 2
     assert name in errors
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_link_to_a_file_of_a_new_folder_is_followed(
+    command: Callable, trained: Path, image_path: Path, tmp_path: Path
+):
+    (tmp_path / "captions.jsonl").symlink_to(tmp_path / "new" / "captions.jsonl")
+    assert command(image_path, "--model", trained, "--output", tmp_path / "captions.jsonl")[0] == 0
+    assert json.loads((tmp_path / "new" / "captions.jsonl").read_text())["photo"] == str(image_path)
 
 
 def test_a_figure_replaces_the_one_before(command: Callable, attending: Path, image_path: Path, tmp_path: Path):

@@ -368,6 +368,7 @@ def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, ca
         (b"a text of mine", r"captions\.jsonl, line 1 does not belong to .*0000\.png; "),
         (b"".join([*lines[:5], *lines[6:9]]), r"line 6 does not belong to .*0005\.png; "),
         (captioned + lines[0], r"does not belong to any of the images; "),
+        (captioned + b"\n", r"line \d+ is empty; delete this line to resume"),
         (b"".join([*lines[:-1], json.dumps(other).encode() + b"\n"]), r"holds other captions .* example of .*\.png; "),
     ):
         output.write_bytes(content)

@@ -129,13 +129,20 @@ def page(attending: Path, trained: Path, tmp_path_factory: pytest.TempPathFactor
     slow = {"path": page.upload(progressive_bomb(20_000, 8)), "meta": {"_type": "gradio.FileData"}}
     for _ in range(8):  # seconds each, so that some are read and others wait when the signal comes
         page.client.post(f"{page.api}/call/caption", json={"data": [slow]}).raise_for_status()
-    with page.client.stream("GET", f"{page.api}/heartbeat/open-tab"):  # which a browser keeps open
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999\r\n"
+    head += 'Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\nContent-Disposition: form-data; name="files"; '
+    with (
+        page.client.stream("GET", f"{page.api}/heartbeat/open-tab"),  # which a browser keeps open
+        socket.create_connection(("127.0.0.1", page.port)) as slow_upload,
+    ):
+        slow_upload.sendall(f'{head}filename="a.jpg"\r\n\r\nthe first bytes'.encode())
+        time.sleep(0.2)
         page.process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
         page.process.send_signal(signal.SIGINT)  # of one who cannot wait
         assert page.process.wait(10) == 0
     assert "Traceback" not in (folder / "log").read_text()
-    assert [path for path in page.temporary.rglob("*") if path.is_file()] == []  # uploads do not outlive the server
+    assert list(page.temporary.iterdir()) == []  # uploads do not outlive the server
     assert {path.name for path in page.temporary.parent.iterdir()} <= {"tmp", "flagged", "plain", "log"}
     assert not list((ROOT / "captioning").glob("*.pyi"))
 
@@ -448,6 +455,13 @@ def test_the_examples_of_docs_web_md_do_what_they_say(
         event, data = capfd.readouterr().out.strip().split("\n")
         assert event == "event: complete"
         assert json.loads(data.removeprefix("data: "))[:2] == [expected, table]
+
+
+@pytest.mark.parametrize("name", [".photo.jpg", ".jpg", "..."])
+def test_a_photo_whose_name_begins_with_a_dot_is_captioned(page: Page, scene: Image.Image, name: str):
+    data = encoded(scene)
+    outcome, (caption, *_) = page.caption(data, name)
+    assert (outcome, caption) == ("complete", page.caption(data)[1][0])
 
 
 def test_sampling_and_greedy_over_http(page: Page, scene: Image.Image):

@@ -602,6 +602,14 @@ def test_a_file_whose_end_is_missing_is_cut_off(tmp_path: Path, form: str, optio
     assert read_image(tmp_path / "a").size == (320, 240)
 
 
+@pytest.mark.parametrize("form", ["WEBP", "QOI"])
+def test_a_file_whose_end_is_missing_is_damaged_or_cut_off(tmp_path: Path, form: str):
+    content = encode(draw_noise(0, (320, 240)), form)
+    (tmp_path / "a").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"a cannot be read as an image \(it is damaged or cut off\)"):
+        read_image(tmp_path / "a")
+
+
 @pytest.mark.parametrize("suffix", [".h5", ".mpg", ".eps", ".wmf", ".msp", ".xpm", ".pdf", ".grib"])
 def test_files_that_are_no_images_are_not_taken_for_such(suffix: str):
     assert suffix not in image_formats.image_suffixes()

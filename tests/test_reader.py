@@ -165,8 +165,9 @@ def unpack(path: Path, max_images: int = 10, max_bytes: int = 1 << 20) -> tuple[
 
 def test_images_of_any_folder_are_unpacked_into_one_and_others_are_counted(pack, tmp_path: Path):
     data = encoded()
-    names = ["a.png", "sub/a.PNG", "../../escape.png", "/etc/absolute.png", "ü\x1b[31m.png"]
-    others = {"notes.txt": b"x", "sub/more.pdf": b"x", "__MACOSX/._a.png": b"x", ".hidden.png": b"x", "folder/": b""}
+    names = ["a.png", "sub/a.PNG", "../../escape.png", "/etc/absolute.png", "ü\x1b[31m.png", ".hidden.png"]
+    others = {"notes.txt": b"x", "sub/more.pdf": b"x", "__MACOSX/._a.png": b"x", "._b.png": b"x", "folder/": b""}
+    others |= {".DS_Store": b"x"}
     unpacked, left_out = unpack(pack({**dict.fromkeys(names, data), **others}))
     assert [name for name, _ in unpacked] == names
     assert left_out == 2
@@ -226,10 +227,14 @@ def test_heic_images_in_a_zip_file_are_photos_and_one_that_is_gone_is_not_broken
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no zip file at all", b"PK\x05\x06" + bytes(17)])
-def test_what_is_no_zip_file_is_a_sentence(tmp_path: Path, content: bytes):
+def test_what_is_no_zip_file_costs_itself_alone(tmp_path: Path, content: bytes):
     (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(InputError, match=r"^a\.zip is not a zip file that can be read"):
-        unpack(tmp_path / "a.zip")
+    [(name, error)], left_out = unpack(tmp_path / "a.zip")
+    assert (name, str(error), left_out) == (
+        "a.zip",
+        "a.zip is not a zip file that can be read; create it again.",
+        0,
+    )
 
 
 def test_a_squashing_model_sees_the_whole_image(tmp_path: Path):

@@ -258,21 +258,24 @@ def test_several_images_and_zip_files_are_captioned_in_order(
         archive.write(image_path, "sub/b.png")
         archive.writestr("notes.txt", "")
         archive.write(image_path, "sub/c.png")
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "more.zip").read_bytes()[:100])
     folder = tmp_path / "uploads"
     folder.mkdir()
     uploads = [
         Upload(image_path, "a.png"),
         Upload(tmp_path / "broken.jpg", "broken.jpg"),
+        Upload(tmp_path / "cut.zip", "cut.zip"),
         Upload(tmp_path / "more.zip", "More.ZIP"),
     ]
     sizes = []
     for progress in server.caption_all(uploads, "slow", BEAM[3], folder):
         sizes.append(len(progress.rows))
-    assert sizes == [1, 2, 3, 4]
-    assert progress.total == 4
+    assert sizes == [1, 2, 3, 4, 5]
+    assert progress.total == 5
     assert progress.left_out == 1
-    assert [name for name, _ in progress.rows] == ["a.png", "broken.jpg", "sub/b.png", "sub/c.png"]
-    assert [getattr(caption, "text", None) for _, caption in progress.rows] == ["caption 3", None, *["caption 3"] * 2]
+    assert [name for name, _ in progress.rows] == ["a.png", "broken.jpg", "cut.zip", "sub/b.png", "sub/c.png"]
+    texts = [getattr(caption, "text", None) for _, caption in progress.rows]
+    assert texts == ["caption 3", None, None, "caption 3", "caption 3"]
     assert str(progress.rows[1][1]).startswith("broken.jpg cannot be read")
     assert list(folder.iterdir()) == []
 
