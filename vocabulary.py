@@ -27,8 +27,15 @@ DEFAULT_LENGTH = 20  # default maximum number of tokens of a generated caption, 
 _INVISIBLE = re.compile("[\xad\u034f\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
 _REPLACEMENTS = str.maketrans(
     # Word processors replace ' and " with these, but the tokenizer finds contractions and quotations by ' and " only.
-    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True)) | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
+    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True))
+    | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
+    | {"…": "..."}
 )
+# Punctuation that NLTK leaves at its word: of Arabic, Indian, Armenian, Ethiopic, Burmese, Khmer, Chinese and Spanish.
+_ENDS = "،؛؟۔।॥։՞՜՝።፣፤፥፦፧၊။។៕，、。！？；：…»）」』》〉】"
+_BEGINNINGS = "¿¡«（「『《〈【"
+_PUNCTUATION = re.compile(f"[{_BEGINNINGS}{_ENDS}]")
+_SPACE = re.compile(f" (?=[{_ENDS}])|(?<=[{_BEGINNINGS}]) ")  # that decoding leaves out
 _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
 # With " in place of its own mark, before its last letter.
 _HEBREW_ABBREVIATION = re.compile('(?<=[\u05d0-\u05ea])"(?=[\u05d0-\u05ea](?![\u05d0-\u05ea]))')
@@ -72,6 +79,7 @@ def tokenize(caption: str) -> list[str]:
         raise InputError(f"a caption is text, not {caption!r:.80}.")
     text = _normalize(caption.lower().translate(_REPLACEMENTS))
     text = _HEBREW_ABBREVIATION.sub("\N{HEBREW PUNCTUATION GERSHAYIM}", text)
+    text = _PUNCTUATION.sub(r" \g<0> ", text)
     return [token for chunk in text.split() for token in _tokenize_chunk(chunk)]
 
 
@@ -152,7 +160,7 @@ class Vocabulary:
         words = " ".join(tokens[:-1] if end else tokens)
         if _PLAIN.fullmatch(words):  # importing NLTK would take a tenth of the time that a first caption takes
             return words + end
-        return _nltk()[1].detokenize(tokens)
+        return _SPACE.sub("", _nltk()[1].detokenize(tokens))
 
     def save(self, path: str | Path) -> None:
         """Write the words as a JSON list, atomically; raises `InputError` where that is impossible."""

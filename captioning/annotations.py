@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from captioning.captions import MAX_CAPTION, is_missing, is_rejected, is_structure
+from captioning.captions import MAX_CAPTION, UNSPACED, find_marks, is_missing, is_rejected, is_structure
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, hash_file, is_within, require_regular, write_cache
 from captioning.json_stream import stream_lists
@@ -25,7 +25,6 @@ from captioning.shards import INDEX_SUFFIX, Member
 from vocabulary import tokenize
 
 MEAN_WORD = 6  # mean length of words in scripts without spaces above which they are sentences; Thai's have about 4
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 # COCO's entries
 
@@ -195,7 +194,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
     or empty.
     """
-    name = f"captions/{hash_file(path, b'11' + os.fsencode(path.name))[:32]}.npz"
+    name = f"captions/{hash_file(path, b'12' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)
@@ -255,6 +254,8 @@ def _parse_annotations(path: Path) -> Annotations:
                 if not words:
                     report.add("empty caption{s}", f"annotations[{number}]")
                     continue
+                if (marks := find_marks(caption)) and not is_index:  # an index reports them itself
+                    report.add(marks, f"annotations[{number}]", "read")
                 tokens.extend([index.setdefault(word, len(index)) for word in words])
                 offsets.append(len(tokens))
                 image_of.append(image_id)
@@ -263,7 +264,7 @@ def _parse_annotations(path: Path) -> Annotations:
     if not image_ids:
         raise InputError(f'{path} holds no images: its list of "images" is empty.')
     if "annotations" in lists and not image_of:
-        reason = "each of them is empty" if report.entries else 'its list of "annotations" is empty'
+        reason = "each of them is empty or rejected" if report.entries else 'its list of "annotations" is empty'
         raise InputError(f"{path} holds no captions: {reason}.")
     annotations = Annotations(
         np.frombuffer(image_ids, np.int64),
@@ -292,7 +293,7 @@ def lacks_spaces(words: Sequence[str], counts: np.ndarray) -> bool:
 
     counts: (words,) how often each of the words occurs.
     """
-    lengths = np.array([len(word) if _UNSPACED.search(word) else 0 for word in words])
+    lengths = np.array([len(word) if UNSPACED.search(word) else 0 for word in words])
     unspaced = counts[lengths > 0].sum()
     return unspaced > 0.1 * counts.sum() and lengths @ counts > MEAN_WORD * unspaced
 

@@ -21,13 +21,17 @@ SPREADSHEET_ERROR = re.compile(r"#[¡¿]?[^\W\d_a-z][^\Wa-z]*(/0)?[!?]|#\w/\w") 
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do not describe their image
 MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such as "startseq a dog endseq"
     r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
-    r"|</?(b|i|p|em|strong)>|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(#x?\w+|[a-z]{2,8});|\w ?\|[^|]+\| ?\w"
+    r"|</?(b|i|p|em|strong)>|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(#x?\w+|[a-z]{2,8});|\w ?\|[^|]+\| ?\w|\|{2,}|#{2,}"
     r"|\\[nrt]|\\u[0-9a-f]{4}|^(Negative prompt|Steps): ",
     re.IGNORECASE,
 )
+MAY_BE_MARKED = re.compile(r"[<\[&|\\#\x80-\U0010FFFF]|seq|^(neg|ste)", re.IGNORECASE)  # found faster than marks
 MISREAD = re.compile(  # letters that were decoded in a wrong encoding; capitals may stand before a punctuation mark
     "\ufffd|â€|(?<![A-ZÀ-Þ])Ã[\xa1-\xbfŸ„–œ]|(?<!\\w)Ã(?!\\w)"
 )
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+)  # in such scripts, as Thai's
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
@@ -70,8 +74,17 @@ def is_missing(caption: Any) -> bool:
     return not any(map(str.isalpha, text))
 
 
+def may_be_captions(value: Any) -> bool:
+    """Return whether a cell may hold captions rather than, say, their language."""
+    if not isinstance(value, str):
+        return isinstance(value, list)
+    return (" " in value.strip() or UNSPACED.search(value) is not None) and not is_missing(value)
+
+
 def find_marks(caption: str) -> str | None:
     """Describe, as a kind of entries of a `Report`, marks or misread letters in a caption; None if it has none."""
+    if not MAY_BE_MARKED.search(caption):
+        return None
     if MARKS.search(caption):
         return "caption{s} with marks such as <start>, which are learned as words"
     if _is_misread(caption):

@@ -11,6 +11,17 @@ from captioning.errors import InputError
 from captioning.image_formats import image_suffixes
 
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
+FOLDER_COLUMNS = (
+    "filepath",
+    "folder",
+    "folder_name",
+    "subfolder",
+    "dir",
+    "directory",
+    "class",
+    "class_name",
+    "category",
+)
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"
 UNCLOSED_CELL = re.compile(r'\s*"[^"]*(?:"[^"]*"[^"]*)*')  # it starts with one of an odd number of quotation marks

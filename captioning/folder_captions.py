@@ -125,22 +125,28 @@ def _find_tables(
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path) or _is_test_without_captions(path, encoding)]
     certain = [path for path in tables if path not in empty]
-    few = [path for path in certain if sidecars and _has_few_rows(path, sidecars, index, encoding)]
+    few = [path for group in _groups(certain) if _have_few_rows(group, sidecars, index, encoding) for path in group]
     certain = [path for path in certain if path not in few]
     looked_into = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
     named = {path: _named_images(path, index, encoding) for path in looked_into}
     half = len(index.paths) / 2
-    certain = certain or [path for path, n in named.items() if n >= half or (n and split_of_file(path))]
+    of_splits = sum(n for path, n in named.items() if split_of_file(path))
+    certain = certain or [path for path, n in named.items() if n and (of_splits if split_of_file(path) else n) >= half]
     small = few + [path for path, n in named.items() if n and path not in certain]
     return _Tables(certain, small, empty, json_files)
 
 
-def _has_few_rows(path: Path, sidecars: Collection[Path], index: ImageIndex, encoding: str | None) -> bool:
-    """Return whether a table, such as one of remarks, has captions of few images, and files next to them of more."""
-    if path.name.lower() in METADATA or split_of_file(path):
-        return False
-    images = len({row.image for row in find_rows(path, encoding)})
-    if images >= len(index.paths) / 2 or _is_faulty(path, encoding):
+def _groups(tables: list[Path]) -> list[list[Path]]:
+    """Group tables into metadata files, those of splits, and each other one; the first two hold parts of a set."""
+    metadata = [path for path in tables if path.name.lower() in METADATA]
+    of_splits = [path for path in tables if path not in metadata and split_of_file(path)]
+    return [metadata, of_splits, *([path] for path in tables if path not in metadata and path not in of_splits)]
+
+
+def _have_few_rows(tables: list[Path], sidecars: Collection[Path], index: ImageIndex, encoding: str | None) -> bool:
+    """Return whether tables, such as one of remarks, have captions of few images, and files next to them of more."""
+    images = len({row.image for path in tables for row in find_rows(path, encoding)})
+    if images >= len(index.paths) / 2 or any(_is_faulty(path, encoding) for path in tables):
         return False
     captions = (file for file in sidecars if has_captions(file, encoding) and b" " in file.read_bytes().strip())
     return images < len({file.with_suffix("") for file in captions})

@@ -131,8 +131,8 @@ class ImageIndex:
         paths = [path for key in keys for path in self.paths[key]]
         if len(paths) > 1:
             raise InputError(
-                f"{where}: {name} may be {paths[0]} or {paths[1]}; name the folder of the right one with --images, "
-                "or give the image's path in the captions."
+                f"{where}: {name} may be {paths[0]} or {paths[1]}; give the image's path in the captions, or name "
+                "its folder with --images if all captions are of images in it."
             )
         if not keys:
             return None

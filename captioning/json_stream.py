@@ -85,6 +85,8 @@ def stream_lists(path: Path, names: Collection[str]) -> Iterator[tuple[str, int,
         where += "; write null for NaN" * ("NaN" in where)
         if LFS_START.decode() in where:
             raise InputError(f"{path} {LFS_POINTER}.") from None
+        if "invalid bytes in UTF8" in reason:
+            raise InputError(f"{path} is not UTF-8 text; write it again in UTF-8.") from None
         raise InputError(f"{path} is not JSON ({reason}{where}).") from None
 
 

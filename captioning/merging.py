@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from captioning.annotations import read_entries
+from captioning.captions import find_marks
 from captioning.coco_layout import (
     SPLITS,
     SourceImage,
@@ -72,6 +73,9 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
                 f"{folder} holds no annotations/captions_train<year>.json, nor one of val or test; "
                 "only data sets in COCO's layout can be merged."
             )
+    if not images:
+        left_out = "".join(f"; {line}" for line in report.lines())
+        raise InputError(f"these data sets hold no images with captions{left_out}; nothing was written.")
     _make_ids_unique(images)
     _report_leaks(images, report)
     write_dataset(images, destination)
@@ -110,6 +114,8 @@ def _read_images(path: Path, prefix: str, split: str, report: Report, uncaptione
             continue
         for _ in range(texts.count("")):
             report.add("empty caption{s}", where)
+        for marks in filter(None, map(find_marks, texts)):
+            report.add(marks, where, "read")
         images[image_id].captions += filter(None, texts)
     missing = {
         image.name.removeprefix(f"{prefix}/"): image for image in images.values() if not os.path.isfile(image.path)

@@ -42,10 +42,11 @@ METEOR_WORDS = 1000  # maximum words of a caption for METEOR, which takes second
 # METEOR parses numbers in the user's locale, and before Java 18, text is read in the locale's encoding.
 _JAVA = ("java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 
-_GERSHAYIM = "\N{HEBREW PUNCTUATION GERSHAYIM}"  # people type " for it
+# What references may have in place of the characters in captions of `vocabulary.tokenize`.
+_AS_TYPED = str.maketrans({"\N{HEBREW PUNCTUATION GERSHAYIM}": '"', "‘": "'", "’": "'"})
 _REPLACEMENTS = str.maketrans(
-    {"“": '"', "”": '"', "‘": "'", "’": "'", "´": "'", "`": "'", "–": "--", "—": "--", "…": "..."}
-    | {_GERSHAYIM: '"'}
+    {"“": '"', "”": '"', "´": "'", "`": "'", "–": "--", "—": "--", "…": "..."}
+    | _AS_TYPED
     | {"½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$"}
     | dict.fromkeys(["\N{SOFT HYPHEN}", *map(chr, range(0xFE00, 0xFE10))])  # emoji variation selectors
 )
@@ -108,7 +109,7 @@ def _tokenize_ptb(captions: Sequence[str]) -> list[str]:
         "-preserveLines",
         "-lowerCase",
     ]
-    texts = (" ".join(caption.replace(_GERSHAYIM, '"').split()) for caption in captions)
+    texts = (" ".join(caption.translate(_AS_TYPED).split()) for caption in captions)
     texts = (unicodedata.normalize("NFC", text) for text in texts)
     text = "".join(f"{text}\n" for text in texts).encode(errors="replace")
     lines = subprocess.run(command, input=text, capture_output=True, check=True).stdout.decode().split("\n")

@@ -15,14 +15,14 @@ from typing import Any, TypeGuard
 
 from captioning.captions import (
     clean_caption,
-    is_missing,
     is_rejected,
     is_structure,
+    may_be_captions,
     parse_captions,
     require_text,
     split_lines,
 )
-from captioning.csv_tables import CAPTION_COLUMNS, IMAGE_COLUMNS, caption_columns, read_csv
+from captioning.csv_tables import CAPTION_COLUMNS, FOLDER_COLUMNS, IMAGE_COLUMNS, caption_columns, read_csv
 from captioning.errors import InputError
 from captioning.files import is_at_most, read_text
 from captioning.image_formats import image_suffixes
@@ -79,7 +79,7 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
     for column in _unused_split_columns([record for _, record in records], split_column):
         report.add("column{s} of splits; only one called split is used", f"{path}, {column}", "ignored")
-    folders: dict[str, str] = {}  # image -> its filepath
+    folders: dict[tuple[str, str], str] = {}  # image and column -> the image's folder
     for where, record in records:
         columns = [column for column in kinds if column in record]
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
@@ -88,23 +88,24 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
             report.add("rejected caption{s}", where)
         elif not all(map(_is_blank, record.values())):
             others = caption_columns(list(record))
-            if not columns and any(_is_text(record[other]) for other in others):
+            if not columns and any(may_be_captions(record[other]) for other in others):
                 raise InputError(
                     f"{where}, has a text in {others[0]!r}, and other rows have their captions in {kinds[0]!r}; use "
                     "one column for all captions."
                 )
             for column, value in record.items():
                 like_captions = "caption" in column or caption_columns([column])
-                if like_captions and column not in columns and _is_text(value):
+                if like_captions and column not in columns and may_be_captions(value):
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
             row = Row(where, _image(record, where), _captions(record, columns, where), split)
-            if folder := _folder(record, row.image):
-                report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
-                if folders.setdefault(row.image, folder) != folder:
+            for column, folder in _folders(record, row.image):
+                if column == "filepath":
+                    report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
+                if (other := folders.setdefault((row.image, column), folder)) != folder:
                     raise InputError(
-                        f"{where}: {row.image} is in {folders[row.image]:.80} and in {folder:.80}; "
-                        "write folder and name in one column called image."
+                        f"{where}: {row.image} has the {column} {other:.80} and the {column} {folder:.80}; write folder"
+                        f" and name in one column called image, or rename the column {column} if it holds no folder."
                     )
             texts = [text for text in row.captions if text]
             if len(texts) > 2 and all(text.isascii() and " " not in text for text in texts):
@@ -225,11 +226,6 @@ def _is_blank(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def _is_text(value: Any) -> bool:
-    """Return whether a cell may hold captions rather than, say, their language."""
-    return isinstance(value, list) or (isinstance(value, str) and " " in value.strip() and not is_missing(value))
-
-
 def _image(record: dict[str, Any], where: str) -> str:
     columns = [column for column in record if re.sub(r"\.\d+$", "", column) in IMAGE_COLUMNS]  # also a repeated one
     names = {column: record[column] for column in columns if not _is_blank(record[column])}
@@ -247,11 +243,12 @@ def _image(record: dict[str, Any], where: str) -> str:
     return name
 
 
-def _folder(record: dict[str, Any], image: str) -> str:
-    """Return the folder in the column filepath of Karpathy's splits, "" if there is none or the image's name has it."""
-    value = record.get("filepath")
-    text = value.strip() if isinstance(value, str) else ""
-    return "" if os.path.splitext(text)[1] or _is_end(text, os.path.dirname(image)) else text
+def _folders(record: dict[str, Any], image: str) -> Iterator[tuple[str, str]]:
+    """Yield the columns that may give the image's folder, with the folder, unless the image's name begins with it."""
+    for column in FOLDER_COLUMNS:
+        text = value.strip() if isinstance(value := record.get(column), str) else ""
+        if text and not os.path.splitext(text)[1] and not _is_end(text, os.path.dirname(image)):
+            yield column, text
 
 
 def _is_end(name: str, path: str) -> bool:

@@ -366,7 +366,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "annotations: torn": (lambda k: k.read_data(b'{"images": [{"id"'), r"captions_train\.json is not JSON"),
     "annotations: not UTF-8": (
         lambda k: k.read_data(b'{"images": "\xff"}'),
-        r"captions_train\.json is not JSON .*UTF8",
+        r"captions_train\.json is not UTF-8 text; write it again in UTF-8",
     ),
     "annotations: half a UTF-16 character": (
         lambda k: k.read_data('{"images": [], "annotations": ["\ud800 "]}'.encode("utf-16", "surrogatepass")),
@@ -482,7 +482,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations: each caption is empty": (
         lambda k: k.read_data(change("annotations", to=[{"image_id": 1, "caption": " \n"}])),
-        r"captions_train\.json holds no captions: each of them is empty\.",
+        r"captions_train\.json holds no captions: each of them is empty or rejected\.",
     ),
     "annotations: a caption with a name for its image": (
         lambda k: k.read_data(change("annotations", 0, "image_id", to="a.png")),

@@ -576,7 +576,9 @@ def test_a_column_filepath_that_tells_images_apart_is_refused_and_else_told(tmp_
     assert "ignored 6 filepaths; write folder and name in one column called image, the first" in capsys.readouterr().err
     with open(source / "c.csv", "a") as file:
         file.write("b,0.jpg,a blue ball\n")
-    with pytest.raises(InputError, match=r"line 8: 0\.jpg is in a and in b; write folder and name in one column"):
+    with pytest.raises(
+        InputError, match=r"line 8: 0\.jpg has the filepath a and the filepath b; write folder and name in one column"
+    ):
         importers.import_folder(source, tmp_path / "second")
     for path in ("in", "in/{0}.jpg", "{0}_1.wav", ""):
         (source / "c.csv").write_text(csv_rows("filepath,filename,caption", f"{path},in/{{0}}.jpg,a red ball"))
