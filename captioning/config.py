@@ -124,7 +124,7 @@ class CheckpointOptions:
 
     name: str = ""  # model name; default: the name of the data folder
     models: Path = Path("models")  # folder in which the model's folder is created
-    save_every: int = 1  # epochs between checkpoints; the best epoch is always kept
+    save_every: int = 1  # epochs between checkpoints; the best epoch is kept, until there is a better one
     save_minutes: float = 10.0  # minutes between saves within an epoch
     print_every: int = 100  # logging interval in steps
     log_file: str = "training_log.txt"  # log of every step's loss, in the model's folder
@@ -258,6 +258,8 @@ def _convert_value(field: dataclasses.Field, kind: Any, value: Any) -> Any:
         value = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise InputError(f"{field.name}: {error.errors()[0]['msg']}.") from None
+    if isinstance(value, str | Path) and any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+        raise InputError(f"{field.name} is not UTF-8, in which captioner.json records it: {str(value)!a}; rename it.")
     if not isinstance(value, Path):
         return value
     if "\0" in str(value):

@@ -246,6 +246,8 @@ class Run:
             self.scalars.remove()
             self.save()
         elif self.is_main and state and self.resumed:
+            if self.progress.epoch > self.last_epoch:  # no step is made with new options
+                self.description.training = self.resumed.training
             if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
             has_new_options = self.resumed.training != self.description.training

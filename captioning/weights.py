@@ -27,6 +27,7 @@ from captioning.image_formats import describe_content
 
 MAX_PICKLE = 4 << 20  # maximum size of the pickle of names and shapes, in bytes; the numbers lie outside it
 MAX_ENTRIES = 50_000  # maximum number of entries in a zip, one per tensor
+MAX_HEADER = 100 * MAX_ENTRIES  # size limit of the header of safetensors, in bytes
 MAX_WEIGHT = 1e10  # maximum magnitude of a weight; a few products of larger numbers overflow float32
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 GLOBALS = {
@@ -54,6 +55,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
+            with open(path, "rb") as file:
+                if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                    raise ValueError("its header is too long")
             content: Any = load_file(path)
         except Exception as error:  # safetensors shares no base class with what the system raises
             raise _unsafe(path, error) from None
@@ -159,6 +163,8 @@ def _check_pickle(file: BinaryIO) -> None:
     for operation, argument, _ in pickletools.genops(file):
         if operation.name in OTHER_CALLS or (operation.name == "GLOBAL" and argument not in GLOBALS):
             name = str(argument or operation.name).replace(" ", ".")
+            if re.match(r"torch\._utils\._rebuild_|torch\.\w+Storage$", name):
+                raise ValueError(f"it holds tensors of a type that is not read, {name}; convert them with .float()")
             raise ValueError(f"it holds {name}; save the state dict alone: torch.save(model.state_dict(), FILE)")
 
 

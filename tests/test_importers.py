@@ -822,6 +822,16 @@ def test_a_json_table_counts_beside_others(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["quality_test__csv", "test__json", "metadata__csv"])
+def test_a_table_of_a_split_with_few_images_does_not_replace_files_next_to_more(tmp_path, capsys, name):
+    remark = {"file_name": "0.jpg", "caption": "this photo is too dark"}
+    table = json.dumps([remark]) if "json" in name else "file_name,caption\n0.jpg,this photo is too dark\n"
+    source = six(tmp_path / "in", **{name: table}, **{f"{i}__txt": "a red ball" for i in range(6)})
+    importers.import_folder(source, tmp_path / "out")
+    assert all_captions(tmp_path / "out") == {f"{i}.jpg": ["a red ball"] for i in range(6)}
+    assert "left out 1 table of few images, as files next to the images hold captions" in capsys.readouterr().err
+
+
 def test_names_that_recur_in_many_folders_are_found_by_their_ends():
     index = ImageIndex.__new__(ImageIndex)
     keys = [f"in/v{i}/frames/{k:04}.jpg" for i in range(500) for k in range(10)]

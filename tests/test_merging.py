@@ -151,6 +151,37 @@ def test_captions_that_vizwiz_rejects_are_left_out(tmp_path, capsys):
     assert "left out 2 rejected captions" in capsys.readouterr().err
 
 
+def test_marks_in_captions_are_reported(tmp_path, capsys):
+    a, b = data_set(tmp_path / "a"), data_set(tmp_path / "b", width=20)
+    path = a / "annotations" / "captions_train.json"
+    first, second = json.loads(path.read_text())["annotations"]
+    marked = ["startseq a dog endseq", "a cafÃ© and a dog"]
+    change(path, annotations=[{**first, "caption": marked[0]}, {**second, "caption": marked[1]}])
+    with_marks = "read 1 caption with marks such as <start>, which are learned as words: "
+    misread = "read 1 caption with letters of a wrong encoding; save their file as UTF-8 anew: "
+    CaptionDataset(a, "train", vocab_threshold=1, cache=tmp_path / "x")
+    error = capsys.readouterr().err
+    assert f"{with_marks}annotations[0]" in error
+    assert f"{misread}annotations[1]" in error
+    importers.merge((a, b), tmp_path / "out")
+    error = capsys.readouterr().err
+    assert f"{with_marks}{path}, annotations[0]" in error
+    assert f"{misread}{path}, annotations[1]" in error
+
+
+def test_data_sets_without_captions_are_not_merged(tmp_path):
+    sources = [data_set(tmp_path / name, splits={"train": [1]}) for name in ("a", "b")]
+    for source in sources:
+        path = source / "annotations" / "captions_train.json"
+        (entry,) = json.loads(path.read_text())["annotations"]
+        change(path, annotations=[{**entry, "is_rejected": True}])
+    with pytest.raises(
+        InputError, match=r"hold no images with captions; left out 2 rejected captions, .*; nothing was"
+    ):
+        importers.merge(tuple(sources), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_other_names_of_splits_are_read(tmp_path):
     a, b = data_set(tmp_path / "a", "2017"), data_set(tmp_path / "b", width=20)
     for name in ("annotations/captions_val{}2017.json", "images/val{}2017"):

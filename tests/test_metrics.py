@@ -210,6 +210,15 @@ def test_plain_tokenizer_keeps_words_of_other_scripts_whole(name):
 
 
 @pytest.mark.java
+def test_an_apostrophe_counts_like_a_typewriter_s():
+    references = {1: ["l’enfant d’un voisin court dans l’eau"], 2: ["O’Neil’s dog runs ‘fast’"]}
+    results = {1: "l'enfant d'un voisin court dans l'eau", 2: "O'Neil's dog runs 'fast'"}
+    metrics = score(results, references).metrics
+    assert metrics["Bleu_4"] == pytest.approx(1)
+    assert metrics["CIDEr"] == pytest.approx(10)
+
+
+@pytest.mark.java
 def test_plain_tokenizer_agrees_with_ptb_in_other_scripts():
     captions = [caption for caption, _ in SCRIPTS.values()]
     for mine, theirs in zip(captions, metrics._tokenize_ptb(captions), strict=True):

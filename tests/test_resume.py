@@ -257,6 +257,9 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make, capsys: pytest.C
     train(resumed_config(folder))
     assert capsys.readouterr().out.endswith("all epochs are done; use --num-epochs 3 to train one more\n")
     assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
+    options = read_description(folder).training
+    train(resumed_config(folder, learning_rate=3.0, seed=5))
+    assert read_description(folder).training == options  # those that it was trained with
 
 
 def test_a_run_killed_before_its_last_description_is_described(config: Make, monkeypatch: pytest.MonkeyPatch):

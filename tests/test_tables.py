@@ -586,6 +586,30 @@ def test_a_column_filepath_that_tells_images_apart_is_refused_and_else_told(tmp_
         assert "filepath" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("column", ["class", "Folder"])
+def test_a_column_of_folders_that_tells_images_apart_is_refused(tmp_path, column):
+    rows = csv_rows(f"{column},image,caption", "a,{}.jpg,a red ball")
+    source = six(tmp_path / "in", c__csv=f"{rows}b,0.jpg,a blue ball\n")
+    with pytest.raises(
+        InputError, match=rf"line 8: 0\.jpg has the {column.lower()} a and the {column.lower()} b; write"
+    ):
+        importers.import_folder(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["ein roter Ball", "红色的球"])
+def test_captions_in_a_further_column_are_counted_in_any_script(tmp_path, capsys, text):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption,caption_2nd", f"{{}}.jpg,a red ball,{text}"))
+    importers.import_folder(source, tmp_path / "out")
+    assert "left out 6 texts in the column 'caption_2nd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mark", ["||", "|||", "###"])
+def test_marks_between_captions_of_one_cell_are_reported(tmp_path, capsys, mark):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption", f"{{}}.jpg,a red ball {mark} one ball"))
+    importers.import_folder(source, tmp_path / "out")
+    assert "read 6 captions with marks such as <start>, which are learned as words" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("columns", ["data_split", "original_split,karpathy_split"])
 def test_a_column_of_splits_that_is_not_used_is_told(tmp_path, capsys, columns):
     names = columns.split(",")

@@ -420,6 +420,12 @@ def test_a_null_character_in_a_path_is_one_sentence(tmp_path: Path):
         train_module.parse_options(["--config", str(tmp_path / "recipe.toml")])
 
 
+@pytest.mark.parametrize("field", ["name", "data", "models", "start_from"])
+def test_a_name_that_is_not_utf_8_is_refused_before_the_work(field: str):
+    with pytest.raises(InputError, match=rf"^{field} is not UTF-8, .*'caf\\udce9'; rename it"):
+        TrainingConfig(**{field: "caf\udce9"})
+
+
 def test_dropout_has_no_effect_on_self_critical_training(trained: Path):
     with pytest.raises(InputError, match="--dropout has no effect on self-critical training"):
         train_module.parse_options(["--resume", str(trained), "--objective", "cider", "--dropout", "0.3"])

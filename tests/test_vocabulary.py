@@ -213,6 +213,22 @@ def test_a_pickled_vocabulary_is_pointed_to_its_importer(tmp_path):
         Vocabulary.load(tmp_path / "vocab.pkl")
 
 
+@pytest.mark.parametrize(
+    ("caption", "tokens", "written"),
+    [
+        ("कुत्ता दौड़ रहा है।", ["कुत्ता", "दौड़", "रहा", "है", "।"], "कुत्ता दौड़ रहा है।"),
+        ("كلب يجري، ثم ينام؟", ["كلب", "يجري", "،", "ثم", "ينام", "؟"], "كلب يجري، ثم ينام؟"),
+        ("¿Qué hace el perro?", ["¿", "qué", "hace", "el", "perro", "?"], "¿qué hace el perro?"),
+        ("一只 狗，在 跑。", ["一只", "狗", "，", "在", "跑", "。"], "一只 狗， 在 跑。"),
+        ("a dog runs…", ["a", "dog", "runs", "..."], "a dog runs ..."),
+    ],
+)
+def test_punctuation_of_any_script_is_a_token_of_its_own(caption: str, tokens: list[str], written: str):
+    assert tokenize(caption) == tokens
+    vocab = Vocabulary.build([caption], 1)
+    assert vocab.decode(vocab.encode(caption)) == written
+
+
 @pytest.mark.parametrize("caption", [None, float("nan"), 3])
 def test_a_caption_that_is_not_text_is_refused(vocab: Vocabulary, caption: object):
     with pytest.raises(InputError, match=f"a caption is text, not {caption}"):

@@ -127,18 +127,36 @@ class Whole(nn.Module):
     [
         (Whole(), r"it holds test_weights\.Whole; save the state dict alone: torch\.save\(model\.state_dict"),
         ({"model": {}, "args": Path("a")}, r"it holds pathlib\."),
+        ({"w": torch.zeros(1, dtype=torch.uint16)}, r"of a type that is not read, \S+; convert them with \.float\(\)"),
         ([torch.zeros(1)], "holds no state dict"),
         ({"embed.weight": 1.0}, "holds no state dict"),
         ({1: torch.zeros(1)}, "holds no state dict"),
         ({"embed.weight": torch.zeros(1).expand(9)}, "holds no state dict"),
         ({"other.weight": torch.zeros(1)}, "lacks the weight"),
     ],
-    ids=["a module", "a path", "a list", "a number", "a number as a name", "an expanded tensor", "other names"],
+    ids=[
+        "a module",
+        "a path",
+        "a type",
+        "a list",
+        "a number",
+        "a number as a name",
+        "an expanded tensor",
+        "other names",
+    ],
 )
 def test_what_is_no_state_dict_is_one_sentence(content: object, problem: str, tmp_path: Path):
     torch.save(content, tmp_path / "weights.pkl")
     with pytest.raises(InputError, match=rf"weights\.pkl .*{problem}|weights\.pkl {problem}"):
         load_weights(small_module(), read_state_dict(tmp_path / "weights.pkl"), tmp_path / "weights.pkl")
+
+
+def test_a_long_header_of_safetensors_is_not_read(tmp_path: Path):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({str(i): empty for i in range(100_000)}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="its header is too long"):
+        read_state_dict(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("name", ["none.pkl", "none.safetensors", "a" * 999, "zero\0byte"])
