@@ -258,7 +258,9 @@ def test_a_training_that_has_ended_stays_as_it_is(config: Make, capsys: pytest.C
     assert capsys.readouterr().out.endswith("all epochs are done; use --num-epochs 3 to train one more\n")
     assert before == ((folder / "decoder-2.pkl").read_bytes(), (folder / "training_log.txt").read_bytes())
     options = read_description(folder).training
-    train(resumed_config(folder, learning_rate=3.0, seed=5))
+    other = resumed_config(folder)
+    other.learning_rate, other.seed = 3.0, 5
+    train(other)
     assert read_description(folder).training == options  # those that it was trained with
 
 
