@@ -179,9 +179,9 @@ def main(
         if this_process().is_main_process:
             _score_file(references, results, json_)
         return
-    decoding.check()
     if decoding.alternatives:
         raise InputError("--alternatives has no effect on an evaluation, which scores one caption per image.")
+    decoding.check()
     with this_process().local_main_process_first():  # the others use the files that this process downloads and caches
         find_split(data, split)
         models = list(model) or [_choose_model(data)]
@@ -238,6 +238,7 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
         results = Path(f"captions_{dataset.mode}_results.json")
         log(f"{dataset.annotation_file} has no reference captions; the model's captions are written to {results}")
     if results is not None:
+        results = Path(os.path.realpath(results)) if results.is_symlink() else results  # a link stays one
         check_output(results)
         if os.path.exists(results):
             if os.path.samefile(results.parent, dataset.annotation_file.parent):

@@ -27,6 +27,7 @@ import gradio as gr
 import tyro
 import uvicorn
 from fastapi import FastAPI
+from gradio import routes
 from gradio.networking import setup_tunnel
 from gradio.processing_utils import save_file_to_cache
 from gradio.themes import Soft
@@ -427,7 +428,8 @@ def main(
     with listener, tempfile.TemporaryDirectory(prefix="captions-") as folder, suppress(KeyboardInterrupt):
         # Gradio serves every file in this folder; its default is a folder that other programs write to as well.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
-        gr.routes.DEFAULT_TEMP_DIR = folder  # in which it creates another folder, and which it fixes when imported
+        # It creates a folder in its default one, which it chooses when it is imported.
+        routes.DEFAULT_TEMP_DIR = folder  # pyright: ignore[reportPrivateImportUsage]
         server = CaptionServer(captioners)
         page, image = build_page(
             server, example_images(captioners, Path(folder)), Path(folder) / "uploads", flag_folder

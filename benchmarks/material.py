@@ -12,6 +12,7 @@ from torchvision.models import resnet50
 from benchmarks import drawn
 from benchmarks.timing import GPU
 from captioning.errors import InputError
+from captioning.files import missing_file
 from captioning.images import WORKERS, ImageDataset, build_transform
 from captioning.listing import find_images
 from captioning.training import TrainingConfig
@@ -79,6 +80,8 @@ def choose_images(settings: Settings, folder: Path) -> list[Path]:
     """Draw or find the images to train on and to caption."""
     if settings.images is None:
         return drawn.draw_images(folder / "drawn", settings.count)
+    if not settings.images.exists():
+        raise missing_file(settings.images)
     paths = [path for path in find_images([settings.images]) if isinstance(path, Path)][: settings.count]
     if len(paths) <= VAL_IMAGES:
         raise InputError(f"{settings.images} holds {len(paths)} images; more than {VAL_IMAGES} are needed.")

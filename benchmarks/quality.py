@@ -28,7 +28,7 @@ from captioning.captioner import Captioner, Decoding
 from captioning.checkpoint import environment, resolve_weights
 from captioning.config import TrainingConfig, load_config
 from captioning.errors import run_command
-from captioning.files import write_file
+from captioning.files import check_output, write_file
 from captioning.metrics import score
 from captioning.training import train
 from data_loader import CaptionDataset, find_split
@@ -77,6 +77,8 @@ def caption_with(config: TrainingConfig, val: CaptionDataset) -> dict[int, str]:
 
 def run(settings: Settings) -> Path:
     """Train, caption and score; prints the table, writes the JSON and returns its path."""
+    path = settings.results / "quality.json"
+    check_output(path)
     overrides = {} if settings.data is None else {"data": settings.data}
     config = load_config(settings.config, num_epochs=settings.epochs, print_every=10_000, **overrides)
     shared = ("data", "backbone", "weights", "image_size", "fine_tune", "num_epochs", "print_every")
@@ -97,8 +99,6 @@ def run(settings: Settings) -> Path:
     print(f"| {settings.epochs} epochs | {' | '.join(columns)} |\n| :-- {'| --: ' * len(columns)}|")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(f'{row[column]:.3f}' for column in columns)} |")
-    settings.results.mkdir(parents=True, exist_ok=True)
-    path = settings.results / "quality.json"
     about = {"environment": environment(), "backbone": config.backbone, "image_size": config.preprocessing.image_size}
     results = {**about, "epochs": settings.epochs, "rows": rows}
     write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))

@@ -30,8 +30,8 @@ from benchmarks.training_speed import measure_decoders, measure_training, run_tr
 from captioning.captioner import Captioner, Decoding
 from captioning.checkpoint import environment
 from captioning.errors import run_command
-from captioning.figures import save_figure
-from captioning.files import write_file
+from captioning.figures import check_figure, save_figure
+from captioning.files import check_output, write_file
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -142,11 +142,12 @@ def run_python(*arguments: str | Path) -> bytes:
 
 def run(settings: Settings) -> Path:
     """Measure, print the tables, write the JSON file and draw the bars; returns the path of the JSON file."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    path = settings.results / f"{name}.json"
+    check_output(path)
+    check_figure(settings.figure)
     results = measure(settings)
     print(format_table(results))
-    name = re.sub(r"[^a-z0-9]+", "-", results["device"].lower()).strip("-")
-    path = settings.results / f"{name}.json"
-    settings.results.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
     save_figure(draw(results), settings.figure)
     return path

@@ -63,7 +63,7 @@ def _expand(pattern: Path) -> list[Path]:
     matches = sorted(map(Path, glob(os.path.join(escape(str(folder)), rest), recursive=True)))
     if "**" in rest:  # which also matches the folders above a file, and follows links in a circle
         matches = [path for path in matches if not path.is_dir()] or matches
-        matches = list({os.path.realpath(path): path for path in reversed(matches)}.values())[::-1]
+        matches = list({(os.path.realpath(path.parent), path.name): path for path in reversed(matches)}.values())[::-1]
     return matches or [pattern]
 
 

@@ -31,7 +31,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from captioning.annotations import lacks_spaces, parse_image_id, read_captions
 from captioning.captions import MARKS, is_structure
 from captioning.errors import InputError, warn_once
-from captioning.files import require_regular
+from captioning.files import decode_text, require_regular
 from captioning.tables import parse_json
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -328,10 +328,13 @@ def _read_results(path: str | Path) -> dict[int, str]:
     form = '[{"image_id": 1, "caption": "..."}, ...]'
     require_regular(path)
     try:
-        entries = parse_json(Path(path).read_bytes())
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a results file, {form}.") from error
+    try:
+        entries = parse_json(data)
     except (ValueError, RecursionError) as error:
+        decode_text(data, path)  # raises if the file is, say, an archive or not in UTF-8
         raise InputError(f"{path} is not JSON ({error}); give a results file, {form}.") from error
     if not isinstance(entries, list) or not entries:
         held = "an empty list" if entries == [] else f"a JSON value of another type, {entries!r:.60}"
@@ -377,7 +380,8 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
     for image in hypotheses:
         if not references.get(image):
             raise InputError(
-                f"{results_file}: image {image} has no caption with a word in {references_file}; remove it."
+                f"{results_file}: image {image} has no caption with a word in {references_file}; name the references "
+                "of its split, or remove it."
             )
     captions = chain(hypotheses.values(), *(references[image] for image in hypotheses))
     words = Counter(word for caption in captions for word in tokenize_plain(caption))

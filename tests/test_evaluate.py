@@ -198,6 +198,14 @@ def test_what_is_evaluated_is_printed_first(command: Callable, trained: Path, dr
     assert errors.splitlines()[0] == first
 
 
+def test_results_are_written_where_a_link_leads(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
+    (tmp_path / "results.json").symlink_to(tmp_path / "new" / "results.json")
+    options = ("--data", drawn, "--split", "val", "--limit", 1, "--results", tmp_path / "results.json")
+    assert command("--model", trained, *options)[0] == 0
+    assert (tmp_path / "results.json").is_symlink()
+    assert len(json.loads((tmp_path / "new" / "results.json").read_text())) == 1
+
+
 def test_without_a_model_of_the_data_set_none_is_taken(command: Callable, trained: Path, drawn: Path, tmp_path: Path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine").symlink_to(trained)

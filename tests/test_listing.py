@@ -180,6 +180,9 @@ def test_two_asterisks_mean_folders_of_any_depth(album: Path):
     found = names(album, find_images([album / "**" / "*.*"]))
     assert {"2025/trip/c.JPG", "a.jpg", "z.jpg"} <= set(found)
     assert len(set(found)) == len(found)
+    (album / "link.jpg").symlink_to("a.jpg")
+    assert names(album, find_images([album / "**" / "link.jpg"])) == ["link.jpg"]
+    assert {"a.jpg", "link.jpg"} <= set(names(album, find_images([album / "**" / "*.jpg"])))
     (album / "self").symlink_to(".")
     assert names(album, find_images([album / "**" / "a.jpg"])) == ["a.jpg"]
     assert names(album, find_images([album / "**" / "trip"])) == ["2025/trip/c.JPG"]

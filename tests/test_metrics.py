@@ -446,7 +446,7 @@ ANNOTATIONS = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() 
         (None, "results.json cannot be read"),
         ("[{", "results.json is not JSON"),
         ('{"image_id": 7, "caption": "a"}\n{"image_id": 3, "caption": "b"}\n', r"is not JSON \(Extra data: line 2"),
-        (b'[{"image_id": 7, "caption": "caf\xe9"}]', "results.json is not JSON .*utf-8"),
+        (b'[{"image_id": 7, "caption": "caf\xe9"}]', "results.json, line 1, is not UTF-8 text .*; save it as UTF-8"),
         ('[{"image_id": 7, "caption": "a", "caption": "b"}]', r"results.json is not JSON \('caption' occurs twice"),
         (RESULT, r"results.json must be a list, .*; it holds a JSON value of another type, \{'image_id': 7"),
         ([], "results.json must be a list, .*; it holds an empty list"),
