@@ -32,8 +32,8 @@ _REPLACEMENTS = str.maketrans(
     | {"…": "..."}
 )
 # Punctuation that NLTK leaves at its word: of Arabic, Indian, Armenian, Ethiopic, Burmese, Khmer, Chinese and Spanish.
-_ENDS = "،؛؟۔।॥։՞՜՝።፣፤፥፦፧၊။។៕，、。！？；：…»）」』》〉】"
-_BEGINNINGS = "¿¡«（「『《〈【"
+_ENDS = "،؛؟۔।॥։՞՜՝።፣፤፥፦፧၊။។៕，、。！？；：）」』》〉】"
+_BEGINNINGS = "¿¡（「『《〈【"
 _PUNCTUATION = re.compile(f"[{_BEGINNINGS}{_ENDS}]")
 _SPACE = re.compile(f" (?=[{_ENDS}])|(?<=[{_BEGINNINGS}]) ")  # that decoding leaves out
 _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts

@@ -29,9 +29,8 @@ MAY_BE_MARKED = re.compile(r"[<\[&|\\#\x80-\U0010FFFF]|seq|^(neg|ste)", re.IGNOR
 MISREAD = re.compile(  # letters that were decoded in a wrong encoding; capitals may stand before a punctuation mark
     "\ufffd|â€|(?<![A-ZÀ-Þ])Ã[\xa1-\xbfŸ„–œ]|(?<!\\w)Ã(?!\\w)"
 )
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
-)  # in such scripts, as Thai's
+# Letters of scripts without spaces between words: of Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 MAX_CAPTION = 5000  # maximum length in characters, since batches are padded to their longest caption
 STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",

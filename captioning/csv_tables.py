@@ -11,7 +11,7 @@ from captioning.errors import InputError
 from captioning.image_formats import image_suffixes
 
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
-FOLDER_COLUMNS = (
+FOLDER_COLUMNS = (  # which may give the folder of an image whose name is bare
     "filepath",
     "folder",
     "folder_name",

@@ -125,7 +125,8 @@ def _find_tables(
         if all(split_of_file(path) for path in tables if path not in empty):  # each split needs its table
             empty = [path for path in empty if not split_of_file(path) or _is_test_without_captions(path, encoding)]
     certain = [path for path in tables if path not in empty]
-    few = [path for group in _groups(certain) if _have_few_rows(group, sidecars, index, encoding) for path in group]
+    groups = _groups(certain) if sidecars else []
+    few = [path for group in groups if _have_few_rows(group, sidecars, index, encoding) for path in group]
     certain = [path for path in certain if path not in few]
     looked_into = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
     named = {path: _named_images(path, index, encoding) for path in looked_into}
@@ -140,7 +141,8 @@ def _groups(tables: list[Path]) -> list[list[Path]]:
     """Group tables into metadata files, those of splits, and each other one; the first two hold parts of a set."""
     metadata = [path for path in tables if path.name.lower() in METADATA]
     of_splits = [path for path in tables if path not in metadata and split_of_file(path)]
-    return [metadata, of_splits, *([path] for path in tables if path not in metadata and path not in of_splits)]
+    groups = [metadata, of_splits, *([path] for path in tables if path not in metadata and path not in of_splits)]
+    return [group for group in groups if group]
 
 
 def _have_few_rows(tables: list[Path], sidecars: Collection[Path], index: ImageIndex, encoding: str | None) -> bool:
