@@ -191,12 +191,14 @@ class CaptionDataset(Dataset):
     def _check_captions(self, advice: str) -> None:
         """Warn of many unknown words, with advice, and of many long captions; raises `InputError` if none is known."""
         words = len(self.tokens) - 2 * len(self.lengths)
-        unknown = np.sum(self.tokens == UNK) / max(1, words)
-        if unknown == 1:
+        unknown = np.sum(self.tokens == UNK)
+        if words and unknown == words:
             raise InputError(f"none of the words in {self.annotation_file} is in the vocabulary; {advice}.")
-        if unknown > UNKNOWN_SHARE:
+        is_punctuation = np.array([not any(map(str.isalnum, word)) for word in self.vocab.words])
+        share = unknown / max(1, words - np.sum(is_punctuation[self.tokens]))
+        if share > UNKNOWN_SHARE:
             warn_once(
-                f"{unknown:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
+                f"{share:.0%} of the words in {self.annotation_file} are not in the vocabulary, and are not learned; "
                 f"{advice}."
             )
         long = np.sum(self.lengths - 1 > DEFAULT_LENGTH) / max(1, len(self.lengths))

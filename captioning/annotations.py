@@ -254,7 +254,7 @@ def _parse_annotations(path: Path) -> Annotations:
                 if not words:
                     report.add("empty caption{s}", f"annotations[{number}]")
                     continue
-                if (marks := find_marks(caption)) and not is_index:  # an index reports them itself
+                if not is_index and (marks := find_marks(caption)):  # an index reports them itself
                     report.add(marks, f"annotations[{number}]", "read")
                 tokens.extend([index.setdefault(word, len(index)) for word in words])
                 offsets.append(len(tokens))

@@ -51,13 +51,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     share memory. Raises `InputError` if the file holds no state dict or cannot be read safely.
     """
     _require_file(path)
-    if _is_safetensors(path):
+    if header := _header_size(path):
         from safetensors.torch import load_file
 
         try:
-            with open(path, "rb") as file:
-                if int.from_bytes(file.read(8), "little") > MAX_HEADER:
-                    raise ValueError("its header is too long")
+            if header > MAX_HEADER:
+                raise ValueError("its header is too long")
             content: Any = load_file(path)
         except Exception as error:  # safetensors shares no base class with what the system raises
             raise _unsafe(path, error) from None
@@ -81,12 +80,13 @@ def read_saved(path: str | Path) -> Any:
         raise _unsafe(path, error) from None
 
 
-def _is_safetensors(path: str | Path) -> bool:
-    """Return whether a file holds safetensors, whatever its name: the size of a JSON header, then the header."""
+def _header_size(path: str | Path) -> int:
+    """Return the size of the JSON header that safetensors begin with, whatever the file's name; 0 for another file."""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(9)
-        return start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
-    return False
+        size = int.from_bytes(start[:8], "little")
+        return size if start[8:] == b"{" and size < os.path.getsize(path) else 0
+    return 0
 
 
 def _require_file(path: str | Path) -> None:

@@ -337,9 +337,7 @@ def test_memory_grows_by_the_arrays_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "captions",
-    [[f"两只{animal}在街上。" for animal in "狗猫马牛羊鸟鱼熊"] + ["狗。"] * 5, ["a dog runs ."] * 7],
-    ids=["no spaces", "spaces"],
+    "captions", [["两只狗在街上。", "一只猫在街上。"] + ["狗。"] * 5, ["a dog runs ."] * 7], ids=["no spaces", "spaces"]
 )
 def test_words_that_are_mostly_unknown_are_a_warning(
     captions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
