@@ -171,7 +171,7 @@ def _no_model(folder: Path) -> InputError:
     if os.path.isfile(folder) and os.path.exists(folder.parent / DESCRIPTION):
         return InputError(f"{folder} is a file of a model; name its folder, {folder.parent}.")
     elsewhere = MODELS / folder.name
-    advice = f"did you mean {elsewhere}?" if (elsewhere / DESCRIPTION).is_file() else f"{_how_to_train(folder)}."
+    advice = f"did you mean {elsewhere}?" if os.path.isfile(elsewhere / DESCRIPTION) else f"{_how_to_train(folder)}."
     return InputError(f"{folder} is not a trained model's folder: {folder / DESCRIPTION} is missing; {advice}")
 
 
