@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from captioning.annotations import Annotations, ImageFiles, Names, read_annotations, read_captions, read_images
-from captioning.coco_layout import SPLITS, find_annotation_files, image_folder_of
+from captioning.coco_layout import SPLITS, find_annotation_files, find_unknown_files, image_folder_of
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, require_access
 from captioning.image_index import find_in_other_form
@@ -100,16 +100,25 @@ def _no_split(folder: Path, mode: str) -> InputError:
     advice = "a data set is in the layout of COCO or of WebDataset."
     if folder.name in ("annotations", "images") and next(find_annotation_files(folder.parent, mode), None):
         advice = f"name the data set's folder, {folder.parent}."
+    elif unknown := find_unknown_files(folder):
+        meant = next((path for path in unknown if mode in path.name), unknown[0])
+        advice = f"rename {meant.relative_to(folder)} to annotations/captions_{mode}.json if it holds the captions."
     elif packed := _packed_shards(folder, mode):
         advice = f"unpack {packed[0].name} to a plain tar file first."
-    elif mode != "train" and (
-        any(map(is_shard, folder.glob("train*"))) or list(folder.glob("annotations/captions_train*"))
-    ):
+    elif mode == "test" and _has_split(folder, "val"):
+        advice = "there is a val split, which `evaluate.py --split val` scores."
+    elif mode != "train" and _has_split(folder, "train"):
         advice = (
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
+    elif tars := sorted(folder.rglob(f"*{TAR_SUFFIX}")):
+        advice = f"rename {tars[0].relative_to(folder)} to {mode}-000000.tar if it holds images with captions."
     return InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{TAR_SUFFIX}; {advice}")
+
+
+def _has_split(folder: Path, split: str) -> bool:
+    return any(map(is_shard, folder.glob(f"{split}*"))) or any(find_annotation_files(folder, split))
 
 
 def _no_folder(path: Path) -> InputError:

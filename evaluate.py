@@ -239,6 +239,8 @@ def _choose_output(results: Path | None, dataset: CaptionDataset) -> Path | None
         log(f"{dataset.annotation_file} has no reference captions; the model's captions are written to {results}")
     if results is not None:
         results = Path(os.path.realpath(results)) if results.is_symlink() else results  # a link stays one
+        if results.suffix.lower() not in (".json", ""):
+            raise InputError(f"{results} would hold JSON, not {results.suffix}; name a file that ends in .json.")
         check_output(results)
         if os.path.exists(results):
             if os.path.samefile(results.parent, dataset.annotation_file.parent):

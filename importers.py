@@ -26,14 +26,21 @@ import tyro
 
 from captioning.annotations import parse_image_id
 from captioning.captions import clean_caption, find_marks
-from captioning.coco_layout import SourceImage, write_dataset
+from captioning.coco_layout import COCO_PREFIX, SourceImage, write_dataset
 from captioning.errors import InputError, log, run_command
 from captioning.files import hash_file, read_text, require_access, require_new_folder
-from captioning.folder_captions import read_captions_of_folder, read_tables
+from captioning.folder_captions import read_captions_of_folder, read_tables, require_one_folder
 from captioning.image_formats import image_suffixes
 from captioning.image_index import ImageIndex, walk_files
 from captioning.reports import Report
-from captioning.splits import assign_splits, read_split_files, report_split_lists, set_split, splits_by_folder
+from captioning.splits import (
+    assign_splits,
+    read_split_files,
+    report_split_lists,
+    report_split_name,
+    set_split,
+    splits_by_folder,
+)
 from captioning.tables import SPLIT_FILE, Row, parse_split, read_json, read_table, read_token_file, starts_as_token_file
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -109,13 +116,19 @@ def _without_overlap(folder: tuple[str, ...], name: str) -> str:
 def _missing_image(row: Row, index: ImageIndex) -> InputError:
     """Return the error for a row whose image is missing; it gives an image of a similar name, if there is one."""
     wanted = row.image.replace("\\", "/").casefold()
-    near = [key for key in index.paths if Path(key.casefold()).stem == Path(wanted).stem]
+    stem = _stem(row.image.replace("\\", "/"))
+    near = [key for key in index.paths if _stem(key) == stem]
     near.sort(key=lambda key: key.casefold() != wanted)  # names that differ in case only come first
     there = f" (there is {near[0]})" if near else ""
     advice = "correct its name, remove the row, or name the folder that holds it with --images"
     if near and re.match(r"/|\.\./|[a-z]:/", wanted):  # as of another computer
         advice = f"write paths relative to {index.folder}, such as {near[0]}, in every row"
     return InputError(f"{row.where}: {row.image:.200} is not under {index.folder}{there}; {advice}.")
+
+
+def _stem(name: str) -> str:
+    """Return what the names of an image in several editions of COCO share."""
+    return COCO_PREFIX.sub("", PurePosixPath(name).stem).casefold()
 
 
 # Flickr8k and Flickr30k
@@ -323,6 +336,7 @@ def import_folder(
         report_split_lists(sorted(path for path in texts if path != source), folder, index, report)
     result: dict[str, SourceImage] = {}
     first: dict[str, str] = {}  # where each image's first row is
+    require_one_folder(rows, index)
     for row, key in zip(rows, _find_images(rows, index), strict=True):
         if key is None:
             raise _missing_image(row, index)
@@ -339,8 +353,11 @@ def import_folder(
     for path in index.unreadable:
         report.add("HEIC image{s} that `pip install pillow-heif` makes readable", str(path))
     if not any(image.split for image in result.values()):
-        for key, split in splits_by_folder(result, report).items():
+        by_folder = splits_by_folder(result, report)
+        for key, split in by_folder.items():
             result[key].split = split
+        if not by_folder:
+            report_split_name(source, report)
     _write(list(result.values()), source, destination, report)
 
 

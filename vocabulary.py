@@ -21,20 +21,19 @@ if TYPE_CHECKING:
 START, END, UNK = 0, 1, 2
 START_WORD, END_WORD, UNK_WORD = "<start>", "<end>", "<unk>"
 SPECIAL_WORDS = [START_WORD, END_WORD, UNK_WORD]
+_BUILD_ONE = "build one without --vocab-from-file (in Python, vocab_from_file=False)"
 DEFAULT_LENGTH = 20  # default maximum number of tokens of a generated caption, with <end>
 
 # The soft hyphen, marks of direction, word joiners, variants of emoji, the byte order mark and others without a shape.
 _INVISIBLE = re.compile("[\xad\u034f\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
 _REPLACEMENTS = str.maketrans(
     # Word processors replace ' and " with these, but the tokenizer finds contractions and quotations by ' and " only.
-    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True))
-    | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
-    | {"…": "..."}
+    dict(zip("‘’‚“”„", "'''\"\"\"", strict=True)) | {"\N{ZERO WIDTH SPACE}": " "}  # which stands between words
 )
 # Punctuation that NLTK leaves at its word: of Arabic, Indian, Armenian, Ethiopic, Burmese, Khmer, Chinese and Spanish.
-_ENDS = "،؛؟۔।॥։՞՜՝።፣፤፥፦፧၊။។៕，、。！？；：）」』》〉】"
+_ENDS = "…،؛؟۔।॥։՝።፣፤፥፦፧၊။។៕，、。！？；：）」』》〉】"
 _BEGINNINGS = "¿¡（「『《〈【"
-_PUNCTUATION = re.compile(f"[{_BEGINNINGS}{_ENDS}]")
+_PUNCTUATION = re.compile(rf"(?<!\d)[{_BEGINNINGS}{_ENDS}]|[{_BEGINNINGS}{_ENDS}](?!\d)")  # not within a number
 _SPACE = re.compile(f" (?=[{_ENDS}])|(?<=[{_BEGINNINGS}]) ")  # that decoding leaves out
 _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
 # With " in place of its own mark, before its last letter.
@@ -180,7 +179,7 @@ class Vocabulary:
         if not os.path.exists(path):
             if not web_address(path):
                 require_access(Path(path).parent)
-            raise InputError(f"{path} does not exist; check the path, or build one with vocab_from_file=False.")
+            raise InputError(f"{path} does not exist; check the path, or {_BUILD_ONE}.")
         data = read_bytes(Path(path))
         if data.startswith(b"\x80"):
             raise InputError(
@@ -193,5 +192,5 @@ class Vocabulary:
             raise InputError(f"{path} is not a vocabulary: {error}") from None
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{path} cannot be read as a vocabulary ({error}); build one with vocab_from_file=False."
+                f"{path} cannot be read as a vocabulary, a JSON list of words ({error}); name one, or {_BUILD_ONE}."
             ) from None

@@ -24,7 +24,10 @@ from captioning.reports import Report
 from captioning.shards import INDEX_SUFFIX, Member
 from vocabulary import tokenize
 
-MEAN_WORD = 6  # mean length of words in scripts without spaces above which they are sentences; Thai's have about 4
+# Mean length of words in scripts without spaces above which they are clauses. Chinese and Japanese words have about 2
+# letters, those of the others, such as Thai, about 4.
+CHINESE_WORD, THAI_WORD = 3, 6
+_CHINESE = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 
 # COCO's entries
 
@@ -194,7 +197,7 @@ def read_annotations(path: Path, cache: Path = CACHE) -> Annotations:
     training captions without spaces between words. Raises `InputError` where the file is missing, not JSON, not COCO's,
     or empty.
     """
-    name = f"captions/{hash_file(path, b'12' + os.fsencode(path.name))[:32]}.npz"
+    name = f"captions/{hash_file(path, b'13' + os.fsencode(path.name))[:32]}.npz"
     annotations = _load(cache / name)
     if annotations is None:
         annotations = _parse_annotations(path)
@@ -293,9 +296,11 @@ def lacks_spaces(words: Sequence[str], counts: np.ndarray) -> bool:
 
     counts: (words,) how often each of the words occurs.
     """
-    lengths = np.array([len(word) if UNSPACED.search(word) else 0 for word in words])
-    unspaced = counts[lengths > 0].sum()
-    return unspaced > 0.1 * counts.sum() and lengths @ counts > MEAN_WORD * unspaced
+    is_unspaced = np.array([UNSPACED.search(word) is not None for word in words])
+    lengths = np.array([len(word) for word in words])[is_unspaced]
+    limits = np.array([CHINESE_WORD if _CHINESE.search(word) else THAI_WORD for word in words])[is_unspaced]
+    counts, total = counts[is_unspaced], counts.sum()
+    return bool(counts.sum() > 0.1 * total and lengths @ counts > limits @ counts)
 
 
 def _find_rows(path: Path, image_ids: np.ndarray, image_of: np.ndarray) -> np.ndarray:

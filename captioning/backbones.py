@@ -327,6 +327,8 @@ def _timm_config(name: str) -> PretrainedCfg:
             config = timm.get_pretrained_cfg(name)
         except RuntimeError:  # no weights are published under this tag
             config = None
+    if config is None and "." not in name and timm.is_model(name):  # one of the user's own
+        raise InputError(f"{name} is registered without a configuration; give its module timm's default_cfgs.")
     if config is None:
         known = {RESNET50, *timm.list_models(), *timm.list_pretrained()}
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -26,7 +26,7 @@ from captioning.listing import Log, stream_images
 from captioning.shards import Member
 
 ImageRow = tuple[Path | Member, dict[str, Any]]  # an image and its row in the file
-CHUNK = 32 * BATCH  # images that a process captions between two writes of --output
+CHUNK = 32 * BATCH  # images that a process captions before it gathers those of others
 RETRIED = 16 * CHUNK  # earlier unreadable images between two writes, each of which writes the whole file anew
 ROUNDING = 0.2  # tolerance of a caption's log-probability, which varies with the device and the number of threads
 
@@ -69,10 +69,13 @@ def write_captions(
             chunk, first_index = broadcast_object_list([chunk, first_index])
             if not chunk:
                 break
-            captioned = gather_object(_caption_share(captioner, chunk, decode, workers, strict, first_index))
+            share = _caption_share(captioner, chunk, decode, workers, strict, first_index)
+            if process.num_processes > 1:
+                share = [sorted(gather_object(list(chain.from_iterable(share))), key=itemgetter(0))]
             first_index += len(chunk)
             if rows is not None:
-                progress.update(rows.append([row for _, row in sorted(captioned, key=itemgetter(0))]))
+                for captioned in share:
+                    progress.update(rows.append([row for _, row in captioned]))
         if rows is not None:  # model and options are known by now to be those of the earlier rows
             retried, unreadable = 0, iter(rows.unreadable.items())
             while some := dict(islice(unreadable, RETRIED)):
@@ -268,15 +271,26 @@ def _is_newer(image: Path | Member, time: float) -> bool:
 
 def _caption_share(
     captioner: Captioner, images: list[Path | Member], decode: Decoding, workers: int, strict: bool, first_index: int
-) -> list[tuple[int, dict[str, Any]]]:
-    """Caption this process's share of the images; returns rows with their indices, in any order."""
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Caption this process's share of the images; yields rows with their indices, batch by batch, in order.
+
+    What is done before an error of `strict` is yielded, too.
+    """
     rows: list[tuple[int, dict[str, Any]]] = []
     unreadable = None if strict else lambda i, error: rows.append((i, as_json(images[i], error)))
     workers = choose_workers(workers, math.ceil(len(images) / this_process().num_processes))
     positions = range(first_index, first_index + len(images))
-    for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, positions=positions):
-        rows.append((i, as_json(images[i], caption, captioner.precision)))
-    return rows
+    try:
+        for i, caption in captioner.stream(images, decode, workers, unreadable, shared=True, positions=positions):
+            start = i - i % BATCH
+            if done := sorted((row for row in rows if row[0] < start), key=itemgetter(0)):
+                yield done
+                rows = [row for row in rows if row[0] >= start]
+            rows.append((i, as_json(images[i], caption, captioner.precision)))
+    except InputError:
+        yield rows
+        raise
+    yield sorted(rows, key=itemgetter(0))
 
 
 def as_json(source: Source, caption: Caption | InputError, precision: str | None = None) -> dict[str, Any]:

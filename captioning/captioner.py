@@ -44,7 +44,7 @@ class Decoding:
 
     beam_size: int | None = None  # hypotheses per step; 1 is greedy; default 3 in caption.py, 1 in evaluate.py
     temperature: float | None = None  # sample words at this temperature instead of choosing the best
-    top_k: int | None = None  # sample from the k most probable words only
+    top_k: int | None = None  # sample from the k most probable words only; 0: from all
     top_p: float | None = None  # sample from the fewest words that have this probability in total
     seed: int | None = None  # random seed of sampling
     alternatives: int = 0  # maximum number of further captions per image
@@ -258,6 +258,9 @@ class Captioner:
         """
         if decode is not None and options:
             raise InputError(f"{next(iter(options))} has no effect if a Decoding is given; set it there.")
+        names = [option.name for option in fields(Decoding)]
+        if unknown := options.keys() - names:
+            raise InputError(f"there is no option {min(unknown)}; the options are {', '.join(names)}.")
         decode = Decoding(**options).with_defaults() if decode is None else decode
         return [caption for _, caption in self.stream(images, decode)]
 

@@ -22,10 +22,10 @@ REJECTED = ("is_rejected", "is_precanned")  # VizWiz's marks of captions that do
 MARKS = re.compile(  # of tutorials, tokenizers, HTML and annotation tools, such as "startseq a dog endseq"
     r"<(start|end|s|/s|bos|eos|sos|pad|unk|sep|image|person|br ?/?)>|<\|\w+\|>|\[(cls|sep|bos|eos|sos|pad|unk)\]"
     r"|</?(b|i|p|em|strong)>|\b(start|end|bos|eos|sos)seq\b|\[/EN#|&(#x?\w+|[a-z]{2,8});|\w ?\|[^|]+\| ?\w|\|{2,}|#{2,}"
-    r"|\\[nrt]|\\u[0-9a-f]{4}|^(Negative prompt|Steps): ",
+    r"|\\[nrt\"',;]|\\u[0-9a-f]{4}|^(Negative prompt|Steps): |<a\s|<lora:|\*\*|^([-*•]|\d+[.)]) ",
     re.IGNORECASE,
 )
-MAY_BE_MARKED = re.compile(r"[<\[&|\\#\x80-\U0010FFFF]|seq|^(neg|ste)", re.IGNORECASE)  # found faster than marks
+MAY_BE_MARKED = re.compile(r"[<\[&|\\#*]|[^\x00-\x7f]|seq|^(neg|ste|[-\d])", re.IGNORECASE)  # found faster than marks
 MISREAD = re.compile(  # letters that were decoded in a wrong encoding; capitals may stand before a punctuation mark
     "\ufffd|â€|(?<![A-ZÀ-Þ])Ã[\xa1-\xbfŸ„–œ]|(?<!\\w)Ã(?!\\w)"
 )
@@ -36,6 +36,7 @@ STRUCTURE = re.compile(  # one that need not be well-formed
     r"""\[+(['"]|np\.|array\(|list\(|(None|nan),).*\]|\((['"]|np\.).*['"]\)?,\s*(['"]|np\.).*\)|\{['"].*\}|array\(.*\)""",
     re.DOTALL,
 )
+BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 SERIES = re.compile(r"\bdtype: \w+$")  # the end of a column that pandas prints
 NUMPY = {"np", ".", "str_", "array"}  # what NumPy prints around texts
 
@@ -132,9 +133,9 @@ def parse_captions(value: Any) -> list[Any]:
 
 
 def is_structure(value: str) -> bool:
-    """Return whether a text is an object or a list of Python's, of NumPy's or of JSON's, or a column of pandas."""
+    """Return whether a text is an object, a list or bytes of Python's, of NumPy's or of JSON's, or a pandas column."""
     value = value.strip()
-    if SERIES.search(value):
+    if SERIES.search(value) or BYTES.fullmatch(value):
         return True
     if value[:1] + value[-1:] not in ("{}", "[]", "()", "a)"):
         return False

@@ -170,9 +170,10 @@ def _no_model(folder: Path) -> InputError:
     require_access(folder)
     if os.path.isfile(folder) and os.path.exists(folder.parent / DESCRIPTION):
         return InputError(f"{folder} is a file of a model; name its folder, {folder.parent}.")
-    elsewhere = MODELS / folder.name
-    advice = f"did you mean {elsewhere}?" if os.path.isfile(elsewhere / DESCRIPTION) else f"{_how_to_train(folder)}."
-    return InputError(f"{folder} is not a trained model's folder: {folder / DESCRIPTION} is missing; {advice}")
+    is_near = os.path.isfile(MODELS / folder.name / DESCRIPTION)
+    advice = f"did you mean {MODELS / folder.name}?" if is_near else f"{_how_to_train(folder)}."
+    lacks = f"is not a trained model's folder: {folder / DESCRIPTION} is missing"
+    return InputError(f"{folder} {lacks if os.path.lexists(folder) else 'does not exist'}; {advice}")
 
 
 def _how_to_train(folder: str | Path) -> str:
@@ -334,8 +335,7 @@ def load_model(
 ) -> tuple[EncoderCNN, DecoderModule, Vocabulary, Description]:
     """Load a model's encoder, decoder, vocabulary and description, on the CPU in evaluation mode.
 
-    Without `epoch`, loads the best epoch, else the last. Raises `InputError` if files are missing or do not
-    match.
+    Without `epoch`, loads the best epoch, else the last. Raises `InputError` if files are missing or disagree.
     """
     folder = Path(folder)
     description = read_description(folder)

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from captioning.errors import InputError, printable
 from captioning.files import hash_file, is_within, require_new_folder
 from captioning.image_files import describe_failure, open_image
+from captioning.json_stream import is_annotation_file
 from captioning.shards import Member
-from captioning.tables import SPLIT_ALIASES
+from captioning.tables import MAX_LIST, SPLIT_ALIASES
 
 SPLITS = ("train", "val", "test")
 COCO_PREFIX = re.compile("^COCO_[a-z]+[0-9]{4}_")
@@ -87,11 +88,12 @@ def _hash(image: Path | Member) -> str:
 
 
 def find_unknown_files(folder: Path) -> list[Path]:
-    """List the files in a data set's annotations/ that seem to hold captions, but whose names give no split."""
+    """List the files in a data set's annotations/ that seem to hold captions, but are not named after a split."""
     return [
         path
         for path in _annotation_files(folder)
-        if re.search(r"captions?.*\.json$", path.name, re.IGNORECASE) and not _kind_and_split(path)
+        if not _kind_and_split(path)
+        and (re.search(r"captions?.*\.json$", path.name, re.IGNORECASE) or is_annotation_file(path, MAX_LIST))
     ]
 
 

@@ -11,16 +11,15 @@ from captioning.errors import InputError
 from captioning.image_formats import image_suffixes
 
 IMAGE_COLUMNS = ("photo", "image", "file_name", "filename", "image_name", "image_path")
-FOLDER_COLUMNS = (  # which may give the folder of an image whose name is bare
+CLASS_COLUMNS = ("class", "class_name", "category")
+FOLDER_COLUMNS = (  # which may give the image's folder
     "filepath",
     "folder",
     "folder_name",
     "subfolder",
     "dir",
     "directory",
-    "class",
-    "class_name",
-    "category",
+    *CLASS_COLUMNS,
 )
 CAPTION_COLUMNS = ("caption", "text", "sentence", "description", "comment", "raw")  # of several, the first is used
 DELIMITERS = ",|;\t"

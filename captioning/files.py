@@ -87,6 +87,8 @@ def require_regular(path: str | Path) -> None:
         if web_address(path):
             raise missing_file(path) from None
         return  # opening the file reports it
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; name a file in it.")
     if not is_regular:
         raise InputError(f"{path} is not a regular file.")
 
@@ -322,7 +324,7 @@ def is_at_most(path: Path, size: int) -> bool:
 def lock_output(output: Path, other: str = "name another file") -> Iterator[None]:
     """Lock a file or folder against other processes; raises `InputError`, with `other` as advice, if one holds it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
+    lock = filelock.FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioning.csv_tables import IMAGE_COLUMNS, caption_columns
+from captioning.csv_tables import CLASS_COLUMNS, IMAGE_COLUMNS, caption_columns
 from captioning.errors import InputError, quoted
 from captioning.files import is_at_most, read_text
 from captioning.image_index import ImageIndex, walk_files
@@ -130,9 +130,11 @@ def _find_tables(
     certain = [path for path in certain if path not in few]
     looked_into = [path for path in json_files if not certain or is_at_most(path, MAX_LIST)]
     named = {path: _named_images(path, index, encoding) for path in looked_into}
-    half = len(index.paths) / 2
-    of_splits = sum(n for path, n in named.items() if split_of_file(path))
-    certain = certain or [path for path, n in named.items() if n and (of_splits if split_of_file(path) else n) >= half]
+    if not certain:
+        for group in _groups([path for path, n in named.items() if n]):
+            is_most = sum(named[path] for path in group) >= len(index.paths) / 2
+            if is_most or (split_of_file(group[0]) and not _have_few_rows(group, sidecars, index, encoding)):
+                certain += group
     small = few + [path for path, n in named.items() if n and path not in certain]
     return _Tables(certain, small, empty, json_files)
 
@@ -147,7 +149,7 @@ def _groups(tables: list[Path]) -> list[list[Path]]:
 
 def _have_few_rows(tables: list[Path], sidecars: Collection[Path], index: ImageIndex, encoding: str | None) -> bool:
     """Return whether tables, such as one of remarks, have captions of few images, and files next to them of more."""
-    images = len({row.image for path in tables for row in find_rows(path, encoding)})
+    images = len({(path.parent, row.image) for path in tables for row in find_rows(path, encoding)})
     if images >= len(index.paths) / 2 or any(_is_faulty(path, encoding) for path in tables):
         return False
     captions = (file for file in sidecars if has_captions(file, encoding) and b" " in file.read_bytes().strip())
@@ -189,6 +191,8 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
     is_coco = path.parent == folder / "annotations" and path.name.startswith("captions_") and suffix == ".json"
     if is_coco and parse_split(path.stem.removeprefix("captions_")) and (folder / "images").is_dir():
         return f"; {path} is in COCO's layout, which `python train.py --data {quoted(folder)}` takes as it is"
+    if path.parent == folder / "annotations" and is_annotation_file(path, MAX_LIST):
+        return f"; call {path} annotations/captions_{{train,val,test}}.json, next to images/{{train,val,test}}"
     images = index.by_stem.get(path.stem) or index.by_name.get(path.stem)
     if suffix in CAPTION_SUFFIXES and not images:
         beginnings = (path.stem[: match.start()] for match in re.finditer(r"[ _.-]", path.stem))
@@ -196,6 +200,9 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
             return f"; rename {path} to {stem}{suffix} if it holds the captions of that image"
     rows = find_rows(path, encoding) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else iter(())
     if any(index.has_name(row.image) or not (suffix == ".json" and images) for row in rows):
+        is_beside_images = any((index.folder / key).parent == path.parent for key in index.paths)
+        if is_beside_images and parse_split(path.parent.name) and f"metadata{suffix}" in METADATA:
+            return f"; call {path} and the tables of the other splits metadata{suffix}, each in the folder of its split"
         return f"; name {path} itself if it holds the captions"
     if suffix in CAPTION_SUFFIXES and images and has_captions(path, encoding):
         captions, near = path.parent, (index.folder / min(images)).parent
@@ -203,6 +210,8 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
             return f"; name {captions} without --images if its files hold the captions"
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent
+        if captions.parent != folder:  # one of several folders
+            return f"; put files of captions such as {path} next to their images"
         return f"; for captions such as {path}, name {captions} with --images {near}"
     return ""
 
@@ -252,3 +261,20 @@ def read_tables(tables: list[Path], folder: Path, encoding: str | None, report: 
                 row.image = os.path.join(parent, row.image)
         rows += added
     return rows
+
+
+def require_one_folder(rows: list[Row], index: ImageIndex) -> None:
+    """Raise `InputError` if a column gives several folders for an image whose name has none.
+
+    A column of classes does so only where one of them is the name of a folder with images.
+    """
+    with_images = {folder for key in index.paths for folder in key.split("/")[:-1]}
+    seen: dict[tuple[str, str], str] = {}  # image and column -> the image's folder
+    for row in (row for row in rows if not re.search(r"[/\\]", row.image)):
+        for column, folder in row.folders.items():
+            other = seen.setdefault((row.image, column), folder)
+            if other != folder and (column not in CLASS_COLUMNS or not with_images.isdisjoint((other, folder))):
+                raise InputError(
+                    f"{row.where}: {row.image} has the {column} {other:.80} and the {column} {folder:.80}; write "
+                    f"folder and name in one column called image, or rename the column {column} if it holds no folder."
+                )

@@ -32,12 +32,13 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
 
     With `recursive`, subfolders are visited in name order too, each once, even if links form a cycle. The images of a
     tar file come in its own order; one that cannot be read stands for itself, and `read_image` says why. Memory does
-    not grow with the size of a folder. For each path, `log` receives a line that lists the files and folders left out;
-    macOS's ._ files are ignored. A pattern such as photos/*.jpg, which some shells do not expand, means what matches.
-    Raises `InputError` at once for a folder or a tar file that has no images, for a folder that cannot be read, and
+    not grow with the size of a folder. For each path, `log` receives a line that lists the files and folders left out,
+    or that it holds no images; macOS's ._ files are ignored. A pattern such as photos/*.jpg, which some shells do not
+    expand, means what matches. Raises `InputError` at once if no path has images, for a folder that cannot be read, and
     for a tar file that cannot be read if it is the only path.
     """
     paths = [path for pattern in paths for path in _expand(pattern)]
+    without: dict[Path, str] = {}  # folders without images, and what they hold
     for path in paths:
         if web_address(path) and not os.path.exists(path):
             raise missing_file(path)
@@ -46,9 +47,14 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
         if first == path and is_shard(path) and len(paths) == 1:
             next(list_images(path), None)  # raises
         if first is None:
-            instead = f" but {_describe(left_out)}" if left_out else ""
-            raise InputError(f"{path} holds no images{instead}; name an image or a folder of images.")
-    return _stream(paths, recursive, log)
+            without[path] = f" but {_describe(left_out)}" if left_out else ""
+    if len(without) == len(set(paths)):
+        path, instead = next(iter(without.items()))
+        raise InputError(f"{path} holds no images{instead}; name an image or a folder of images.")
+    for path, instead in without.items():
+        if log is not None:
+            log(f"{path} holds no images{instead}")
+    return _stream([path for path in paths if path not in without], recursive, log)
 
 
 def _expand(pattern: Path) -> list[Path]:

@@ -52,14 +52,14 @@ _REPLACEMENTS = str.maketrans(
 )
 # pycocoevalcap drops the brackets' names in upper case only. As they are lower case by then, it keeps them as words.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, '"'}
+_PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, *'"«»‹›「」『』《》【】〜'}
 # In `regex`, unlike in `re`, \w matches the combining marks and joiners within the words of many scripts.
 _MARK = regex.compile(r"(?<=[\p{L}\p{M}])\p{M}")
 _STRAY_JOINERS = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Join_Control}+|\p{Join_Control}+(?![\p{L}\p{M}\p{N}])")
 _TOKEN = regex.compile(
     r"""
       \.?\d+(?:[:.,/]\d+)+ | \.\d+                          # 12:30, 1,000, 1/2, .5
-    | (?<!\w)(?:\p{L}\.)+(?:\p{L}(?!\w))?                  # t.v., u.s.a, j. crew
+    | (?<!\w)(?:[a-z]\.)+(?:[a-z](?!\w))?                  # t.v., u.s.a, j. crew
     | (?:st|ave|blvd|rd|dr|mr|mrs|ms|jr|ft|vs|etc|inc|co)\.  # abbreviations keep their full stop
     | [^\W\d_]+(?=n't\b) | n't\b | can(?=not\b)              # do n't, can not
     | 'n' | '(?:s|m|d|ll|re|ve)\b                            # rock 'n' roll, dog 's
@@ -344,7 +344,7 @@ def _read_results(path: str | Path) -> dict[int, str]:
         try:
             image, caption = _parse_result(entry)
         except InputError as error:
-            raise InputError(f"{path}: entry {number} {error}.") from None
+            raise InputError(f"{path}: entry {number} {error}; give results as {form}.") from None
         if image in hypotheses:
             raise InputError(f"{path}: entry {number} captions image {image} again; keep one caption per image.")
         hypotheses[image] = caption

@@ -207,7 +207,8 @@ class UploadParser(GradioMultiPartParser):
             for file in files:
                 if isinstance(file, str):
                     raise TypeError("this field holds text")
-                file.filename = (file.filename or "").lstrip(".") or "photo"  # Gradio accepts no hidden files later
+                name = Path(file.filename or "").name
+                file.filename = name.lstrip(".") or "photo"  # Gradio may refuse hidden files later
             if not files:
                 raise TypeError("this form holds no files")
         except BaseException:

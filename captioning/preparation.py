@@ -259,8 +259,10 @@ def restart_from_best(
             f"{folder} has no completed epoch; train it for one with its own options first: "
             f"python train.py --resume {quoted(folder)}"
         )
+    description = checkpoint.read_description(folder)
+    checkpoint.choose_epoch(folder, description, best)  # raises if its weights are missing
     encoder, decoder = (read_state_dict(path) for path in checkpoint.weight_files(folder, best))
-    if checkpoint.read_description(folder).architecture.backbone_weights == "shared":
+    if description.architecture.backbone_weights == "shared":
         encoder |= read_state_dict(checkpoint.weight_file(folder, "backbone"))
     other = "another objective" if state["objective"] != objective else "other trained layers"
     log(f"{folder}/resume.pt has {other}; starting from the best epoch, {best}")

@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,7 @@ def read_caption_files(
     file with other captions is reported. `read` returns the bytes of a file, and `advice` is that of `decode_text`.
     Raises `InputError` that names the file and the caption that cannot be used.
     """
-    lists = _read_files(files, read, advice, encoding)
+    lists = _read_files(files, read, advice, report, encoding)
     used: tuple[File | None, list[tuple[str, str]]] = None, []
     for file, captions in lists:
         if captions is None:
@@ -65,7 +66,7 @@ def read_caption_files(
 
 
 def _read_files(
-    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, encoding: str | None
+    files: Mapping[str, File], read: Callable[[File], bytes], advice: str, report: Report, encoding: str | None
 ) -> Iterator[tuple[File, Places | None]]:
     """Yield each list of captions in the files, or None for the .json file by which all of them are rejected."""
 
@@ -99,7 +100,12 @@ def _read_files(
         if ".json" in files and len(text.strip().split("\n")) > 1:
             with suppress(InputError):  # it need not be of img2dataset, nor hold captions
                 whole = read_json(files[".json"]).get("caption")
-        yield file, _split(text, file, whole)
+        captions = _split(text, file, whole)
+        if _is_wrapped([caption for _, caption in captions]):
+            report.add(
+                "file{s} whose captions may continue in the next line; each line is a caption", str(file), "read"
+            )
+        yield file, captions
 
 
 def _list_captions(key: str, value: Any) -> list[Any]:
@@ -118,6 +124,12 @@ def _split(text: str, file: object, whole: Any) -> Places:
     if isinstance(whole, str) and whole.split() == text.split():
         return [(lines[0][0], whole)] if lines else []
     return lines or [(f"{file}, line 1", "")]
+
+
+def _is_wrapped(lines: list[str]) -> bool:
+    """Return whether lines seem to be those of one text: a capital at its start, and none after an open line."""
+    is_open = any(line.rstrip()[-1:].isalnum() and after.lstrip()[:1].islower() for line, after in pairwise(lines))
+    return is_open and lines[0].lstrip()[:1].isupper()
 
 
 def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> set[Path]:

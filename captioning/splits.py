@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import posixpath
 import re
 import unicodedata
@@ -58,6 +59,14 @@ def assign_splits(images: list[SourceImage], source: Path, report: Report) -> No
             report.add("image{s} of train to val, since there was no validation split", name, "moved")
 
 
+def report_split_name(source: Path, report: Report) -> None:
+    """Report a source of images without splits whose own name, or that of its table's folder, contains a split's."""
+    source = Path(os.path.abspath(source))
+    for path in (source,) if source.is_dir() else (source, source.parent):
+        if SPLIT_WORD.search(path.stem):
+            report.add("name{s}, as nothing else gives splits; its images are divided", str(path), "took no split from")
+
+
 def set_split(splits: dict[str, tuple[str, str]], name: str, where: str, split: str) -> None:
     """Record an image's split and the line that gives it; raises `InputError` if an earlier line gives another."""
     if splits.setdefault(name, (where, split))[1] != split:
@@ -65,8 +74,8 @@ def set_split(splits: dict[str, tuple[str, str]], name: str, where: str, split: 
 
 
 def split_of_file(path: Path) -> str:
-    """Return the split after which a file such as captions_val2017.json or train_list.txt is named, or ""."""
-    match = SPLIT_FILE.search(path.stem)
+    """Return the split after which captions_val2017.json, train_captions.csv or train_list.txt is named, or ""."""
+    match = SPLIT_FILE.search(re.sub("[_ -](captions?|annotations?)$", "", path.stem, flags=re.IGNORECASE))
     return SPLIT_ALIASES[match[1].lower()] if match else ""
 
 

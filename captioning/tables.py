@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -54,12 +54,14 @@ class Row:
     """An image with some of its captions, as a table has them.
 
     where: the row, as messages name it. captions: one line each, "" for an empty one. split: "" if the table has none.
+    folders: cells that may give the image's folder, by column.
     """
 
     where: str
     image: str
     captions: list[str]
     split: str
+    folders: dict[str, str] = field(default_factory=dict)
 
 
 def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row]:
@@ -79,7 +81,6 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
         report.add("column{s} as the split of its rows", f"{path}, {split_column}", "read")
     for column in _unused_split_columns([record for _, record in records], split_column):
         report.add("column{s} of splits; only one called split is used", f"{path}, {column}", "ignored")
-    folders: dict[tuple[str, str], str] = {}  # image and column -> the image's folder
     for where, record in records:
         columns = [column for column in kinds if column in record]
         if all(_is_blank(record[column]) for column in columns) and not _is_blank(record.get("error")):
@@ -95,18 +96,14 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
                 )
             for column, value in record.items():
                 like_captions = "caption" in column or caption_columns([column])
-                if like_captions and column not in columns and may_be_captions(value):
+                is_read = column in columns or column.endswith(("lang", "language"))
+                if like_captions and not is_read and may_be_captions(value):
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
-            row = Row(where, _image(record, where), _captions(record, columns, where), split)
-            for column, folder in _folders(record, row.image):
-                if column == "filepath":
-                    report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
-                if (other := folders.setdefault((row.image, column), folder)) != folder:
-                    raise InputError(
-                        f"{where}: {row.image} has the {column} {other:.80} and the {column} {folder:.80}; write folder"
-                        f" and name in one column called image, or rename the column {column} if it holds no folder."
-                    )
+            image = _image(record, where)
+            row = Row(where, image, _captions(record, columns, where), split, _folders(record, image))
+            if "filepath" in row.folders:
+                report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
             texts = [text for text in row.captions if text]
             if len(texts) > 2 and all(text.isascii() and " " not in text for text in texts):
                 report.add("row{s} with captions of one word each; join words that are one caption", where, "read")
@@ -243,12 +240,13 @@ def _image(record: dict[str, Any], where: str) -> str:
     return name
 
 
-def _folders(record: dict[str, Any], image: str) -> Iterator[tuple[str, str]]:
-    """Yield the columns that may give the image's folder, with the folder, unless the image's name begins with it."""
-    for column in FOLDER_COLUMNS:
-        text = value.strip() if isinstance(value := record.get(column), str) else ""
-        if text and not os.path.splitext(text)[1] and not _is_end(text, os.path.dirname(image)):
-            yield column, text
+def _folders(record: dict[str, Any], image: str) -> dict[str, str]:
+    """Return the cells that may give the image's folder, by column, without those with which its name begins."""
+    texts = {column: record[column].strip(" /\\") for column in FOLDER_COLUMNS if isinstance(record.get(column), str)}
+    near = os.path.dirname(image)
+    return {
+        name: text for name, text in texts.items() if text and not os.path.splitext(text)[1] and not _is_end(text, near)
+    }
 
 
 def _is_end(name: str, path: str) -> bool:

@@ -154,9 +154,12 @@ class Run:
         with open_log(log, None if state is None else state["log_bytes"]) as self.log_file, closing(self.scalars):
             self.begin(state)
             self.last_save = time.monotonic()
-            while self.progress.epoch <= self.last_epoch and not self.is_out_of_patience():
+            while not self.is_done():
                 self.train_epoch()
                 self.finish_epoch(self.validate_epoch())
+            if self.progress.epoch <= self.last_epoch:
+                waited, best = self.config.patience, self.description.best_epoch
+                self.log(f"no better CIDEr for {waited} epochs; the best is epoch {best}; raise --patience to train on")
 
     def restore(self) -> dict[str, Any]:
         """Restore the networks' weights and the progress from resume.pt; returns what it holds."""
@@ -246,7 +249,7 @@ class Run:
             self.scalars.remove()
             self.save()
         elif self.is_main and state and self.resumed:
-            if self.progress.epoch > self.last_epoch:  # no step is made with new options
+            if self.is_done():  # no step is made with new options
                 self.description.training = self.resumed.training
             if self.description.architecture.backbone_weights != self.resumed.architecture.backbone_weights:
                 checkpoint.store_backbone(self.folder, self.encoder)
@@ -263,13 +266,10 @@ class Run:
             epochs = progress.epoch - progress.first_epoch + 1
             self.log(f"all epochs are done; use --num-epochs {epochs} to train one more")
 
-    def is_out_of_patience(self) -> bool:
-        """Return whether none of the last `patience` epochs has a better CIDEr than those before."""
-        best, patience = self.description.best_epoch, self.config.patience
-        if best is None or self.progress.epoch - max(best + 1, self.progress.first_epoch) < patience:
-            return False
-        self.log(f"no better CIDEr for {patience} epochs; the best is epoch {best}; raise --patience to train on")
-        return True
+    def is_done(self) -> bool:
+        """Return whether all epochs are done, or none of the last `patience` has a better CIDEr than those before."""
+        progress, start = self.progress, max((self.description.best_epoch or 0) + 1, self.progress.first_epoch)
+        return progress.epoch > self.last_epoch or progress.epoch - start >= self.config.patience
 
     def train_epoch(self) -> None:
         """Train for the rest of an epoch; losses stay on the device until `read_losses`."""

@@ -164,7 +164,7 @@ def _check_pickle(file: BinaryIO) -> None:
         if operation.name in OTHER_CALLS or (operation.name == "GLOBAL" and argument not in GLOBALS):
             name = str(argument or operation.name).replace(" ", ".")
             if re.match(r"torch\._utils\._rebuild_|torch\.\w+Storage$", name):
-                raise ValueError(f"it holds tensors of a type that is not read, {name}; convert them with .float()")
+                raise ValueError(f"it holds tensors of a type that is not read, {name}; save dense ones of float32")
             raise ValueError(f"it holds {name}; save the state dict alone: torch.save(model.state_dict(), FILE)")
 
 

@@ -395,3 +395,23 @@ def test_a_deep_nest_takes_no_memory(tmp_path: Path):
         assert tracemalloc.get_traced_memory()[1] < 2e7
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("captions", "warned"),
+    [
+        (["天空很蓝，草地很绿，一个人在跑步。", "小女孩在画画，画板上有彩虹。", "一只狗在草地上，旁边有人。"], True),
+        (["天空 很 蓝 ， 草地 很 绿 ， 一个 人 在 跑步 。", "小女孩 在 画画 。"], False),
+        (["สุนัข สีแดง วิ่ง บน ชายหาด", "ผู้หญิง กำลัง ขี่ จักรยาน"], False),
+        (["สุนัขสีแดงวิ่งบนชายหาด", "ผู้หญิงกำลังขี่จักรยาน"], True),
+    ],
+)
+def test_captions_that_are_not_split_into_words_are_warned_of(tmp_path: Path, captions: list[str], warned: bool):
+    path = tmp_path / "captions_train.json"
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(len(captions))],
+        "annotations": [{"id": i, "image_id": i, "caption": caption} for i, caption in enumerate(captions)],
+    }
+    path.write_text(json.dumps(document))
+    warnings = read_annotations(path, cache=tmp_path / "cache").warnings
+    assert any("no spaces between words" in warning for warning in warnings) == warned

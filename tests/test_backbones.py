@@ -429,3 +429,10 @@ def test_pooling_by_products_is_adaptive_pooling(height: int, width: int, size: 
     torch.testing.assert_close(
         backbones._pool_by_products(maps, size), torch.nn.functional.adaptive_avg_pool2d(maps, size)
     )
+
+
+def test_a_backbone_registered_without_a_configuration_is_not_called_unknown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timm, "is_model", lambda name: True)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
+    with pytest.raises(InputError, match="my_net is registered without a configuration"):
+        EncoderCNN(8, "my_net")

@@ -255,8 +255,8 @@ def test_mistakes_are_one_sentence_each(command: Callable, trained: Path, image_
         ([image_path, "--model", trained, "--sheet", tmp_path / "s.jpg"], "s.jpg does not end in .png, but figures"),
         ([image_path, "--model", trained, "--attention", tmp_path / "s"], "name it s.png."),
         ([image_path, "--model", trained, "--output", tmp_path / "c.json"], "c.json would hold JSON Lines, not .json"),
-        ([image_path, "--model", "a" * 5000], "aa is not a trained model's folder"),
-        ([image_path, "--model", "photos"], "photos/captioner.json is missing; did you mean models/photos?"),
+        ([image_path, "--model", "a" * 5000], "aa does not exist"),
+        ([image_path, "--model", "photos"], "photos does not exist; did you mean models/photos?"),
         (
             [image_path, "--model", trained, "--output", tmp_path / "c.CSV"],
             "c.CSV would hold JSON Lines, not .CSV; name a",

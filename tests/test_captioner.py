@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -19,8 +20,9 @@ import caption as caption_command
 import evaluate as evaluate_command
 from captioning import bulk
 from captioning import captioner as captioner_module
-from captioning.captioner import DEFAULT_DECODING, Captioner, Decoding, Ensemble
+from captioning.captioner import DEFAULT_DECODING, Caption, Captioner, Decoding, Ensemble
 from captioning.errors import InputError
+from captioning.features import BATCH
 from captioning.packing import PackedLinear
 from vocabulary import END
 
@@ -143,9 +145,9 @@ def test_the_command_line_tells_given_options_from_defaults():
     for arguments, sentence in (
         (["--beam-size", "1", "--block-trigrams"], "--block-trigrams has no effect without a beam"),
         (["--alternatives", "3"], "3 alternatives need a beam of 4"),
-        (["--beam-size", "1"], "none is not a trained model's folder"),
-        (["--no-block-trigrams"], "none is not a trained model's folder"),
-        (["--temperature", "0.7"], "none is not a trained model's folder"),
+        (["--beam-size", "1"], "none does not exist"),
+        (["--no-block-trigrams"], "none does not exist"),
+        (["--temperature", "0.7"], "none does not exist"),
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             tyro.cli(caption_command.main, args=["no.jpg", "--model", "none", *arguments])
@@ -255,6 +257,32 @@ def test_the_last_captions_are_compared_behind_a_batch_of_errors(
     assert bulk.write_captions(model, copies, Decoding(), output) == (9, 4)
     bulk.write_captions(model, copies, Decoding(), at_once)
     assert output.read_bytes() == at_once.read_bytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError])
+def test_rows_are_written_batch_by_batch(
+    model: Captioner, image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+):
+    copies = [tmp_path / f"{i:03}.png" for i in range(3 * BATCH)]
+    for i, path in enumerate(copies):
+        path.write_bytes(b"" if i in (1, BATCH - 1) and error is KeyboardInterrupt else image_path.read_bytes())
+    whole, output, stream = tmp_path / "whole.jsonl", tmp_path / "captions.jsonl", model.stream
+    bulk.write_captions(model, copies, Decoding(), whole)
+
+    def stop(*arguments: object, **options: object) -> Iterator[tuple[int, Caption]]:
+        for i, caption in stream(*arguments, **options):  # pyright: ignore[reportArgumentType]
+            if i == 2 * BATCH:
+                raise error("the third batch cannot be read")
+            yield i, caption
+
+    monkeypatch.setattr(model, "stream", stop)
+    with pytest.raises(error):
+        bulk.write_captions(model, copies, Decoding(), output, strict=error is InputError)
+    written = BATCH if error is KeyboardInterrupt else 2 * BATCH
+    assert output.read_bytes().splitlines() == whole.read_bytes().splitlines()[:written]
+    monkeypatch.setattr(model, "stream", stream)
+    bulk.write_captions(model, copies, Decoding(), output)
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_images_that_went_missing_at_the_end_are_captioned_once_and_saved_as_the_run_goes(
@@ -486,6 +514,7 @@ def test_what_names_no_model_is_a_sentence(folder: object):
         ({"beam_size": 3, "groups": 3, "diversity": [1]}, r"diversity is \[1\], but it has to be a number"),
         ({"decode": 3}, "decode has to be a Decoding, not a int"),
         ({"decode": {}}, "decode has to be a Decoding, not a dict"),
+        ({"num_beams": 3}, "there is no option num_beams; the options are beam_size, temperature, "),
     ],
 )
 def test_an_option_of_another_type_is_refused(trained: Path, image_path: Path, options: dict, message: str):

@@ -384,7 +384,7 @@ def test_what_is_not_these_captions_is_left_as_it_is(album: Path, tiny: Path, ca
 def test_captions_are_written_by_one_run_at_a_time(album: Path, tiny: Path, tmp_path: Path):
     output = tmp_path / "captions.jsonl"
     with (
-        filelock.FileLock(f"{output}.lock"),
+        filelock.FileLock(tmp_path / ".captions.jsonl.lock"),
         pytest.raises(errors.InputError, match=r"is being written by another process"),
     ):
         caption.write_captions(caption.Captioner.load(tiny), [album], caption.Decoding(), output)
@@ -400,7 +400,7 @@ def test_the_lock_of_a_file_is_deleted_while_it_is_held(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(filelock.FileLock, "release", note)
     with bulk.lock_output(tmp_path / "captions.jsonl"):
-        assert os.listdir(tmp_path) == ["captions.jsonl.lock"]
+        assert os.listdir(tmp_path) == [".captions.jsonl.lock"]
     assert found[0] is False
 
 

@@ -227,13 +227,24 @@ def test_a_data_set_given_as_a_dot_has_its_folder_s_name(
     assert read_description(folder).data["folder"] == drawn.name
 
 
+def test_a_data_set_without_a_test_split_has_others_to_score(
+    command: Callable, trained: Path, drawn: Path, tmp_path: Path
+):
+    data = tmp_path / drawn.name
+    shutil.copytree(drawn, data)
+    for path in (data / "annotations").glob("*_test*"):
+        path.unlink()
+    code, _, errors = command("--model", trained, "--data", data)
+    assert (code, "there is a val split, which `evaluate.py --split val` scores" in errors) == (2, True)
+
+
 def test_a_missing_data_set_is_named_before_a_missing_model(command: Callable):
     code, _, errors = command("--data", "absent")
     assert code == 2
     assert "absent does not exist" in errors
 
 
-@pytest.mark.parametrize("place", ["file/r.json", "folder", "/dev/null", "x" * 300])
+@pytest.mark.parametrize("place", ["file/r.json", "folder", "/dev/null", "x" * 300, "r.csv", "r.jsonl"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     place: str, command: Callable, trained: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -457,7 +457,7 @@ def test_the_examples_of_docs_web_md_do_what_they_say(
         assert json.loads(data.removeprefix("data: "))[:2] == [expected, table]
 
 
-@pytest.mark.parametrize("name", [".photo.jpg", ".jpg", "..."])
+@pytest.mark.parametrize("name", [".photo.jpg", ".jpg", "...", "album/.photo.jpg"])
 def test_a_photo_whose_name_begins_with_a_dot_is_captioned(page: Page, scene: Image.Image, name: str):
     data = encoded(scene)
     outcome, (caption, *_) = page.caption(data, name)

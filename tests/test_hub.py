@@ -354,9 +354,9 @@ def test_the_command_line_takes_a_name(served, trained, image_path, capsys):
 def test_a_folder_goes_before_the_hub(served, trained):
     shutil.copytree(trained, "ada/scenes")
     assert hub.find_model("ada/scenes") == Path("ada/scenes")
-    with pytest.raises(InputError, match=r"ada/other is not a trained model's folder"):
+    with pytest.raises(InputError, match=r"ada/other does not exist"):
         Captioner.load("ada/other")
-    with pytest.raises(InputError, match=r"one/two/three is not a trained model's folder"):
+    with pytest.raises(InputError, match=r"one/two/three does not exist"):
         Captioner.load("one/two/three")
     assert served.asked == []
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import importers
+from captioning import captions as caption_texts
 from captioning import checkpoint, folder_captions
 from captioning.errors import InputError
 from captioning.files import read_text
@@ -1518,3 +1519,143 @@ def test_a_space_after_a_closing_quotation_mark_is_named(tmp_path):
         importers.import_folder(
             six(tmp_path / "in", c__csv=csv_rows("image,caption", '{}.jpg,"a dog, brown" ')), tmp_path / "out"
         )
+
+
+def test_the_metadata_files_of_all_folders_count_together(tmp_path, capsys):
+    for folder in ("d0", "d1"):
+        for i in range(4):
+            make_image(tmp_path / "in" / folder / f"{i}.jpg", (8 + i, 6))
+            if i < 3 and folder == "d0":
+                (tmp_path / "in" / folder / f"{i}.txt").write_text("a note about this one")
+        table = "file_name,text\n" + "".join(f"{i}.jpg,a red ball\n" for i in range(2 + 2 * (folder == "d1")))
+        (tmp_path / "in" / folder / "metadata.csv").write_text(table)
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert len(all_captions(tmp_path / "out")) == 6
+    assert "left out 3 .txt files next to an image, as a table holds the captions" in capsys.readouterr().err
+
+
+def test_json_tables_of_splits_count_more_than_one_note(tmp_path):
+    rows = [{"image": f"{i}.jpg", "caption": "a red ball"} for i in range(2)]
+    source = six(tmp_path / "in", train__json=json.dumps(rows), val__json="[]", **{"5__txt": "a note about this photo"})
+    importers.import_folder(source, tmp_path / "out")
+    assert set(all_captions(tmp_path / "out")) == {"0.jpg", "1.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("category", "action,appearance"), ("class", "dog,couch"), ("folder", "in,in/")]
+)
+def test_a_column_that_gives_no_folder_tells_no_images_apart(tmp_path, column, values):
+    rows = "".join(f"{i}.jpg,a {value} {i},{value}\n" for i in range(6) for value in values.split(","))
+    source = six(tmp_path / "in", c__csv=f"image,caption,{column}\n{rows}")
+    importers.import_folder(source, tmp_path / "out")
+    assert {len(texts) for texts in all_captions(tmp_path / "out").values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("captions_test_v2.csv", "captions_test_v2.csv"), ("test/captions.csv", "test")]
+)
+def test_a_split_in_the_name_of_a_table_that_is_not_taken_is_told(tmp_path, capsys, name, told):
+    folder = six((tmp_path / "in" / name).parent)
+    (tmp_path / "in" / name).write_text(csv_rows("image,caption"))
+    importers.import_folder(tmp_path / "in" / name, tmp_path / "out", images=folder)
+    sentence = f"took no split from 1 name, as nothing else gives splits; its images are divided: {tmp_path}/in/{told}"
+    assert f"{sentence}\n" in capsys.readouterr().err
+
+
+def test_tables_may_begin_with_the_name_of_their_split(tmp_path):
+    rows = csv_rows("image,caption").splitlines(keepends=True)
+    tables = {"train_captions__csv": "".join(rows[:5]), "test-annotations__csv": rows[0] + "".join(rows[5:])}
+    importers.import_folder(six(tmp_path / "in", **tables), tmp_path / "out")
+    assert set(captions(tmp_path / "out", "test")) == {"4.jpg", "5.jpg"}
+
+
+def test_a_table_in_the_folder_of_each_split_is_to_be_called_metadata(tmp_path):
+    for split in ("train", "val"):
+        six(tmp_path / "in" / split, captions__csv=csv_rows("image,caption"))
+    with pytest.raises(
+        InputError, match=r"call \S+/in/\w+/captions\.csv and the tables of the other splits metadata\.csv"
+    ):
+        importers.import_folder(tmp_path / "in", tmp_path / "out")
+    for split in ("train", "val"):
+        (tmp_path / "in" / split / "captions.csv").rename(tmp_path / "in" / split / "metadata.csv")
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert len(captions(tmp_path / "out", "val")) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("A wide shot of a city with a\nriver in front of it and\nmany boats.\n", True),
+        ("a dog runs\na brown dog\n", False),
+        ("A dog runs.\nA brown dog.\n", False),
+    ],
+)
+def test_a_caption_that_continues_in_the_next_line_is_told(tmp_path, capsys, text, told):
+    source = six(tmp_path / "in", **{f"{i}__txt": text for i in range(6)})
+    importers.import_folder(source, tmp_path / "out")
+    assert ("read 6 files whose captions may continue in the next line" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(
+    "caption", ['a \\"stop\\" sign', "a **red** ball", "1. a red ball", "- a ball", "a <a href='x'>ball"]
+)
+def test_escapes_and_markup_in_captions_are_reported(tmp_path, capsys, caption):
+    source = six(tmp_path / "in", c__tsv=csv_rows("image\tcaption", f"{{}}.jpg\t{caption}"))
+    importers.import_folder(source, tmp_path / "out")
+    assert "read 6 captions with marks such as <start>, which are learned as words" in capsys.readouterr().err
+
+
+def test_marks_are_sought_in_all_captions_that_may_have_some():
+    assert not caption_texts.MAY_BE_MARKED.search("a man is skiing, kites in the sky; it's 5 o'clock")
+    for number in range(0x3000):
+        for text in (f"a {chr(number)} b", f"{chr(number)} b", f"a {chr(number)}{chr(number)} b"):
+            if caption_texts.MARKS.search(text) or caption_texts._is_misread(text):
+                assert caption_texts.MAY_BE_MARKED.search(text), text
+
+
+def test_a_caption_of_bytes_is_no_text(tmp_path):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption", "{}.jpg,b'a dog runs'"))
+    with pytest.raises(InputError, match=r"line 2, has a caption that is not text: b'a dog runs'"):
+        importers.import_folder(source, tmp_path / "out")
+
+
+def test_a_column_of_languages_holds_no_captions(tmp_path, capsys):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption,caption_language", "{}.jpg,一只 狗,中文"))
+    importers.import_folder(source, tmp_path / "out")
+    assert "caption_language" not in capsys.readouterr().err
+
+
+def test_a_folder_of_tar_files_is_for_training_as_it_is(tmp_path):
+    (tmp_path / "in" / "train").mkdir(parents=True)
+    (tmp_path / "in" / "train" / "00000.tar").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"tar files, which `train\.py --data` reads as they are if called train-000000"
+    ):
+        importers.import_folder(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match=r"rename train/00000\.tar to train-000000\.tar if it holds images"):
+        find_split(tmp_path / "in", "train")
+
+
+def test_annotations_of_coco_under_another_name_are_named(tmp_path):
+    make_image(tmp_path / "in" / "train" / "1.jpg", (8, 6))
+    (tmp_path / "in" / "annotations").mkdir()
+    document = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    (tmp_path / "in" / "annotations" / "train.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"call \S+/annotations/train\.json annotations/captions_\{train,val,test\}"):
+        importers.import_folder(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match=r"rename annotations/train\.json to annotations/captions_train\.json"):
+        find_split(tmp_path / "in", "train")
+    with pytest.raises(InputError, match=r"not named captions_\S+: \S+/annotations/train\.json"):
+        importers.merge([tmp_path / "in", tmp_path / "in" / "annotations"], tmp_path / "out")
+
+
+def test_captions_in_several_folders_are_to_be_put_next_to_the_images(tmp_path):
+    for i in range(4):
+        make_image(tmp_path / "in" / "jpg" / f"{i}.jpg", (8, 6))
+        text = tmp_path / "in" / "text" / f"class_{i % 2}" / f"{i}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text("a red ball")
+    with pytest.raises(
+        InputError, match=r"; put files of captions such as \S+/text/class_\d/\d\.txt next to their images"
+    ):
+        importers.import_folder(tmp_path / "in", tmp_path / "out")

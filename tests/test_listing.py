@@ -93,6 +93,16 @@ def test_a_folder_without_images_says_what_it_has(album: Path, name: str, recurs
     assert expected in str(error.value)
 
 
+def test_a_folder_without_images_beside_others_is_told(album: Path):
+    messages: list[str] = []
+    assert names(album, find_images([album / "empty", album / "2025" / "trip"], log=messages.append)) == [
+        "2025/trip/c.JPG"
+    ]
+    assert messages == [f"{album}/empty holds no images but 1 .md file"]
+    with pytest.raises(InputError, match="empty holds no images"):
+        find_images([album / "empty", album / "empty"])
+
+
 @pytest.mark.parametrize("recursive", [False, True])
 def test_links_and_pipes_cost_no_other_image(tmp_path: Path, recursive: bool):
     draw_noise(0).save(tmp_path / "a.png")

@@ -199,6 +199,8 @@ SCRIPTS = {
     "turkish": ("İki köpek", "i̇ki köpek"),
     "soft hyphen": ("a won\u00adderful dog", "a wonderful dog"),
     "invisible": ("\ufeffa\u200bdog\x00 \x1bruns\u200c", "a dog runs"),
+    "one letter and a full stop": ("잔디 위. и я.", "잔디 위 и я"),
+    "quotation marks": ("un panneau « stop », 『 停 』 〜 ›", "un panneau stop 停"),
     "emoji": ("a ❤️ dog 👨\u200d👩\u200d👧 🇩🇪 👍🏽", "a ❤ dog"),
 }
 
@@ -457,7 +459,10 @@ ANNOTATIONS = [{"image_id": i, "caption": c} for i, group in REFERENCES.items() 
         ([RESULT, RESULT], "results.json: entry 1 captions image 7 again"),
         ([RESULT, {"image_id": "7", "caption": "a"}], "results.json: entry 1 captions image 7 again"),
         ([RESULT, {"image_id": 3}], 'results.json: entry 1 lacks "caption"'),
-        ([{"id": 7, "caption": "a dog"}], 'results.json: entry 0 lacks "image_id"'),
+        (
+            [{"id": 7, "caption": "a dog"}],
+            r'results.json: entry 0 lacks "image_id".*; give results as \[{"image_id": 1,',
+        ),
         ([{"image_id": [7], "caption": "a dog"}], r"entry 0 has an image id that is not a whole number: \[7\]"),
         ([{"image_id": 7.5, "caption": "a dog"}], "entry 0 has an image id that is not a whole number: 7.5"),
         (

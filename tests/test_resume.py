@@ -318,8 +318,16 @@ def test_a_training_that_stopped_early_stays_stopped_when_resumed(config: Make, 
     monkeypatch.setattr(training, "validate", lambda *_: dict(validation))
     folder = train(config(num_epochs=9, patience=2, batch_size=120))
     assert len(read_description(folder).epochs) == 3
-    train(resumed_config(folder))
-    assert len(read_description(folder).epochs) == 3
+    before = (folder / "captioner.json").read_bytes()
+    resumed = resumed_config(folder)
+    resumed.learning_rate, resumed.seed = 3.0, 5  # no step is made with them
+    train(resumed)
+    assert (folder / "captioner.json").read_bytes() == before
+    resumed = resumed_config(folder)
+    resumed.patience, resumed.learning_rate = 3, 3e-3
+    train(resumed)
+    description = read_description(folder)
+    assert (len(description.epochs), description.training["learning_rate"]) == (4, 3e-3)
 
 
 def test_resuming_keeps_the_options_and_takes_new_ones(config: Make):
@@ -762,3 +770,14 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         assert ending_signals() == [signal.SIGINT, signal.SIGTERM]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_another_objective_needs_the_weights_of_the_best_epoch(config: Make):
+    folder = train(config(num_epochs=2))
+    best = read_description(folder).best_epoch
+    for path in folder.glob(f"*coder-{best}.*"):
+        path.unlink()
+    resumed = resumed_config(folder)
+    resumed.objective, resumed.num_epochs = "cider", 1
+    with pytest.raises(InputError, match=rf"has no weights of epoch {best}; it has those of {3 - best}"):
+        train(resumed)

@@ -344,7 +344,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations that are a folder": (
         lambda k: (k.data, k.annotations.unlink(), k.annotations.mkdir(), CaptionDataset(k.folder / "data")),
-        r"captions_train\.json is not a regular file",
+        r"captions_train\.json is a folder; name a file in it",
     ),
     "annotations: empty file": (lambda k: k.read_data(b""), r"captions_train\.json is not JSON"),
     "annotations: a number that yajl cannot hold": (
@@ -555,8 +555,8 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     "photo: a bomb": (lambda k: k.read_image(bomb(60_000, 60_000)), r"photo\.jpg .*more than 125 million pixels"),
     "photo: a folder without any": (lambda k: find_images([k.folder]), r"holds no images"),
     # a model's folder
-    "model: no folder": (lambda k: load_model(k.folder / "none"), r"none is not a trained model's folder"),
-    "model: a name longer than any": (lambda k: Captioner.load("a" * 999), r"a{999} is not a trained model"),
+    "model: no folder": (lambda k: load_model(k.folder / "none"), r"none does not exist"),
+    "model: a name longer than any": (lambda k: Captioner.load("a" * 999), r"a{999} does not exist"),
     "model: no description": (lambda k: load_model(k.model("captioner.json")), r"captioner\.json is missing"),
     "model: description torn": (
         lambda k: load_model(k.model("captioner.json", b'{"format"')),
@@ -655,7 +655,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "training: nothing to resume": (
         lambda k: resumed_config(k.folder / "none"),
-        r"none is not a trained model",
+        r"none does not exist",
     ),
     "training: no state to resume": (
         lambda k: train(resumed_config(k.model())),

@@ -590,6 +590,8 @@ def test_a_column_filepath_that_tells_images_apart_is_refused_and_else_told(tmp_
 def test_a_column_of_folders_that_tells_images_apart_is_refused(tmp_path, column):
     rows = csv_rows(f"{column},image,caption", "a,{}.jpg,a red ball")
     source = six(tmp_path / "in", c__csv=f"{rows}b,0.jpg,a blue ball\n")
+    (source / "a").mkdir()
+    (source / "0.jpg").rename(source / "a" / "0.jpg")
     with pytest.raises(
         InputError, match=rf"line 8: 0\.jpg has the {column.lower()} a and the {column.lower()} b; write"
     ):

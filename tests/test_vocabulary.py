@@ -220,7 +220,9 @@ def test_a_pickled_vocabulary_is_pointed_to_its_importer(tmp_path):
         ("كلب يجري، ثم ينام؟", ["كلب", "يجري", "،", "ثم", "ينام", "؟"], "كلب يجري، ثم ينام؟"),
         ("¿Qué hace el perro?", ["¿", "qué", "hace", "el", "perro", "?"], "¿qué hace el perro?"),
         ("一只 狗，在 跑。", ["一只", "狗", "，", "在", "跑", "。"], "一只 狗， 在 跑。"),
-        ("a dog runs…", ["a", "dog", "runs", "..."], "a dog runs ..."),
+        ("a dog… runs", ["a", "dog", "…", "runs"], "a dog… runs"),
+        ("Ինչո՞ւ է վազում։", ["ինչո՞ւ", "է", "վազում", "։"], "ինչո՞ւ է վազում։"),
+        ("5，000 人 12：30", ["5，000", "人", "12：30"], "5，000 人 12：30"),
     ],
 )
 def test_punctuation_of_any_script_is_a_token_of_its_own(caption: str, tokens: list[str], written: str):

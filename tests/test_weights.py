@@ -127,7 +127,7 @@ class Whole(nn.Module):
     [
         (Whole(), r"it holds test_weights\.Whole; save the state dict alone: torch\.save\(model\.state_dict"),
         ({"model": {}, "args": Path("a")}, r"it holds pathlib\."),
-        ({"w": torch.zeros(1, dtype=torch.uint16)}, r"of a type that is not read, \S+; convert them with \.float\(\)"),
+        ({"w": torch.zeros(1, dtype=torch.uint16)}, r"of a type that is not read, \S+; save dense ones of float32"),
         ([torch.zeros(1)], "holds no state dict"),
         ({"embed.weight": 1.0}, "holds no state dict"),
         ({1: torch.zeros(1)}, "holds no state dict"),
