@@ -17,7 +17,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from captioning.image_index import find_in_other_form
 from captioning.images import ImageDataset, build_transform
 from captioning.scenes.checking import is_scene
 from captioning.shards import TAR_SUFFIX, index_shards, is_shard, stamp
+from captioning.splits import SPLIT_WORD
+from captioning.tables import SPLIT_ALIASES
 from vocabulary import DEFAULT_LENGTH, END, START, UNK, Vocabulary
 
 # What follows a split's name in that of a tar file which is not of the split, such as value-0.tar and testimonials.tar.
@@ -100,9 +102,8 @@ def _no_split(folder: Path, mode: str) -> InputError:
     advice = "a data set is in the layout of COCO or of WebDataset."
     if folder.name in ("annotations", "images") and next(find_annotation_files(folder.parent, mode), None):
         advice = f"name the data set's folder, {folder.parent}."
-    elif unknown := find_unknown_files(folder):
-        meant = next((path for path in unknown if mode in path.name), unknown[0])
-        advice = f"rename {meant.relative_to(folder)} to annotations/captions_{mode}.json if it holds the captions."
+    elif unknown := [path for path in find_unknown_files(folder) if _is_meant_for(mode, path.stem)]:
+        advice = f"rename annotations/{unknown[0].name} to annotations/captions_{mode}.json if it holds the captions."
     elif packed := _packed_shards(folder, mode):
         advice = f"unpack {packed[0].name} to a plain tar file first."
     elif mode == "test" and _has_split(folder, "val"):
@@ -112,13 +113,27 @@ def _no_split(folder: Path, mode: str) -> InputError:
             f"move some images of the training split, with their captions, into a split of their own: images/{mode} "
             f"and annotations/captions_{mode}.json, or for tar files, rename one of them to {mode}-000000.tar."
         )
-    elif tars := sorted(folder.rglob(f"*{TAR_SUFFIX}")):
-        advice = f"rename {tars[0].relative_to(folder)} to {mode}-000000.tar if it holds images with captions."
+    elif tars := [tar for tar in _tar_files(folder) if _is_meant_for(mode, str(tar))]:
+        advice = f"rename {tars[0]} to {mode}-000000.tar if it holds images with captions."
     return InputError(f"{folder} holds no annotations/captions_{mode}<year>.json and no {mode}*{TAR_SUFFIX}; {advice}")
 
 
 def _has_split(folder: Path, split: str) -> bool:
-    return any(map(is_shard, folder.glob(f"{split}*"))) or any(find_annotation_files(folder, split))
+    return any(map(is_shard, folder.glob(f"{split}*"))) or any(folder.glob(f"annotations/captions_{split}*"))
+
+
+def _tar_files(folder: Path) -> list[Path]:
+    """List the tar files in a folder and in its subfolders, relative to it."""
+    with suppress(OSError):
+        paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern + TAR_SUFFIX))
+        return sorted(path.relative_to(folder) for path in paths)
+    return []
+
+
+def _is_meant_for(mode: str, name: str) -> bool:
+    """Return whether a name contains that of the split, or for "train" that of none."""
+    splits = {SPLIT_ALIASES[word.lower()] for word in SPLIT_WORD.findall(name)}
+    return splits == {mode} or (not splits and mode == "train")
 
 
 def _no_folder(path: Path) -> InputError:

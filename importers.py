@@ -158,12 +158,14 @@ def import_flickr(
     splits: dict[str, tuple[str, str]] = {}  # image name -> (line that gives its split, split)
     is_named_token = ".token" in table.name.lower() and table.suffix.lower() != ".csv"
     is_token_file = is_named_token or starts_as_token_file(table, encoding)
-    for row in read_token_file(table, encoding) if is_token_file else read_table(table, encoding, report):
+    table_rows = list(read_token_file(table, encoding) if is_token_file else read_table(table, encoding, report))
+    for row in table_rows:
         row.image = unicodedata.normalize("NFC", row.image)
         captions.setdefault(row.image, []).extend(_captions(row, report))
         if row.split:
             set_split(splits, row.image, row.where, row.split)
     index = ImageIndex(_image_folder(images, folder))
+    require_one_folder(table_rows, index)
     split_files = [path for path in files if path != table and SPLIT_FILE.search(path.stem)]
     read_split_files(split_files, captions, table, encoding, splits)
     rows: list[Row] = []

@@ -33,7 +33,7 @@ _REPLACEMENTS = str.maketrans(
 # Punctuation that NLTK leaves at its word: of Arabic, Indian, Armenian, Ethiopic, Burmese, Khmer, Chinese and Spanish.
 _ENDS = "…،؛؟۔।॥։՝።፣፤፥፦፧၊။។៕，、。！？；：）」』》〉】"
 _BEGINNINGS = "¿¡（「『《〈【"
-_PUNCTUATION = re.compile(rf"(?<!\d)[{_BEGINNINGS}{_ENDS}]|[{_BEGINNINGS}{_ENDS}](?!\d)")  # not within a number
+_PUNCTUATION = re.compile(rf"(?!(?<=\d)[，：،]\d)[{_BEGINNINGS}{_ENDS}]")  # but not those within a number
 _SPACE = re.compile(f" (?=[{_ENDS}])|(?<=[{_BEGINNINGS}]) ")  # that decoding leaves out
 _JOINERS = "\u200c\u200d"  # spelling needs them within words of many scripts
 # With " in place of its own mark, before its last letter.

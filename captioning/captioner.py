@@ -256,11 +256,11 @@ class Captioner:
         `captioner(image, beam_size=5)`, or all of them as a `Decoding`. Raises `InputError` that names the first image
         that cannot be read, or an option that has no effect.
         """
-        if decode is not None and options:
-            raise InputError(f"{next(iter(options))} has no effect if a Decoding is given; set it there.")
         names = [option.name for option in fields(Decoding)]
         if unknown := options.keys() - names:
             raise InputError(f"there is no option {min(unknown)}; the options are {', '.join(names)}.")
+        if decode is not None and options:
+            raise InputError(f"{next(iter(options))} has no effect if a Decoding is given; set it there.")
         decode = Decoding(**options).with_defaults() if decode is None else decode
         return [caption for _, caption in self.stream(images, decode)]
 

@@ -88,7 +88,7 @@ def require_regular(path: str | Path) -> None:
             raise missing_file(path) from None
         return  # opening the file reports it
     if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; name a file in it.")
+        raise InputError(f"{path} is a folder, not a file.")
     if not is_regular:
         raise InputError(f"{path} is not a regular file.")
 

@@ -198,9 +198,9 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
         beginnings = (path.stem[: match.start()] for match in re.finditer(r"[ _.-]", path.stem))
         if stem := next((stem for stem in beginnings if stem in index.by_stem), ""):
             return f"; rename {path} to {stem}{suffix} if it holds the captions of that image"
-    rows = find_rows(path, encoding) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else iter(())
+    rows = list(find_rows(path, encoding)) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else []
     if any(index.has_name(row.image) or not (suffix == ".json" and images) for row in rows):
-        is_beside_images = any((index.folder / key).parent == path.parent for key in index.paths)
+        is_beside_images = any(os.path.isfile(path.parent / row.image) for row in rows)
         if is_beside_images and parse_split(path.parent.name) and f"metadata{suffix}" in METADATA:
             return f"; call {path} and the tables of the other splits metadata{suffix}, each in the folder of its split"
         return f"; name {path} itself if it holds the captions"
@@ -210,7 +210,7 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
             return f"; name {captions} without --images if its files hold the captions"
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent
-        if captions.parent != folder:  # one of several folders
+        if captions.parent not in (folder, near.parent):  # it is one of several folders
             return f"; put files of captions such as {path} next to their images"
         return f"; for captions such as {path}, name {captions} with --images {near}"
     return ""
@@ -264,16 +264,17 @@ def read_tables(tables: list[Path], folder: Path, encoding: str | None, report: 
 
 
 def require_one_folder(rows: list[Row], index: ImageIndex) -> None:
-    """Raise `InputError` if a column gives several folders for an image whose name has none.
+    """Raise `InputError` if a column gives several folders for one image name.
 
-    A column of classes does so only where one of them is the name of a folder with images.
+    A column of classes does so only where a part of one is the name of a folder with images.
     """
-    with_images = {folder for key in index.paths for folder in key.split("/")[:-1]}
+    with_images = {part for key in index.paths for part in key.split("/")[:-1]}
     seen: dict[tuple[str, str], str] = {}  # image and column -> the image's folder
-    for row in (row for row in rows if not re.search(r"[/\\]", row.image)):
+    for row in rows:
         for column, folder in row.folders.items():
             other = seen.setdefault((row.image, column), folder)
-            if other != folder and (column not in CLASS_COLUMNS or not with_images.isdisjoint((other, folder))):
+            are_folders = column not in CLASS_COLUMNS or not with_images.isdisjoint(f"{other}/{folder}".split("/"))
+            if other != folder and are_folders:
                 raise InputError(
                     f"{row.where}: {row.image} has the {column} {other:.80} and the {column} {folder:.80}; write "
                     f"folder and name in one column called image, or rename the column {column} if it holds no folder."

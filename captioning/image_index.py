@@ -108,8 +108,9 @@ class ImageIndex:
             what = "; name the folder of images with --images"
             if self.unreadable:
                 what = f" but HEIC; `pip install pillow-heif` makes them readable{what}"
-            elif ".tar" in others:
-                what = ", but tar files, which `train.py --data` reads as they are if called train-000000.tar and so on"
+            elif others and others.most_common(1)[0][0] == ".tar":
+                what = ", but tar files; unpack them or, if they hold captions, call them train-000000.tar and so on, "
+                what += "which `train.py --data` reads as they are"
             elif others:
                 suffix, count = others.most_common(1)[0]
                 what = f", but {count:,} of {suffix}, which is not the suffix of an image; rename them{what}"

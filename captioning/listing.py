@@ -48,7 +48,7 @@ def stream_images(paths: Iterable[Path], recursive: bool = False, log: Log | Non
             next(list_images(path), None)  # raises
         if first is None:
             without[path] = f" but {_describe(left_out)}" if left_out else ""
-    if len(without) == len(set(paths)):
+    if without and len(without) == len(set(paths)):
         path, instead = next(iter(without.items()))
         raise InputError(f"{path} holds no images{instead}; name an image or a folder of images.")
     for path, instead in without.items():

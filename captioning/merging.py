@@ -69,9 +69,9 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
             listed.update(image.path for image in new)
             images += new
         if not files:
-            left_out = "".join(f"; {line}" for line in report.lines())
+            unknown = "".join(f" (there is {path.name})" for path in find_unknown_files(folder)[:1])
             raise InputError(
-                f"{folder} holds no annotations/captions_train<year>.json, nor one of val or test{left_out}; "
+                f"{folder} holds no annotations/captions_train<year>.json, nor one of val or test{unknown}; "
                 "only data sets in COCO's layout can be merged."
             )
     if not images:

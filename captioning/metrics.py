@@ -52,7 +52,7 @@ _REPLACEMENTS = str.maketrans(
 )
 # pycocoevalcap drops the brackets' names in upper case only. As they are lower case by then, it keeps them as words.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, *'"«»‹›「」『』《》【】〜'}
+_PUNCTUATION = {*ptbtokenizer.PUNCTUATIONS, *'"«»‹›「」『』《》〈〉【】〔〕〜'}
 # In `regex`, unlike in `re`, \w matches the combining marks and joiners within the words of many scripts.
 _MARK = regex.compile(r"(?<=[\p{L}\p{M}])\p{M}")
 _STRAY_JOINERS = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Join_Control}+|\p{Join_Control}+(?![\p{L}\p{M}\p{N}])")

@@ -128,8 +128,9 @@ def _split(text: str, file: object, whole: Any) -> Places:
 
 def _is_wrapped(lines: list[str]) -> bool:
     """Return whether lines seem to be those of one text: a capital at its start, and none after an open line."""
-    is_open = any(line.rstrip()[-1:].isalnum() and after.lstrip()[:1].islower() for line, after in pairwise(lines))
-    return is_open and lines[0].lstrip()[:1].isupper()
+    after_open = [after.lstrip()[:1] for line, after in pairwise(lines) if line.rstrip()[-1:].isalnum()]
+    goes_on = any(map(str.islower, after_open)) and not any(map(str.isupper, after_open))
+    return goes_on and lines[0].lstrip()[:1].isupper()
 
 
 def find_sidecars(folder: Path, files: list[Path], index: ImageIndex) -> set[Path]:

@@ -1527,10 +1527,10 @@ def test_the_metadata_files_of_all_folders_count_together(tmp_path, capsys):
             make_image(tmp_path / "in" / folder / f"{i}.jpg", (8 + i, 6))
             if i < 3 and folder == "d0":
                 (tmp_path / "in" / folder / f"{i}.txt").write_text("a note about this one")
-        table = "file_name,text\n" + "".join(f"{i}.jpg,a red ball\n" for i in range(2 + 2 * (folder == "d1")))
+        table = "file_name,text\n" + "".join(f"{i}.jpg,a red ball\n" for i in range(2))
         (tmp_path / "in" / folder / "metadata.csv").write_text(table)
     importers.import_folder(tmp_path / "in", tmp_path / "out")
-    assert len(all_captions(tmp_path / "out")) == 6
+    assert len(all_captions(tmp_path / "out")) == 4
     assert "left out 3 .txt files next to an image, as a table holds the captions" in capsys.readouterr().err
 
 
@@ -1549,6 +1549,19 @@ def test_a_column_that_gives_no_folder_tells_no_images_apart(tmp_path, column, v
     source = six(tmp_path / "in", c__csv=f"image,caption,{column}\n{rows}")
     importers.import_folder(source, tmp_path / "out")
     assert {len(texts) for texts in all_captions(tmp_path / "out").values()} == {2}
+
+
+def test_a_column_of_folders_tells_images_apart_in_any_table(tmp_path):
+    table = csv_rows("folder,image,caption", "a,{}.jpg,a red ball") + "b,0.jpg,a blue cat\n"
+    six(tmp_path / "flickr" / "a").joinpath("captions.txt").write_text(table)
+    six(tmp_path / "in" / "train", metadata__csv=table)
+    classes = csv_rows("class,image,caption", "pets/a,{}.jpg,a red ball") + "pets/b,0.jpg,a blue cat\n"
+    six(tmp_path / "classes" / "pets" / "a")
+    (tmp_path / "classes" / "c.csv").write_text(classes)
+    for source in ("flickr", "in", "classes"):
+        command = importers.import_flickr if source == "flickr" else importers.import_folder
+        with pytest.raises(InputError, match=r"0\.jpg has the (folder|class) \S*a and the (folder|class) \S*b; write"):
+            command(tmp_path / source, tmp_path / f"{source}-out")
 
 
 @pytest.mark.parametrize(
@@ -1588,6 +1601,7 @@ def test_a_table_in_the_folder_of_each_split_is_to_be_called_metadata(tmp_path):
         ("A wide shot of a city with a\nriver in front of it and\nmany boats.\n", True),
         ("a dog runs\na brown dog\n", False),
         ("A dog runs.\nA brown dog.\n", False),
+        ("A dog runs\nA brown dog\na dog in the grass\n", False),
     ],
 )
 def test_a_caption_that_continues_in_the_next_line_is_told(tmp_path, capsys, text, told):
@@ -1629,11 +1643,19 @@ def test_a_folder_of_tar_files_is_for_training_as_it_is(tmp_path):
     (tmp_path / "in" / "train").mkdir(parents=True)
     (tmp_path / "in" / "train" / "00000.tar").write_bytes(b"")
     with pytest.raises(
-        InputError, match=r"tar files, which `train\.py --data` reads as they are if called train-000000"
+        InputError, match=r"tar files; unpack them or, if they hold captions, call them train-000000\.tar"
     ):
         importers.import_folder(tmp_path / "in", tmp_path / "out")
     with pytest.raises(InputError, match=r"rename train/00000\.tar to train-000000\.tar if it holds images"):
         find_split(tmp_path / "in", "train")
+    with pytest.raises(InputError, match=r"no val\*\.tar; a data set is in the layout"):
+        find_split(tmp_path / "in", "val")
+
+
+def test_the_name_of_an_image_in_another_edition_of_coco_is_given(tmp_path):
+    source = six(tmp_path / "in", c__csv=csv_rows("image,caption", "COCO_train2014_{}.jpg,a red ball"))
+    with pytest.raises(InputError, match=r"COCO_train2014_0\.jpg is not under .* \(there is 0\.jpg\)"):
+        importers.import_folder(source, tmp_path / "out")
 
 
 def test_annotations_of_coco_under_another_name_are_named(tmp_path):
@@ -1645,7 +1667,11 @@ def test_annotations_of_coco_under_another_name_are_named(tmp_path):
         importers.import_folder(tmp_path / "in", tmp_path / "out")
     with pytest.raises(InputError, match=r"rename annotations/train\.json to annotations/captions_train\.json"):
         find_split(tmp_path / "in", "train")
-    with pytest.raises(InputError, match=r"not named captions_\S+: \S+/annotations/train\.json"):
+    with pytest.raises(InputError, match=r"captions_val<year>\.json and no val\*\.tar; a data set is in the layout"):
+        find_split(tmp_path / "in", "val")
+    with pytest.raises(
+        InputError, match=r"in holds no annotations/\S+, nor one of val or test \(there is train\.json\)"
+    ):
         importers.merge([tmp_path / "in", tmp_path / "in" / "annotations"], tmp_path / "out")
 
 

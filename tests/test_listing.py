@@ -101,6 +101,7 @@ def test_a_folder_without_images_beside_others_is_told(album: Path):
     assert messages == [f"{album}/empty holds no images but 1 .md file"]
     with pytest.raises(InputError, match="empty holds no images"):
         find_images([album / "empty", album / "empty"])
+    assert find_images([]) == []
 
 
 @pytest.mark.parametrize("recursive", [False, True])

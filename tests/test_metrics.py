@@ -200,7 +200,7 @@ SCRIPTS = {
     "soft hyphen": ("a won\u00adderful dog", "a wonderful dog"),
     "invisible": ("\ufeffa\u200bdog\x00 \x1bruns\u200c", "a dog runs"),
     "one letter and a full stop": ("잔디 위. и я.", "잔디 위 и я"),
-    "quotation marks": ("un panneau « stop », 『 停 』 〜 ›", "un panneau stop 停"),
+    "quotation marks": ("un panneau « stop », 『 停 』 〜 › 〈〔", "un panneau stop 停"),
     "emoji": ("a ❤️ dog 👨\u200d👩\u200d👧 🇩🇪 👍🏽", "a ❤ dog"),
 }
 

@@ -344,7 +344,7 @@ ROWS: dict[str, tuple[Callable[[Kit], object], str]] = {
     ),
     "annotations that are a folder": (
         lambda k: (k.data, k.annotations.unlink(), k.annotations.mkdir(), CaptionDataset(k.folder / "data")),
-        r"captions_train\.json is a folder; name a file in it",
+        r"captions_train\.json is a folder, not a file",
     ),
     "annotations: empty file": (lambda k: k.read_data(b""), r"captions_train\.json is not JSON"),
     "annotations: a number that yajl cannot hold": (
