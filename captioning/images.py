@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import multiprocessing
@@ -218,6 +219,8 @@ def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, I
     others = multiprocessing.active_children()
     try:
         iterator = iter(loader)
+        if shut_down := getattr(iterator, "_shutdown_workers", None):
+            atexit.register(shut_down)  # Python waits for workers, and an error's traceback may hold this generator
         yield from iterator
     except OSError as error:
         if iterator is not None or not loader.num_workers:
@@ -240,6 +243,7 @@ def _name_lost_workers(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, I
         ) from None
     finally:
         if shut_down := getattr(iterator, "_shutdown_workers", None):
+            atexit.unregister(shut_down)
             shut_down()  # the traceback of an error holds the iterator, which would end no worker
 
 

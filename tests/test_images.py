@@ -729,3 +729,25 @@ run_command(main)
     assert ended.returncode == 2
     # PyTorch's own clean-up of an iterator that could not be built prints more, which cannot be prevented.
     assert re.fullmatch(f"error: .*{says}.*use fewer --workers.*", ended.stderr.splitlines()[0])
+
+
+def test_a_fault_of_the_caller_ends_the_program_though_its_traceback_holds_the_workers(tmp_path: Path):
+    image_paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path in image_paths:
+        draw_noise(0).save(path)
+    code = """
+import sys
+from captioning.images import ImageDataset, build_transform, read_batches
+
+def caption():
+    batches = read_batches(ImageDataset(sys.argv[1:], build_transform(False)), [[i % 2] for i in range(40)], workers=2)
+    for _ in batches:
+        raise ValueError("a fault of the caller")
+
+caption()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *image_paths], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ValueError: a fault of the caller")
