@@ -251,7 +251,8 @@ def _match_row(line: bytes, image: Path | Member | None, where: str) -> ImageRow
             raise InputError(f"{where} holds no caption; name another file.")
         return image, row
     raise InputError(
-        f"{where} does not belong to {image or 'any of the images'}; name the first run's images, or another file."
+        f"{where} does not belong to {image or 'any of the images'}; name the first run's images, with new ones after "
+        "them only, or another file."
     )
 
 

@@ -137,8 +137,9 @@ def export_onnx(model: str | Path, path: str | Path, max_length: int = DEFAULT_L
         program = run_exporter(
             captioner,
             images,
-            f"{model}, with the backbone {encoder.backbone_name}, cannot be exported to ONNX",
-            "train a model with another --backbone",
+            f"{model}, with the backbone {encoder.backbone_name} and the decoder {description.architecture.decoder}, "
+            "cannot be exported to ONNX",
+            "train a model with another --backbone or --decoder",
             output_names=["tokens", "log_probability"],
         )
     assert program is not None

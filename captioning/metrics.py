@@ -390,6 +390,10 @@ def score_results(references_file: str | Path, results_file: str | Path, java: b
             f"{results_file}: captions have no spaces between words, so that each whole sentence counts as one word; "
             "split results and references into words first (as jieba, MeCab and PyThaiNLP do)."
         )
+    if empty := [image for image, caption in hypotheses.items() if not caption.strip()]:
+        warn_once(
+            f"{results_file}: {len(empty):,} of {len(hypotheses):,} captions are empty, that of {empty[0]} first."
+        )
     if mark := next(filter(None, map(MARKS.search, hypotheses.values())), None):
         warn_once(f"{results_file}: marks in captions, such as {mark[0]}, count as words; remove them first.")
     return score(hypotheses, references, java=java)

@@ -590,14 +590,16 @@ def test_cider_d_equals_the_score_of_coco_captions():
     np.testing.assert_allclose(mine, [scores.per_caption[i]["CIDEr"] for i in hypotheses], rtol=0, atol=1e-9)
 
 
-def test_marks_in_results_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_marks_and_empty_captions_in_results_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
     document = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a cat on a table"}]}
     (tmp_path / "captions.json").write_text(json.dumps(document))
-    for caption in ("<start> a cat <end>", "a cat"):
+    for caption in ("<start> a cat <end>", "a cat", None, " "):
         warn_once.cache_clear()
         (tmp_path / "results.json").write_text(json.dumps([{"image_id": 1, "caption": caption}]))
         score_results(tmp_path / "captions.json", tmp_path / "results.json", java=False)
-        assert ("marks in captions, such as <start>, count as words" in capsys.readouterr().err) == ("<" in caption)
+        told = capsys.readouterr().err
+        assert ("marks in captions, such as <start>, count as words" in told) == (caption == "<start> a cat <end>")
+        assert ("1 of 1 captions are empty, that of 1 first" in told) == (caption in (None, " "))
 
 
 def test_sentences_without_spaces_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture):
