@@ -284,15 +284,17 @@ class AttentionDecoder(DecoderModule):
         self.num_layers, self.hidden_size = num_layers, hidden_size
 
     def init_state(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(B, cells, embed_size) -> hidden, cell (B, layers, H); cells, their keys; attention (B, cells)."""
+        """(B, cells, embed_size) -> hidden, cell (B, layers, H); cells, twice their keys; attention (B, cells)."""
         mean = features.mean(1)
         h, c = (torch.tanh(init(mean)).unflatten(1, (self.num_layers, -1)) for init in (self.init_h, self.init_c))
-        return h, c, features, self.key(features), features.new_zeros(features.shape[:2])
+        return h, c, features, 2 * self.key(features), features.new_zeros(features.shape[:2])
 
     def _advance(self, words: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         h, c, features, keys, _ = state
         last = h[:, -1]  # (B, H)
-        attention = self.score((keys + self.query(last)[:, None]).tanh_())[..., 0].softmax(1)  # (B, cells)
+        # tanh(x) is 2 sigmoid(2x) - 1, whose -1 does not change the softmax, and takes a CPU three times as long.
+        sigmoid = (keys + 2 * self.query(last)[:, None]).sigmoid_()  # (B, cells, H)
+        attention = (2 * self.score(sigmoid)[..., 0]).softmax(1)  # (B, cells)
         context = torch.bmm(attention[:, None].to(features.dtype), features)[:, 0]  # (B, E)
         context = torch.sigmoid(self.gate(last)) * context
         hidden, h, c = self.lstm.step(torch.cat([words, context], 1), h, c)
