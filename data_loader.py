@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from captioning.annotations import Annotations, ImageFiles, Names, read_annotations, read_captions, read_images
-from captioning.coco_layout import SPLITS, find_annotation_files, find_unknown_files, image_folder_of
+from captioning.coco_layout import SPLITS, find_annotation_files, find_unknown_files, has_captions_of, image_folder_of
 from captioning.errors import InputError, warn_once
 from captioning.files import CACHE, require_access
 from captioning.image_index import find_in_other_form
@@ -119,7 +119,7 @@ def _no_split(folder: Path, mode: str) -> InputError:
 
 
 def _has_split(folder: Path, split: str) -> bool:
-    return any(map(is_shard, folder.glob(f"{split}*"))) or any(folder.glob(f"annotations/captions_{split}*"))
+    return any(map(is_shard, folder.glob(f"{split}*"))) or has_captions_of(folder, split)
 
 
 def _tar_files(folder: Path) -> list[Path]:

@@ -45,6 +45,11 @@ def find_annotation_files(folder: Path, split: str) -> Iterator[Path]:
         yield from files
 
 
+def has_captions_of(folder: Path, split: str) -> bool:
+    """Return whether a data set has an annotation file with the captions of a split."""
+    return any(_kind_and_split(path) == ("captions", split) for path in _annotation_files(folder))
+
+
 def image_folder_of(annotation_file: Path) -> Path:
     """Return the folder of an annotation file's images: images/val2017 for annotations/captions_val2017.json."""
     return annotation_file.parents[1] / "images" / annotation_file.stem.split("_")[-1]

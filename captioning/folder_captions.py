@@ -200,7 +200,8 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
             return f"; rename {path} to {stem}{suffix} if it holds the captions of that image"
     rows = list(find_rows(path, encoding)) if suffix in (*TABLE_SUFFIXES, ".txt", ".json") else []
     if any(index.has_name(row.image) or not (suffix == ".json" and images) for row in rows):
-        is_beside_images = any(os.path.isfile(path.parent / row.image) for row in rows)
+        parent = os.path.relpath(path.parent, index.folder)
+        is_beside_images = index.holds_any(os.path.join(parent, row.image) for row in rows)
         if is_beside_images and parse_split(path.parent.name) and f"metadata{suffix}" in METADATA:
             return f"; call {path} and the tables of the other splits metadata{suffix}, each in the folder of its split"
         return f"; name {path} itself if it holds the captions"
@@ -210,7 +211,10 @@ def _advice(path: Path, folder: Path, index: ImageIndex, encoding: str | None) -
             return f"; name {captions} without --images if its files hold the captions"
         while captions.name == near.name != "":  # as in captions/train and images/train
             captions, near = captions.parent, near.parent
-        if captions.parent not in (folder, near.parent):  # it is one of several folders
+        hold_all = captions.parent == near.parent and all(
+            (index.folder / key).is_relative_to(near) for key in index.paths
+        )
+        if captions.parent != folder and not hold_all:  # it is one of several folders
             return f"; put files of captions such as {path} next to their images"
         return f"; for captions such as {path}, name {captions} with --images {near}"
     return ""
@@ -264,11 +268,11 @@ def read_tables(tables: list[Path], folder: Path, encoding: str | None, report: 
 
 
 def require_one_folder(rows: list[Row], index: ImageIndex) -> None:
-    """Raise `InputError` if a column gives several folders for one image name.
+    """Raise `InputError` if a column gives several folders for an image whose name has none.
 
-    A column of classes does so only where a part of one is the name of a folder with images.
+    A column of classes does so only where a part of one is the name of a folder with images, and not of a split.
     """
-    with_images = {part for key in index.paths for part in key.split("/")[:-1]}
+    with_images = {part for key in index.paths for part in key.split("/")[:-1] if not parse_split(part)}
     seen: dict[tuple[str, str], str] = {}  # image and column -> the image's folder
     for row in rows:
         for column, folder in row.folders.items():

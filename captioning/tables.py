@@ -54,7 +54,7 @@ class Row:
     """An image with some of its captions, as a table has them.
 
     where: the row, as messages name it. captions: one line each, "" for an empty one. split: "" if the table has none.
-    folders: cells that may give the image's folder, by column.
+    folders: cells that may give the image's folder, by column, if its name has none.
     """
 
     where: str
@@ -101,8 +101,11 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
                     report.add(f"text{{s}} in the column {column!r}", where)
             split = _split(record.get(split_column), where)
             image = _image(record, where)
-            row = Row(where, image, _captions(record, columns, where), split, _folders(record, image))
-            if "filepath" in row.folders:
+            folders = _folders(record, image)
+            row = Row(where, image, _captions(record, columns, where), split)
+            if not re.search(r"[/\\]", image):
+                row.folders = folders
+            if "filepath" in folders:
                 report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
             texts = [text for text in row.captions if text]
             if len(texts) > 2 and all(text.isascii() and " " not in text for text in texts):

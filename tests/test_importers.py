@@ -1551,6 +1551,28 @@ def test_a_column_that_gives_no_folder_tells_no_images_apart(tmp_path, column, v
     assert {len(texts) for texts in all_captions(tmp_path / "out").values()} == {2}
 
 
+@pytest.mark.parametrize("names", ["{split}/{i}.jpg", "{i}.jpg"])
+def test_a_category_called_like_a_split_is_no_folder(tmp_path, names):
+    for split in ("train", "val"):
+        for i in range(3):
+            make_image(tmp_path / "in" / split / f"{i}.jpg", (8 + i, 6))
+    tables = (
+        {"c.csv": ("train", "val")}
+        if "/" in names
+        else {f"{split}/metadata.csv": (split,) for split in ("train", "val")}
+    )
+    for path, splits in tables.items():
+        rows = [
+            f"{names.format(split=split, i=i)},a {word} {i},{word}\n"
+            for split in splits
+            for i in range(3)
+            for word in ("person", "train")
+        ]
+        (tmp_path / "in" / path).write_text("file_name,text,category\n" + "".join(rows))
+    importers.import_folder(tmp_path / "in", tmp_path / "out")
+    assert [len(captions(tmp_path / "out", split)) for split in ("train", "val")] == [3, 3]
+
+
 def test_a_column_of_folders_tells_images_apart_in_any_table(tmp_path):
     table = csv_rows("folder,image,caption", "a,{}.jpg,a red ball") + "b,0.jpg,a blue cat\n"
     six(tmp_path / "flickr" / "a").joinpath("captions.txt").write_text(table)
