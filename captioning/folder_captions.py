@@ -58,10 +58,9 @@ def read_captions_of_folder(
     split_lists = report_split_lists(unread, folder, index, report)
     if not rows and not tables:
         advice = next(filter(None, (_advice(path, folder, index, encoding) for path in files)), "")
-        left_out = "".join(f"; {line}" for line in report.lines())
         raise InputError(
             f"{folder} holds no table of captions ({', '.join(TABLE_SUFFIXES)}, .json), and no .txt or .caption file "
-            f'named after an image, nor a .json file with "caption" or "captions"{left_out}{advice}.'
+            f'named after an image, nor a .json file with "caption" or "captions"{report.clauses()}{advice}.'
         )
     for path in unread:
         if path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".txt") and path not in split_lists:

@@ -75,8 +75,7 @@ def merge_datasets(sources: list[Path], destination: Path) -> None:
                 "only data sets in COCO's layout can be merged."
             )
     if not images:
-        left_out = "".join(f"; {line}" for line in report.lines())
-        raise InputError(f"these data sets hold no images with captions{left_out}; nothing was written.")
+        raise InputError(f"these data sets hold no images with captions{report.clauses()}; nothing was written.")
     _make_ids_unique(images)
     _report_leaks(images, report)
     write_dataset(images, destination)

@@ -25,6 +25,10 @@ class Report:
             lines.append(f"{verb} {count:,} {kind.replace('{s}', plural)}{which} {first}")
         return lines
 
+    def clauses(self) -> str:
+        """Return the lines as clauses to append to a sentence, each after a semicolon."""
+        return "".join(f"; {line}" for line in self.lines())
+
     def print(self) -> None:
         """Print the lines on stderr."""
         for line in self.lines():

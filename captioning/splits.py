@@ -38,9 +38,9 @@ def assign_splits(images: list[SourceImage], source: Path, report: Report) -> No
     if without and len(without) < len(images):
         raise InputError(f"{source} gives some images a split and others none; give a split to all of them or to none.")
     if without and len(images) < 3:
-        left_out = "".join(f"; {line}" for line in report.lines())
         raise InputError(
-            f"{source} has too few captioned images to split ({len(images)}); at least three are needed{left_out}."
+            f"{source} has too few captioned images to split ({len(images)}); at least three are needed"
+            f"{report.clauses()}."
         )
     if not without and any(image.split == "val" for image in images):
         return

@@ -102,9 +102,8 @@ def read_table(path: Path, encoding: str | None, report: Report) -> Iterator[Row
             split = _split(record.get(split_column), where)
             image = _image(record, where)
             folders = _folders(record, image)
-            row = Row(where, image, _captions(record, columns, where), split)
-            if not re.search(r"[/\\]", image):
-                row.folders = folders
+            has_folder = "/" in image or "\\" in image
+            row = Row(where, image, _captions(record, columns, where), split, {} if has_folder else folders)
             if "filepath" in folders:
                 report.add("filepath{s}; write folder and name in one column called image", where, "ignored")
             texts = [text for text in row.captions if text]
