@@ -47,6 +47,8 @@ class QuantizedBackbone(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Threads that spin while they wait for the next graph would take the processor from the decoder.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
         if hasattr(backbone, "num_prefix_tokens"):

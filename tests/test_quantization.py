@@ -60,6 +60,11 @@ def test_the_features_are_nearly_those_of_float32(images: torch.Tensor, store: P
     assert centred.mean() > 0.85, "what differs from image to image is lost"
 
 
+def test_waiting_threads_leave_the_processor_to_the_decoder(store: Path):
+    session = quantize(lite(), preprocessing_of(LITE, SIZE), store).network.session
+    assert session.get_session_options().get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_an_image_has_the_same_features_in_any_batch(images: torch.Tensor, store: Path):
     quantized = quantize(lite(), preprocessing_of(LITE, SIZE), store)
     together = quantized.features(images)
