@@ -242,8 +242,9 @@ class CaptionDataset(Dataset):
         for folder in {os.path.dirname(os.path.normpath(name)) for name in names}:
             try:
                 for entry in os.scandir(self.image_folder / folder):
-                    if entry.is_file():
-                        present.append(hash(os.path.join(folder, entry.name)))
+                    with suppress(OSError):  # a link that points to itself
+                        if entry.is_file():
+                            present.append(hash(os.path.join(folder, entry.name)))
             except OSError:  # a folder that is missing: all of its images are missing
                 require_access(self.image_folder / folder)
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))

@@ -380,8 +380,9 @@ def _fetch_weights(download: Callable[..., object], archive: Path) -> None:
 
 
 async def _fetch_vocabulary(path: Path) -> None:
+    tasks = ConcurrentTasks(VOCAB_BYTES, "B", unit_scale=True, desc=path.name)
     async with connect() as client:
-        await fetch(client, VOCAB_URL, path, VOCAB_BYTES, VOCAB_SHA256)
+        await tasks.run([partial(fetch, client, VOCAB_URL, path, VOCAB_BYTES, VOCAB_SHA256, tasks)], 1)
 
 
 def main() -> None:

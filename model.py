@@ -198,10 +198,10 @@ class DecoderModule(nn.Module):
         """Decode one token: tokens (B,) and the state -> the next token's logits (B, vocab_size) and the next state."""
         raise NotImplementedError
 
-    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the logits of `unroll`'s tokens: (B, T or T - 1, vocab_size), or packed if `lengths` is given."""
-        logits = self.linear(self.unroll(features, captions, lengths)[0])
-        return logits.unflatten(0, (-1, len(captions))).transpose(0, 1) if lengths is None else logits
+    def forward(self, features: Tensor, captions: Tensor) -> Tensor:
+        """Return the logits of `unroll`'s tokens, (B, T or T - 1, vocab_size)."""
+        logits = self.linear(self.unroll(features, captions)[0])
+        return logits.unflatten(0, (-1, len(captions))).transpose(0, 1)
 
 
 class DecoderRNN(DecoderModule):
@@ -430,10 +430,8 @@ class TransformerDecoder(DecoderModule):
         hidden = self.hidden(features, captions[:, :-1], image_of_caption)
         return pack_sequences(hidden, None if lengths is None else lengths - 1)[0].data, None
 
-    def forward(self, features: Tensor, captions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the logits of the tokens after `<start>`, unpacked without `lengths`, so that it can be traced."""
-        if lengths is not None:
-            return super().forward(features, captions, lengths)
+    def forward(self, features: Tensor, captions: Tensor) -> Tensor:
+        """Return the logits of the tokens after `<start>`, unpacked, so that it can be traced."""
         return self.linear(self.hidden(features, captions[:, :-1]))
 
 

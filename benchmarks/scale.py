@@ -33,6 +33,8 @@ from accelerate.utils import gather_object
 from benchmarks import drawn
 from captioning import checkpoint, training
 from captioning.distributed import this_process
+from captioning.errors import run_command
+from captioning.files import check_output, write_file
 from captioning.listing import stream_images
 from data_loader import CaptionDataset, LengthBatches
 
@@ -201,8 +203,8 @@ def _train(folder: Path, steps: int) -> dict[str, float]:
 
 def run(settings: Settings) -> Path:
     """Make data sets of every size, measure each with every number of processes, and write the results."""
-    settings.results.mkdir(parents=True, exist_ok=True)
     path = settings.results / "scale.json"
+    check_output(path)
     rows: list[dict[str, float]] = []
     for size in settings.sizes:
         with tempfile.TemporaryDirectory(prefix="scale-") as temporary:
@@ -211,7 +213,8 @@ def run(settings: Settings) -> Path:
             for processes in settings.processes:
                 rows += [{"processes": processes, **row} for row in _launch(settings, folder, processes)]
         results = {"environment": checkpoint.environment(), "rows": rows, "slopes": slopes(rows)}
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        content = json.dumps(results, indent=1).encode() + b"\n"
+        write_file(path, lambda file, content=content: file.write(content))
         print(f"{size:,} images measured", file=sys.stderr, flush=True)
     print(format_table(rows))
     print(f"wrote {path}", file=sys.stderr)
@@ -261,4 +264,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run_command(lambda: main(tyro.cli(Settings, description=__doc__)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -204,7 +205,7 @@ class Captioner:
             self.encoder = quantize(encoder.for_inference(torch.float32), description.preprocessing)
         else:
             self.encoder = encoder.for_inference(choose_dtype(self.device, self.precision)).to(self.device)
-        self.decoder: Any = decoder.to(self.device).eval()
+        self.decoder: Any = copy.deepcopy(decoder).to(self.device).eval()
         self.fast_embed, self.fast_decoder = pack_weights(self.encoder.embed), pack_weights(self.decoder)
         self.vocab, self.description = vocab, description
         self.transform = build_pixel_transform(description.preprocessing)

@@ -172,7 +172,7 @@ async def read(client: httpx.AsyncClient, url: str, at_most: int) -> bytes:
 
 
 async def fetch(
-    client: httpx.AsyncClient, url: str, path: Path, size: int, sha256: str, tasks: ConcurrentTasks | None = None
+    client: httpx.AsyncClient, url: str, path: Path, size: int, sha256: str, tasks: ConcurrentTasks
 ) -> None:
     """Download `url` to `path`, resuming from `path`.part where an earlier attempt left one.
 
@@ -183,7 +183,6 @@ async def fetch(
 
     Raises `InputError` where the server has a different file, or cannot be reached after several attempts.
     """
-    tasks = tasks or ConcurrentTasks(size, "B", unit_scale=True, desc=path.name)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0

@@ -27,6 +27,7 @@ from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.files import CACHE, write_cache
 from captioning.image_files import Source, read_image
+from captioning.image_formats import image_suffixes
 from captioning.interruption import ending_signals
 from captioning.lazy_compiler import compiler_left_out
 from captioning.resizing import RandomResizedCrop, Reduce, Resize
@@ -282,7 +283,7 @@ def find_unreadable(paths: Sequence[Path | Member], workers: int = 0, cache: Pat
 
     The result is cached for images with the same names, sizes and dates; then only the unreadable ones are read again.
     """
-    key = hashlib.sha256()
+    key = hashlib.sha256(",".join(sorted(image_suffixes())).encode())  # of the formats that can be read here
     for path in paths:
         try:
             key.update(stamp(path))

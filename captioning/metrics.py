@@ -164,6 +164,8 @@ def _lost_marks(caption: str, tokenized: str) -> bool:
 class _Meteor(meteor_package.Meteor):
     """pycocoevalcap's METEOR in a fixed locale, with a lock that errors release."""
 
+    timer: threading.Timer  # ends it after its last use
+
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.meteor_p = subprocess.Popen(
@@ -195,6 +197,7 @@ def _running_meteor() -> Iterator[_Meteor]:
     meteor = None
     with suppress(IndexError):
         meteor = _idle.pop()
+        meteor.timer.cancel()
     if meteor is None or meteor.meteor_p.poll() is not None:
         meteor = _Meteor()
     try:
@@ -203,10 +206,10 @@ def _running_meteor() -> Iterator[_Meteor]:
         meteor.close()
         raise
     if meteor.meteor_p.poll() is None:
+        meteor.timer = threading.Timer(METEOR_IDLE, _end_idle, [meteor])
+        meteor.timer.daemon = True
         _idle.append(meteor)
-        timer = threading.Timer(METEOR_IDLE, _end_idle, [meteor])
-        timer.daemon = True
-        timer.start()
+        meteor.timer.start()
 
 
 def _end_idle(meteor: _Meteor) -> None:

@@ -8,7 +8,6 @@ import pickletools
 import re
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from captioning import checkpoint
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError, printable
 from captioning.files import read_bytes, require_new_folder
+from captioning.lazy_compiler import meta_device
 from captioning.weights import load_weights, read_state_dict
 
 MAX_PICKLE_BYTES = 8 << 20  # the published vocabulary has 273,174; unpickled, a hostile one may take 70 times its size
@@ -79,7 +79,7 @@ def convert_weights(encoder: Path, decoder: Path, vocab: Path, folder: Path) -> 
             f"{decoder} was trained with {vocabulary_size:,} words and {vocab} has {len(words):,}; "
             "take the vocab.pkl of the same run."
         )
-    with torch.device("meta"):
+    with meta_device():
         modules = parts.build_encoder("random"), parts.build_decoder(vocabulary_size)
     for module, path in zip(modules, (encoder, decoder), strict=True):
         load_weights(module, states[path], path)

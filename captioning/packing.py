@@ -63,8 +63,8 @@ def _join_gates(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: 
 def pack_weights(module: nn.Module) -> Any:
     """Return a module of the same weights that is faster on a CPU, if most of its time is matrix products.
 
-    Its results differ in rounding only. Later changes to the weights have no effect on it. A module on a GPU, or where
-    PyTorch has no oneDNN, is returned as it is.
+    Its results differ in rounding only. It shares embeddings, norms and biases with the module, whose weights must not
+    change any more. A module on a GPU, or where PyTorch has no oneDNN, is returned as it is.
     """
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())

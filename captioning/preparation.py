@@ -58,8 +58,8 @@ def require_unchanged(config: TrainingConfig, resumed: Description) -> None:
             raise InputError(
                 f"{config.resume} is trained with {name} {previous[name]}, which cannot change; start a new run."
             )
-    log_file = config.resume / config.log_file if config.resume else None
-    if log_file and previous.get("log_file", config.log_file) != config.log_file and os.path.lexists(log_file):
+    log_file = config.resume / config.log_file
+    if previous.get("log_file", config.log_file) != config.log_file and os.path.lexists(log_file):
         raise InputError(f"{log_file} exists and is not the log of this run; name another --log-file.")
 
 

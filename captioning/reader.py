@@ -16,7 +16,6 @@ import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +24,7 @@ from PIL import Image
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
 from captioning.image_formats import HEIF_SUFFIXES, image_suffixes
-from captioning.images import build_transform, read_image, resized_sides
+from captioning.images import build_pixel_transform, read_image, resized_sides
 
 MAX_MEMORY = 2 << 30  # memory limit of a process's data, in bytes
 START_SECONDS = 120  # time limit for starting a process
@@ -143,7 +142,7 @@ def prepare_image(
 
     Raises `InputError`, in which the file is called `name`, where it cannot be read.
     """
-    transform = build_transform(False, **asdict(preprocessing))
+    transform = build_pixel_transform(preprocessing)
     if not os.path.exists(path):  # unlike Path.exists, also False for a path of any length
         raise InputError(f"{name} is no longer on the server; upload it again.")
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from captioning.errors import printable
+from captioning.errors import log
 
 
 class Report:
@@ -32,4 +30,4 @@ class Report:
     def print(self) -> None:
         """Print the lines on stderr."""
         for line in self.lines():
-            print(printable(line), file=sys.stderr)
+            log(line)

@@ -133,6 +133,13 @@ def test_the_recipe_draws_captions_of_one_length_with_their_images(tmp_path: Pat
     assert data.lengths[0] == len(recipe.words_of(captions[0]))
 
 
+def test_results_that_cannot_be_written_are_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scale, "make", lambda *_: pytest.fail("it measured first"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file"):
+        scale.run(scale.Settings(results=tmp_path / "file"))
+
+
 def test_the_scale_of_a_small_data_set_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("learning_rate_factor", "stored_features"):
         monkeypatch.setattr(scale.training, name, getattr(scale.training, name))  # and put back

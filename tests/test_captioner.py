@@ -21,6 +21,7 @@ import evaluate as evaluate_command
 from captioning import bulk
 from captioning import captioner as captioner_module
 from captioning.captioner import DEFAULT_DECODING, Caption, Captioner, Decoding, Ensemble
+from captioning.checkpoint import load_model
 from captioning.errors import InputError
 from captioning.features import BATCH
 from captioning.packing import PackedLinear
@@ -181,6 +182,18 @@ def test_a_captioner_on_a_cpu_computes_with_packed_weights(model: Captioner):
         layers = list(module.modules())
         assert any(isinstance(layer, PackedLinear) for layer in layers)
         assert not any(isinstance(layer, torch.nn.Linear | torch.nn.LSTM) for layer in layers)
+
+
+def test_a_captioner_neither_changes_a_model_nor_changes_with_it(trained: Path, image_paths: list[Path]):
+    encoder, decoder, vocab, description = load_model(trained)
+    decoder.train()
+    captioner = Captioner(encoder, decoder, vocab, description)
+    assert decoder.training
+    before = captioner(image_paths, Decoding())
+    with torch.no_grad():
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            parameter.fill_(0.1)
+    assert captioner(image_paths, Decoding()) == before
 
 
 def test_a_caption_has_the_score_that_it_was_ranked_by(model: Captioner, image_paths: list[Path]):

@@ -405,3 +405,15 @@ def test_an_annotation_file_that_is_a_broken_link_is_a_sentence(tmp_path: Path):
     (tmp_path / "annotations" / "captions_train.json").symlink_to("nowhere.json")
     with pytest.raises(InputError, match=r"captions_train\.json"):
         CaptionDataset(tmp_path, cache=tmp_path / "cache")
+
+
+def test_a_link_to_itself_leaves_the_other_images_of_its_folder(tmp_path: Path):
+    names = [f"{i}.png" for i in range(20)]
+    write_split(tmp_path, "train", {name: ["a dog"] for name in names})
+    folder = tmp_path / "images" / "train"
+    for name in names:
+        draw_noise(0).save(folder / name)
+    for i in range(20):  # the order of a folder is not that of the names
+        (folder / f"link-{i}.png").symlink_to(f"link-{i}.png")
+    data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
+    assert len(data.paths) == len(names)

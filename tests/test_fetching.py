@@ -64,7 +64,8 @@ def read(url, at_most=download.MAX_IMAGE_BYTES):
 def fetch(url, path, size):
     async def request():
         async with fetching.connect() as client:
-            await fetching.fetch(client, url, path, size, "0" * 64)
+            tasks = fetching.ConcurrentTasks(size, "B", desc=path.name)
+            await fetching.fetch(client, url, path, size, "0" * 64, tasks)
 
     asyncio.run(request())
 

@@ -680,6 +680,19 @@ def test_a_web_address_is_not_fetched(address: str, kind: type):
     assert str(error.value) == f"{address} is a web address, and nothing is fetched; download the file and name it."
 
 
+def test_images_are_checked_again_once_other_formats_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw_noise(0).save(tmp_path / "a.png")
+    assert not find_unreadable([tmp_path / "a.png"], cache=tmp_path / "cache")
+
+    def read(path: Path, **sides: int) -> None:
+        raise InputError(f"{path} is in a format of which the package was removed.")
+
+    monkeypatch.setattr(images, "read_image", read)
+    assert not find_unreadable([tmp_path / "a.png"], cache=tmp_path / "cache")
+    monkeypatch.setattr(images, "image_suffixes", lambda: {".jpg"})
+    assert list(find_unreadable([tmp_path / "a.png"], cache=tmp_path / "cache")) == [0]
+
+
 def test_a_missing_image_is_reported_with_the_others(tmp_path: Path):
     draw_noise(0).save(tmp_path / "a.png")
     failed = find_unreadable([tmp_path / "a.png", tmp_path / "gone.png"], cache=tmp_path / "cache")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -280,6 +281,21 @@ def test_single_words_of_such_a_script_do_not_change_the_tokenizer(monkeypatch: 
 def test_ptb_keeps_every_caption_on_its_line():
     captions = ["", "a\u2028dog\r\nruns\n", "\n", "...", "a cat.", "a *NL* b", "", ""]
     assert metrics._tokenize_ptb(captions) == ["", "a dog runs", "", "", "a cat", "a * nl * b", "", ""]
+
+
+def test_meteor_is_kept_from_its_last_use_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "_JAVA", (sys.executable, "-c", "import time; time.sleep(99)"))
+    monkeypatch.setattr(metrics, "_idle", [])
+    with metrics._running_meteor() as meteor:
+        pass
+    first = meteor.timer
+    assert first.is_alive()
+    with metrics._running_meteor() as same:
+        assert same is meteor
+        assert first.finished.is_set()  # it would end the process soon after its second use
+    assert meteor.timer.is_alive()
+    meteor.timer.cancel()
+    metrics._idle.pop().close()
 
 
 @pytest.mark.java

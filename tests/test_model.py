@@ -211,7 +211,7 @@ def test_forward_on_padded_captions_is_forward_on_each(name: str, num_layers: in
     decoder, features = make_decoder(name, num_layers), make_features(name, 4)
     lengths = torch.tensor([5, 9, 7, 5])
     captions = torch.randint(3, WORDS, (4, 9))
-    packed = decoder(features, captions, lengths)
+    packed = decoder.linear(decoder.unroll(features, captions, lengths)[0])
     alone = [decoder(features[i : i + 1], captions[i : i + 1, :length])[0] for i, length in enumerate(lengths)]
     skip = 1 if decoder.attends else 0
     expected = [row[t] for t in range(9) for row in sorted(alone, key=len, reverse=True) if t < len(row)]

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from captioning import reader as reader_module
 from captioning.backbones import Preprocessing
 from captioning.errors import InputError
-from captioning.images import build_transform
+from captioning.images import build_pixel_transform, build_transform
 from captioning.reader import MAX_MEMORY, Reader, prepare_image, unpack_images
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,16 @@ def test_an_image_is_read_upright_and_as_its_owner_calls_it(image_path: Path, tm
     with pytest.raises(InputError, match=r"^mine\.jpg cannot be read as an image") as caught:
         prepare_image(tmp_path / "broken.jpg", "mine.jpg", preprocessing, 224)
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("crop", ["center", "squash"])
+def test_a_model_sees_an_image_of_the_page_as_that_of_a_file(crop: str, tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    preprocessing = Preprocessing(64, crop=crop, interpolation="bicubic")
+    transform = build_pixel_transform(preprocessing)
+    small, _ = prepare_image(tmp_path / "a.png", "a.png", preprocessing, 64)
+    assert torch.equal(transform(small), transform(Image.fromarray(noise)))
 
 
 def test_the_view_is_what_the_model_sees(tmp_path: Path):
