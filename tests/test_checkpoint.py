@@ -146,7 +146,10 @@ def test_a_published_backbone_is_named_and_not_copied(
         ("a\0b", r"; `python train\.py` trains one"),
     ],
 )
-def test_of_a_missing_model_it_says_how_to_get_it(tmp_path: Path, name: str, advice: str):
+def test_of_a_missing_model_it_says_how_to_get_it(
+    tmp_path: Path, name: str, advice: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # without the models of `make demo`
     with pytest.raises(InputError, match=advice):
         read_description(tmp_path / name)
 
