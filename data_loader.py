@@ -240,13 +240,12 @@ class CaptionDataset(Dataset):
         """
         names, present = self.paths.names, array("q")
         for folder in {os.path.dirname(os.path.normpath(name)) for name in names}:
-            try:
+            require_access(self.image_folder / folder)
+            with suppress(OSError):  # a folder that is missing: all of its images are missing
                 for entry in os.scandir(self.image_folder / folder):
-                    with suppress(OSError):  # a link that points to itself
-                        if entry.is_file():
-                            present.append(hash(os.path.join(folder, entry.name)))
-            except OSError:  # a folder that is missing: all of its images are missing
-                require_access(self.image_folder / folder)
+                    # For a link to itself, `isfile` is False, and `is_file` raises an error.
+                    if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                        present.append(hash(os.path.join(folder, entry.name)))
         wanted = np.fromiter((hash(os.path.normpath(name)) for name in names), np.int64, len(names))
         if twice := len(wanted) - len(np.unique(wanted)):
             warn_once(

@@ -184,7 +184,7 @@ class Captioner:
     precision: of the backbone, "fp32", "bf16" or, on a CPU, "int8" (`quantization`). "auto" is bfloat16 if the
         device computes in it natively, else float32; the attribute `precision` says which.
 
-    Raises `InputError` for another precision, and for "int8" on a GPU or without onnxruntime.
+    Raises `InputError` for another precision, for "int8" on a GPU or without onnxruntime, and if copying fails.
     """
 
     def __init__(
@@ -205,7 +205,11 @@ class Captioner:
             self.encoder = quantize(encoder.for_inference(torch.float32), description.preprocessing)
         else:
             self.encoder = encoder.for_inference(choose_dtype(self.device, self.precision)).to(self.device)
-        self.decoder: Any = copy.deepcopy(decoder).to(self.device).eval()
+        try:
+            self.decoder: Any = copy.deepcopy(decoder).eval()
+        except RuntimeError:
+            raise InputError("the decoder has an attribute that holds a computed tensor; detach it.") from None
+        self.decoder.to(self.device)
         self.fast_embed, self.fast_decoder = pack_weights(self.encoder.embed), pack_weights(self.decoder)
         self.vocab, self.description = vocab, description
         self.transform = build_pixel_transform(description.preprocessing)

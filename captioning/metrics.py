@@ -206,10 +206,10 @@ def _running_meteor() -> Iterator[_Meteor]:
         meteor.close()
         raise
     if meteor.meteor_p.poll() is None:
-        meteor.timer = threading.Timer(METEOR_IDLE, _end_idle, [meteor])
-        meteor.timer.daemon = True
-        _idle.append(meteor)
-        meteor.timer.start()
+        meteor.timer = timer = threading.Timer(METEOR_IDLE, _end_idle, [meteor])
+        timer.daemon = True
+        _idle.append(meteor)  # from here on, another thread may use it, and set another timer
+        timer.start()
 
 
 def _end_idle(meteor: _Meteor) -> None:

@@ -196,6 +196,13 @@ def test_a_captioner_neither_changes_a_model_nor_changes_with_it(trained: Path, 
     assert captioner(image_paths, Decoding()) == before
 
 
+def test_a_decoder_that_keeps_a_computed_tensor_is_refused(trained: Path):
+    encoder, decoder, vocab, description = load_model(trained)
+    decoder.last = decoder.embed.weight * 2
+    with pytest.raises(InputError, match="an attribute that holds a computed tensor; detach it"):
+        Captioner(encoder, decoder, vocab, description)
+
+
 def test_a_caption_has_the_score_that_it_was_ranked_by(model: Captioner, image_paths: list[Path]):
     for options, penalty in (({}, 1), ({"length_penalty": 0.5}, 0.5), ({"beam_size": 1}, 1), ({"temperature": 1.0}, 1)):
         for caption in model(image_paths, max_length=50, **options):

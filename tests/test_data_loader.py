@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import tracemalloc
@@ -413,7 +414,17 @@ def test_a_link_to_itself_leaves_the_other_images_of_its_folder(tmp_path: Path):
     folder = tmp_path / "images" / "train"
     for name in names:
         draw_noise(0).save(folder / name)
-    for i in range(20):  # the order of a folder is not that of the names
-        (folder / f"link-{i}.png").symlink_to(f"link-{i}.png")
+    for i in range(20):  # in any order of the folder, a link comes before an image
+        (folder / f"{i}-link.png").symlink_to(f"{i}-link.png")
     data = CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
     assert len(data.paths) == len(names)
+
+
+def test_images_in_a_folder_that_may_not_be_entered_are_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_split(tmp_path, "train", {"a.png": ["a dog"]})
+    (tmp_path / "images" / "train" / "a.png").symlink_to("a.png")  # as every link looks in such a folder
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "train")
+    with pytest.raises(InputError, match="train cannot be entered"):
+        CaptionDataset(tmp_path, vocab_threshold=1, cache=tmp_path / "cache")
