@@ -209,7 +209,10 @@ def test_a_backbone_that_cannot_be_exported_is_one_sentence(model, tmp_path, mon
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    sentence = r"with the backbone \S+ and the decoder \w+, cannot be exported to ONNX \(RuntimeError\); train a model"
+    sentence = (
+        r"with the backbone \S+ and the decoder \w+, cannot be exported to ONNX \(RuntimeError\); "
+        r"train a model with another --backbone or --decoder"
+    )
     with pytest.raises(InputError, match=sentence):
         export_onnx(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
